@@ -1,0 +1,120 @@
+"""Dense transformer parts: attention with a key-value cache, MLP, norm.
+
+Dimensions: B batch, T tokens, C context (cache length), H heads, K width of a head, d model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from quweit_jax.errors import check_choice
+
+ATTENTIONS = ("auto", "xla", "cudnn")
+
+
+def normal(std: float) -> nn.initializers.Initializer:
+    """Normal initialiser with the given standard deviation."""
+    return nn.initializers.normal(std)
+
+
+def pick_attention(implementation: str, dtype: Any) -> str:
+    """'cudnn' (flash attention) for half precision on a GPU when 'auto', else 'xla'."""
+    check_choice("attention", implementation, ATTENTIONS)
+    if implementation != "auto":
+        return implementation
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, eps 1e-5, statistics in float32, with an optional bias."""
+
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (..., d) -> the same shape, in `dtype`."""
+        return nn.LayerNorm(epsilon=1e-5, use_bias=self.use_bias, dtype=self.dtype, name="norm")(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention. With decode=True it appends to a cache of `context` keys and values.
+
+    Args:
+      num_heads: H. context: the cache's length. dropout: of attention weights and of the output.
+      use_bias: biases of both projections. output_std: initial standard deviation of the output projection.
+      implementation: 'auto', 'xla' or 'cudnn' (flash attention on NVIDIA GPUs, half precision).
+    """
+
+    num_heads: int
+    context: int
+    dropout: float = 0.0
+    use_bias: bool = False
+    output_std: float = 0.02
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False, decode: bool = False) -> Array:
+        """x (B, T, d) -> (B, T, d)."""
+        batch, tokens, width = x.shape
+        dense = {"use_bias": self.use_bias, "dtype": self.dtype}
+        qkv = nn.Dense(3 * width, kernel_init=normal(0.02), name="qkv", **dense)(x)
+        q, k, v = jnp.split(qkv.reshape(batch, tokens, 3 * self.num_heads, -1), 3, axis=2)
+        mask = None
+        if decode:
+            k, v, mask = self._cache(k, v)
+        if train and self.dropout > 0:
+            mixed = self._attend_with_dropout(q, k, v)
+        else:
+            mixed = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=not decode, implementation=pick_attention(self.implementation, self.dtype) if not decode else "xla"
+            )
+        out = nn.Dense(width, kernel_init=normal(self.output_std), name="proj", **dense)(mixed.reshape(batch, tokens, width))
+        return nn.Dropout(self.dropout, deterministic=not train)(out)
+
+    def _attend_with_dropout(self, q: Array, k: Array, v: Array) -> Array:
+        scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
+        causal = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
+        weights = jax.nn.softmax(jnp.where(causal, scores.astype(jnp.float32), -jnp.inf), axis=-1).astype(q.dtype)
+        weights = nn.Dropout(self.dropout, deterministic=False)(weights)
+        return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+    def _cache(self, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Writes k and v behind what the cache holds; returns all of it and which places each query may see."""
+        batch, tokens, heads, width = k.shape
+        shape = (batch, self.context, heads, width)
+        keys = self.variable("cache", "keys", jnp.zeros, shape, k.dtype)
+        values = self.variable("cache", "values", jnp.zeros, shape, v.dtype)
+        length = self.variable("cache", "length", lambda: jnp.zeros((), jnp.int32))
+        start = length.value
+        if not self.is_initializing():
+            keys.value = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
+            values.value = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
+            length.value = start + tokens
+        visible = jnp.arange(self.context)[None, :] <= start + jnp.arange(tokens)[:, None]
+        return keys.value, values.value, visible[None, None]
+
+
+class MLP(nn.Module):
+    """Dense -> GELU (exact) -> Dense, the hidden layer `ratio` times wider."""
+
+    ratio: int = 4
+    dropout: float = 0.0
+    use_bias: bool = False
+    output_std: float = 0.02
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """x (..., d) -> (..., d)."""
+        dense = {"use_bias": self.use_bias, "dtype": self.dtype}
+        hidden = nn.gelu(nn.Dense(self.ratio * x.shape[-1], kernel_init=normal(0.02), name="up", **dense)(x), approximate=False)
+        out = nn.Dense(x.shape[-1], kernel_init=normal(self.output_std), name="down", **dense)(hidden)
+        return nn.Dropout(self.dropout, deterministic=not train)(out)

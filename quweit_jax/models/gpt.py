@@ -1,0 +1,123 @@
+"""GPT in nanoGPT's architecture, each block's MLP dense, weightless or absent.
+
+Dimensions: B batch, T tokens, V vocabulary, d model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.transformer import ATTENTIONS, MLP, CausalSelfAttention, LayerNorm, normal
+from quweit_jax.layers.weightless import WeightlessBlock
+from quweit_jax.models.options import WeightlessOptions
+
+MLPS = ("dense", "weightless", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """What decides a GPT's shape; the defaults are nanoGPT's for characters.
+
+    mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+': 'dense+weightless'.
+    """
+
+    vocab_size: int
+    context: int = 256
+    layers: int = 6
+    heads: int = 6
+    width: int = 384
+    mlp: str = "dense"
+    dropout: float = 0.0
+    bias: bool = False
+    tie_embeddings: bool = True
+    remat: bool = False
+    dtype: str = "float32"
+    attention: str = "auto"
+    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
+
+    def __post_init__(self):
+        for name in ("vocab_size", "context", "layers", "heads", "width"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}: expected at least 1, found {getattr(self, name)}.")
+        if self.width % self.heads:
+            raise InputError(f"model.width: {self.width} is not a multiple of model.heads = {self.heads}; use {self.heads * -(-self.width // self.heads)}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("model.attention", self.attention, ATTENTIONS)
+        self.mlps()
+
+    def mlps(self) -> tuple[str, ...]:
+        """The kind of each block's MLP."""
+        kinds = tuple(self.mlp.split("+")) if isinstance(self.mlp, str) else tuple(self.mlp)
+        kinds = kinds * self.layers if len(kinds) == 1 else kinds
+        if len(kinds) != self.layers:
+            raise InputError(f"model.mlp: expected 1 kind or {self.layers} (one a block), found {len(kinds)}: {self.mlp!r}.")
+        for kind in kinds:
+            check_choice("model.mlp", kind, MLPS)
+        return kinds
+
+
+class GPTBlock(nn.Module):
+    """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its input."""
+
+    config: GPTConfig
+    mlp: str
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False, decode: bool = False) -> Array:
+        """x (B, T, d) -> (B, T, d)."""
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        output_std = 0.02 / math.sqrt(2 * c.layers)
+        shared: dict[str, Any] = {"dropout": c.dropout, "use_bias": c.bias, "output_std": output_std, "dtype": dtype}
+        attention = CausalSelfAttention(c.heads, c.context, implementation=c.attention, name="attention", **shared)
+        x = x + attention(LayerNorm(c.bias, dtype, name="attention_norm")(x), train=train, decode=decode)
+        if self.mlp == "dense":
+            x = x + MLP(name="mlp", **shared)(LayerNorm(c.bias, dtype, name="mlp_norm")(x), train=train)
+        elif self.mlp == "weightless":
+            y = WeightlessBlock(c.width, norm_bias=c.bias, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(x)
+            x = x + nn.Dropout(c.dropout, deterministic=not train)(y)
+        return x
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model: token ids -> logits."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, *, train: bool = False, decode: bool = False) -> Array:
+        """tokens (B, T) int -> logits (B, T, V) float32.
+
+        With decode=True and a mutable 'cache' collection, T new tokens are read behind what the cache holds.
+        """
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        if tokens.shape[1] > c.context:
+            raise InputError(f"GPT: {tokens.shape[1]} tokens do not fit its context of {c.context}; pass the last {c.context}.")
+        embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding")
+        positions = self.param("position_embedding", normal(0.02), (c.context, c.width), jnp.float32)
+        x = embed(tokens) + self._positions(positions, tokens.shape[1], decode).astype(dtype)
+        x = nn.Dropout(c.dropout, deterministic=not train)(x)
+        block = nn.remat(GPTBlock, static_argnums=(2, 3)) if c.remat and not decode else GPTBlock
+        for i, kind in enumerate(c.mlps()):
+            x = block(c, kind, name=f"block_{i}")(x, train, decode)
+        x = LayerNorm(c.bias, dtype, name="final_norm")(x)
+        if c.tie_embeddings:
+            return embed.attend(x).astype(jnp.float32)
+        return nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head")(x).astype(jnp.float32)
+
+    def _positions(self, positions: Array, tokens: int, decode: bool) -> Array:
+        if not decode:
+            return positions[:tokens]
+        length = self.variable("cache", "length", lambda: jnp.zeros((), jnp.int32))
+        start = length.value
+        if not self.is_initializing():
+            length.value = start + tokens
+        return jnp.take(positions, start + jnp.arange(tokens), axis=0, mode="clip")

@@ -1,0 +1,72 @@
+"""Options that several models share, as frozen dataclasses built from plain mappings with named errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from quweit_jax.errors import InputError, check_choice, nearest
+from quweit_jax.layers.weightless import MAPPINGS, SUMS, TABLE_INITS
+from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
+from quweit_jax.ops.thermometer import WINDOWS
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") -> T:
+    """Builds a (frozen) dataclass from a mapping; nested dataclasses from nested mappings.
+
+    Raises:
+      InputError: an unknown key (names the nearest) or a missing one.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f"{where}: unknown key '{key}'.{nearest(key, fields)}")
+        factory = fields[key].default_factory
+        if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
+            value = from_mapping(factory, value, f"{where}.{key}")  # type: ignore[arg-type]
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    missing = [n for n, f in fields.items() if n not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise InputError(f"{where}: missing {', '.join(missing)}.")
+    return cls(**arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightlessOptions:
+    """The fields of `layers.weightless.WeightlessBlock` that an experiment may set; see there for each."""
+
+    num_luts: int | tuple[int, ...] = 896
+    lut_inputs: int = 4
+    thermometer_bits: int = 4
+    learn_thresholds: bool = True
+    window: float = 1.0
+    window_shape: str = "triangular"
+    sum: str = "dense"
+    signed: bool = True
+    int8_sums: bool = True
+    vector_init: float = 0.02
+    mapping: str = "random"
+    candidates: int = 16
+    tau: float = 0.001
+    decay: str = "exponential"
+    alpha: float | None = 0.5
+    beta: float | None = None
+    table_init: str = "uniform"
+    table_scale: float = 1.0
+
+    def __post_init__(self):
+        check_choice("model.weightless.window_shape", self.window_shape, WINDOWS)
+        check_choice("model.weightless.sum", self.sum, SUMS)
+        check_choice("model.weightless.mapping", self.mapping, MAPPINGS)
+        check_choice("model.weightless.decay", self.decay, DECAYS)
+        check_choice("model.weightless.table_init", self.table_init, TABLE_INITS)
+        if not 1 <= self.lut_inputs <= MAX_LUT_INPUTS:
+            raise InputError(
+                f"model.weightless.lut_inputs: a table can have 1 to {MAX_LUT_INPUTS} inputs, found {self.lut_inputs}; use more, smaller tables."
+            )
+        if self.thermometer_bits < 1:
+            raise InputError(f"model.weightless.thermometer_bits: expected at least 1, found {self.thermometer_bits}.")

@@ -1,0 +1,268 @@
+"""Look-up tables (LUTs) trained with the extended finite difference (EFD) rule.
+
+Bacellar et al., "Differentiable Weightless Neural Networks", ICML 2024 (arXiv 2410.11112).
+
+Dimensions: F input bits, T tokens (all leading dimensions flattened), L tables, n inputs a table, A = 2**n entries.
+
+Everything inside is feature-major, (F, T) and (L, T): a table's entries are then scalars along a row of tokens, so that a
+look-up is a tree of vectorised selects instead of a gather, and following the wiring copies whole rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from quweit_jax.errors import InputError, check_choice
+
+MAX_LUT_INPUTS = 8
+DECAYS = ("exponential", "harmonic")
+# Above this many inputs a select tree has more work than a gather has misses.
+_MAX_SELECT_INPUTS = 6
+
+
+class EFD(NamedTuple):
+    """The weighting of the finite differences; hashable, so that it can be a static argument."""
+
+    decay: str
+    alpha: float
+    beta: float
+
+
+def efd_weighting(lut_inputs: int, decay: str = "exponential", alpha: float | None = None, beta: float | None = None) -> EFD:
+    """Fills in the defaults: alpha = 0.5 * 0.75**(n-1) and beta = 1/3 (exponential); harmonic is 1 / (h + 1), times alpha if given."""
+    check_choice("lut_lookup: decay", decay, DECAYS)
+    if decay == "harmonic":
+        if beta is not None:
+            raise InputError("lut_lookup: beta belongs to decay='exponential'; the harmonic weighting 1 / (h + 1) has none. Leave it out.")
+        return EFD(decay, 1.0 if alpha is None else float(alpha), 0.0)
+    return EFD(decay, 0.5 * 0.75 ** (lut_inputs - 1) if alpha is None else float(alpha), 1 / 3 if beta is None else float(beta))
+
+
+def efd_matrix(lut_inputs: int, weighting: EFD) -> np.ndarray:
+    """The linear map from a table to the finite differences of each input: float64, shape (n, A / 2, A).
+
+    Row (l, r) holds sign_l(a) * w(H_l(a, addr)) for every entry a, where r is the address without bit l (bits above l
+    moved down by one): the finite difference does not depend on bit l itself.
+    """
+    n = lut_inputs
+    entries = np.arange(2**n)
+    rest = np.arange(2 ** (n - 1))
+    out = np.zeros((n, 2 ** (n - 1), 2**n))
+    for l in range(n):
+        sign = 2.0 * ((entries >> l) & 1) - 1.0
+        without = _drop_bit(entries, l)
+        distance = np.bitwise_count((rest[:, None] ^ without[None, :]).astype(np.uint32)).astype(np.float64)
+        weight = weighting.alpha * (weighting.beta**distance if weighting.decay == "exponential" else 1.0 / (distance + 1.0))
+        out[l] = sign * weight
+    return out
+
+
+def _drop_bit(address: Any, l: int) -> Any:
+    return (address & ((1 << l) - 1)) | ((address >> (l + 1)) << l)
+
+
+def finite_differences(tables: Array, weighting: EFD) -> Array:
+    """D[l, j, r], the EFD gradient of table j with respect to its input l where the other inputs spell r: (n, L, A / 2).
+
+    Made once per step, not per sample. float32 whatever the tables' dtype.
+    """
+    lut_inputs = tables.shape[-1].bit_length() - 1
+    matrix = jnp.asarray(efd_matrix(lut_inputs, weighting), jnp.float32)
+    return jnp.einsum("lra,ja->ljr", matrix, tables.astype(jnp.float32), precision="highest")
+
+
+def _select_tree(values: Sequence[Array], bits: Sequence[Array]) -> Array:
+    """values[address] where bits spell the address, the first the least significant."""
+    for bit in bits:
+        values = [jnp.where(bit, values[2 * i + 1], values[2 * i]) for i in range(len(values) // 2)]
+    return values[0]
+
+
+def _address(bits_nLT: Array | Sequence[Array]) -> Array:
+    return sum((bit.astype(jnp.int32) << l for l, bit in enumerate(bits_nLT)), jnp.int32(0))
+
+
+def _read(tables_LA: Array, bits_nLT: Sequence[Array]) -> Array:
+    """tables[j, address[j, t]]: (L, T)."""
+    if len(bits_nLT) <= _MAX_SELECT_INPUTS:
+        columns = [tables_LA[:, a, None] for a in range(tables_LA.shape[1])]
+        return _select_tree(columns, bits_nLT)
+    return jnp.take_along_axis(tables_LA, _address(bits_nLT), axis=1, mode="clip")
+
+
+def _wire(bits_FT: Array, mapping_Ln: Array) -> Array:
+    """Follows the wiring: (n, L, T) booleans, a copy of whole rows."""
+    return jnp.take(bits_FT, mapping_Ln.T, axis=0, mode="clip")
+
+
+def _unwire(grads_nLT: Array, mapping_Ln: Array, inverse_FK: Array | None, num_inputs: int) -> Array:
+    """The transpose of `_wire`: (F, T). A gather through the inverse index if there is one, else a scatter of rows."""
+    slots = math.prod(mapping_Ln.shape)
+    grads_MT = grads_nLT.reshape(slots, grads_nLT.shape[-1])
+    if inverse_FK is None:
+        return jax.ops.segment_sum(grads_MT, mapping_Ln.T.reshape(-1), num_inputs)
+    # By the pigeonhole principle an inverse of exactly `slots` places has no empty one.
+    fill = {"mode": "clip"} if inverse_FK.size == slots else {"mode": "fill", "fill_value": 0}
+    total = jnp.zeros((num_inputs, grads_nLT.shape[-1]), grads_nLT.dtype)
+    for k in range(inverse_FK.shape[1]):
+        total = total + jnp.take(grads_MT, inverse_FK[:, k], axis=0, **fill)
+    return total
+
+
+def _table_grad_scatter(address_LT: Array, grad_LT: Array, entries: int) -> Array:
+    num_luts = address_LT.shape[0]
+    flat = (address_LT + entries * jnp.arange(num_luts, dtype=jnp.int32)[:, None]).reshape(-1)
+    return jax.ops.segment_sum(grad_LT.reshape(-1), flat, num_luts * entries).reshape(num_luts, entries)
+
+
+def _table_grad_reduce(address_LT: Array, grad_LT: Array, entries: int) -> Array:
+    hit = address_LT[:, None, :] == jnp.arange(entries, dtype=jnp.int32)[None, :, None]
+    return jnp.where(hit, grad_LT[:, None, :], 0).sum(-1)
+
+
+def _table_grad(address_LT: Array, grad_LT: Array, entries: int) -> Array:
+    """Adds each gradient to the addressed entry: (L, A). A scatter on CPU, a masked reduction where scatters serialise."""
+    return jax.lax.platform_dependent(
+        address_LT,
+        grad_LT,
+        cpu=functools.partial(_table_grad_scatter, entries=entries),
+        default=functools.partial(_table_grad_reduce, entries=entries),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _lookup(bits_FT: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD) -> Array:
+    wired = _wire(bits_FT != 0, mapping_Ln)
+    return _read(tables_LA, [wired[l] for l in range(wired.shape[0])])
+
+
+def _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, weighting):
+    out = _lookup(bits_FT, mapping_Ln, inverse_FK, tables_LA, weighting)
+    # An empty array carries the bits' dtype, which is not a value JAX can save.
+    return out, (bits_FT != 0, jnp.zeros((0,), bits_FT.dtype), mapping_Ln, inverse_FK, tables_LA)
+
+
+def _lookup_backward(weighting, saved, grad_LT):
+    bits_FT, bits_like, mapping_Ln, inverse_FK, tables_LA = saved
+    wired = _wire(bits_FT, mapping_Ln)
+    slots = [wired[l] for l in range(wired.shape[0])]
+    grad_LT = grad_LT.astype(jnp.float32)
+    grad_tables = _table_grad(_address(slots), grad_LT, tables_LA.shape[1]).astype(tables_LA.dtype)
+    if not jnp.issubdtype(bits_like.dtype, jnp.floating):
+        return None, None, None, grad_tables
+    differences = finite_differences(tables_LA, weighting)
+    grads = [grad_LT * _read_rest(differences[l], slots[:l] + slots[l + 1 :], grad_LT) for l in range(len(slots))]
+    grad_bits = _unwire(jnp.stack(grads), mapping_Ln, inverse_FK, bits_FT.shape[0])
+    return grad_bits.astype(bits_like.dtype), None, None, grad_tables
+
+
+def _read_rest(differences_LR: Array, rest: Sequence[Array], like: Array) -> Array:
+    if not rest:
+        return jnp.broadcast_to(differences_LR, like.shape)
+    return _read(differences_LR, rest)
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def lut_lookup(
+    bits: ArrayLike,
+    mapping: ArrayLike,
+    tables: ArrayLike,
+    *,
+    decay: str = "exponential",
+    alpha: float | None = None,
+    beta: float | None = None,
+    inverse: ArrayLike | None = None,
+) -> Array:
+    """Reads every table at the address its input bits spell; the gradient is the extended finite difference.
+
+    `out[..., j] = tables[j, sum_l bits[..., mapping[j, l]] << l]`: slot 0 is the least significant bit (arXiv 2410.11112,
+    section 3). The gradient to the tables goes to the addressed entry alone; the gradient to a bit sums, over the tables that
+    read it, g * sum_a sign_l(a) * tables[j, a] * w(H), H the Hamming distance to the address without that bit.
+
+    Args:
+      bits: (..., F), 0 or 1, any real or bool dtype. Only a floating dtype receives gradients.
+      mapping: (L, n) int, the input each slot reads, 0 <= mapping < F; n from 1 to 8.
+      tables: (L, 2**n) floating.
+      decay: 'exponential', w(h) = alpha * beta**h, or 'harmonic', w(h) = alpha / (h + 1).
+      alpha: scale of the gradient to the bits; 0.5 * 0.75**(n-1) (exponential) or 1 (harmonic) if None.
+      beta: decay per unit of distance; 1/3 if None.
+      inverse: (F, K) int from `mapping.invert_mapping`, optional: the gradient to the bits then gathers instead of scatters.
+
+    Returns:
+      (..., L), the tables' dtype.
+
+    Raises:
+      InputError: shapes that do not fit, n > 8, or a mapping known at trace time that refers to an input that isn't there.
+    """
+    bits, mapping, tables = jnp.asarray(bits), _as_index(mapping), jnp.asarray(tables)
+    weighting = check_lut_arguments(bits.shape[-1] if bits.ndim else None, mapping, tables, decay, alpha, beta)
+    tokens_TF = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
+    values = _lookup(tokens_TF.T, jnp.asarray(mapping), None if inverse is None else jnp.asarray(inverse), tables, weighting)
+    return values.T.reshape(*bits.shape[:-1], tables.shape[0])
+
+
+def lut_lookup_feature_major(
+    bits_FT: Array,
+    mapping: ArrayLike,
+    tables: Array,
+    *,
+    decay: str = "exponential",
+    alpha: float | None = None,
+    beta: float | None = None,
+    inverse: Array | None = None,
+) -> Array:
+    """`lut_lookup` for bits that are already (F, T), as they are inside a block: returns (L, T) and transposes nothing."""
+    mapping = _as_index(mapping)
+    weighting = check_lut_arguments(bits_FT.shape[0], mapping, tables, decay, alpha, beta)
+    return _lookup(bits_FT, jnp.asarray(mapping), inverse, tables, weighting)
+
+
+def _as_index(mapping: ArrayLike) -> Array | np.ndarray:
+    return mapping if isinstance(mapping, jax.Array) else np.asarray(mapping)
+
+
+def check_lut_arguments(num_inputs: int | None, mapping: Any, tables: Any, decay: str, alpha: float | None, beta: float | None) -> EFD:
+    """Checks shapes, dtypes and, where it is known, the wiring; returns the weighting."""
+    if num_inputs is None:
+        raise InputError("lut_lookup: bits has no dimensions; expected (..., F). Add an axis: bits[None].")
+    if mapping.ndim != 2 or not jnp.issubdtype(mapping.dtype, jnp.integer):
+        raise InputError(f"lut_lookup: mapping must be an integer array (L, n), found {mapping.dtype}{list(mapping.shape)}.")
+    num_luts, lut_inputs = mapping.shape
+    if not 1 <= lut_inputs <= MAX_LUT_INPUTS:
+        raise InputError(f"lut_lookup: a table can have 1 to {MAX_LUT_INPUTS} inputs, mapping {list(mapping.shape)} asks for {lut_inputs}; use more, smaller tables.")
+    if tables.shape != (num_luts, 2**lut_inputs):
+        raise InputError(
+            f"lut_lookup: {num_luts} tables of {lut_inputs} inputs must have shape {[num_luts, 2**lut_inputs]} (2**{lut_inputs} entries each), "
+            f"found {list(tables.shape)}."
+        )
+    if not jnp.issubdtype(tables.dtype, jnp.floating):
+        raise InputError(f"lut_lookup: tables must be floating, found {tables.dtype}; convert them with .astype(jnp.float32).")
+    if num_luts and not isinstance(mapping, jax.core.Tracer):
+        known = np.asarray(mapping)
+        bad = known[(known < 0) | (known >= num_inputs)]
+        if bad.size:
+            valid = f"valid: 0..{num_inputs - 1}" if num_inputs else "none is valid"
+            raise InputError(f"lut_lookup: mapping refers to input {bad[0]} but bits has {num_inputs} inputs ({valid}).")
+    return efd_weighting(lut_inputs, decay, alpha, beta)
+
+
+@jax.custom_jvp
+def binarize(values: Array) -> Array:
+    """1 where values > 0, else 0, in the same dtype; the gradient passes straight through (identity)."""
+    return (values > 0).astype(values.dtype)
+
+
+@binarize.defjvp
+def _binarize_jvp(primals, tangents):
+    return binarize(primals[0]), tangents[0]

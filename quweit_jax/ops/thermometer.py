@@ -1,0 +1,131 @@
+"""Thermometer encoders: z thresholds turn a number into z bits, bit i = x > threshold_i (strict).
+
+Dimensions: N examples to fit on, F features, z thresholds a feature.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.special import ndtri
+from jax.typing import ArrayLike
+
+from quweit_jax.errors import InputError, check_choice
+
+WINDOWS = ("triangular", "boxcar")
+
+
+def _fit_input(name: str, x: ArrayLike, num_bits: int) -> Array:
+    x = jnp.asarray(x)
+    if x.ndim != 2 or x.shape[0] == 0:
+        raise InputError(f"{name}: expected at least one example, x (N, F), found {list(x.shape)}.")
+    if num_bits < 1:
+        raise InputError(f"{name}: expected num_bits >= 1, found {num_bits}.")
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
+def uniform_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True) -> Array:
+    """`min + i (max - min) / (z + 1)`, i = 1..z: (F, z), or (1, z) over all features together."""
+    x = _fit_input("uniform_thresholds", x, num_bits)
+    x = x if per_feature else x.reshape(-1, 1)
+    low, high = x.min(axis=0)[:, None], x.max(axis=0)[:, None]
+    return low + jnp.arange(1, num_bits + 1, dtype=x.dtype) * (high - low) / (num_bits + 1)
+
+
+def gaussian_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True) -> Array:
+    """`mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,) over all features together."""
+    x = _fit_input("gaussian_thresholds", x, num_bits)
+    quantiles = normal_quantiles(num_bits).astype(x.dtype)
+    if per_feature:
+        return x.mean(axis=0)[:, None] + x.std(axis=0, ddof=1)[:, None] * quantiles
+    return x.mean() + x.std(ddof=1) * quantiles
+
+
+def normal_quantiles(num_bits: int) -> Array:
+    """`Phi^-1(i / (z + 1))`, i = 1..z: the gaussian thresholds of N(0, 1), float32 (z,)."""
+    return ndtri(jnp.arange(1, num_bits + 1, dtype=jnp.float32) / (num_bits + 1))
+
+
+def distributive_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True) -> Array:
+    """`sorted(x)[int(N i / (z + 1))]`, thresholds that split the data evenly: (F, z), or (z,) over all features together."""
+    x = _fit_input("distributive_thresholds", x, num_bits)
+    x = x if per_feature else x.reshape(-1)
+    places = jnp.asarray([x.shape[0] * i // (num_bits + 1) for i in range(1, num_bits + 1)])
+    return jnp.sort(x, axis=0)[places].T
+
+
+FITS: dict[str, Callable[..., Array]] = {
+    "uniform": uniform_thresholds,
+    "gaussian": gaussian_thresholds,
+    "distributive": distributive_thresholds,
+}
+
+
+def _check_thresholds(name: str, x: Array, thresholds: Array) -> None:
+    if thresholds.ndim < 1 or thresholds.ndim > 2 or (thresholds.ndim == 2 and thresholds.shape[0] not in (1, x.shape[-1] if x.ndim else 1)):
+        raise InputError(
+            f"{name}: expected thresholds (z,), (1, z) or (F, z) for x (..., F), found {list(thresholds.shape)} for {list(x.shape)}."
+        )
+
+
+def encode(x: ArrayLike, thresholds: ArrayLike) -> Array:
+    """`x > threshold`, strictly: x (..., F) and thresholds (F, z), (1, z) or (z,) give (..., F, z) in x's dtype (float32 if x is not floating)."""
+    x, thresholds = jnp.asarray(x), jnp.asarray(thresholds)
+    _check_thresholds("encode", x, thresholds)
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    return (x[..., None] > thresholds).astype(dtype)
+
+
+def encode_ste(x: ArrayLike, thresholds: ArrayLike, *, window: float = 1.0, shape: str = "triangular") -> Array:
+    """`encode` with a surrogate gradient, for use inside a network.
+
+    d bit / d x is a window of unit area around the threshold, `max(0, 1 - |x - threshold| / window) / window` (triangular) or
+    `1 / (2 window)` where `|x - threshold| < window` (boxcar); d bit / d threshold is its negative.
+
+    Args:
+      x: (..., F) floating. thresholds: (F, z), (1, z) or (z,). window: half-width, in units of x. shape: 'triangular' or 'boxcar'.
+
+    Returns:
+      (..., F, z) in x's dtype.
+    """
+    x, thresholds = jnp.asarray(x), jnp.asarray(thresholds)
+    if isinstance(window, str):  # the shape alone, at half-width 1
+        shape, window = window, 1.0
+    check_choice("encode_ste: shape", shape, WINDOWS)
+    _check_thresholds("encode_ste", x, thresholds)
+    if not window > 0:
+        raise InputError(f"encode_ste: window is a half-width and must be positive, found {window}.")
+    return step_ste(x[..., None], thresholds, float(window), shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def step_ste(x: Array, threshold: Array, window: float, shape: str) -> Array:
+    """`x > threshold` after broadcasting, in x's dtype, with the surrogate gradient of `encode_ste`."""
+    return (x > threshold).astype(x.dtype)
+
+
+def _step_forward(x, threshold, window, shape):
+    return step_ste(x, threshold, window, shape), (x, threshold)
+
+
+def _step_backward(window, shape, saved, grad):
+    x, threshold = saved
+    distance = jnp.abs(x.astype(jnp.float32) - threshold.astype(jnp.float32)) / window
+    slope = jnp.maximum(0.0, 1.0 - distance) if shape == "triangular" else 0.5 * (distance < 1.0)
+    grad = grad.astype(jnp.float32) * slope / window
+    return _sum_to(grad, x.shape).astype(x.dtype), _sum_to(-grad, threshold.shape).astype(threshold.dtype)
+
+
+step_ste.defvjp(_step_forward, _step_backward)
+
+
+def _sum_to(grad: Array, shape: tuple[int, ...]) -> Array:
+    """Undoes broadcasting from `shape`."""
+    extra = grad.ndim - len(shape)
+    grad = grad.sum(tuple(range(extra)))
+    stretched = tuple(i for i, size in enumerate(shape) if size == 1 and grad.shape[i] != 1)
+    return grad.sum(stretched, keepdims=True)
