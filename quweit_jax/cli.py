@@ -1,0 +1,83 @@
+"""What the command lines share: reading arguments, printing errors as sentences, joining several processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quweit_jax.errors import InputError, RunError
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command; our own errors end it with their message alone: status 2 for input, 1 for a run that cannot go on."""
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(_Plain())
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+class _Plain:
+    """'warning: ...' instead of absl's line numbers."""
+
+    def format(self, record: Any) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.path=value` (or `--config.path value`) out of the arguments."""
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    pieces = list(argv)
+    while pieces:
+        piece = pieces.pop(0)
+        if not piece.startswith("--config."):
+            rest.append(piece)
+            continue
+        key, equals, value = piece[len("--config.") :].partition("=")
+        if not equals:
+            if not pieces:
+                raise InputError(f"{piece}: expected a value; write {piece}=VALUE.")
+            value = pieces.pop(0)
+        overrides[key] = value
+    return rest, overrides
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser for `python -m quweit_jax.NAME`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m quweit_jax.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def join_processes() -> None:
+    """`jax.distributed` when launched on several processes.
+
+    By environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on a TPU pod or under a launcher JAX knows,
+    JAX_DISTRIBUTED=1 lets it find them itself.
+    """
+    import jax
+
+    if "JAX_NUM_PROCESSES" in os.environ:
+        missing = [v for v in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if v not in os.environ]
+        if missing:
+            raise InputError(f"JAX_NUM_PROCESSES is set but {' and '.join(missing)} is not; set all three on every process, or none.")
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        )
+    elif os.environ.get("JAX_DISTRIBUTED") == "1":
+        jax.distributed.initialize()

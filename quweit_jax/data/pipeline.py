@@ -1,0 +1,139 @@
+"""From a source to batches: a Grain pipeline that is deterministic, index-addressed, shuffled per epoch and shared by processes.
+
+Dimensions: N tokens, B batch, T context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from quweit_jax.data import sources, tokenizers
+from quweit_jax.data.sources import DataConfig
+from quweit_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+# Enough examples to fit a thermometer on; decoding more images would only cost time.
+_FIT_EXAMPLES = 4096
+
+
+class TokenWindows(Sequence):
+    """A text as windows of T tokens and their successors; the last T tokens are left so that windows can be shifted by up to T - 1."""
+
+    def __init__(self, tokens: np.ndarray, context: int, what: str = "text"):
+        if len(tokens) < context + 1:
+            raise InputError(
+                f"data: the {what} has {len(tokens)} tokens, fewer than the context of {context} and one to predict; "
+                f"use more text or --config.model.context={max(1, len(tokens) - 1)}."
+            )
+        self.tokens, self.context = tokens, context
+        self.shifts = min(context, len(tokens) - context)
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - self.shifts) // self.context
+
+    def window(self, index: int, shift: int) -> dict[str, np.ndarray]:
+        """Window `index` of those that start at `shift`: inputs (T,) and targets (T,), int32."""
+        start = index * self.context + shift
+        return {"inputs": self.tokens[start : start + self.context], "targets": self.tokens[start + 1 : start + 1 + self.context]}
+
+    def __getitem__(self, index):  # type: ignore[override]
+        return self.window(int(index), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Examples by split, with what a model needs to know of them.
+
+    outputs: vocabulary size or number of classes. fingerprint: of the content; a resumed run must find the same.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    outputs: int
+    fingerprint: str
+    tokenizer: tokenizers.Tokenizer | None = None
+    labels: tuple[str, ...] = ()
+
+    def fit_batch(self) -> np.ndarray:
+        """Inputs to initialise a model on (its thermometers are fitted to them): spread evenly over the training split."""
+        count = 1 if self.tokenizer is not None else min(len(self.train), _FIT_EXAMPLES)
+        return np.stack([self.train[i * len(self.train) // count]["inputs"] for i in range(count)])
+
+
+def load(config: DataConfig, context: int | None = None, tokenizer: tokenizers.Tokenizer | None = None) -> Dataset:
+    """Reads the source; text is cut into windows of `context` tokens, with the given tokenizer (a trained run's) or a new one."""
+    splits = sources.load(config)
+    if isinstance(splits, sources.LabelledSplits):
+        first = splits.train[0]["inputs"]
+        fingerprint = _digest(np.asarray([len(splits.train), len(splits.validation), splits.num_classes]), first)
+        return Dataset(splits.train, splits.validation, splits.num_classes, fingerprint, labels=splits.labels)
+    if context is None:
+        raise InputError(f"data.source: {config.source} is text, which the model of this config does not read.")
+    if tokenizer is None:
+        # Characters of the validation text belong to the vocabulary too, as in nanoGPT.
+        corpus = splits.train + (splits.validation if config.tokenizer == "char" else "")
+        tokenizer = tokenizers.train(config.tokenizer, corpus, bpe_vocab_size=config.bpe_vocab_size)
+    train, validation = tokenizer.encode(splits.train), tokenizer.encode(splits.validation)
+    return Dataset(
+        TokenWindows(train, context, "training text"),
+        TokenWindows(validation, context, "validation text"),
+        tokenizer.vocab_size,
+        _digest(train, validation),
+        tokenizer,
+    )
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def train_batches(
+    examples: Sequence[Any], batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1, prefetch: int = 4
+) -> grain.DatasetIterator:
+    """An endless iterator of this process's share of each global batch; `get_state` and `set_state` move it to any batch.
+
+    An epoch visits every example once, in an order drawn from (seed, epoch); token windows are also shifted per epoch, so that
+    another epoch cuts the text elsewhere. All processes together see the same global batches whatever their number.
+    """
+    if batch_size % process_count:
+        raise InputError(f"batch_size: {batch_size} cannot be shared equally by {process_count} processes; use a multiple.")
+    if not len(examples):
+        raise InputError("data: the training split is empty.")
+    number = len(examples)
+
+    def read(index: int, example: int) -> dict[str, np.ndarray]:
+        if isinstance(examples, TokenWindows):
+            epoch = index // number
+            shift = int(np.random.default_rng((seed, epoch)).integers(examples.shifts)) if epoch else 0
+            return examples.window(int(example), shift)
+        return examples[int(example)]
+
+    data = grain.MapDataset.range(number).seed(seed).shuffle().repeat().map_with_index(read)
+    data = data.slice(slice(process_index, None, process_count)).batch(batch_size // process_count, drop_remainder=True)
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)))
+
+
+def eval_batches(
+    examples: Sequence[Any], batch_size: int, limit: int = 0, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """A fixed set of batches, spread evenly over the split (`limit` batches; 0: the whole split), each with `weights` (B,).
+
+    The last batch is filled up with examples of weight 0, so every batch has the same shape.
+    """
+    count = min(len(examples), limit * batch_size) if limit else len(examples)
+    chosen = [i * len(examples) // count for i in range(count)]
+    local = batch_size // process_count
+    for start in range(0, count, batch_size):
+        places = range(start + process_index * local, start + (process_index + 1) * local)
+        rows = [examples[chosen[min(p, count - 1)]] for p in places]
+        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        yield batch | {"weights": np.asarray([p < count for p in places], np.float32)}

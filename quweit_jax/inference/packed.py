@@ -1,0 +1,153 @@
+"""The deployed form of weightless blocks: tables at 1 bit an entry, int8 sums added in int32, and evaluation in that form.
+
+Dimensions: T tokens, F input bits, L tables, n inputs a table, A = 2**n entries, d features, z thermometer bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from quweit_jax.errors import InputError
+from quweit_jax.layers.weightless import WeightlessBlock
+from quweit_jax.ops.reductions import quantize_int8
+
+Tree = dict[str, Any]
+
+
+def pack_tables(tables: Any) -> np.ndarray:
+    """The signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L, ceil(A / 8))."""
+    return np.packbits(np.asarray(tables) > 0, axis=1, bitorder="little")
+
+
+def read_packed(packed: Array, address: Array) -> Array:
+    """Entry address[j, t] of packed table j: bool (L, T)."""
+    byte = jnp.take_along_axis(packed, address >> 3, axis=1, mode="clip")
+    return ((byte >> (address & 7).astype(jnp.uint8)) & 1).astype(bool)
+
+
+def _wiring(params: Tree, constants: Tree) -> np.ndarray:
+    """The inputs each slot reads, (L, n), whatever the kind of mapping, in the smallest integer type."""
+    num_luts, entries = params["tables"].shape
+    if "mapping" in constants:
+        mapping = np.asarray(constants["mapping"])
+    elif "candidates" in constants:
+        best = np.asarray(params["scores"]).argmax(1)[:, None]
+        mapping = np.take_along_axis(np.asarray(constants["candidates"]), best, 1)
+    else:
+        mapping = np.asarray(params["scores"]).argmax(0)
+    mapping = mapping.reshape(num_luts, entries.bit_length() - 1)
+    return mapping.astype(np.min_scalar_type(max(1, int(mapping.max()))))
+
+
+def pack_block(params: Tree, constants: Tree) -> Tree:
+    """A trained WeightlessBlock's parameters and wiring -> what inference needs of them."""
+    layers = sorted((k for k in params if k.startswith("luts_")), key=lambda k: int(k[5:]))
+    vectors, scale = quantize_int8(jnp.asarray(params["vectors"]), axis=0)
+    packed: Tree = {
+        "tables": [pack_tables(params[k]["tables"]) for k in layers],
+        "wiring": [_wiring(params[k], constants.get(k, {})) for k in layers],
+        "thresholds": np.asarray(params["thresholds"] if "thresholds" in params else constants["thresholds"], np.float32),
+        "vectors": np.asarray(vectors),
+        "scale": np.asarray(scale, np.float32).reshape(-1),
+        "bias": np.asarray(params["bias"], np.float32),
+    }
+    if "norm" in params:
+        packed["norm"] = {k: np.asarray(v, np.float32) for k, v in params["norm"].items()}
+    return packed
+
+
+def _blocks(params: Tree, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if "vectors" in params and any(k.startswith("luts_") for k in params):
+        return [path]
+    return [found for key, child in params.items() if isinstance(child, dict) for found in _blocks(child, (*path, key))]
+
+
+def _at(tree: Tree, path: tuple[str, ...]) -> Tree:
+    for key in path:
+        tree = tree.get(key, {})
+    return tree
+
+
+def _without(tree: Tree, paths: list[tuple[str, ...]]) -> Tree:
+    heads = {p[0] for p in paths if len(p) == 1}
+    return {
+        key: _without(child, [p[1:] for p in paths if p[0] == key and len(p) > 1]) if isinstance(child, dict) else child
+        for key, child in tree.items()
+        if key not in heads
+    }
+
+
+def pack(variables: Tree) -> Tree:
+    """{'params': everything dense, 'blocks': {'path/of/block': packed block}} for `apply`.
+
+    Raises:
+      InputError: the model has no weightless block.
+    """
+    params = jax.device_get(variables["params"])
+    constants = jax.device_get(variables.get("wiring", {}))
+    paths = _blocks(params)
+    if not paths:
+        raise InputError("pack: this model has no weightless block, so there is nothing to pack.")
+    return {"params": _without(params, paths), "blocks": {"/".join(p): pack_block(_at(params, p), _at(constants, p)) for p in paths}}
+
+
+def apply_block(packed: Tree, x: Array, *, signed: bool) -> Array:
+    """The block on packed values: x (..., d_in) -> (..., d). Bits, table reads and int32 sums; floats only around them."""
+    if "norm" in packed:
+        x = nn.LayerNorm(epsilon=1e-5, use_bias="bias" in packed["norm"]).apply({"params": packed["norm"]}, x)  # type: ignore[assignment]
+    lead, width = x.shape[:-1], x.shape[-1]
+    x_DT = x.reshape(math.prod(lead), width).T
+    bits = (x_DT[:, None, :] > packed["thresholds"][:, :, None]).reshape(-1, x_DT.shape[1])
+    for tables, wiring in zip(packed["tables"], packed["wiring"]):
+        wired = jnp.take(bits, jnp.asarray(wiring, jnp.int32), axis=0, mode="clip")
+        address = sum(wired[:, l].astype(jnp.int32) << l for l in range(wired.shape[1]))
+        bits = read_packed(jnp.asarray(tables), jnp.asarray(address))
+    counted = 2 * bits.astype(jnp.int8) - 1 if signed else bits.astype(jnp.int8)
+    vectors = jnp.asarray(packed["vectors"])
+    if vectors.ndim == 2:
+        total = jax.lax.dot_general(counted, vectors, (((0,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    else:
+        outputs = packed["bias"].shape[0]
+        products = counted.astype(jnp.int32) * vectors.astype(jnp.int32)[:, None]
+        total = products.reshape(outputs, -1, products.shape[1]).sum(1).T
+    return (total * packed["scale"] + packed["bias"]).reshape(*lead, -1)
+
+
+def apply(model: nn.Module, packed: Tree, inputs: Array, **kwargs: Any) -> Any:
+    """`model.apply` with every weightless block evaluated from its packed form."""
+
+    def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, WeightlessBlock) and context.method_name == "__call__":
+            out = apply_block(packed["blocks"]["/".join(module.path)], args[0].astype(jnp.float32), signed=module.signed)
+            return out.astype(module.dtype)
+        return next_method(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        return model.apply({"params": packed["params"]}, inputs, **kwargs)
+
+
+def block_bytes(block: Tree) -> int:
+    """Bytes of a packed block, all of it: tables, wiring, thresholds, vectors, scales, bias, norm."""
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(block))
+
+
+def dense_bytes(block: Tree, bytes_per_weight: int = 1) -> int:
+    """Bytes of the MLP (hidden layer 4 times wider, no biases, no scales) that the block takes the place of."""
+    return 8 * block["thresholds"].shape[0] * block["bias"].shape[0] * bytes_per_weight
+
+
+def describe(variables: Tree) -> list[str]:
+    """What the weightless blocks take at inference beside the MLPs they replace; nothing if there are none."""
+    if not _blocks(variables["params"]):
+        return []
+    blocks = pack(variables)["blocks"].values()
+    ours, dense = sum(map(block_bytes, blocks)), sum(map(dense_bytes, blocks))
+    return [f"weightless blocks at inference: {ours:,} bytes (1-bit tables, int8 sums, wiring); the MLPs they replace: {dense:,} in int8, {4 * dense:,} in float32"]

@@ -1,0 +1,75 @@
+"""The plain weightless classifier: thermometer -> look-up layers -> group sum (DWN, arXiv 2410.11112)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+from jax import Array
+
+from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.weightless import MAPPINGS, GroupSum, LearnableReduction, LUTLayer
+from quweit_jax.ops import thermometer
+from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
+
+REDUCTIONS = ("group_sum", "learnable")
+
+
+@dataclasses.dataclass(frozen=True)
+class DWNConfig:
+    """What decides a classifier's shape.
+
+    num_luts: look-up tables of each layer. mapping: the wiring of the first layer (later layers are wired at random).
+    thermometer: 'distributive', 'gaussian' or 'uniform', fitted to the inputs the model is initialised on.
+    tau: divides the scores; about the square root of the tables per class trains well.
+    """
+
+    num_classes: int
+    num_luts: tuple[int, ...] = (500,)
+    lut_inputs: int = 6
+    mapping: str = "learnable"
+    candidates: int = 16
+    mapping_tau: float = 0.001
+    thermometer: str = "distributive"
+    thermometer_bits: int = 8
+    per_feature: bool = True
+    reduction: str = "group_sum"
+    tau: float = 3.3
+    decay: str = "exponential"
+    alpha: float | None = None
+    beta: float | None = None
+
+    def __post_init__(self):
+        check_choice("model.mapping", self.mapping, MAPPINGS)
+        check_choice("model.thermometer", self.thermometer, thermometer.FITS)
+        check_choice("model.reduction", self.reduction, REDUCTIONS)
+        check_choice("model.decay", self.decay, DECAYS)
+        if not 1 <= self.lut_inputs <= MAX_LUT_INPUTS:
+            raise InputError(f"model.lut_inputs: a table can have 1 to {MAX_LUT_INPUTS} inputs, found {self.lut_inputs}; use more, smaller tables.")
+        if isinstance(self.num_luts, int):
+            object.__setattr__(self, "num_luts", (self.num_luts,))
+        if not self.num_luts or min(self.num_luts) < 1:
+            raise InputError(f"model.num_luts: expected a positive number of tables for each layer, found {self.num_luts}.")
+
+
+class DWN(nn.Module):
+    """Inputs (B, ...) of any shape -> class scores (B, num_classes). Initialising it fits the thermometer to the given inputs."""
+
+    config: DWNConfig
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool = False) -> Array:
+        """inputs (B, ...) real -> (B, num_classes) float32."""
+        c = self.config
+        features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
+        fit = thermometer.FITS[c.thermometer]
+        thresholds = self.variable("wiring", "thresholds", lambda: fit(features, c.thermometer_bits, per_feature=c.per_feature)).value
+        bits = thermometer.encode(features, thresholds).reshape(inputs.shape[0], -1)
+        shared = {"lut_inputs": c.lut_inputs, "decay": c.decay, "alpha": c.alpha, "beta": c.beta}
+        for i, width in enumerate(c.num_luts):
+            first = {"mapping": c.mapping, "candidates": c.candidates, "tau": c.mapping_tau} if i == 0 else {}
+            bits = LUTLayer(width, name=f"luts_{i}", **shared, **first)(bits)
+        if c.reduction == "group_sum":
+            return GroupSum(c.num_classes, c.tau, name="reduction")(bits)
+        return LearnableReduction(c.num_classes, c.lut_inputs, 1.0 / c.tau, name="reduction")(bits)

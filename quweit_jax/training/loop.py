@@ -1,0 +1,252 @@
+"""The one train loop, for every model: step, log, evaluate, checkpoint, stop cleanly, go on exactly.
+
+The order at a step k: its metrics are read while step k + 1 runs; rows up to k are on disk before checkpoint k is begun; a
+checkpoint is only begun once step k is known to be finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from quweit_jax.data import pipeline
+from quweit_jax.errors import InputError, RunError
+from quweit_jax.training import metrics, optimizers, run, sharding, state
+from quweit_jax.training.checkpoints import Checkpoints
+
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass
+class Result:
+    """How a run ended: the last step, whether it was complete, the state, and the last validation loss."""
+
+    step: int
+    complete: bool
+    state: state.TrainState
+    parts: run.Parts
+    validation: dict[str, float] | None
+
+
+class StopRequest:
+    """True once SIGTERM or SIGINT has come; a second one ends the program at once. A context manager that restores the handlers."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: a notebook's own business
+                return self
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, step: int, every: int) -> bool:
+        """Whether to stop now; several processes decide together, every few steps."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if step % every:
+            return False
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.signal is not None))))
+
+
+class Log:
+    """Turns the metrics of single steps into rows: the mean loss since the last row, which a checkpoint carries along."""
+
+    def __init__(self, writer: metrics.MetricsWriter, config: ml_collections.ConfigDict, schedule: Callable[[int], Any], saved: dict[str, Any]):
+        self.writer, self.config, self.schedule = writer, config, schedule
+        self.pending: list[list[float]] = saved.get("pending", [])
+        self.seconds: float = saved.get("seconds", 0.0)
+        self.since = time.monotonic()
+        self.bar: Any = None
+        self.units_per_step = 1
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all resumes."""
+        return self.seconds + time.monotonic() - self.since
+
+    def train_step(self, step: int, values: dict[str, float], last_good: int) -> None:
+        """Notes step `step`; RunError if it isn't finite."""
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            groups = [k.split("/")[1] for k, v in values.items() if k.startswith("grad_norm/") and not math.isfinite(v)]
+            where = f"gradients are not finite in the parameter group(s) {', '.join(groups)}" if groups else "gradients are still finite"
+            keep = f"the last good checkpoint, of step {last_good}, is kept" if last_good else "there was no checkpoint yet"
+            raise RunError(
+                f"step {step}: the loss is {values['loss']}; {where}. Nothing of it was saved; {keep}. "
+                "Try a smaller --config.optimizer.learning_rate or more --config.optimizer.clip, in a new --workdir."
+            )
+        self.pending.append([values["loss"], values["accuracy"]])
+        if step % self.config.log_every == 0:
+            mean = np.mean(np.asarray(self.pending, np.float64), axis=0)
+            self.pending = []
+            row = {"step": step, "split": "train", "loss": float(mean[0]), "accuracy": float(mean[1]), "grad_norm": values["grad_norm"]}
+            self.writer.write(row | {"learning_rate": float(self.schedule(step - 1)), "seconds": self.elapsed()})
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"loss {mean[0]:.3f}")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on with the same rows."""
+        return {"pending": self.pending, "seconds": self.elapsed()}
+
+
+def evaluate(eval_step: Any, variables: Any, parts: run.Parts, limit: int) -> dict[str, float]:
+    """Loss and accuracy on a fixed set of validation batches (0: the whole split)."""
+    batch_size, where = run.eval_batch_size(parts.config, parts.mesh), sharding.batch_sharding(parts.mesh)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = pipeline.eval_batches(parts.dataset.validation, batch_size, limit, **share)
+    return state.mean_of_sums([eval_step(variables, sharding.put_batch(batch, where)) for batch in batches])
+
+
+def fit(config: ml_collections.ConfigDict, workdir: str | Path, *, progress: bool | None = None, on_step: Callable[[int], None] | None = None) -> Result:
+    """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in `workdir` ends.
+
+    Args:
+      progress: show a bar; None: on a terminal. on_step: called after each step with its number (for tests and notebooks).
+
+    Raises:
+      InputError: something in the config, the data or the directory is wrong; nothing was changed.
+      RunError: the loss stopped being finite, or a checkpoint could not be written.
+    """
+    workdir = Path(workdir).absolute()
+    parts = run.assemble(config, run.prepare(workdir, config))
+    run.record(workdir, parts)
+    leader = jax.process_index() == 0
+    checkpoints = Checkpoints(workdir, config.keep)
+    restored = checkpoints.restore(parts.abstract_state())
+    current, saved, start = restored if restored is not None else (parts.init_state(), {}, 0)
+    if start > config.steps:
+        raise InputError(f"steps: {workdir} is already at step {start}, past the {config.steps} asked for; raise --config.steps or use a new --workdir.")
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = pipeline.train_batches(parts.dataset.train, config.batch_size, config.seed, prefetch=config.prefetch, **share)
+    if "data" in saved:
+        batches.set_state(saved["data"])
+    writer = metrics.MetricsWriter(workdir, start) if leader else metrics.NoMetrics()
+    optimizer_config = config.optimizer
+    schedule = optimizers.make_schedule(
+        optimizers.OptimizerConfig(**optimizer_config.to_dict()), optimizer_config.learning_rate, config.steps, optimizer_config.min_ratio
+    )
+    log = Log(writer, config, schedule, saved)
+    log.bar = _bar(parts, start, leader if progress is None else progress and leader, progress)
+    try:
+        with StopRequest() as stop:
+            return _steps(parts, current, start, batches, checkpoints, log, stop, saved.get("validation"), on_step)
+    except OSError as error:
+        raise RunError(f"cannot write to {workdir} ({error.strerror}); the last checkpoint is whole. Free some space and run the same command again.") from error
+    finally:
+        if log.bar is not None:
+            log.bar.close()
+        writer.close()
+        if sys.exc_info()[0] is None:
+            checkpoints.close()
+
+
+def _steps(
+    parts: run.Parts,
+    current: state.TrainState,
+    start: int,
+    batches: Any,
+    checkpoints: Checkpoints,
+    log: Log,
+    stop: StopRequest,
+    validation: dict[str, float] | None,
+    on_step: Callable[[int], None] | None,
+) -> Result:
+    config, where = parts.config, sharding.batch_sharding(parts.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, current)
+    train_step = state.make_train_step(
+        parts.model, parts.optimizer, ema=config.optimizer.ema, grad_accum=config.grad_accum, state_shardings=shardings, mesh=parts.mesh
+    )
+    eval_step = state.make_eval_step(parts.model.apply)
+    running: tuple[int, Sums] | None = None
+    last_good, step, stopping = start, start, False
+
+    def read() -> None:
+        nonlocal running
+        if running is not None:
+            number, values = running
+            running = None
+            log.train_step(number, {k: float(v) for k, v in values.items()}, last_good)
+
+    for step in range(start + 1, config.steps + 1):
+        current, values = train_step(current, sharding.put_batch(next(batches), where))
+        read()
+        running = (step, values)
+        if log.bar is not None:
+            log.bar.update(log.units_per_step)
+        if on_step is not None:
+            on_step(step)
+        stopping = stop.agreed(step, config.log_every)
+        last = step == config.steps
+        score = None
+        if step % config.eval_every == 0 or last:
+            read()
+            validation = evaluate(eval_step, current.variables(), parts, config.eval_batches)
+            score = validation["loss"]
+            if not math.isfinite(score):
+                raise RunError(f"step {step}: the validation loss is {score}. Nothing of it was saved; the checkpoint of step {last_good} is kept.")
+            log.writer.write({"step": step, "split": "validation", "loss": score, "accuracy": validation["accuracy"], "seconds": log.elapsed()})
+        if step % config.checkpoint_every == 0 or last or stopping:
+            read()
+            log.writer.sync()
+            loop = {"data": batches.get_state(), "validation": validation, **log.state()}
+            checkpoints.save(step, current, loop, score)
+            last_good = step
+        if stopping:
+            break
+    checkpoints.wait()
+    if jax.process_index() == 0:
+        log.writer.sync()
+        rows = metrics.read_rows(log.writer.path)
+        metrics.plot_losses({"": rows}, log.writer.path.parent / "plots" / "loss.png")
+    return Result(step, step >= config.steps, current, parts, validation)
+
+
+def _bar(parts: run.Parts, start: int, show: bool, asked: bool | None) -> Any:
+    config = parts.config
+    tokens = parts.dataset.tokenizer is not None
+    units = config.batch_size * (config.model.context if tokens else 1)
+    if not show or (asked is None and not sys.stderr.isatty()):
+        return None
+    bar = tqdm(
+        total=config.steps * units, initial=start * units, unit="tok" if tokens else "ex", unit_scale=True, dynamic_ncols=True, smoothing=0.05, desc="train"
+    )
+    return _Scaled(bar, units)
+
+
+class _Scaled:
+    """A bar that is told steps and shows tokens (or examples) a second and the time left."""
+
+    def __init__(self, bar: Any, units: int):
+        self._bar, self._units = bar, units
+
+    def update(self, steps: int) -> None:
+        self._bar.update(steps * self._units)
+
+    def set_postfix_str(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        self._bar.close()

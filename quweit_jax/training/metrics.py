@@ -1,0 +1,121 @@
+"""What a run writes down: metrics.jsonl, TensorBoard if it is installed, the progress bar, and the loss plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+class MetricsWriter:
+    """Appends rows {"step", "split", ...} to metrics.jsonl; opening it drops every row after `step`, so a resume repeats none."""
+
+    def __init__(self, workdir: Path, step: int):
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_rows(self.path) if row.get("step", 0) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _tensorboard(workdir)
+
+    def write(self, row: Row) -> None:
+        """One line, at once; floats at full precision."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key not in ("step", "split") and isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{row['split']}/{key}", value, row["step"])
+
+    def sync(self) -> None:
+        """Forces the rows to disk: call before a checkpoint that counts on them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(workdir: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return SummaryWriter(str(workdir / "tensorboard"))
+
+
+class NoMetrics(MetricsWriter):
+    """For the processes that don't write."""
+
+    def __init__(self):
+        pass
+
+    def write(self, row: Row) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def curve(rows: Sequence[Row], split: str, key: str = "loss") -> tuple[list[int], list[float]]:
+    """Steps and values of one split."""
+    points = [(row["step"], row[key]) for row in rows if row.get("split") == split and isinstance(row.get(key), (int, float))]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def plot_losses(runs: dict[str, Sequence[Row]], path: Path, title: str = "") -> None:
+    """Loss curves of one run (training and validation) or several (validation, labelled by name) as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
+    for i, (name, rows) in enumerate(runs.items()):
+        colour = f"C{i}"
+        steps, values = curve(rows, "validation")
+        if len(runs) == 1:
+            axes.plot(*curve(rows, "train"), color=colour, alpha=0.45, linewidth=1, label="training")
+            colour = "C1"
+        axes.plot(steps, values, color=colour, marker="o", markersize=3, label=name if len(runs) > 1 else "validation")
+        if values and len(runs) == 1:
+            axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(0, 8), ha="right", color=colour)
+    finite = [v for rows in runs.values() for split in ("train", "validation") for v in curve(rows, split)[1] if math.isfinite(v)]
+    if finite and len(runs) > 1:
+        lows = [curve(rows, "validation")[1] for rows in runs.values()]
+        axes.set_ylim(min(map(min, filter(None, lows))) * 0.98, sorted(v for low in lows for v in low)[int(0.97 * sum(map(len, lows)))] * 1.02)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)" if title != "classifier" else "loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,108 @@
+"""AdamW with a group for each kind of parameter, warm-up and cosine decay, clipping, and the projection of tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from quweit_jax.errors import InputError, check_choice
+
+# The parameters of weightless layers, by name; everything else is 'decay' (matrices) or 'no_decay' (vectors and scalars).
+NAMED_GROUPS = ("tables", "scores", "thresholds", "vectors")
+GROUPS = (*NAMED_GROUPS, "decay", "no_decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW's settings.
+
+    learning_rate: the peak, reached after `warmup` steps and followed by a cosine down to min_ratio of it (or 'constant').
+    tables_learning_rate, scores_..., thresholds_..., vectors_...: of those groups (None: learning_rate), same schedule.
+    tables_min_ratio: where the cosine of tables and scores ends. Tables, scores and thresholds have no weight decay.
+    clip: of the global gradient norm, 0 for none. ema: decay of the parameters' moving average, 0 for none.
+    """
+
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    schedule: str = "cosine"
+    min_ratio: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    ema: float = 0.0
+    tables_learning_rate: float | None = 3e-2
+    tables_min_ratio: float = 0.1
+    tables_beta2: float = 0.999
+    scores_learning_rate: float | None = 3e-2
+    thresholds_learning_rate: float | None = None
+    vectors_learning_rate: float | None = None
+
+    def __post_init__(self):
+        check_choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        if not self.learning_rate > 0:
+            raise InputError(f"optimizer.learning_rate: expected a positive number, found {self.learning_rate}.")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"optimizer.ema: expected 0 <= ema < 1, found {self.ema}.")
+        if self.warmup < 0:
+            raise InputError(f"optimizer.warmup: expected a number of steps, found {self.warmup}.")
+
+
+def group_of(path: tuple[Any, ...], leaf: Any) -> str:
+    """The group a parameter belongs to, from its name and rank."""
+    name = str(getattr(path[-1], "key", path[-1]))
+    if name in NAMED_GROUPS:
+        return name
+    return "decay" if len(leaf.shape) >= 2 else "no_decay"
+
+
+def groups_of(params: Any) -> Any:
+    """The group of each parameter, as a tree of the same structure."""
+    return jax.tree_util.tree_map_with_path(group_of, params)
+
+
+def make_schedule(config: OptimizerConfig, peak: float, steps: int, min_ratio: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then a cosine to min_ratio * peak at the last step (or constant)."""
+    warmup = min(config.warmup, max(0, steps - 1))
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
+    fall = optax.cosine_decay_schedule(peak, max(1, steps - warmup), min_ratio) if config.schedule == "cosine" else optax.constant_schedule(peak)
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then for each group its own Adam(W). Follow the update with `project`."""
+
+    def adam(rate: float | None, decay: float, beta2: float = config.beta2, min_ratio: float = config.min_ratio) -> optax.GradientTransformation:
+        schedule = make_schedule(config, config.learning_rate if rate is None else rate, steps, min_ratio)
+        return optax.adamw(schedule, config.beta1, beta2, config.eps, weight_decay=decay)
+
+    table_like = {"beta2": config.tables_beta2, "min_ratio": config.tables_min_ratio}
+    transforms = {
+        "tables": adam(config.tables_learning_rate, 0.0, **table_like),
+        "scores": adam(config.scores_learning_rate, 0.0, **table_like),
+        "thresholds": adam(config.thresholds_learning_rate, 0.0),
+        "vectors": adam(config.vectors_learning_rate, config.weight_decay),
+        "decay": adam(None, config.weight_decay),
+        "no_decay": adam(None, 0.0),
+    }
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, optax.multi_transform(transforms, groups_of))
+
+
+def project(params: Any) -> Any:
+    """Keeps tables in [-1, 1] (arXiv 2410.11112); everything else is returned as it is."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.clip(leaf, -1.0, 1.0) if group_of(path, leaf) == "tables" else leaf, params)
+
+
+def group_norms(tree: Any) -> dict[str, jax.Array]:
+    """The Euclidean norm of each group that has members, float32."""
+    squares: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        group = group_of(path, leaf)
+        squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return {group: jnp.sqrt(total) for group, total in squares.items()}

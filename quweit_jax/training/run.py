@@ -1,0 +1,233 @@
+"""A run directory: config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, plots/.
+
+Everything downstream (evaluate, generate, report) needs only that directory: `open_run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from quweit_jax import configs, models
+from quweit_jax.data import pipeline, tokenizers
+from quweit_jax.data.sources import DataConfig
+from quweit_jax.errors import InputError
+from quweit_jax.models.options import from_mapping
+from quweit_jax.training import optimizers, sharding, state
+from quweit_jax.training.checkpoints import Checkpoints
+
+# What may change when a run goes on; anything else makes it another run.
+MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "eval_batch_size", "checkpoint_every", "keep", "prefetch", "sample_tokens")
+MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.download")
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a config describes, made: data, model, optimizer, mesh, and the functions that need all of them."""
+
+    config: ml_collections.ConfigDict
+    data: pipeline.Dataset | None
+    tokenizer: tokenizers.Tokenizer | None
+    model: nn.Module
+    optimizer: Any
+    mesh: Mesh
+    ema: bool
+
+    @property
+    def size_limit(self) -> int:
+        """Elements above which a parameter never stays whole."""
+        return self.config.mesh.fsdp_size_limit
+
+    @property
+    def dataset(self) -> pipeline.Dataset:
+        """The data; a run opened without them has none."""
+        assert self.data is not None, "opened with data=False"
+        return self.data
+
+    def init_inputs(self) -> np.ndarray:
+        """What the model is initialised on."""
+        return np.zeros((1, self.config.model.context), np.int32) if self.tokenizer is not None else self.dataset.fit_batch()
+
+    def init_state(self) -> state.TrainState:
+        """A first state on the mesh."""
+        c = self.config
+        return state.init_state(self.model, self.optimizer, c.seed, self.init_inputs(), self.mesh, ema=self.ema, size_limit=self.size_limit)
+
+    def abstract_state(self) -> state.TrainState:
+        """Its shapes and shardings."""
+        c = self.config
+        return state.abstract_state(self.model, self.optimizer, c.seed, self.init_inputs(), self.mesh, ema=self.ema, size_limit=self.size_limit)
+
+
+def assemble(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer | None = None, *, read_data: bool = True) -> Parts:
+    """Makes the parts; every mistake in the config shows here, before any work.
+
+    tokenizer: a trained run's; without data it decides the vocabulary.
+
+    Raises:
+      InputError: see the parts.
+    """
+    for name in ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "eval_batch_size", "checkpoint_every", "keep"):
+        if config[name] < 1:
+            raise InputError(f"{name}: expected at least 1, found {config[name]}.")
+    optimizer_config = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
+    mesh = sharding.make_mesh(from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"))
+    if config.batch_size % config.grad_accum:
+        raise InputError(f"grad_accum: batch_size {config.batch_size} cannot be cut into {config.grad_accum} equal parts.")
+    sharding.check_batch(config.batch_size // config.grad_accum, mesh, "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size")
+    model_config = config.model.to_dict()
+    models.build(model_config, 2)  # a wrong model key shows before the data is read
+    data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
+    data = pipeline.load(data_config, model_config.get("context"), tokenizer) if read_data or tokenizer is None else None
+    tokenizer = data.tokenizer if data is not None else tokenizer
+    outputs = data.outputs if data is not None else tokenizer.vocab_size  # type: ignore[union-attr]
+    optimizer = optimizers.make_optimizer(optimizer_config, config.steps)
+    return Parts(config, data, tokenizer, models.build(model_config, outputs), optimizer, mesh, config.optimizer.ema > 0)
+
+
+def eval_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+    """The configured evaluation batch, rounded up to what the mesh divides."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-config.eval_batch_size // shards) * shards
+
+
+def prepare(workdir: Path, config: ml_collections.ConfigDict) -> tokenizers.Tokenizer | None:
+    """Makes the directory, or checks that it is this config's; returns the tokenizer of a run that has one.
+
+    Raises:
+      InputError: the directory belongs to another config (names the keys), or isn't a run directory but isn't empty.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        check_same(read_config(workdir), config, workdir)
+    elif workdir.exists() and any(p.name != "checkpoints" for p in workdir.iterdir()):
+        raise InputError(f"--workdir: {workdir} holds files but no config.json, so it is no run directory; give a new or empty folder.")
+    tokenizer = workdir / "tokenizer.json"
+    return tokenizers.load(tokenizer) if tokenizer.exists() else None
+
+
+def record(workdir: Path, parts: Parts) -> None:
+    """Writes config.json, tokenizer.json and environment.json (process 0 only).
+
+    Raises:
+      InputError: the data is not what the run began with.
+    """
+    if jax.process_index():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir: cannot make {workdir} ({error.strerror}); give a folder you can write to.") from None
+    environment = workdir / "environment.json"
+    if environment.exists():
+        before = json.loads(environment.read_text()).get("data_fingerprint")
+        if before != parts.dataset.fingerprint:
+            raise InputError(
+                f"--workdir: the data has changed since this run began (fingerprint {before}, now {parts.dataset.fingerprint}); "
+                "give it the same data (the same Python, for python_stdlib), or a new --workdir."
+            )
+    if parts.dataset.tokenizer is not None and not (workdir / "tokenizer.json").exists():
+        tokenizers.save(parts.dataset.tokenizer, workdir / "tokenizer.json")
+    _write_json(environment, describe_environment() | {"data_fingerprint": parts.dataset.fingerprint})
+    _write_json(workdir / "config.json", configs.to_dict(parts.config))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and devices, for the record."""
+    packages = ("quweit_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "source tree"
+    return {
+        "format": FORMAT,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        "command": sys.argv[1:],
+    }
+
+
+def read_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The config a run was started with."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise InputError(f"--workdir: no run in {workdir} (no config.json); start one with --config=experiments/FILE.py.")
+    try:
+        return configs.from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise InputError(f"--workdir: {path} is damaged ({error}).") from None
+
+
+def check_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: Path) -> None:
+    """Raises InputError naming the keys in which a directory's config differs from the one given."""
+    before, now = configs.flat(json.loads(json.dumps(_plain(saved)))), configs.flat(json.loads(json.dumps(_plain(config))))
+    missing = object()
+    changed = [
+        f"{key} (there {before.get(key, 'nothing')!r}, now {now.get(key, 'nothing')!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing) and key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_UNDER)
+    ]
+    if changed:
+        raise InputError(
+            f"--workdir: {workdir} belongs to another config: {'; '.join(changed[:6])}{' ...' if len(changed) > 6 else ''}. "
+            "Give a new --workdir, or leave --config out to go on with the run that is there."
+        )
+
+
+def _plain(config: Any) -> Any:
+    return config.to_dict() if hasattr(config, "to_dict") else config
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A trained run, read back."""
+
+    parts: Parts
+    variables: dict[str, Any]
+    step: int
+
+
+def open_run(workdir: Path, step: int | None = None, overrides: Mapping[str, str] | None = None, *, data: bool = True) -> OpenRun:
+    """Reads a run back: its best checkpoint, or a given step.
+
+    overrides: config paths (of the data, say) to text values. data: False leaves a language model's corpus unread.
+    """
+    config = read_config(workdir)
+    for path, text in (overrides or {}).items():
+        configs.set_value(config, path, text)
+    tokenizer = tokenizers.load(workdir / "tokenizer.json") if (workdir / "tokenizer.json").exists() else None
+    parts = assemble(config, tokenizer, read_data=data)
+    saved = Checkpoints(workdir, read_only=True)
+    wanted = saved.best_step() if step is None else step
+    if wanted is None:
+        raise InputError(f"--workdir: {workdir} has no checkpoint yet; let it train past checkpoint_every = {config.checkpoint_every} steps.")
+    restored = saved.restore(parts.abstract_state(), wanted)
+    saved.close()
+    assert restored is not None
+    return OpenRun(parts, restored[0].variables(), wanted)

@@ -1,0 +1,120 @@
+"""One mesh, ('data', 'fsdp', 'tensor'), and a small table of rules that says how each parameter lies on it.
+
+Layers don't mention devices. Optimizer moments and averages follow their parameter: the rules look at the end of a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from quweit_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+# The first rule whose pattern is found in 'path/to/leaf' wins; dims that a mesh axis does not divide stay whole.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"token_embedding/embedding$", P("tensor", "fsdp")),
+    (r"position_embedding$", P(None, "fsdp")),
+    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"(qkv|up)/kernel$", P("fsdp", "tensor")),
+    (r"(proj|down)/kernel$", P("tensor", "fsdp")),
+    (r"tables$", P(("tensor", "fsdp"), None)),
+    (r"vectors$", P("tensor", "fsdp")),
+    (r"scores$", P("fsdp", "tensor")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; -1 takes the devices that are left. Parameters of more than `fsdp_size_limit` elements never stay whole."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    fsdp_size_limit: int = 2**18
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+            raise InputError(f"mesh: expected positive sizes and at most one -1 (what is left), found data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}.")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices (or the first of them, if the sizes are given and need fewer)."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        known = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    needed = math.prod(sizes)
+    if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
+        raise InputError(f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))} needs {needed} devices, found {len(devices)}; change --config.mesh.*.")
+    return Mesh(np.asarray(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'params/block_0/mlp/tables' for a tree path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, size_limit: int) -> P:
+    """How an array lies on the mesh.
+
+    Raises:
+      InputError: it has more than `size_limit` elements, the mesh has an fsdp axis, and no dimension can be divided by it.
+    """
+    rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
+    dims: list[Any] = [None] * len(shape)
+    for i, axes in enumerate(rule[: len(shape)]):
+        kept: list[str] = []
+        for axis in axes if isinstance(axes, tuple) else (axes,):
+            if axis is not None and mesh.shape[axis] > 1 and shape[i] % (math.prod(mesh.shape[a] for a in kept) * mesh.shape[axis]) == 0:
+                kept.append(axis)
+        dims[i] = tuple(kept) if len(kept) > 1 else (kept[0] if kept else None)
+    if any(dims) or math.prod(shape) <= size_limit or mesh.shape["fsdp"] == 1:
+        return P(*dims)
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        if shape[i] % mesh.shape["fsdp"] == 0:
+            dims[i] = "fsdp"
+            return P(*dims)
+    raise InputError(
+        f"mesh: {name} {list(shape)} is above mesh.fsdp_size_limit = {size_limit} but no dimension divides by fsdp = {mesh.shape['fsdp']}; "
+        "change the sizes or raise the limit."
+    )
+
+
+def shardings_for(tree: Any, mesh: Mesh, size_limit: int) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or shapes."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh, size_limit))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples are divided over the data and fsdp axes."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's share of a batch, (B / processes, ...), as global arrays (B, ...)."""
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:
+    """Raises InputError unless the batch divides over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        raise InputError(
+            f"{what}: {batch_size} cannot be divided over {shards} devices (mesh.data x mesh.fsdp); "
+            f"use {batch_size - batch_size % shards or shards} or {batch_size + shards - batch_size % shards}, or a smaller --config.mesh.data."
+        )

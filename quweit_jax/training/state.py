@@ -1,0 +1,138 @@
+"""What a run carries from step to step, and the two compiled functions that move it.
+
+Dimensions: B batch, A accumulation steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from quweit_jax.training import losses, optimizers, sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that is trained or needed to go on bit for bit (the data iterator's state is saved beside it).
+
+    constants: the model's collections other than params (wiring). ema: averaged parameters, or None. rng: uint32 key data.
+    """
+
+    step: Array
+    params: Any
+    constants: Any
+    opt_state: Any
+    ema: Any
+    rng: Array
+
+    def variables(self, averaged: bool = True) -> dict[str, Any]:
+        """For `model.apply`: the averaged parameters if there are any (and they are wanted)."""
+        return {"params": self.ema if averaged and self.ema is not None else self.params, **self.constants}
+
+
+def make_init(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> Callable[[Array], TrainState]:
+    """A function from example inputs to a first state; parameters and dropout draw from different streams of the seed."""
+
+    def init(inputs: Array) -> TrainState:
+        init_key, step_key = jax.random.split(jax.random.key(seed))
+        variables = dict(model.init(init_key, inputs))
+        params = variables.pop("params")
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            constants=variables,
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
+            rng=jax.random.key_data(step_key),
+        )
+
+    return init
+
+
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, inputs: Any, mesh: Mesh, *, ema: bool = False, size_limit: int = 2**18
+) -> TrainState:
+    """A first state, made in place on the mesh: no host ever holds a whole large model. `inputs` also fits the thermometers."""
+    init = make_init(model, optimizer, seed, ema)
+    shardings = sharding.shardings_for(jax.eval_shape(init, inputs), mesh, size_limit)
+    return jax.jit(init, out_shardings=shardings)(inputs)
+
+
+def abstract_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, inputs: Any, mesh: Mesh, *, ema: bool = False, size_limit: int = 2**18
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, without making it: what a restore needs."""
+    shapes = jax.eval_shape(make_init(model, optimizer, seed, ema), inputs)
+    shardings = sharding.shardings_for(shapes, mesh, size_limit)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, *, ema: float = 0.0, grad_accum: int = 1, state_shardings: Any = None, mesh: Mesh | None = None
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused (donated).
+
+    metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm' and 'grad_norm/<group>', float32 scalars.
+    """
+
+    def loss_fn(params: Any, constants: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        logits = model.apply({"params": params, **constants}, batch["inputs"], train=True, rngs={"dropout": key})
+        sums = losses.cross_entropy(logits, batch["targets"])  # type: ignore[arg-type]
+        return sums["loss"] / sums["count"], {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+
+    def gradients(state: TrainState, batch: dict[str, Array], key: Array) -> tuple[Any, dict[str, Array]]:
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+        if grad_accum == 1:
+            return grad_fn(state.params, state.constants, batch, key)
+        micro = {k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
+
+        def add(total: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
+            return jax.tree.map(lambda t, g: t + g / grad_accum, total, grad_fn(state.params, state.constants, *part)), None
+
+        shapes = jax.eval_shape(grad_fn, state.params, state.constants, jax.tree.map(lambda v: v[0], micro), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, (micro, jax.random.split(key, grad_accum)))[0]
+
+    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        grads, metrics = gradients(state, batch, key)
+        norms = optimizers.group_norms(grads)
+        metrics |= {"grad_norm": jnp.sqrt(sum(n**2 for n in norms.values()))} | {f"grad_norm/{g}": n for g, n in norms.items()}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optimizers.project(optax.apply_updates(state.params, updates))
+        average = None if state.ema is None else jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average), metrics  # type: ignore[attr-defined]
+
+    placed = {} if state_shardings is None else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}  # type: ignore[arg-type]
+    return jax.jit(step, donate_argnums=0, **placed)
+
+
+def make_eval_step(apply: Callable[..., Any]) -> Callable[[dict[str, Any], dict[str, Array]], dict[str, Array]]:
+    """The jitted evaluation of one batch with `weights`: (variables, batch) -> the sums of `losses.cross_entropy`.
+
+    apply: (variables, inputs) -> logits, such as `model.apply`.
+    """
+
+    def step(variables: dict[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
+        return losses.cross_entropy(apply(variables, batch["inputs"]), batch["targets"], batch["weights"])
+
+    return jax.jit(step)
+
+
+def mean_of_sums(sums: Any) -> dict[str, float]:
+    """Adds up batches' sums and divides: {'loss', 'accuracy', 'count'}, in double precision."""
+    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    for one in sums:
+        for key in totals:
+            totals[key] += float(one[key])
+    count = max(totals["count"], 1.0)
+    return {"loss": totals["loss"] / count, "accuracy": totals["correct"] / count, "count": totals["count"]}
