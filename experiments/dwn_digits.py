@@ -6,7 +6,14 @@ Shortcuts: luts, lut_inputs, mapping, steps, seed.
 from quweit_jax import configs, defaults
 
 VARIANTS = ("default",)
-ALIASES = {"luts": "model.num_luts", "lut_inputs": "model.lut_inputs", "mapping": "model.mapping", "lr": "optimizer.learning_rate"}
+ALIASES = {
+    "luts": "model.num_luts",
+    "lut_inputs": "model.lut_inputs",
+    "mapping": "model.mapping",
+    "lr": "optimizer.learning_rate",
+    "tau": "model.tau",
+    "bits": "model.thermometer_bits",
+}
 
 
 def get_config(argument: str | None = None):

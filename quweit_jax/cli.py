@@ -76,8 +76,6 @@ def join_processes() -> None:
         missing = [v for v in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if v not in os.environ]
         if missing:
             raise InputError(f"JAX_NUM_PROCESSES is set but {' and '.join(missing)} is not; set all three on every process, or none.")
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        )
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
     elif os.environ.get("JAX_DISTRIBUTED") == "1":
         jax.distributed.initialize()

@@ -18,7 +18,10 @@ def announce(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
         mlp = f", mlp {config.model.mlp}" if "mlp" in config.model else ""
         name = config.data.name or config.data.source
-        print(f"training {config.model.name}{mlp} on {name}: {config.steps} steps of {config.batch_size}, {jax.device_count()} {jax.default_backend()} device(s), into {workdir}", flush=True)
+        print(
+            f"training {config.model.name}{mlp} on {name}: {config.steps} steps of {config.batch_size}, {jax.device_count()} {jax.default_backend()} device(s), into {workdir}",
+            flush=True,
+        )
 
 
 def summarise(result: Result, workdir: Path) -> None:

@@ -122,9 +122,7 @@ def train_batches(
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)))
 
 
-def eval_batches(
-    examples: Sequence[Any], batch_size: int, limit: int = 0, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+def eval_batches(examples: Sequence[Any], batch_size: int, limit: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
     """A fixed set of batches, spread evenly over the split (`limit` batches; 0: the whole split), each with `weights` (B,).
 
     The last batch is filled up with examples of weight 0, so every batch has the same shape.

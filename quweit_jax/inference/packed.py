@@ -150,4 +150,6 @@ def describe(variables: Tree) -> list[str]:
         return []
     blocks = pack(variables)["blocks"].values()
     ours, dense = sum(map(block_bytes, blocks)), sum(map(dense_bytes, blocks))
-    return [f"weightless blocks at inference: {ours:,} bytes (1-bit tables, int8 sums, wiring); the MLPs they replace: {dense:,} in int8, {4 * dense:,} in float32"]
+    return [
+        f"weightless blocks at inference: {ours:,} bytes (1-bit tables, int8 sums, wiring); the MLPs they replace: {dense:,} in int8, {4 * dense:,} in float32"
+    ]

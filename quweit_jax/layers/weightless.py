@@ -81,9 +81,7 @@ class LUTLayer(nn.Module):
         init = symmetric_uniform if self.table_init == "uniform" else residual_tables
         tables = self.param("tables", init(self.table_scale), (self.num_luts, 2**self.lut_inputs), jnp.float32)
         bits_FT, wiring, inverse = self._wire(bits_FT, num_inputs, slots)
-        values = lut.lut_lookup_feature_major(
-            bits_FT, wiring, tables, decay=self.decay, alpha=self.alpha, beta=self.beta, inverse=inverse
-        )
+        values = lut.lut_lookup_feature_major(bits_FT, wiring, tables, decay=self.decay, alpha=self.alpha, beta=self.beta, inverse=inverse)
         return lut.binarize(values) if self.binary else values
 
     def _wire(self, bits_FT: Array, num_inputs: int, slots: int) -> tuple[Array, Array, Array | None]:

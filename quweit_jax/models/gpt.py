@@ -47,7 +47,9 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name}: expected at least 1, found {getattr(self, name)}.")
         if self.width % self.heads:
-            raise InputError(f"model.width: {self.width} is not a multiple of model.heads = {self.heads}; use {self.heads * -(-self.width // self.heads)}.")
+            raise InputError(
+                f"model.width: {self.width} is not a multiple of model.heads = {self.heads}; use {self.heads * -(-self.width // self.heads)}."
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))

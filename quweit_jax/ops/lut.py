@@ -240,7 +240,9 @@ def check_lut_arguments(num_inputs: int | None, mapping: Any, tables: Any, decay
         raise InputError(f"lut_lookup: mapping must be an integer array (L, n), found {mapping.dtype}{list(mapping.shape)}.")
     num_luts, lut_inputs = mapping.shape
     if not 1 <= lut_inputs <= MAX_LUT_INPUTS:
-        raise InputError(f"lut_lookup: a table can have 1 to {MAX_LUT_INPUTS} inputs, mapping {list(mapping.shape)} asks for {lut_inputs}; use more, smaller tables.")
+        raise InputError(
+            f"lut_lookup: a table can have 1 to {MAX_LUT_INPUTS} inputs, mapping {list(mapping.shape)} asks for {lut_inputs}; use more, smaller tables."
+        )
     if tables.shape != (num_luts, 2**lut_inputs):
         raise InputError(
             f"lut_lookup: {num_luts} tables of {lut_inputs} inputs must have shape {[num_luts, 2**lut_inputs]} (2**{lut_inputs} entries each), "

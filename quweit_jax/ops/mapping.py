@@ -18,9 +18,7 @@ from quweit_jax.errors import InputError
 
 def _check_sizes(name: str, num_inputs: int, num_luts: int, lut_inputs: int) -> None:
     if num_inputs < 1 or num_luts < 0 or lut_inputs < 1:
-        raise InputError(
-            f"{name}: expected num_inputs >= 1, num_luts >= 0 and lut_inputs >= 1, found {num_inputs}, {num_luts} and {lut_inputs}."
-        )
+        raise InputError(f"{name}: expected num_inputs >= 1, num_luts >= 0 and lut_inputs >= 1, found {num_inputs}, {num_luts} and {lut_inputs}.")
 
 
 def random_mapping(key: Array, num_inputs: int, num_luts: int, lut_inputs: int) -> Array:

@@ -67,9 +67,7 @@ FITS: dict[str, Callable[..., Array]] = {
 
 def _check_thresholds(name: str, x: Array, thresholds: Array) -> None:
     if thresholds.ndim < 1 or thresholds.ndim > 2 or (thresholds.ndim == 2 and thresholds.shape[0] not in (1, x.shape[-1] if x.ndim else 1)):
-        raise InputError(
-            f"{name}: expected thresholds (z,), (1, z) or (F, z) for x (..., F), found {list(thresholds.shape)} for {list(x.shape)}."
-        )
+        raise InputError(f"{name}: expected thresholds (z,), (1, z) or (F, z) for x (..., F), found {list(thresholds.shape)} for {list(x.shape)}.")
 
 
 def encode(x: ArrayLike, thresholds: ArrayLike) -> Array:

@@ -183,7 +183,9 @@ def compare_trees(expected: Any, found: Any, what: str) -> None:
         if name not in there:
             raise InputError(f"{what}: expected {name} {list(wanted[name][0])}, found nothing there; was it trained with another model config?")
         if name not in wanted:
-            raise InputError(f"{what}: found {name} {list(there[name][0])}, which this model does not have; was it trained with another model config?")
+            raise InputError(
+                f"{what}: found {name} {list(there[name][0])}, which this model does not have; was it trained with another model config?"
+            )
         if wanted[name] != there[name]:
             (shape, dtype), (other_shape, other_dtype) = wanted[name], there[name]
             raise InputError(f"{what}: {name} expected {dtype}{list(shape)}, found {other_dtype}{list(other_shape)}.")

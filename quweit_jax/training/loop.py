@@ -120,7 +120,9 @@ def evaluate(eval_step: Any, variables: Any, parts: run.Parts, limit: int) -> di
     return state.mean_of_sums([eval_step(variables, sharding.put_batch(batch, where)) for batch in batches])
 
 
-def fit(config: ml_collections.ConfigDict, workdir: str | Path, *, progress: bool | None = None, on_step: Callable[[int], None] | None = None) -> Result:
+def fit(
+    config: ml_collections.ConfigDict, workdir: str | Path, *, progress: bool | None = None, on_step: Callable[[int], None] | None = None
+) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in `workdir` ends.
 
     Args:
@@ -138,7 +140,9 @@ def fit(config: ml_collections.ConfigDict, workdir: str | Path, *, progress: boo
     restored = checkpoints.restore(parts.abstract_state())
     current, saved, start = restored if restored is not None else (parts.init_state(), {}, 0)
     if start > config.steps:
-        raise InputError(f"steps: {workdir} is already at step {start}, past the {config.steps} asked for; raise --config.steps or use a new --workdir.")
+        raise InputError(
+            f"steps: {workdir} is already at step {start}, past the {config.steps} asked for; raise --config.steps or use a new --workdir."
+        )
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = pipeline.train_batches(parts.dataset.train, config.batch_size, config.seed, prefetch=config.prefetch, **share)
     if "data" in saved:
@@ -154,7 +158,9 @@ def fit(config: ml_collections.ConfigDict, workdir: str | Path, *, progress: boo
         with StopRequest() as stop:
             return _steps(parts, current, start, batches, checkpoints, log, stop, saved.get("validation"), on_step)
     except OSError as error:
-        raise RunError(f"cannot write to {workdir} ({error.strerror}); the last checkpoint is whole. Free some space and run the same command again.") from error
+        raise RunError(
+            f"cannot write to {workdir} ({error.strerror}); the last checkpoint is whole. Free some space and run the same command again."
+        ) from error
     finally:
         if log.bar is not None:
             log.bar.close()
@@ -231,7 +237,13 @@ def _bar(parts: run.Parts, start: int, show: bool, asked: bool | None) -> Any:
     if not show or (asked is None and not sys.stderr.isatty()):
         return None
     bar = tqdm(
-        total=config.steps * units, initial=start * units, unit="tok" if tokens else "ex", unit_scale=True, dynamic_ncols=True, smoothing=0.05, desc="train"
+        total=config.steps * units,
+        initial=start * units,
+        unit="tok" if tokens else "ex",
+        unit_scale=True,
+        dynamic_ncols=True,
+        smoothing=0.05,
+        desc="train",
     )
     return _Scaled(bar, units)
 

@@ -44,7 +44,9 @@ class MeshConfig:
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-            raise InputError(f"mesh: expected positive sizes and at most one -1 (what is left), found data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}.")
+            raise InputError(
+                f"mesh: expected positive sizes and at most one -1 (what is left), found data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}."
+            )
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -56,7 +58,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     needed = math.prod(sizes)
     if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
-        raise InputError(f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))} needs {needed} devices, found {len(devices)}; change --config.mesh.*.")
+        raise InputError(
+            f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))} needs {needed} devices, found {len(devices)}; change --config.mesh.*."
+        )
     return Mesh(np.asarray(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -77,7 +77,13 @@ def abstract_state(
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, ema: float = 0.0, grad_accum: int = 1, state_shardings: Any = None, mesh: Mesh | None = None
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: float = 0.0,
+    grad_accum: int = 1,
+    state_shardings: Any = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused (donated).
 
