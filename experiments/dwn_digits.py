@@ -13,6 +13,8 @@ ALIASES = {
     "lr": "optimizer.learning_rate",
     "tau": "model.tau",
     "bits": "model.thermometer_bits",
+    "thermometer": "model.thermometer",
+    "alpha": "model.alpha",
 }
 
 
@@ -22,7 +24,7 @@ def get_config(argument: str | None = None):
     config = defaults.base_config()
     config.data.source = "digits"
     config.model = defaults.dwn_defaults()
-    config.model.update(num_luts=(500,), lut_inputs=6, mapping="learnable", thermometer_bits=8, tau=3.3)
-    config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 600, 100, 100, 200
+    config.model.update(num_luts=(500,), lut_inputs=6, mapping="learnable", thermometer="uniform", thermometer_bits=8, tau=3.3)
+    config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 400, 100, 100, 200
     config.optimizer.update(learning_rate=1e-2, tables_learning_rate=1e-2, scores_learning_rate=1e-2, warmup=0, clip=0.0)
     return configs.apply_shortcuts(config, shortcuts, ALIASES)

@@ -76,6 +76,15 @@ def join_processes() -> None:
         missing = [v for v in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if v not in os.environ]
         if missing:
             raise InputError(f"JAX_NUM_PROCESSES is set but {' and '.join(missing)} is not; set all three on every process, or none.")
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
+        try:
+            count, number = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        except ValueError:
+            raise InputError(
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID: expected whole numbers such as 2 and 0, "
+                f"found '{os.environ['JAX_NUM_PROCESSES']}' and '{os.environ['JAX_PROCESS_ID']}'."
+            ) from None
+        if not 0 <= number < count:
+            raise InputError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, as JAX_NUM_PROCESSES is {count}, found {number}.")
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
     elif os.environ.get("JAX_DISTRIBUTED") == "1":
         jax.distributed.initialize()

@@ -71,15 +71,16 @@ def set_value(config: ml_collections.ConfigDict, path: str, text: str) -> None:
 
 
 def parse_value(text: str, current: Any, path: str) -> Any:
-    """Text as a value of the type of `current` (None: any literal, else text)."""
-    if isinstance(current, str):
+    """Text as a value of the type of `current`, what the config holds now; numbers that may be left out also read 'none'."""
+    optional = path.endswith(("_learning_rate", ".alpha", ".beta"))
+    if path.endswith("data_dir"):
+        return None if text.lower() == "none" else text
+    if isinstance(current, str) or (current is None and not optional):
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
-        if current is None:
-            return text
-        raise InputError(f"--config.{path}: expected {_kind(current)} such as {current!r}, found '{text}'.") from None
+        raise InputError(f"--config.{path}: expected {_expected(current, optional)}, found '{text}'.") from None
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(current, int) and not isinstance(current, bool) and isinstance(value, float) and value.is_integer():
@@ -87,15 +88,20 @@ def parse_value(text: str, current: Any, path: str) -> Any:
     allowed: tuple[type, ...] = (type(current),)
     if isinstance(current, tuple | list) or path.endswith("num_luts"):
         allowed = (tuple, list, int)
-    if path.endswith(("learning_rate", "alpha", "beta")):
+        if isinstance(value, tuple | list) and not all(type(v) is int for v in value):
+            raise InputError(f"--config.{path}: expected a whole number or several such as (64, 32), found '{text}'.")
+    if optional:
         allowed = (float, int, type(None))
-    if current is not None and (not isinstance(value, allowed) or isinstance(value, bool) != isinstance(current, bool)):
-        raise InputError(f"--config.{path}: expected {_kind(current)} such as {current!r}, found '{text}'.")
+    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(current, bool):
+        raise InputError(f"--config.{path}: expected {_expected(current, optional)}, found '{text}'.")
     return tuple(value) if isinstance(value, list) else value
 
 
-def _kind(value: Any) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", tuple: "a tuple"}.get(type(value), type(value).__name__)
+def _expected(current: Any, optional: bool) -> str:
+    if optional:
+        return "a number or none"
+    kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "whole numbers"}.get(type(current), type(current).__name__)
+    return f"{kind} such as {current!r}"
 
 
 def load_file(spec: str) -> ml_collections.ConfigDict:

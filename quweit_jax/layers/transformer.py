@@ -15,6 +15,7 @@ from jax import Array
 from quweit_jax.errors import check_choice
 
 ATTENTIONS = ("auto", "xla", "cudnn")
+GELUS = ("exact", "tanh")
 
 
 def normal(std: float) -> nn.initializers.Initializer:
@@ -103,18 +104,19 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense -> GELU (exact) -> Dense, the hidden layer `ratio` times wider."""
+    """Dense -> GELU -> Dense, the hidden layer `ratio` times wider; gelu is 'exact' or the 'tanh' approximation."""
 
     ratio: int = 4
     dropout: float = 0.0
     use_bias: bool = False
     output_std: float = 0.02
+    gelu: str = "exact"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """x (..., d) -> (..., d)."""
         dense = {"use_bias": self.use_bias, "dtype": self.dtype}
-        hidden = nn.gelu(nn.Dense(self.ratio * x.shape[-1], kernel_init=normal(0.02), name="up", **dense)(x), approximate=False)
+        hidden = nn.gelu(nn.Dense(self.ratio * x.shape[-1], kernel_init=normal(0.02), name="up", **dense)(x), approximate=self.gelu == "tanh")
         out = nn.Dense(x.shape[-1], kernel_init=normal(self.output_std), name="down", **dense)(hidden)
         return nn.Dropout(self.dropout, deterministic=not train)(out)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.transformer import ATTENTIONS, MLP, CausalSelfAttention, LayerNorm, normal
+from quweit_jax.layers.transformer import ATTENTIONS, GELUS, MLP, CausalSelfAttention, LayerNorm, normal
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.options import WeightlessOptions
 
@@ -36,6 +36,7 @@ class GPTConfig:
     mlp: str = "dense"
     dropout: float = 0.0
     bias: bool = False
+    gelu: str = "exact"
     tie_embeddings: bool = True
     remat: bool = False
     dtype: str = "float32"
@@ -53,6 +54,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("model.gelu", self.gelu, GELUS)
         check_choice("model.attention", self.attention, ATTENTIONS)
         self.mlps()
 
@@ -82,7 +84,7 @@ class GPTBlock(nn.Module):
         attention = CausalSelfAttention(c.heads, c.context, implementation=c.attention, name="attention", **shared)
         x = x + attention(LayerNorm(c.bias, dtype, name="attention_norm")(x), train=train, decode=decode)
         if self.mlp == "dense":
-            x = x + MLP(name="mlp", **shared)(LayerNorm(c.bias, dtype, name="mlp_norm")(x), train=train)
+            x = x + MLP(gelu=c.gelu, name="mlp", **shared)(LayerNorm(c.bias, dtype, name="mlp_norm")(x), train=train)
         elif self.mlp == "weightless":
             y = WeightlessBlock(c.width, norm_bias=c.bias, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(x)
             x = x + nn.Dropout(c.dropout, deterministic=not train)(y)

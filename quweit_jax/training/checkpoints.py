@@ -100,8 +100,9 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise InputError(f"no checkpoint of step {step} in {self.workdir}; there are {', '.join(map(str, steps)) or 'none'}.")
         for candidate in reversed(steps if step is None else [step]):
+            whole = False
             try:
-                self._verify(candidate)
+                whole = self._verify(candidate)
                 found = self._checkpointer.checkpointables_metadata(candidate).metadata["state"]
                 compare_trees(abstract_state, found, f"checkpoint of step {candidate}")
                 loaded = self._checkpointer.load_checkpointables(candidate, {"state": abstract_state, "loop": None})
@@ -109,9 +110,13 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:
-                logging.warning("%s", f"the checkpoint of step {candidate} is damaged ({_reason(error)}); trying the one before.")
+                if whole:  # its files are as they were written, so an older one would not help
+                    raise RunError(f"the checkpoint of step {candidate} is whole but cannot be loaded ({type(error).__name__}: {_reason(error)}).") from error
                 if step is not None:
-                    raise RunError(f"the checkpoint of step {step} is damaged ({_reason(error)}).") from error
+                    others = ", ".join(str(s) for s in steps if s != step)
+                    hint = f"there are also {others}; choose one with --step" if others else "there is no other"
+                    raise RunError(f"the checkpoint of step {step} is damaged ({_reason(error)}); {hint}.") from error
+                logging.warning("%s", f"the checkpoint of step {candidate} is damaged ({_reason(error)}); trying the one before.")
                 self._set_aside(candidate)
         if steps:
             raise RunError(f"every checkpoint in {self.directory} is damaged ({', '.join(map(str, steps))}); start again in a new --workdir.")
@@ -126,6 +131,7 @@ class Checkpoints:
                 target = target.with_name(target.name + "_")
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.directory / str(step), target)
+            self._checksum_path(step).unlink(missing_ok=True)  # a later checkpoint of this step has its own
             logging.warning("%s", f"set it aside in {target}.")
         self._checkpointer.close()
         self._checkpointer = self._open()
@@ -152,10 +158,11 @@ class Checkpoints:
         temporary.write_text(json.dumps(self._files(step)))
         temporary.replace(self._checksum_path(step))
 
-    def _verify(self, step: int) -> None:
+    def _verify(self, step: int) -> bool:
+        """Raises OSError if a file isn't as it was written; True if every content was compared."""
         path = self._checksum_path(step)
         if not path.exists():
-            return  # killed between the save and its checksums: loading will tell
+            return False  # killed between the save and its checksums: loading will tell
         noted, found = json.loads(path.read_text()), self._files(step)
         for name, (size, checksum) in noted.items():
             if name not in found:
@@ -164,6 +171,7 @@ class Checkpoints:
                 raise OSError(f"{name} has {found[name][0]} bytes instead of {size}")
             if found[name][1] != checksum:
                 raise OSError(f"the content of {name} has changed")
+        return all(size <= _CHECKSUM_BYTES for size, _ in noted.values())
 
 
 def _reason(error: BaseException) -> str:

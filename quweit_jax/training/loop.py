@@ -6,6 +6,7 @@ checkpoint is only begun once step k is known to be finite.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -90,9 +91,13 @@ class Log:
 
     def train_step(self, step: int, values: dict[str, float], last_good: int) -> None:
         """Notes step `step`; RunError if it isn't finite."""
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            groups = [k.split("/")[1] for k, v in values.items() if k.startswith("grad_norm/") and not math.isfinite(v)]
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            groups = [k.split("/")[1] for k in bad if k.startswith("grad_norm/")]
+            updates = [k.split("/")[1] for k in bad if k.startswith("update_norm/")]
             where = f"gradients are not finite in the parameter group(s) {', '.join(groups)}" if groups else "gradients are still finite"
+            if updates and not groups:
+                where += f", but the optimizer's update is not in the parameter group(s) {', '.join(updates)}"
             keep = f"the last good checkpoint, of step {last_good}, is kept" if last_good else "there was no checkpoint yet"
             raise RunError(
                 f"step {step}: the loss is {values['loss']}; {where}. Nothing of it was saved; {keep}. "
@@ -114,6 +119,8 @@ class Log:
 
 def evaluate(eval_step: Any, variables: Any, parts: run.Parts, limit: int) -> dict[str, float]:
     """Loss and accuracy on a fixed set of validation batches (0: the whole split)."""
+    if limit < 0:
+        raise InputError(f"batches: expected 0 (the whole validation split) or more, found {limit}.")
     batch_size, where = run.eval_batch_size(parts.config, parts.mesh), sharding.batch_sharding(parts.mesh)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = pipeline.eval_batches(parts.dataset.validation, batch_size, limit, **share)
@@ -134,9 +141,26 @@ def fit(
     """
     workdir = Path(workdir).absolute()
     parts = run.assemble(config, run.prepare(workdir, config))
-    run.record(workdir, parts)
-    leader = jax.process_index() == 0
-    checkpoints = Checkpoints(workdir, config.keep)
+    checkpoints: Checkpoints | None = None
+    try:
+        run.record(workdir, parts)
+        checkpoints = Checkpoints(workdir, config.keep)
+        result = _fit(parts, workdir, checkpoints, progress, on_step)
+        checkpoints.close()
+        return result
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {workdir} ({error.strerror or error}); the last checkpoint is whole. Free some space and run the same command again."
+        ) from error
+    except (InputError, RunError):
+        if checkpoints is not None:
+            with contextlib.suppress(Exception):  # the first trouble is the one to tell; a checkpoint begun before it is still finished
+                checkpoints.close()
+        raise
+
+
+def _fit(parts: run.Parts, workdir: Path, checkpoints: Checkpoints, progress: bool | None, on_step: Callable[[int], None] | None) -> Result:
+    config, leader = parts.config, jax.process_index() == 0
     restored = checkpoints.restore(parts.abstract_state())
     current, saved, start = restored if restored is not None else (parts.init_state(), {}, 0)
     if start > config.steps:
@@ -157,16 +181,10 @@ def fit(
     try:
         with StopRequest() as stop:
             return _steps(parts, current, start, batches, checkpoints, log, stop, saved.get("validation"), on_step)
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {workdir} ({error.strerror}); the last checkpoint is whole. Free some space and run the same command again."
-        ) from error
     finally:
         if log.bar is not None:
             log.bar.close()
         writer.close()
-        if sys.exc_info()[0] is None:
-            checkpoints.close()
 
 
 def _steps(

@@ -47,10 +47,16 @@ class OptimizerConfig:
         check_choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
         if not self.learning_rate > 0:
             raise InputError(f"optimizer.learning_rate: expected a positive number, found {self.learning_rate}.")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"optimizer.ema: expected 0 <= ema < 1, found {self.ema}.")
-        if self.warmup < 0:
-            raise InputError(f"optimizer.warmup: expected a number of steps, found {self.warmup}.")
+        for name in ("beta1", "beta2", "tables_beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name}: expected 0 <= {name} < 1, found {getattr(self, name)}.")
+        for name in ("tables", "scores", "thresholds", "vectors"):
+            rate = getattr(self, f"{name}_learning_rate")
+            if rate is not None and not rate >= 0:
+                raise InputError(f"optimizer.{name}_learning_rate: expected 0 or more, or none for learning_rate, found {rate}.")
+        for name in ("warmup", "min_ratio", "tables_min_ratio", "eps", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"optimizer.{name}: expected 0 or more, found {getattr(self, name)}.")
 
 
 def group_of(path: tuple[Any, ...], leaf: Any) -> str:

@@ -72,10 +72,13 @@ class Parts:
         return state.abstract_state(self.model, self.optimizer, c.seed, self.init_inputs(), self.mesh, ema=self.ema, size_limit=self.size_limit)
 
 
-def assemble(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer | None = None, *, read_data: bool = True) -> Parts:
+def assemble(
+    config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer | None = None, *, read_data: bool = True, training: bool = True
+) -> Parts:
     """Makes the parts; every mistake in the config shows here, before any work.
 
-    tokenizer: a trained run's; without data it decides the vocabulary.
+    tokenizer: a trained run's; without data it decides the vocabulary. training: False leaves the training batch unchecked, which
+    need not divide over the devices a trained run is read back on.
 
     Raises:
       InputError: see the parts.
@@ -83,11 +86,17 @@ def assemble(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer 
     for name in ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "eval_batch_size", "checkpoint_every", "keep"):
         if config[name] < 1:
             raise InputError(f"{name}: expected at least 1, found {config[name]}.")
+    for name in ("eval_batches", "prefetch", "sample_tokens"):
+        if config[name] < 0:
+            raise InputError(f"{name}: expected 0 or more, found {config[name]}.")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}.")
     optimizer_config = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
     mesh = sharding.make_mesh(from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"))
     if config.batch_size % config.grad_accum:
         raise InputError(f"grad_accum: batch_size {config.batch_size} cannot be cut into {config.grad_accum} equal parts.")
-    sharding.check_batch(config.batch_size // config.grad_accum, mesh, "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size")
+    if training:
+        sharding.check_batch(config.batch_size // config.grad_accum, mesh, "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size")
     model_config = config.model.to_dict()
     models.build(model_config, 2)  # a wrong model key shows before the data is read
     data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
@@ -111,9 +120,11 @@ def prepare(workdir: Path, config: ml_collections.ConfigDict) -> tokenizers.Toke
       InputError: the directory belongs to another config (names the keys), or isn't a run directory but isn't empty.
     """
     path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir: {workdir} is a file; give a folder.")
     if path.exists():
         check_same(read_config(workdir), config, workdir)
-    elif workdir.exists() and any(p.name != "checkpoints" for p in workdir.iterdir()):
+    elif workdir.exists() and any(p.name not in ("checkpoints", "config.tmp") for p in workdir.iterdir()):
         raise InputError(f"--workdir: {workdir} holds files but no config.json, so it is no run directory; give a new or empty folder.")
     tokenizer = workdir / "tokenizer.json"
     return tokenizers.load(tokenizer) if tokenizer.exists() else None
@@ -139,10 +150,12 @@ def record(workdir: Path, parts: Parts) -> None:
                 f"--workdir: the data has changed since this run began (fingerprint {before}, now {parts.dataset.fingerprint}); "
                 "give it the same data (the same Python, for python_stdlib), or a new --workdir."
             )
-    if parts.dataset.tokenizer is not None and not (workdir / "tokenizer.json").exists():
-        tokenizers.save(parts.dataset.tokenizer, workdir / "tokenizer.json")
-    _write_json(environment, describe_environment() | {"data_fingerprint": parts.dataset.fingerprint})
+    # config.json first, and each file whole or not at all: whenever this is killed, the same command goes on.
     _write_json(workdir / "config.json", configs.to_dict(parts.config))
+    if parts.dataset.tokenizer is not None and not (workdir / "tokenizer.json").exists():
+        tokenizers.save(parts.dataset.tokenizer, workdir / "tokenizer.tmp")
+        (workdir / "tokenizer.tmp").replace(workdir / "tokenizer.json")
+    _write_json(environment, describe_environment() | {"data_fingerprint": parts.dataset.fingerprint})
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -222,7 +235,7 @@ def open_run(workdir: Path, step: int | None = None, overrides: Mapping[str, str
     for path, text in (overrides or {}).items():
         configs.set_value(config, path, text)
     tokenizer = tokenizers.load(workdir / "tokenizer.json") if (workdir / "tokenizer.json").exists() else None
-    parts = assemble(config, tokenizer, read_data=data)
+    parts = assemble(config, tokenizer, read_data=data, training=False)
     saved = Checkpoints(workdir, read_only=True)
     wanted = saved.best_step() if step is None else step
     if wanted is None:

@@ -87,7 +87,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused (donated).
 
-    metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm' and 'grad_norm/<group>', float32 scalars.
+    metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm', 'grad_norm/<group>' and 'update_norm/<group>', float32
+    scalars. Finite metrics mean a finite new state.
     """
 
     def loss_fn(params: Any, constants: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
@@ -114,6 +115,7 @@ def make_train_step(
         norms = optimizers.group_norms(grads)
         metrics |= {"grad_norm": jnp.sqrt(sum(n**2 for n in norms.values()))} | {f"grad_norm/{g}": n for g, n in norms.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= {f"update_norm/{g}": n for g, n in optimizers.group_norms(updates).items()}
         params = optimizers.project(optax.apply_updates(state.params, updates))
         average = None if state.ema is None else jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average), metrics  # type: ignore[attr-defined]

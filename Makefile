@@ -1,0 +1,46 @@
+# make train: sets everything up and trains a quasi-weightless GPT on embedded text.   make test: sets everything up and tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quick
+CONFIG ?= experiments/gpt_char.py:quick
+
+.PHONY: train test lint format types clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "quweit_jax needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.txt | $(BIN)/python
+	@echo "installing requirements.txt into $(VENV) (a minute or two, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.development: requirements-dev.txt $(VENV)/.runtime
+	@echo "installing requirements-dev.txt into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Goes on with an interrupted run; a finished one says how to train longer.
+train: $(VENV)/.runtime
+	$(BIN)/python -m quweit_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+test: $(VENV)/.development
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+
+lint: $(VENV)/.development
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.development
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(VENV)/.development
+	$(BIN)/pyright
+
+# The environment and what tools leave behind; runs are kept.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,78 @@
+"""nanoGPT's checkpoints, and GPT-2's in Hugging Face layout (same names, transposed projections, tanh GELU)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quweit_jax.errors import InputError
+from quweit_jax.models.gpt import GPT, GPTConfig
+from quweit_jax.pretrained.tensors import Tensors, read_config, read_safetensors
+
+_NANOGPT_KEYS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+_GPT2_KEYS = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+
+
+def load(folder: Path) -> tuple[GPT, dict[str, Any]]:
+    """The model and its variables; the layout is told from config.json."""
+    config = read_config(folder, ())
+    hugging_face = config.get("model_type") == "gpt2" or "n_positions" in config
+    if "model_type" in config and not hugging_face:
+        raise InputError(f"pretrained: expected model_type 'gpt2' (or none, for nanoGPT), found '{config['model_type']}' in {folder / 'config.json'}.")
+    config = read_config(folder, _GPT2_KEYS if hugging_face else _NANOGPT_KEYS)
+    tensors = read_safetensors(folder)
+    tensors.strip_prefix("transformer.")
+    tensors.drop(".attn.bias", ".attn.masked_bias")  # causal masks, saved as buffers
+    width, vocab = config["n_embd"], config["vocab_size"]
+    tied = not ("lm_head.weight" in tensors and not _same_head(tensors, vocab, width))
+    gpt = GPTConfig(
+        vocab_size=vocab,
+        context=config["n_positions"] if hugging_face else config["block_size"],
+        layers=config["n_layer"],
+        heads=config["n_head"],
+        width=width,
+        bias=True if hugging_face else bool(config.get("bias", True)),
+        gelu="tanh" if hugging_face and config.get("activation_function", "gelu_new") == "gelu_new" else "exact",
+        tie_embeddings=tied,
+    )
+    params = _convert(tensors, gpt, transposed=not hugging_face)
+    tensors.finish()
+    return GPT(gpt), {"params": params}
+
+
+def _same_head(tensors: Tensors, vocab: int, width: int) -> bool:
+    """Whether lm_head repeats the token embedding; if so it is dropped."""
+    head, embedding = tensors.peek("lm_head.weight"), tensors.peek("wte.weight")
+    same = embedding is not None and head is not None and head.shape == embedding.shape and bool(np.array_equal(head, embedding))
+    if same:
+        tensors.take("lm_head.weight", (vocab, width))
+    return same
+
+
+def _convert(tensors: Tensors, c: GPTConfig, transposed: bool) -> dict[str, Any]:
+    def linear(name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
+        kernel = tensors.take(f"{name}.weight", (outputs, inputs)).T if transposed else tensors.take(f"{name}.weight", (inputs, outputs))
+        return {"kernel": kernel} | ({"bias": tensors.take(f"{name}.bias", (outputs,))} if c.bias else {})
+
+    def norm(name: str) -> dict[str, Any]:
+        scale = {"scale": tensors.take(f"{name}.weight", (c.width,))}
+        return {"norm": scale | ({"bias": tensors.take(f"{name}.bias", (c.width,))} if c.bias else {})}
+
+    params: dict[str, Any] = {
+        "token_embedding": {"embedding": tensors.take("wte.weight", (c.vocab_size, c.width))},
+        "position_embedding": tensors.take("wpe.weight", (c.context, c.width)),
+        "final_norm": norm("ln_f"),
+    }
+    for i in range(c.layers):
+        h = f"h.{i}"
+        params[f"block_{i}"] = {
+            "attention_norm": norm(f"{h}.ln_1"),
+            "attention": {"qkv": linear(f"{h}.attn.c_attn", c.width, 3 * c.width), "proj": linear(f"{h}.attn.c_proj", c.width, c.width)},
+            "mlp_norm": norm(f"{h}.ln_2"),
+            "mlp": {"up": linear(f"{h}.mlp.c_fc", c.width, 4 * c.width), "down": linear(f"{h}.mlp.c_proj", 4 * c.width, c.width)},
+        }
+    if not c.tie_embeddings:
+        params["head"] = {"kernel": tensors.take("lm_head.weight", (c.vocab_size, c.width)).T}
+    return params

@@ -1,0 +1,107 @@
+"""What the tests share: the golden files, a small text, and a run small enough to train in seconds.
+
+Tests see 8 host CPU devices, so that sharding is tested on any machine; a config must therefore say how many it takes, and
+`tiny_config` takes one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from quweit_jax import configs, defaults
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ.setdefault("MPLBACKEND", "Agg")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# A whole run, small enough to train in a second after compiling.
+TINY = {
+    "steps": 20,
+    "batch_size": 8,
+    "log_every": 5,
+    "eval_every": 10,
+    "eval_batches": 2,
+    "eval_batch_size": 8,
+    "checkpoint_every": 5,
+    "sample_tokens": 0,
+    "data.source": "text_file",
+    "data.limit_bytes": 0,
+    "optimizer.warmup": 2,
+    "mesh.data": 1,
+    "model.layers": 2,
+    "model.heads": 2,
+    "model.width": 32,
+    "model.context": 16,
+    "model.mlp": "weightless",
+    "model.weightless.num_luts": 48,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test has compiled, the next ones (and their subprocesses) read: most of a tiny run's time is compilation."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    for name, value in (settings | {"jax_persistent_cache_min_entry_size_bytes": -1}).items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden files of published models: $QUWEIT_SHARED, or `shared` beside the repository."""
+    folder = Path(os.environ.get("QUWEIT_SHARED") or REPOSITORY.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip("the golden files are not there: set QUWEIT_SHARED to the folder that holds golden/")
+    return folder
+
+
+def write_text(path: Path, seed: int = 0, words: int = 800, alphabet: str = "abcdefghijklmnopqrstuvwxyz") -> Path:
+    """A text of made-up words; the same seed gives the same text."""
+    draw = random.Random(seed)
+    vocabulary = ["".join(draw.choices(alphabet, k=draw.randint(2, 7))) for _ in range(60)]
+    path.write_text(" ".join(draw.choices(vocabulary, k=words)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of a few KB in lower-case letters, spaces and one line end."""
+    return write_text(tmp_path_factory.mktemp("text") / "tiny.txt")
+
+
+@pytest.fixture(scope="session")
+def tiny_values(tiny_text: Path) -> Callable[..., dict[str, Any]]:
+    """`tiny_values({'steps': 3})`: the config paths and values of a tiny run, with changes."""
+    return lambda changes=None: TINY | {"data.path": str(tiny_text)} | (changes or {})
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_values) -> Callable[..., Any]:
+    """`tiny_config({'model.mlp': 'dense'})`: a complete config of a tiny GPT on `tiny_text`, for `training.loop.fit`."""
+
+    def make(changes: dict[str, Any] | None = None) -> Any:
+        config = defaults.base_config()
+        config.model = defaults.gpt_defaults()
+        for path, value in tiny_values(changes).items():
+            configs.set_value(config.lock(), path, str(value))
+        return config.lock()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tiny_values) -> Callable[..., list[str]]:
+    """`tiny_arguments({'steps': 3})`: the same run for a command line: ['--config=...:quick', '--config.steps=3', ...]."""
+
+    def make(changes: dict[str, Any] | None = None) -> list[str]:
+        experiment = REPOSITORY / "experiments" / "gpt_char.py"
+        return [f"--config={experiment}:quick", *(f"--config.{path}={value}" for path, value in tiny_values(changes).items())]
+
+    return make
