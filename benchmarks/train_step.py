@@ -55,9 +55,7 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
             self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
         def forward(self, x):
-            q, k, v = (
-                part.view(*part.shape[:2], heads, width // heads).transpose(1, 2) for part in self.qkv(self.norm1(x)).split(width, dim=2)
-            )
+            q, k, v = (part.view(*part.shape[:2], heads, width // heads).transpose(1, 2) for part in self.qkv(self.norm1(x)).split(width, dim=2))
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
             return x + self.down(functional.gelu(self.up(self.norm2(x))))

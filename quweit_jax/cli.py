@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging as standard_logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(1)
 
 
-class _Plain:
+class _Plain(standard_logging.Formatter):
     """'warning: ...' instead of absl's line numbers."""
 
     def format(self, record: Any) -> str:

@@ -10,14 +10,17 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
 from quweit_jax.errors import InputError, nearest
 
+# An ml_collections.ConfigDict: what its attributes hold has no static type.
+Config: TypeAlias = Any
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """{'optimizer.clip': 1.0, ...}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
@@ -42,7 +45,7 @@ def parse_argument(argument: str | None, variants: Sequence[str], default: str) 
     return variant, shortcuts
 
 
-def apply_shortcuts(config: ml_collections.ConfigDict, shortcuts: Mapping[str, str], aliases: Mapping[str, str]) -> ml_collections.ConfigDict:
+def apply_shortcuts(config: Config, shortcuts: Mapping[str, str], aliases: Mapping[str, str]) -> Config:
     """Sets each shortcut, an alias ('mlp') or a full path ('model.mlp'), and locks the config."""
     known = set(flat(config))
     for key, value in shortcuts.items():
@@ -53,7 +56,7 @@ def apply_shortcuts(config: ml_collections.ConfigDict, shortcuts: Mapping[str, s
     return config.lock()
 
 
-def set_value(config: ml_collections.ConfigDict, path: str, text: str) -> None:
+def set_value(config: Config, path: str, text: str) -> None:
     """Sets a dotted path from text, read as the type of what is there.
 
     Raises:
@@ -104,7 +107,7 @@ def _expected(current: Any, optional: bool) -> str:
     return f"{kind} such as {current!r}"
 
 
-def load_file(spec: str) -> ml_collections.ConfigDict:
+def load_file(spec: str) -> Config:
     """'experiments/gpt_char.py:nanogpt_cpu,mlp=weightless' -> its config, locked."""
     path, _, argument = spec.partition(":")
     file = Path(path)
@@ -120,11 +123,11 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     return module.get_config(argument or None).lock()
 
 
-def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def from_dict(values: Mapping[str, Any]) -> Config:
     """A locked config from what `to_dict` or a run's config.json holds."""
     return ml_collections.ConfigDict(dict(values), type_safe=False).lock()
 
 
-def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, Any]:
     """Plain JSON values."""
     return json.loads(json.dumps(config.to_dict()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from quweit_jax.configs import Config
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.models.dwn import DWNConfig
 from quweit_jax.models.gpt import GPTConfig
@@ -14,7 +15,7 @@ from quweit_jax.training.optimizers import OptimizerConfig
 from quweit_jax.training.sharding import MeshConfig
 
 
-def base_config() -> ml_collections.ConfigDict:
+def base_config() -> Config:
     """The keys every experiment has; `model` is added by the experiment."""
     return ml_collections.ConfigDict(
         {
@@ -40,17 +41,17 @@ def base_config() -> ml_collections.ConfigDict:
     )
 
 
-def gpt_defaults() -> ml_collections.ConfigDict:
+def gpt_defaults() -> Config:
     """`config.model` of a GPT, complete but for the vocabulary, which the data decides."""
     return _model_defaults("gpt", GPTConfig(vocab_size=1), "vocab_size")
 
 
-def dwn_defaults() -> ml_collections.ConfigDict:
+def dwn_defaults() -> Config:
     """`config.model` of a DWN classifier, complete but for the classes, which the data decides."""
     return _model_defaults("dwn", DWNConfig(num_classes=1), "num_classes")
 
 
-def _model_defaults(name: str, defaults: Any, decided_by_data: str) -> ml_collections.ConfigDict:
+def _model_defaults(name: str, defaults: Any, decided_by_data: str) -> Config:
     values = dataclasses.asdict(defaults)
     del values[decided_by_data]
     return ml_collections.ConfigDict({"name": name, **values}, type_safe=False)

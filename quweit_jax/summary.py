@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
+from quweit_jax import configs
 from quweit_jax.inference import generation, packed
 from quweit_jax.training.loop import Result
 
 
-def announce(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def announce(config: configs.Config, workdir: Path) -> None:
     """One line on what is about to happen."""
     if jax.process_index() == 0:
         mlp = f", mlp {config.model.mlp}" if "mlp" in config.model else ""

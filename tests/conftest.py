@@ -6,13 +6,16 @@ Tests see 8 host CPU devices, so that sharding is tested on any machine; a confi
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from quweit_jax import configs, defaults
@@ -105,3 +108,28 @@ def tiny_arguments(tiny_values) -> Callable[..., list[str]]:
         return [f"--config={experiment}:quick", *(f"--config.{path}={value}" for path, value in tiny_values(changes).items())]
 
     return make
+
+
+def read_checkpoint(workdir: Path, step: int | None = None) -> dict[str, Any]:
+    """A checkpoint (the newest) as it lies on disk, one array a path: 'state/params/...', and 'step', 'data' (the iterator's state)."""
+    from orbax.checkpoint import v1 as ocp
+
+    from quweit_jax.training.sharding import path_name
+
+    if step is None:
+        step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax would rather be told the shardings
+        saved = ocp.load_checkpointables(workdir / "checkpoints" / str(step))
+    leaves = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path({"state": saved["state"]})}
+    return leaves | {"step": step, "data": json.loads(saved["loop"]["json"].tobytes())["data"]}
+
+
+def assert_same_checkpoint(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Bit for bit: parameters, wiring, optimizer, average, random key, step and the data iterator's place."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, np.ndarray):
+            assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), name
+        else:
+            assert found[name] == value, name

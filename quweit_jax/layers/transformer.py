@@ -71,12 +71,11 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if decode:
             k, v, mask = self._cache(k, v)
+        implementation: Any = "xla" if decode else pick_attention(self.implementation, self.dtype)
         if train and self.dropout > 0:
             mixed = self._attend_with_dropout(q, k, v)
         else:
-            mixed = jax.nn.dot_product_attention(
-                q, k, v, mask=mask, is_causal=not decode, implementation=pick_attention(self.implementation, self.dtype) if not decode else "xla"
-            )
+            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=not decode, implementation=implementation)
         out = nn.Dense(width, kernel_init=normal(self.output_std), name="proj", **dense)(mixed.reshape(batch, tokens, width))
         return nn.Dropout(self.dropout, deterministic=not train)(out)
 

@@ -138,7 +138,7 @@ class WeightlessBlock(nn.Module):
     sum: str = "dense"
     signed: bool = True
     int8_sums: bool = True
-    vector_init: float = 0.02
+    vector_init: float = 0.006
     use_norm: bool = True
     norm_bias: bool = False
     mapping: str = "random"
@@ -189,7 +189,7 @@ class WeightlessBlock(nn.Module):
         else:
             thresholds = self.variable("wiring", "thresholds", start).value
         check_choice("WeightlessBlock: window_shape", self.window_shape, thermometer.WINDOWS)
-        bits_DzT = thermometer.step_ste(x_DT[:, None, :], thresholds[:, :, None], self.window, self.window_shape)
+        bits_DzT: Array = thermometer.step_ste(x_DT[:, None, :], thresholds[:, :, None], self.window, self.window_shape)
         return bits_DzT.reshape(width * bits, x_DT.shape[1])
 
     def _sum(self, bits_LT: Array) -> Array:
@@ -249,6 +249,6 @@ class LearnableReduction(nn.Module):
         widths = self.widths(bits.shape[-1])
         for i, width in enumerate(widths):
             top = i == len(widths) - 1
-            options = {"mapping": "arange"} | (self.lut or {})
+            options: dict[str, Any] = {"mapping": "arange"} | (self.lut or {})
             bits = LUTLayer(width, self.lut_inputs, binary=not top, name=f"luts_{i}", **options)(bits)
         return bits / self.tau

@@ -48,7 +48,7 @@ class WeightlessOptions:
     sum: str = "dense"
     signed: bool = True
     int8_sums: bool = True
-    vector_init: float = 0.02
+    vector_init: float = 0.006
     mapping: str = "random"
     candidates: int = 16
     tau: float = 0.001

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from quweit_jax.errors import InputError, check_choice
@@ -88,7 +89,8 @@ def _select_tree(values: Sequence[Array], bits: Sequence[Array]) -> Array:
 
 
 def _address(bits_nLT: Array | Sequence[Array]) -> Array:
-    return sum((bit.astype(jnp.int32) << l for l, bit in enumerate(bits_nLT)), jnp.int32(0))
+    address: Any = sum(bit.astype(jnp.int32) << l for l, bit in enumerate(bits_nLT))
+    return address
 
 
 def _read(tables_LA: Array, bits_nLT: Sequence[Array]) -> Array:
@@ -111,7 +113,7 @@ def _unwire(grads_nLT: Array, mapping_Ln: Array, inverse_FK: Array | None, num_i
     if inverse_FK is None:
         return jax.ops.segment_sum(grads_MT, mapping_Ln.T.reshape(-1), num_inputs)
     # By the pigeonhole principle an inverse of exactly `slots` places has no empty one.
-    fill = {"mode": "clip"} if inverse_FK.size == slots else {"mode": "fill", "fill_value": 0}
+    fill: dict[str, Any] = {"mode": "clip"} if inverse_FK.size == slots else {"mode": "fill", "fill_value": 0}
     total = jnp.zeros((num_inputs, grads_nLT.shape[-1]), grads_nLT.dtype)
     for k in range(inverse_FK.shape[1]):
         total = total + jnp.take(grads_MT, inverse_FK[:, k], axis=0, **fill)
@@ -209,7 +211,7 @@ def lut_lookup(
     weighting = check_lut_arguments(bits.shape[-1] if bits.ndim else None, mapping, tables, decay, alpha, beta)
     tokens_TF = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
     inverse = None if inverse is None else jnp.asarray(inverse)
-    values = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, weighting)
+    values: Array = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, weighting)
     return values.reshape(*bits.shape[:-1], tables.shape[0])
 
 
@@ -293,7 +295,7 @@ def check_lut_arguments(num_inputs: int | None, mapping: Any, tables: Any, decay
         )
     if not jnp.issubdtype(tables.dtype, jnp.floating):
         raise InputError(f"lut_lookup: tables must be floating, found {tables.dtype}; convert them with .astype(jnp.float32).")
-    if num_luts and not isinstance(mapping, jax.core.Tracer):
+    if num_luts and not isinstance(mapping, Tracer):
         known = np.asarray(mapping)
         bad = known[(known < 0) | (known >= num_inputs)]
         if bad.size:

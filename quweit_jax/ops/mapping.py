@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from quweit_jax.errors import InputError
@@ -52,7 +53,7 @@ def invert_mapping(mapping: ArrayLike, num_inputs: int) -> Array:
     num_luts, lut_inputs = jnp.shape(mapping)
     slots = num_luts * lut_inputs
     fan_out = -(-slots // num_inputs)
-    if not isinstance(mapping, jax.core.Tracer) and slots:
+    if not isinstance(mapping, Tracer) and slots:
         uses = np.bincount(np.asarray(mapping).reshape(-1), minlength=num_inputs)
         if uses.max() > fan_out:
             raise InputError(
@@ -132,7 +133,7 @@ def sparse_learnable_mapping(bits: ArrayLike, scores: ArrayLike, candidates: Arr
         raise InputError(
             f"sparse_learnable_mapping: scores and candidates must both be (M, C), found {list(scores.shape)} and {list(jnp.shape(candidates))}."
         )
-    if not isinstance(candidates, jax.core.Tracer) and np.size(candidates):
+    if not isinstance(candidates, Tracer) and np.size(candidates):
         low, high = int(np.min(np.asarray(candidates))), int(np.max(np.asarray(candidates)))
         if low < 0 or high >= bits.shape[-1]:
             raise InputError(

@@ -20,7 +20,9 @@ def load(folder: Path) -> tuple[GPT, dict[str, Any]]:
     config = read_config(folder, ())
     hugging_face = config.get("model_type") == "gpt2" or "n_positions" in config
     if "model_type" in config and not hugging_face:
-        raise InputError(f"pretrained: expected model_type 'gpt2' (or none, for nanoGPT), found '{config['model_type']}' in {folder / 'config.json'}.")
+        raise InputError(
+            f"pretrained: expected model_type 'gpt2' (or none, for nanoGPT), found '{config['model_type']}' in {folder / 'config.json'}."
+        )
     config = read_config(folder, _GPT2_KEYS if hugging_face else _NANOGPT_KEYS)
     tensors = read_safetensors(folder)
     tensors.strip_prefix("transformer.")

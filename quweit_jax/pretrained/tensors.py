@@ -15,7 +15,9 @@ def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
     """config.json, checked for the keys that must be there."""
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"pretrained: expected {path}, found {'no such file' if folder.is_dir() else 'no such folder'}; give the folder that holds it.")
+        raise InputError(
+            f"pretrained: expected {path}, found {'no such file' if folder.is_dir() else 'no such folder'}; give the folder that holds it."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -71,7 +73,9 @@ class Tensors:
             raise InputError(f"pretrained: {self._where} lacks the tensor {name} {list(shape)}.{nearest(name, self._left) if self._left else ''}")
         value = self._left.pop(name)
         if value.shape != shape:
-            raise InputError(f"pretrained: tensor {name}: expected shape {list(shape)}, found {list(value.shape)}; do config.json and the weights belong together?")
+            raise InputError(
+                f"pretrained: tensor {name}: expected shape {list(shape)}, found {list(value.shape)}; do config.json and the weights belong together?"
+            )
         return np.asarray(value, np.float32)
 
     def finish(self) -> None:

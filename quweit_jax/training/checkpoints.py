@@ -17,7 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.training.sharding import path_name
 
-policies = ocp.training.preservation_policies
+# Orbax annotates its own types more narrowly than it accepts.
+policies: Any = ocp.training.preservation_policies
 # Reading back more than this after every save would cost more than it protects; larger files are checked by size alone.
 _CHECKSUM_BYTES = 2**28
 
@@ -35,7 +36,8 @@ class Checkpoints:
             raise InputError(f"keep: expected at least 1 checkpoint, found {keep}.")
         self.workdir, self.directory, self.read_only = workdir, workdir / "checkpoints", read_only
         best = policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        self._open = lambda: ocp.training.Checkpointer(
+        checkpointer: Any = ocp.training.Checkpointer
+        self._open = lambda: checkpointer(
             self.directory,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -111,7 +113,9 @@ class Checkpoints:
                 raise
             except Exception as error:
                 if whole:  # its files are as they were written, so an older one would not help
-                    raise RunError(f"the checkpoint of step {candidate} is whole but cannot be loaded ({type(error).__name__}: {_reason(error)}).") from error
+                    raise RunError(
+                        f"the checkpoint of step {candidate} is whole but cannot be loaded ({type(error).__name__}: {_reason(error)})."
+                    ) from error
                 if step is not None:
                     others = ", ".join(str(s) for s in steps if s != step)
                     hint = f"there are also {others}; choose one with --step" if others else "there is no other"

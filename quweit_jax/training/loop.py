@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from tqdm import tqdm
 
+from quweit_jax import configs
 from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.training import metrics, optimizers, run, sharding, state
@@ -77,7 +77,7 @@ class StopRequest:
 class Log:
     """Turns the metrics of single steps into rows: the mean loss since the last row, which a checkpoint carries along."""
 
-    def __init__(self, writer: metrics.MetricsWriter, config: ml_collections.ConfigDict, schedule: Callable[[int], Any], saved: dict[str, Any]):
+    def __init__(self, writer: metrics.MetricsWriter, config: configs.Config, schedule: Callable[[int], Any], saved: dict[str, Any]):
         self.writer, self.config, self.schedule = writer, config, schedule
         self.pending: list[list[float]] = saved.get("pending", [])
         self.seconds: float = saved.get("seconds", 0.0)
@@ -127,9 +127,7 @@ def evaluate(eval_step: Any, variables: Any, parts: run.Parts, limit: int) -> di
     return state.mean_of_sums([eval_step(variables, sharding.put_batch(batch, where)) for batch in batches])
 
 
-def fit(
-    config: ml_collections.ConfigDict, workdir: str | Path, *, progress: bool | None = None, on_step: Callable[[int], None] | None = None
-) -> Result:
+def fit(config: configs.Config, workdir: str | Path, *, progress: bool | None = None, on_step: Callable[[int], None] | None = None) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in `workdir` ends.
 
     Args:

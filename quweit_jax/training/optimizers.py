@@ -88,7 +88,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return optax.adamw(schedule, config.beta1, beta2, config.eps, weight_decay=decay)
 
     table_like = {"beta2": config.tables_beta2, "min_ratio": config.tables_min_ratio}
-    transforms = {
+    transforms: dict[Any, optax.GradientTransformation] = {
         "tables": adam(config.tables_learning_rate, 0.0, **table_like),
         "scores": adam(config.scores_learning_rate, 0.0, **table_like),
         "thresholds": adam(config.thresholds_learning_rate, 0.0),

@@ -16,7 +16,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -38,7 +37,7 @@ FORMAT = 1
 class Parts:
     """What a config describes, made: data, model, optimizer, mesh, and the functions that need all of them."""
 
-    config: ml_collections.ConfigDict
+    config: configs.Config
     data: pipeline.Dataset | None
     tokenizer: tokenizers.Tokenizer | None
     model: nn.Module
@@ -72,9 +71,7 @@ class Parts:
         return state.abstract_state(self.model, self.optimizer, c.seed, self.init_inputs(), self.mesh, ema=self.ema, size_limit=self.size_limit)
 
 
-def assemble(
-    config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer | None = None, *, read_data: bool = True, training: bool = True
-) -> Parts:
+def assemble(config: configs.Config, tokenizer: tokenizers.Tokenizer | None = None, *, read_data: bool = True, training: bool = True) -> Parts:
     """Makes the parts; every mistake in the config shows here, before any work.
 
     tokenizer: a trained run's; without data it decides the vocabulary. training: False leaves the training batch unchecked, which
@@ -107,13 +104,13 @@ def assemble(
     return Parts(config, data, tokenizer, models.build(model_config, outputs), optimizer, mesh, config.optimizer.ema > 0)
 
 
-def eval_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+def eval_batch_size(config: configs.Config, mesh: Mesh) -> int:
     """The configured evaluation batch, rounded up to what the mesh divides."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-config.eval_batch_size // shards) * shards
 
 
-def prepare(workdir: Path, config: ml_collections.ConfigDict) -> tokenizers.Tokenizer | None:
+def prepare(workdir: Path, config: configs.Config) -> tokenizers.Tokenizer | None:
     """Makes the directory, or checks that it is this config's; returns the tokenizer of a run that has one.
 
     Raises:
@@ -186,7 +183,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def read_config(workdir: Path) -> ml_collections.ConfigDict:
+def read_config(workdir: Path) -> configs.Config:
     """The config a run was started with."""
     path = workdir / "config.json"
     if not path.exists():

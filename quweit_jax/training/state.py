@@ -120,7 +120,7 @@ def make_train_step(
         average = None if state.ema is None else jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average), metrics  # type: ignore[attr-defined]
 
-    placed = {} if state_shardings is None else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}  # type: ignore[arg-type]
+    placed: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}  # type: ignore[arg-type]
     return jax.jit(step, donate_argnums=0, **placed)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from quweit_jax.errors import InputError
 from quweit_jax.ops import lut, mapping
 from tests.ops import naive
+from tests.ops.gradients import value_and_vjp
 
 DECAYS = ("exponential", "harmonic")
 
@@ -58,19 +59,23 @@ def test_every_number_of_inputs(n, decay):
     check(*case(tokens=5, inputs=13, luts=4, n=n, seed=n), decay=decay)
 
 
-@pytest.mark.parametrize("indexed", [False, True], ids=["scatter", "inverse"])
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "indexed"),
     [
-        {"inputs": 1, "luts": 3},
-        {"luts": 1},
-        {"tokens": 1},
-        {"inputs": 2, "luts": 3, "n": 3},  # fewer inputs than slots of one table: it reads an input several times
-        {"inputs": 6, "luts": 4, "n": 3},  # every input exactly twice
-        {"inputs": 40, "luts": 4},  # inputs that nobody reads
-        {"tokens": 0},
-        {"luts": 0},
-        {"tokens": 1, "inputs": 1, "luts": 1, "n": 1},
+        ({"inputs": 1, "luts": 3}, False),
+        ({"luts": 1}, False),
+        ({"tokens": 1}, True),
+        ({"inputs": 2, "luts": 3, "n": 3}, False),  # fewer inputs than slots of one table: it reads an input several times
+        ({"inputs": 2, "luts": 3, "n": 3}, True),
+        ({"inputs": 6, "luts": 4, "n": 3}, True),  # every input exactly twice
+        ({"inputs": 40, "luts": 4}, False),  # inputs that nobody reads
+        ({"inputs": 40, "luts": 4}, True),
+        ({"inputs": 5, "luts": 4, "n": 3}, True),  # some inputs twice, some three times
+        ({"tokens": 0}, False),
+        ({"tokens": 0}, True),
+        ({"luts": 0}, False),
+        ({"luts": 0}, True),
+        ({"tokens": 1, "inputs": 1, "luts": 1, "n": 1}, False),
     ],
     ids=str,
 )
@@ -133,9 +138,8 @@ def test_bits_that_are_not_floating_get_no_gradient(dtype):
 
 def test_feature_major_is_the_same_transposed():
     bits, wiring, tables, grad = case()
-    out, pullback = jax.vjp(lambda b, t: lut.lut_lookup_feature_major(b, wiring, t), jnp.asarray(bits.T), jnp.asarray(tables))
+    out, grad_bits, grad_tables = value_and_vjp(lambda b, t: lut.lut_lookup_feature_major(b, wiring, t), (bits.T, tables), grad.T)
     expected = forward_and_backward(bits, wiring, tables, grad)
-    grad_bits, grad_tables = pullback(jnp.asarray(grad.T))
     np.testing.assert_array_equal(out.T, expected[0])
     np.testing.assert_array_equal(grad_bits.T, expected[1])
     np.testing.assert_array_equal(grad_tables, expected[2])
@@ -148,7 +152,9 @@ def loss(bits, tables, wiring, weights, inverse=None):
 def test_eager_is_the_same_as_jit():
     bits, wiring, tables, grad = case(luts=3)
     eager = jax.value_and_grad(loss, (0, 1))(bits, tables, wiring, grad)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), eager, jax.jit(jax.value_and_grad(loss, (0, 1)))(bits, tables, wiring, grad))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6), eager, jax.jit(jax.value_and_grad(loss, (0, 1)))(bits, tables, wiring, grad)
+    )
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["scatter", "inverse"])

@@ -10,6 +10,7 @@ import pytest
 from quweit_jax.errors import InputError
 from quweit_jax.ops import mapping
 from tests.ops import naive
+from tests.ops.gradients import value_and_vjp
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
@@ -52,8 +53,8 @@ def test_invert_mapping_finds_every_slot_once(inputs, luts, n, traced):
 def test_golden_learnable_mapping(shared, tau):
     golden = np.load(shared / "golden" / "dwn.npz")
     bits, scores, grad = (golden[f"learnable_mapping_tau{tau}/{key}"] for key in ("bits", "scores", "grad_out"))
-    out, pullback = jax.vjp(lambda b, s: mapping.learnable_mapping(b, s, tau=tau), bits, scores)
-    for found, key in zip((out, *pullback(grad)), ("out", "grad_bits", "grad_scores")):
+    results = value_and_vjp(lambda b, s: mapping.learnable_mapping(b, s, tau=tau), (bits, scores), grad)
+    for found, key in zip(results, ("out", "grad_bits", "grad_scores")):
         np.testing.assert_allclose(found, golden[f"learnable_mapping_tau{tau}/{key}"], atol=1e-5, rtol=0)
 
 
@@ -68,8 +69,8 @@ def learnable_case(tokens, inputs, slots, choices=None, seed=0):
 @pytest.mark.parametrize(("tokens", "inputs", "slots"), [(5, 7, 4), (1, 1, 3), (3, 9, 1), (0, 4, 2)])
 def test_learnable_mapping(tokens, inputs, slots, tau):
     bits, scores, grad, _ = learnable_case(tokens, inputs, slots)
-    out, pullback = jax.vjp(lambda b, s: mapping.learnable_mapping(b, s, tau=tau), bits, scores)
-    for found, expected in zip((out, *pullback(grad)), naive.learnable_mapping(bits, scores, grad, tau)):
+    results = value_and_vjp(lambda b, s: mapping.learnable_mapping(b, s, tau=tau), (bits, scores), grad)
+    for found, expected in zip(results, naive.learnable_mapping(bits, scores, grad, tau)):
         close(found, expected)
 
 
@@ -77,23 +78,17 @@ def test_learnable_mapping(tokens, inputs, slots, tau):
 @pytest.mark.parametrize(("tokens", "inputs", "slots", "choices"), [(5, 7, 4, 3), (1, 1, 3, 2), (3, 9, 1, 1), (4, 3, 6, 8), (0, 4, 2, 2)])
 def test_candidates(tokens, inputs, slots, choices, tau):
     bits, scores, grad, candidates = learnable_case(tokens, inputs, slots, choices)
-
-    @jax.jit
-    def run(bits, scores, candidates, grad):
-        out, pullback = jax.vjp(lambda b, s: mapping.sparse_learnable_mapping(b, s, candidates, tau=tau), bits, scores)
-        return out, *pullback(grad)
-
-    for found, expected in zip(run(bits, scores, candidates, grad), naive.sparse_learnable_mapping(bits, scores, candidates, grad, tau)):
+    results = value_and_vjp(lambda b, s: mapping.sparse_learnable_mapping(b, s, candidates, tau=tau), (bits, scores), grad)
+    for found, expected in zip(results, naive.sparse_learnable_mapping(bits, scores, candidates, grad, tau)):
         close(found, expected)
 
 
 def test_all_inputs_as_candidates_is_the_dense_form():
     bits, scores, grad, _ = learnable_case(6, 5, 4)
     every = np.tile(np.arange(5, dtype=np.int32), (4, 1))
-    dense, dense_pullback = jax.vjp(lambda b, s: mapping.learnable_mapping(b, s, tau=0.2), bits, scores)
-    sparse, sparse_pullback = jax.vjp(lambda b, s: mapping.sparse_learnable_mapping(b, s.T, every, tau=0.2), bits, scores)
-    np.testing.assert_array_equal(dense, sparse)
-    jax.tree.map(close, dense_pullback(grad), sparse_pullback(grad))
+    dense = value_and_vjp(lambda b, s: mapping.learnable_mapping(b, s, tau=0.2), (bits, scores), grad)
+    sparse = value_and_vjp(lambda b, s: mapping.sparse_learnable_mapping(b, s.T, every, tau=0.2), (bits, scores), grad)
+    jax.tree.map(close, dense, sparse)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "candidates"])
@@ -103,9 +98,9 @@ def test_leading_dimensions_and_dtypes(lead, sparse):
     read = (lambda b, s: mapping.sparse_learnable_mapping(b, s, candidates)) if sparse else mapping.learnable_mapping
     reference = naive.sparse_learnable_mapping if sparse else naive.learnable_mapping
     expected = reference(bits, scores, *((candidates, grad) if sparse else (grad,)), 0.001)
-    out, pullback = jax.vjp(read, jnp.asarray(bits.reshape(*lead, 6), jnp.bfloat16), jnp.asarray(scores))
-    grad_bits, grad_scores = pullback(jnp.asarray(grad.reshape(*lead, 4), jnp.bfloat16))
-    assert out.shape == (*lead, 4) and (out.dtype, grad_bits.dtype, grad_scores.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    half = jnp.bfloat16
+    out, grad_bits, grad_scores = value_and_vjp(read, (bits.reshape(*lead, 6).astype(half), scores), grad.reshape(*lead, 4).astype(half))
+    assert out.shape == (*lead, 4) and (out.dtype, grad_bits.dtype, grad_scores.dtype) == (half, half, jnp.float32)
     np.testing.assert_array_equal(np.asarray(out, np.float32).reshape(-1, 4), expected[0])
     np.testing.assert_allclose(np.asarray(grad_bits, np.float32).reshape(-1, 6), expected[1], rtol=0.02, atol=0.02)
     np.testing.assert_allclose(grad_scores, expected[2], rtol=0.02, atol=0.05)
@@ -141,7 +136,10 @@ ONES = np.ones((2, 3), np.float32)
         (lambda: mapping.invert_mapping(np.asarray([[0, 0], [0, 1]]), 2), "invert_mapping: input 0 is read 3 times, more than .* = 2"),
         (lambda: mapping.learnable_mapping(ONES, np.ones((4, 2), np.float32)), r"learnable_mapping: .*found \[2, 3\] and \[4, 2\]"),
         (lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.zeros((2, 2), int)), r"must both be \(M, C\), found \[2, 3\] and \[2, 2\]"),
-        (lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.full((2, 3), 3)), r"candidates refer to inputs 3\.\.3 but bits has 3 \(valid: 0\.\.2\)"),
+        (
+            lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.full((2, 3), 3)),
+            r"candidates refer to inputs 3\.\.3 but bits has 3 \(valid: 0\.\.2\)",
+        ),
         (lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.full((2, 3), -1)), "candidates refer to inputs -1"),
     ],
 )

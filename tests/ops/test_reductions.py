@@ -10,6 +10,7 @@ import pytest
 from quweit_jax.errors import InputError
 from quweit_jax.ops import reductions
 from tests.ops import naive
+from tests.ops.gradients import value_and_vjp
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
@@ -26,9 +27,9 @@ def normal(*shape, seed=1):
 @pytest.mark.parametrize(("num_bits", "groups"), [(12, 3), (10, 4), (3, 5), (1, 1), (7, 7), (5, 1)])
 def test_group_sum(num_bits, groups, tau):
     bits, grad = draw_bits(4, num_bits), normal(4, groups)
-    out, pullback = jax.vjp(lambda b: reductions.group_sum(b, groups, tau=tau), bits)
+    out, grad_bits = value_and_vjp(lambda b: reductions.group_sum(b, groups, tau=tau), (bits,), grad)
     close(out, naive.group_sum(bits, groups, tau))
-    close(pullback(grad)[0], naive.group_sum_gradient(grad, num_bits, tau))
+    close(grad_bits, naive.group_sum_gradient(grad, num_bits, tau))
 
 
 def test_group_sum_leading_dimensions_and_dtypes():
@@ -63,10 +64,10 @@ def test_conditional_sum(name, signed):
     bits, vectors, grad = draw_bits(5, shape[0]), normal(*shape), normal(5, outputs, seed=2)
     bits = 2 * bits - 1 if signed else bits
     bias = normal(outputs, seed=3) if with_bias else None
-    out, pullback = jax.vjp(reductions.conditional_sum, bits, vectors, bias)
+    out, *grads = value_and_vjp(reductions.conditional_sum, (bits, vectors, bias), grad)
     close(out, naive.conditional_sum(bits, vectors, bias, outputs))
     expected = naive.conditional_sum_gradients(bits, vectors, grad)
-    for found, wanted in zip(pullback(grad), expected if with_bias else (*expected[:2], None)):
+    for found, wanted in zip(grads, expected if with_bias else (*expected[:2], None)):
         assert (found is None) == (wanted is None)
         if found is not None:
             close(found, wanted)
@@ -86,8 +87,9 @@ def test_conditional_sum_shapes_and_dtypes():
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_walsh_hadamard(n):
     tables = normal(5, 2**n)
-    close(reductions.walsh_hadamard(jnp.asarray(tables)), naive.walsh_hadamard(tables))
-    close(reductions.walsh_hadamard(jnp.asarray(tables.reshape(5, 1, -1)))[:, 0], naive.walsh_hadamard(tables))
+    transform = jax.jit(reductions.walsh_hadamard)
+    close(transform(tables), naive.walsh_hadamard(tables))
+    close(transform(tables.reshape(5, 1, -1))[:, 0], naive.walsh_hadamard(tables))
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])
@@ -95,12 +97,13 @@ def test_spectral_penalty_and_its_gradient(n):
     tables = normal(3, 2**n)
     coefficients = naive.walsh_hadamard(tables)
     squares = np.asarray([sum(coefficients[j, s] ** 2 for j in range(3) for s in range(2**n) if s.bit_count() == k) for k in range(n + 1)])
-    plain, gradient = jax.value_and_grad(reductions.spectral_penalty)(tables)
+    run = jax.jit(jax.value_and_grad(reductions.spectral_penalty))
+    plain, gradient = run(tables)
     close(plain, squares.sum())
     close(gradient, 2 * tables / 2**n)
-    close(reductions.spectral_penalty(tables, np.ones(n + 1)), plain)  # Parseval
+    close(run(tables, np.ones(n + 1, np.float32))[0], plain)  # Parseval
     weights = np.arange(1, n + 2, dtype=np.float32) ** 2
-    weighted, gradient = jax.value_and_grad(reductions.spectral_penalty)(tables, weights)
+    weighted, gradient = run(tables, weights)
     close(weighted, squares @ weights)
     by_degree = np.asarray([weights[s.bit_count()] for s in range(2**n)])
     back = naive.walsh_hadamard(coefficients * by_degree) * 2**n  # the transform is its own inverse but for 2**n
@@ -111,30 +114,33 @@ def test_degrees_are_told_apart():
     entries = np.arange(8)
     parity = 1.0 - 2 * (np.bitwise_count(entries.astype(np.uint8)) % 2)
     first = 1.0 - 2 * (entries & 1)
+    penalty = jax.jit(jax.vmap(reductions.spectral_penalty, (None, 0)))
     for table, degree in ((np.ones(8), 0), (first, 1), (parity, 3)):
-        close([float(reductions.spectral_penalty(np.asarray([table], np.float32), np.eye(4)[k])) for k in range(4)], np.eye(4)[degree])
+        penalties = penalty(np.asarray([table], np.float32), np.eye(4, dtype=np.float32))
+        close(penalties, np.eye(4)[degree])
 
 
 @pytest.mark.parametrize("axis", [0, 1, (0, 1)])
 def test_quantize_int8(axis):
     x = normal(5, 4) * np.asarray([1e-3, 1, 0, 1e4], np.float32)
-    values, scale = reductions.quantize_int8(jnp.asarray(x), axis)
+    values, scale = jax.jit(reductions.quantize_int8, static_argnums=1)(x, axis)
     largest = np.abs(x).max(axis=axis, keepdims=True)
     assert values.dtype == jnp.int8 and scale.shape == largest.shape
     close(scale, np.where(largest > 0, largest, 1) / 127)
     np.testing.assert_array_equal(values, np.round(x / np.asarray(scale)))
     assert np.abs(np.asarray(values, np.int32)).max() == 127
-    fake, pullback = jax.vjp(lambda x: reductions.fake_quantize_int8(x, axis), jnp.asarray(x))
+    fake, gradient = value_and_vjp(lambda x: reductions.fake_quantize_int8(x, axis), (x,), x)
     np.testing.assert_allclose(fake, np.asarray(values, np.float32) * np.asarray(scale), rtol=1e-5)
-    np.testing.assert_array_equal(pullback(jnp.asarray(x))[0], x)  # straight through
+    np.testing.assert_array_equal(gradient, x)  # straight through
 
 
 def test_quantize_int8_of_nothing_and_of_what_it_can_hold():
-    values, scale = reductions.quantize_int8(jnp.zeros((0, 3)), 0)
-    assert values.shape == (0, 3) and bool(jnp.isfinite(scale).all())
-    whole = jnp.arange(-127.0, 128.0)
-    np.testing.assert_array_equal(reductions.quantize_int8(whole, 0)[0], whole)
-    half = reductions.fake_quantize_int8(whole.astype(jnp.bfloat16), 0)
+    quantize = jax.jit(reductions.quantize_int8, static_argnums=1)
+    values, scale = quantize(np.zeros((0, 3), np.float32), 0)
+    assert values.shape == (0, 3) and np.isfinite(np.asarray(scale)).all()
+    whole = np.arange(-127, 128).astype(np.float32)
+    np.testing.assert_array_equal(quantize(whole, 0)[0], whole)
+    half = jax.jit(reductions.fake_quantize_int8, static_argnums=1)(whole.astype(jnp.bfloat16), 0)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(half, np.float32), whole)
 
@@ -151,7 +157,10 @@ BITS = np.zeros((2, 6), np.float32)
         (lambda: reductions.conditional_sum(BITS, np.zeros((5, 2), np.float32)), r"conditional_sum: .*found \[2, 6\] and \[5, 2\]"),
         (lambda: reductions.conditional_sum(BITS, np.zeros(6, np.float32)), r"need a bias \(d,\).*pass jnp.zeros\(d\)"),
         (lambda: reductions.conditional_sum(BITS, np.zeros((6, 3), np.float32), np.zeros(2)), r"bias must be \[3\].*found \[2\]"),
-        (lambda: reductions.conditional_sum(BITS, np.zeros(6, np.float32), np.zeros(4)), r"6 grouped bits cannot be shared equally by the \[4\] outputs"),
+        (
+            lambda: reductions.conditional_sum(BITS, np.zeros(6, np.float32), np.zeros(4)),
+            r"6 grouped bits cannot be shared equally by the \[4\] outputs",
+        ),
         (lambda: reductions.spectral_penalty(np.zeros((2, 6), np.float32)), r"tables must be \(\.\.\., 2\*\*n\), found \[2, 6\]"),
         (lambda: reductions.spectral_penalty(np.zeros((2, 8), np.float32), np.ones(3)), r"expected 4 degree weights .*found \[3\]"),
     ],

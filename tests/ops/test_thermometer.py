@@ -10,6 +10,7 @@ import pytest
 from quweit_jax.errors import InputError
 from quweit_jax.ops import thermometer
 from tests.ops import naive
+from tests.ops.gradients import value_and_vjp
 
 KINDS = ("uniform", "gaussian", "distributive")
 
@@ -26,11 +27,11 @@ def test_golden(shared, kind, scope):
 
 
 @pytest.mark.parametrize("per_feature", [True, False])
-@pytest.mark.parametrize(("examples", "features", "bits"), [(30, 3, 4), (7, 1, 1), (5, 2, 9), (2, 4, 2)])
+@pytest.mark.parametrize(("examples", "features", "bits"), [(30, 3, 4), (7, 1, 1), (2, 4, 9)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fits(kind, examples, features, bits, per_feature):
     x = np.random.default_rng(0).normal(3, 2, (examples, features)).astype(np.float32)
-    found = thermometer.FITS[kind](x, bits, per_feature=per_feature)
+    found = jax.jit(lambda x: thermometer.FITS[kind](x, bits, per_feature=per_feature))(x)
     expected = naive.thresholds(kind, x, bits, per_feature)
     np.testing.assert_allclose(np.atleast_2d(found), expected, rtol=1e-5, atol=1e-5)
     assert found.dtype == jnp.float32
@@ -59,40 +60,39 @@ def encoder_case(kind, tokens=5, features=3, bits=4):
     return x, thresholds, draw.normal(size=(tokens, features, bits)).astype(np.float32)
 
 
-@pytest.mark.parametrize("window", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("window", [0.3, 2.5])
 @pytest.mark.parametrize("shape", thermometer.WINDOWS)
 @pytest.mark.parametrize("kind", ["feature", "row", "flat"])
 def test_encode_and_its_surrogate_gradients(kind, shape, window):
     x, thresholds, grad = encoder_case(kind)
-    out, pullback = jax.vjp(lambda x, t: thermometer.encode_ste(x, t, window=window, shape=shape), x, thresholds)
+    out, *grads = value_and_vjp(lambda x, t: thermometer.encode_ste(x, t, window=window, shape=shape), (x, thresholds), grad)
     expected = naive.encode(x, thresholds)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(thermometer.encode(x, thresholds), expected)
-    for found, wanted in zip(pullback(grad), naive.encode_gradients(x, thresholds, grad, window, shape)):
+    for found, wanted in zip(grads, naive.encode_gradients(x, thresholds, grad, window, shape)):
         assert found.shape == wanted.shape
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", thermometer.WINDOWS)
 def test_windows_have_unit_area(shape):
-    x = jnp.linspace(-3, 3, 6001)[:, None]
-    slope = jax.grad(lambda x: thermometer.encode_ste(x, jnp.asarray([0.25]), window=0.7, shape=shape).sum())(x)
+    x = np.linspace(-3, 3, 6001, dtype=np.float32)[:, None]
+    slope = jax.jit(jax.grad(lambda x: thermometer.encode_ste(x, jnp.asarray([0.25]), window=0.7, shape=shape).sum()))(x)
     assert float(slope.sum()) * 0.001 == pytest.approx(1, rel=1e-3)
-    assert float(slope[jnp.abs(x - 0.25) > 0.7001].max()) == 0
+    assert np.asarray(slope)[np.abs(x - 0.25) > 0.7001].max() == 0
 
 
 def test_the_window_can_be_named_alone():
     x, thresholds, grad = encoder_case("flat")
-    gradients = [jax.vjp(lambda x: thermometer.encode_ste(x, thresholds, **o), x)[1](grad)[0] for o in ({"window": "boxcar"}, {"shape": "boxcar"})]
-    np.testing.assert_array_equal(*gradients)
+    named = value_and_vjp(lambda x: thermometer.encode_ste(x, thresholds, window="boxcar"), (x,), grad)
+    np.testing.assert_array_equal(named[1], value_and_vjp(lambda x: thermometer.encode_ste(x, thresholds, shape="boxcar"), (x,), grad)[1])
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (2, 0)], ids=str)
 def test_leading_dimensions_and_bfloat16(lead):
     x, thresholds, grad = encoder_case("feature", tokens=int(np.prod(lead)))
-    x, grad = jnp.asarray(x, jnp.bfloat16), jnp.asarray(grad, jnp.bfloat16)
-    out, pullback = jax.vjp(thermometer.encode_ste, x.reshape(*lead, 3), thresholds)
-    grad_x, grad_thresholds = pullback(grad.reshape(*lead, 3, 4))
+    x, grad = x.astype(jnp.bfloat16), grad.astype(jnp.bfloat16)
+    out, grad_x, grad_thresholds = value_and_vjp(thermometer.encode_ste, (x.reshape(*lead, 3), thresholds), grad.reshape(*lead, 3, 4))
     assert out.shape == (*lead, 3, 4) and (out.dtype, grad_x.dtype, grad_thresholds.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     np.testing.assert_array_equal(np.asarray(out, np.float32).reshape(-1, 3, 4), naive.encode(np.asarray(x, np.float32), thresholds))
     expected = naive.encode_gradients(np.asarray(x, np.float32), thresholds, np.asarray(grad, np.float32), 1.0, "triangular")
@@ -113,7 +113,7 @@ def test_transforms_agree():
         return jnp.sum(thermometer.encode_ste(x, thresholds) * grad)
 
     gradients = jax.grad(loss, (0, 1))
-    whole = gradients(x, thresholds, grad)
+    whole = jax.jit(gradients)(x, thresholds, grad)
     rows = jax.jit(jax.vmap(gradients, (0, None, 0)))(x, thresholds, grad)
     remembered = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(x, thresholds, grad)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)

@@ -52,7 +52,9 @@ def test_gpt2_layout_gives_the_same_model(golden, tmp_path):
     tensors["lm_head.weight"] = tensors["wte.weight"].copy()
     save_file(tensors, tmp_path / "model.safetensors")
     sizes = {k: config[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": config["block_size"], "activation_function": "gelu"} | sizes))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_positions": config["block_size"], "activation_function": "gelu"} | sizes)
+    )
     io = np.load(golden / "io.npz")
     np.testing.assert_allclose(logits_of(tmp_path, io["input_ids"].astype(np.int32)), io["logits"], atol=1e-4)
 
