@@ -83,7 +83,7 @@ class Log:
         self.seconds: float = saved.get("seconds", 0.0)
         self.since = time.monotonic()
         self.bar: Any = None
-        self.units_per_step = 1
+        self.speak, self.start = False, 0
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all resumes."""
@@ -111,6 +111,15 @@ class Log:
             self.writer.write(row | {"learning_rate": float(self.schedule(step - 1)), "seconds": self.elapsed()})
             if self.bar is not None:
                 self.bar.set_postfix_str(f"loss {mean[0]:.3f}")
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Notes an evaluation; where there is no bar (output into a file) it is also a line that tells how far the run is."""
+        row = {"step": step, "split": "validation", "loss": values["loss"], "accuracy": values["accuracy"], "seconds": self.elapsed()}
+        self.writer.write(row)
+        if self.speak and self.bar is None:
+            done, rate = step - self.start, (time.monotonic() - self.since) / max(1, step - self.start)
+            left = f", about {rate * (self.config.steps - step):.0f} s left" if done and step < self.config.steps else ""
+            print(f"step {step} of {self.config.steps}: validation loss {values['loss']:.4f}, {self.elapsed():.0f} s{left}", flush=True)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with the same rows."""
@@ -175,6 +184,7 @@ def _fit(parts: run.Parts, workdir: Path, checkpoints: Checkpoints, progress: bo
         optimizers.OptimizerConfig(**optimizer_config.to_dict()), optimizer_config.learning_rate, config.steps, optimizer_config.min_ratio
     )
     log = Log(writer, config, schedule, saved)
+    log.speak, log.start = leader and progress is not False, start
     log.bar = _bar(parts, start, leader if progress is None else progress and leader, progress)
     try:
         with StopRequest() as stop:
@@ -217,7 +227,7 @@ def _steps(
         read()
         running = (step, values)
         if log.bar is not None:
-            log.bar.update(log.units_per_step)
+            log.bar.update(1)
         if on_step is not None:
             on_step(step)
         stopping = stop.agreed(step, config.log_every)
@@ -229,7 +239,7 @@ def _steps(
             score = validation["loss"]
             if not math.isfinite(score):
                 raise RunError(f"step {step}: the validation loss is {score}. Nothing of it was saved; the checkpoint of step {last_good} is kept.")
-            log.writer.write({"step": step, "split": "validation", "loss": score, "accuracy": validation["accuracy"], "seconds": log.elapsed()})
+            log.validation(step, validation)
         if step % config.checkpoint_every == 0 or last or stopping:
             read()
             log.writer.sync()
@@ -242,7 +252,8 @@ def _steps(
     if jax.process_index() == 0:
         log.writer.sync()
         rows = metrics.read_rows(log.writer.path)
-        metrics.plot_losses({"": rows}, log.writer.path.parent / "plots" / "loss.png")
+        unit = "nats per token" if parts.tokenizer is not None else "nats"
+        metrics.plot_losses({"": rows}, log.writer.path.parent / "plots" / "loss.png", unit=unit)
     return Result(step, step >= config.steps, current, parts, validation)
 
 

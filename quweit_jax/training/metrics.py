@@ -87,7 +87,7 @@ def curve(rows: Sequence[Row], split: str, key: str = "loss") -> tuple[list[int]
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def plot_losses(runs: dict[str, Sequence[Row]], path: Path, title: str = "") -> None:
+def plot_losses(runs: dict[str, Sequence[Row]], path: Path, title: str = "", unit: str = "nats per token") -> None:
     """Loss curves of one run (training and validation) or several (validation, labelled by name) as a PNG."""
     import matplotlib
 
@@ -109,7 +109,7 @@ def plot_losses(runs: dict[str, Sequence[Row]], path: Path, title: str = "") -> 
         lows = [curve(rows, "validation")[1] for rows in runs.values()]
         axes.set_ylim(min(map(min, filter(None, lows))) * 0.98, sorted(v for low in lows for v in low)[int(0.97 * sum(map(len, lows)))] * 1.02)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)" if title != "classifier" else "loss (nats)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if title:

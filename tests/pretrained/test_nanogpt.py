@@ -100,7 +100,7 @@ def test_wrong_files_are_named(copy, tmp_path):
     with pytest.raises(InputError, match=r"expected model\.safetensors"):
         pretrained.load(copy, "nanogpt")
     (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(InputError, match="expected model_type 'gpt2'.*found 'llama'"):
+    with pytest.raises(InputError, match=r"expected model_type 'gpt2'.*found 'llama'"):
         pretrained.load(copy, "nanogpt")
     (copy / "config.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
