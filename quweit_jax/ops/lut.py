@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 
@@ -71,7 +72,7 @@ def _drop_bit(address: Any, l: int) -> Any:
     return (address & ((1 << l) - 1)) | ((address >> (l + 1)) << l)
 
 
-def finite_differences(tables: Array, weighting: EFD) -> Array:
+def finite_differences(tables: Float[Array, "L A"], weighting: EFD) -> Float[Array, "n L R"]:
     """D[l, j, r], the EFD gradient of table j with respect to its input l where the other inputs spell r: (n, L, A / 2).
 
     Made once per step, not per sample. float32 whatever the tables' dtype.
@@ -177,15 +178,15 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def lut_lookup(
-    bits: ArrayLike,
-    mapping: ArrayLike,
-    tables: ArrayLike,
+    bits: Shaped[ArrayLike, "*tokens F"],
+    mapping: Int[ArrayLike, "L n"],
+    tables: Float[ArrayLike, "L A"],
     *,
     decay: str = "exponential",
     alpha: float | None = None,
     beta: float | None = None,
-    inverse: ArrayLike | None = None,
-) -> Array:
+    inverse: Int[ArrayLike, "F K"] | None = None,
+) -> Float[Array, "*tokens L"]:
     """Reads every table at the address its input bits spell; the gradient is the extended finite difference.
 
     `out[..., j] = tables[j, sum_l bits[..., mapping[j, l]] << l]`: slot 0 is the least significant bit (arXiv 2410.11112,
@@ -258,15 +259,15 @@ _lookup_tokens.defvjp(_lookup_tokens_forward, _lookup_tokens_backward)
 
 
 def lut_lookup_feature_major(
-    bits_FT: Array,
-    mapping: ArrayLike,
-    tables: Array,
+    bits_FT: Shaped[Array, "F T"],
+    mapping: Int[ArrayLike, "L n"],
+    tables: Float[Array, "L A"],
     *,
     decay: str = "exponential",
     alpha: float | None = None,
     beta: float | None = None,
-    inverse: Array | None = None,
-) -> Array:
+    inverse: Int[Array, "F K"] | None = None,
+) -> Float[Array, "L T"]:
     """`lut_lookup` for bits that are already (F, T), as they are inside a block: returns (L, T) and transposes nothing."""
     mapping = _as_index(mapping)
     weighting = check_lut_arguments(bits_FT.shape[0], mapping, tables, decay, alpha, beta)
@@ -305,7 +306,7 @@ def check_lut_arguments(num_inputs: int | None, mapping: Any, tables: Any, decay
 
 
 @jax.custom_jvp
-def binarize(values: Array) -> Array:
+def binarize(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """1 where values > 0, else 0, in the same dtype; the gradient passes straight through (identity)."""
     return (values > 0).astype(values.dtype)
 

@@ -13,8 +13,11 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
+from jaxtyping import Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from quweit_jax.errors import InputError
+
+Key = PRNGKeyArray | UInt32[Array, "2"]
 
 
 def _check_sizes(name: str, num_inputs: int, num_luts: int, lut_inputs: int) -> None:
@@ -22,7 +25,7 @@ def _check_sizes(name: str, num_inputs: int, num_luts: int, lut_inputs: int) -> 
         raise InputError(f"{name}: expected num_inputs >= 1, num_luts >= 0 and lut_inputs >= 1, found {num_inputs}, {num_luts} and {lut_inputs}.")
 
 
-def random_mapping(key: Array, num_inputs: int, num_luts: int, lut_inputs: int) -> Array:
+def random_mapping(key: Key, num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
     """Concatenated random permutations of the inputs, cut at n * L: every input is used equally often, give or take one.
 
     Returns (L, n) int32.
@@ -35,14 +38,14 @@ def random_mapping(key: Array, num_inputs: int, num_luts: int, lut_inputs: int) 
     return permutations.reshape(-1)[:slots].reshape(num_luts, lut_inputs).astype(jnp.int32)
 
 
-def arange_mapping(num_inputs: int, num_luts: int, lut_inputs: int) -> Array:
+def arange_mapping(num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
     """The inputs in order, round and round: (L, n) int32, `mapping[j, l] = (j * n + l) mod F`."""
     _check_sizes("arange_mapping", num_inputs, num_luts, lut_inputs)
     slots = jnp.arange(num_luts * lut_inputs, dtype=jnp.int32)
     return (slots % num_inputs).reshape(num_luts, lut_inputs)
 
 
-def invert_mapping(mapping: ArrayLike, num_inputs: int) -> Array:
+def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array, "F K"]:
     """The slots that read each input, for a wiring that uses every input equally often: (F, ceil(M / F)) int32.
 
     Slots are numbered input-major, l * L + j; an empty place holds M. With it `lut_lookup` gathers its gradient to the bits.
@@ -68,7 +71,7 @@ def invert_mapping(mapping: ArrayLike, num_inputs: int) -> Array:
     return jnp.full((num_inputs, fan_out), slots, jnp.int32).at[ordered, place].set(order, mode="drop")
 
 
-def random_candidates(key: Array, num_inputs: int, num_slots: int, num_candidates: int) -> Array:
+def random_candidates(key: Key, num_inputs: int, num_slots: int, num_candidates: int) -> Int[Array, "M C"]:
     """Fixed random candidates for each slot, column by column an even wiring: (M, C) int32."""
     return random_mapping(key, num_inputs, num_candidates, num_slots).T
 
@@ -78,7 +81,7 @@ def _inexact(bits: ArrayLike, like: Array) -> Array:
     return bits if jnp.issubdtype(bits.dtype, jnp.floating) else bits.astype(like.dtype)
 
 
-def learnable_mapping(bits: ArrayLike, scores: ArrayLike, *, tau: float = 0.001) -> Array:
+def learnable_mapping(bits: Shaped[ArrayLike, "*tokens F"], scores: Float[ArrayLike, "F M"], *, tau: float = 0.001) -> Float[Array, "*tokens M"]:
     """Each slot reads the input with the largest score: `y[..., m] = bits[..., argmax_f scores[f, m]]`.
 
     Gradients: `dscores = (2 bits - 1)^T g` (no softmax Jacobian), `dbits = g softmax(scores / tau, axis=0)^T`.
@@ -117,7 +120,9 @@ def _learnable_backward(tau, saved, grad):
 _learnable.defvjp(_learnable_forward, _learnable_backward)
 
 
-def sparse_learnable_mapping(bits: ArrayLike, scores: ArrayLike, candidates: ArrayLike, *, tau: float = 0.001) -> Array:
+def sparse_learnable_mapping(
+    bits: Shaped[ArrayLike, "*tokens F"], scores: Float[ArrayLike, "M C"], candidates: Int[ArrayLike, "M C"], *, tau: float = 0.001
+) -> Float[Array, "*tokens M"]:
     """`learnable_mapping` among C candidates a slot: what a transformer can afford.
 
     Args:

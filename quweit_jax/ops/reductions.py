@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float, Int8, Shaped
 
 from quweit_jax.errors import InputError
 
 
-def group_sum(bits: ArrayLike, num_groups: int, *, tau: float = 1.0) -> Array:
+def group_sum(bits: Shaped[ArrayLike, "*tokens L"], num_groups: int, *, tau: float = 1.0) -> Float[Array, "*tokens groups"]:
     """Sums contiguous groups of bits (zero-padded to a whole number of groups) and divides by tau: (..., L) -> (..., num_groups)."""
     bits = jnp.asarray(bits)
     if num_groups < 1 or bits.ndim < 1:
@@ -27,7 +28,11 @@ def group_sum(bits: ArrayLike, num_groups: int, *, tau: float = 1.0) -> Array:
     return padded.reshape(*bits.shape[:-1], num_groups, size).sum(-1, dtype=dtype) / jnp.asarray(tau, dtype)
 
 
-def conditional_sum(bits: ArrayLike, vectors: ArrayLike, bias: ArrayLike | None = None) -> Array:
+def conditional_sum(
+    bits: Shaped[ArrayLike, "*tokens L"],
+    vectors: Float[ArrayLike, "L d"] | Float[ArrayLike, " L"],
+    bias: Float[ArrayLike, " d"] | None = None,
+) -> Float[Array, "*tokens d"]:
     """`bias + sum_i bits_i * vectors_i`: each vector is added only where its bit is set (arXiv 2411.01818).
 
     Args:
@@ -61,12 +66,12 @@ def conditional_sum(bits: ArrayLike, vectors: ArrayLike, bias: ArrayLike | None 
     return total if bias is None else total + bias.astype(vectors.dtype)
 
 
-def conditional_sum_feature_major(bits_LT: Array, vectors: Array) -> Array:
+def conditional_sum_feature_major(bits_LT: Shaped[Array, "L T"], vectors: Float[Array, "L d"]) -> Float[Array, "T d"]:
     """The dense `conditional_sum` without bias for bits that are (L, T): returns (T, d)."""
     return jnp.einsum("lt,ld->td", bits_LT.astype(vectors.dtype), vectors)
 
 
-def walsh_hadamard(tables: Array) -> Array:
+def walsh_hadamard(tables: Float[Array, "*L A"]) -> Float[Array, "*L A"]:
     """Walsh-Hadamard coefficients `2**-n sum_a tables[..., a] (-1)**popcount(a & s)`: same shape; bit l of s means input l takes part."""
     size = tables.shape[-1]
     lead = tables.shape[:-1]
@@ -76,7 +81,7 @@ def walsh_hadamard(tables: Array) -> Array:
     return tables / size
 
 
-def spectral_penalty(tables: ArrayLike, degree_weights: ArrayLike | None = None) -> Array:
+def spectral_penalty(tables: Float[ArrayLike, "*L A"], degree_weights: Float[ArrayLike, " degrees"] | None = None) -> Float[Array, ""]:
     """Squared norm of the tables' Walsh-Hadamard coefficients, optionally weighted by degree (how many inputs take part).
 
     Without weights it is `sum(tables**2) / 2**n` (Parseval). degree_weights: (n + 1,), one for each degree 0..n. Returns a scalar.
@@ -96,13 +101,13 @@ def spectral_penalty(tables: ArrayLike, degree_weights: ArrayLike | None = None)
     return jnp.sum(weights[degrees] * jnp.square(walsh_hadamard(tables)))
 
 
-def fake_quantize_int8(x: Array, axis: int | tuple[int, ...]) -> Array:
+def fake_quantize_int8(x: Float[Array, "*shape"], axis: int | tuple[int, ...]) -> Float[Array, "*shape"]:
     """Rounds to the values int8 can hold with one scale per slice over `axis` (max|x| / 127); straight-through gradient."""
     quantized, scale = quantize_int8(x, axis)
     return x + jax.lax.stop_gradient(quantized.astype(x.dtype) * scale - x)
 
 
-def quantize_int8(x: Array, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
+def quantize_int8(x: Float[Array, "*shape"], axis: int | tuple[int, ...]) -> tuple[Int8[Array, "*shape"], Float[Array, "..."]]:
     """Symmetric int8: (int8 values, scales in x's dtype with `axis` kept as size 1); an all-zero slice has scale 1 / 127."""
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
     scale = jnp.where(largest > 0, largest, 1.0) / 127.0

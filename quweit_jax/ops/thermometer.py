@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped
 
 from quweit_jax.errors import InputError, check_choice
+
+Thresholds = Float[ArrayLike, "F z"] | Float[ArrayLike, "1 z"] | Float[ArrayLike, " z"]
 
 WINDOWS = ("triangular", "boxcar")
 
@@ -28,7 +31,7 @@ def _fit_input(name: str, x: ArrayLike, num_bits: int) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
 
-def uniform_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True) -> Array:
+def uniform_thresholds(x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True) -> Float[Array, "features z"]:
     """`min + i (max - min) / (z + 1)`, i = 1..z: (F, z), or (1, z) over all features together."""
     x = _fit_input("uniform_thresholds", x, num_bits)
     x = x if per_feature else x.reshape(-1, 1)
@@ -36,7 +39,7 @@ def uniform_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True)
     return low + jnp.arange(1, num_bits + 1, dtype=x.dtype) * (high - low) / (num_bits + 1)
 
 
-def gaussian_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True) -> Array:
+def gaussian_thresholds(x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True) -> Float[Array, "*features z"]:
     """`mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,) over all features together."""
     x = _fit_input("gaussian_thresholds", x, num_bits)
     quantiles = normal_quantiles(num_bits).astype(x.dtype)
@@ -45,12 +48,12 @@ def gaussian_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True
     return x.mean() + x.std(ddof=1) * quantiles
 
 
-def normal_quantiles(num_bits: int) -> Array:
+def normal_quantiles(num_bits: int) -> Float[Array, " z"]:
     """`Phi^-1(i / (z + 1))`, i = 1..z: the gaussian thresholds of N(0, 1), float32 (z,)."""
     return ndtri(jnp.arange(1, num_bits + 1, dtype=jnp.float32) / (num_bits + 1))
 
 
-def distributive_thresholds(x: ArrayLike, num_bits: int, *, per_feature: bool = True) -> Array:
+def distributive_thresholds(x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True) -> Float[Array, "*features z"]:
     """`sorted(x)[int(N i / (z + 1))]`, thresholds that split the data evenly: (F, z), or (z,) over all features together."""
     x = _fit_input("distributive_thresholds", x, num_bits)
     x = x if per_feature else x.reshape(-1)
@@ -70,7 +73,7 @@ def _check_thresholds(name: str, x: Array, thresholds: Array) -> None:
         raise InputError(f"{name}: expected thresholds (z,), (1, z) or (F, z) for x (..., F), found {list(thresholds.shape)} for {list(x.shape)}.")
 
 
-def encode(x: ArrayLike, thresholds: ArrayLike) -> Array:
+def encode(x: Shaped[ArrayLike, "*tokens F"], thresholds: Thresholds) -> Float[Array, "*tokens F z"]:
     """`x > threshold`, strictly: x (..., F) and thresholds (F, z), (1, z) or (z,) give (..., F, z) in x's dtype (float32 if x is not floating)."""
     x, thresholds = jnp.asarray(x), jnp.asarray(thresholds)
     _check_thresholds("encode", x, thresholds)
@@ -78,7 +81,9 @@ def encode(x: ArrayLike, thresholds: ArrayLike) -> Array:
     return (x[..., None] > thresholds).astype(dtype)
 
 
-def encode_ste(x: ArrayLike, thresholds: ArrayLike, *, window: float = 1.0, shape: str = "triangular") -> Array:
+def encode_ste(
+    x: Float[ArrayLike, "*tokens F"], thresholds: Thresholds, *, window: float | str = 1.0, shape: str = "triangular"
+) -> Float[Array, "*tokens F z"]:
     """`encode` with a surrogate gradient, for use inside a network.
 
     d bit / d x is a window of unit area around the threshold, `max(0, 1 - |x - threshold| / window) / window` (triangular) or

@@ -65,7 +65,7 @@ def test_errors(tmp_path):
         tokenizers.train("chars", "abc")
     with pytest.raises(InputError, match=r"data\.bpe_vocab_size: byte-level BPE starts from 256 bytes, found 100"):
         tokenizers.train("bpe", "abc", bpe_vocab_size=100)
-    with pytest.raises(InputError, match="no tokenizer at .*is this the run directory of a language model"):
+    with pytest.raises(InputError, match=r"no tokenizer at .*is this the run directory of a language model"):
         tokenizers.load(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "word"}))
     with pytest.raises(InputError, match=r"tokenizer\.json: kind: expected one of .*found 'word'"):
