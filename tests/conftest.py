@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,9 +117,10 @@ def read_checkpoint(workdir: Path, step: int | None = None) -> dict[str, Any]:
 
     if step is None:
         step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Orbax would rather be told the shardings
-        saved = ocp.load_checkpointables(workdir / "checkpoints" / str(step))
+    folder, here = workdir / "checkpoints" / str(step), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = ocp.checkpointables_metadata(folder).metadata["state"]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found, is_leaf=lambda x: hasattr(x, "shape"))
+    saved = ocp.load_checkpointables(folder, {"state": abstract, "loop": None})
     leaves = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path({"state": saved["state"]})}
     return leaves | {"step": step, "data": json.loads(saved["loop"]["json"].tobytes())["data"]}
 

@@ -249,6 +249,6 @@ class LearnableReduction(nn.Module):
         widths = self.widths(bits.shape[-1])
         for i, width in enumerate(widths):
             top = i == len(widths) - 1
-            options: dict[str, Any] = {"mapping": "arange"} | (self.lut or {})
+            options: dict[str, Any] = {"mapping": "arange", **(self.lut or {})}
             bits = LUTLayer(width, self.lut_inputs, binary=not top, name=f"luts_{i}", **options)(bits)
         return bits / self.tau

@@ -34,7 +34,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
         if keep < 1:
             raise InputError(f"keep: expected at least 1 checkpoint, found {keep}.")
-        self.workdir, self.directory, self.read_only = workdir, workdir / "checkpoints", read_only
+        self.workdir = workdir.absolute()  # Orbax reads nothing by a relative path
+        self.directory, self.read_only = self.workdir / "checkpoints", read_only
         best = policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
         checkpointer: Any = ocp.training.Checkpointer
         self._open = lambda: checkpointer(

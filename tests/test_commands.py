@@ -1,0 +1,76 @@
+"""The command lines, used as a new user would: train, go on, evaluate, generate, with relative paths."""
+
+import json
+
+import pytest
+from tests.conftest import REPOSITORY
+
+from quweit_jax import configs, evaluate, generate, train
+
+TINY = [
+    "--config.model.layers=1",
+    "--config.model.width=32",
+    "--config.model.heads=2",
+    "--config.model.context=16",
+    "--config.model.weightless.num_luts=48",
+    "--config.batch_size=4",
+    "--config.eval_every=5",
+    "--config.eval_batches=2",
+    "--config.checkpoint_every=5",
+    "--config.mesh.data=1",
+    "--config.sample_tokens=8",
+]
+
+
+@pytest.fixture
+def trained(tiny_text, tmp_path, monkeypatch, capsys):
+    """A run made by the command line in the current folder, and what the command said."""
+    monkeypatch.chdir(tmp_path)
+    spec = f"{REPOSITORY / 'experiments' / 'gpt_char.py'}:quick,steps=10,data.source=text_file,data.path={tiny_text}"
+    assert train.main([f"--config={spec}", "--workdir=runs/x", *TINY]) == 0
+    return capsys.readouterr().out
+
+
+def test_train_ends_with_what_a_user_wants_to_know(trained, tmp_path):
+    assert "step 10: validation loss" in trained
+    assert "weightless blocks at inference" in trained
+    assert "sample:" in trained
+    assert "python -m quweit_jax.train --workdir=runs/x --config.steps=20" in trained
+    assert (tmp_path / "runs/x/plots/loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["split"] == "validation"] == [5, 10]
+
+
+def test_the_line_it_gives_goes_on(trained, capsys):
+    assert train.main(["--workdir=runs/x", "--config.steps=20"]) == 0
+    assert "step 20: validation loss" in capsys.readouterr().out
+
+
+def test_evaluate_and_packed_agree(trained, capsys):
+    assert evaluate.main(["--workdir=runs/x", "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert evaluate.main(["--workdir=runs/x", "--json", "--packed"]) == 0
+    packed = json.loads(capsys.readouterr().out)
+    assert plain["step"] == packed["step"] in (5, 10)
+    assert packed["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+    assert 0 < packed["block_bytes"]
+    assert evaluate.main(["--workdir=runs/x", "--step=5"]) == 0
+    assert "loss" in capsys.readouterr().out
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(trained, capsys, tiny_text):
+    prompt = tiny_text.read_text()[:5]
+    texts = []
+    for seed in (1, 1, 2):
+        assert generate.main(["--workdir=runs/x", f"--prompt={prompt}", "--max_tokens=40", f"--seed={seed}", "--top_k=5"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith(prompt) and len(texts[0]) == 46
+
+
+@pytest.mark.parametrize("spec", ["gpt_char.py:quick", "gpt_char.py:nanogpt_cpu,mlp=none", "gpt_char.py:nanogpt,mlp=weightless", "dwn_digits.py"])
+def test_every_config_is_complete(spec):
+    config = configs.load_file(str(REPOSITORY / "experiments" / spec))
+    for key in ("seed", "steps", "batch_size", "eval_every", "checkpoint_every"):
+        assert isinstance(config[key], int)
+    assert {"data.source", "data.name", "data.data_dir", "optimizer.learning_rate", "model.name", "mesh.data"} <= set(configs.flat(config))
