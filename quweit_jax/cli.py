@@ -51,7 +51,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         key, equals, value = piece[len("--config.") :].partition("=")
         if not equals:
-            if not pieces:
+            if not pieces or pieces[0].startswith("--"):
                 raise InputError(f"{piece}: expected a value; write {piece}=VALUE.")
             value = pieces.pop(0)
         overrides[key] = value
@@ -76,7 +76,7 @@ def join_processes() -> None:
     if "JAX_NUM_PROCESSES" in os.environ:
         missing = [v for v in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if v not in os.environ]
         if missing:
-            raise InputError(f"JAX_NUM_PROCESSES is set but {' and '.join(missing)} is not; set all three on every process, or none.")
+            raise InputError(f"JAX_NUM_PROCESSES is set without {' and '.join(missing)}; set all three on every process, or none.")
         try:
             count, number = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
         except ValueError:

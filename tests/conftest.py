@@ -35,6 +35,7 @@ TINY = {
     "sample_tokens": 0,
     "data.source": "text_file",
     "data.limit_bytes": 0,
+    "optimizer.learning_rate": 1e-3,
     "optimizer.warmup": 2,
     "mesh.data": 1,
     "model.layers": 2,

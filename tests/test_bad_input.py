@@ -55,10 +55,10 @@ VALUES = [
     ("stepz", "3", r"--config.stepz: unknown key 'stepz'. Did you mean 'steps'\?"),
     ("model.weightless.num_lut", "3", r"unknown key 'model.weightless.num_lut'. Did you mean 'model.weightless.num_luts'\?"),
     ("model", "3", "unknown key 'model'"),
-    ("steps", "many", "--config.steps: expected a whole number such as 1000, found 'many'"),
-    ("steps", "1.5", "--config.steps: expected a whole number such as 1000, found '1.5'"),
+    ("steps", "many", r"--config.steps: expected a whole number such as \d+, found 'many'"),
+    ("steps", "1.5", r"--config.steps: expected a whole number such as \d+, found '1.5'"),
     ("steps", "0", "steps: expected at least 1, found 0"),
-    ("steps", "True", "--config.steps: expected a whole number such as 1000, found 'True'"),
+    ("steps", "True", r"--config.steps: expected a whole number such as \d+, found 'True'"),
     ("data.download", "3", "--config.data.download: expected true or false such as True, found '3'"),
     ("optimizer.learning_rate", "fast", r"--config.optimizer.learning_rate: expected a number such as [\d.]+, found 'fast'"),
     ("optimizer.learning_rate", "none", r"--config.optimizer.learning_rate: expected a number such as [\d.]+, found 'none'"),
@@ -81,7 +81,7 @@ VALUES = [
     ("eval_batches", "-1", "eval_batches: expected 0 or more, found -1"),
     ("sample_tokens", "-5", "sample_tokens: expected 0 or more, found -5"),
     ("data.source", "txt", r"data.source: expected one of .*'text_file'.*, found 'txt'"),
-    ("data.source", "digits", "data.source: digits .*"),
+    ("data.source", "digits", "data.source: digits has labelled examples, but model gpt reads text; use a text source"),
     ("data.path", "missing.txt", "data.path: no file at missing.txt"),
     ("data.path", "", "data.path: expected the path of a text file for data.source=text_file, found nothing; add --config.data.path=FILE"),
     ("data.validation_fraction", "1.5", "data.validation_fraction: expected a share between 0 and 1, found 1.5"),
@@ -100,14 +100,22 @@ def test_config_values(command, tiny_arguments, tmp_path, path, value, said):
 def test_experiment_files(command, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     workdir = f"--workdir={tmp_path / 'run'}"
-    refused(command(train, "--config=experiments/gpt_chart.py", workdir), r"no file at experiments/gpt_chart.py. Did you mean 'experiments/gpt_char.py'\?")
+    refused(
+        command(train, "--config=experiments/gpt_chart.py", workdir), r"no file at experiments/gpt_chart.py. Did you mean 'experiments/gpt_char.py'\?"
+    )
     refused(
         command(train, "--config=experiments/gpt_char.py:quik", workdir),
         r"config variant: expected one of \['quick', .*\], found 'quik'. Did you mean 'quick'\?",
     )
     refused(command(train, "--config=experiments/gpt_char.py:quick,mpl=dense", workdir), r"config argument: unknown key 'mpl'. Did you mean 'mlp'\?")
-    refused(command(train, "--config=experiments/gpt_char.py:quick,dense", workdir), "config argument: expected key=value after the variant, found 'dense'")
-    refused(command(train, "--config=experiments/gpt_char.py:quick", "--config.steps", workdir), "steps: expected a whole number")
+    refused(
+        command(train, "--config=experiments/gpt_char.py:quick,dense", workdir),
+        "config argument: expected key=value after the variant, found 'dense'",
+    )
+    refused(
+        command(train, "--config=experiments/gpt_char.py:quick", "--config.steps", workdir),
+        "--config.steps: expected a value; write --config.steps=VALUE",
+    )
     refused(command(train, workdir, "--config.steps"), "--config.steps: expected a value; write --config.steps=VALUE")
     refused(command(train, workdir), "--config: expected an experiment file to begin a run in .*, such as --config=experiments/gpt_char.py:quick")
     (tmp_path / "empty.py").write_text("x = 1\n")
@@ -125,7 +133,9 @@ def test_missing_data(command, tiny_arguments, tmp_path):
         r"data: the validation text has 3 tokens, fewer than the context of 16 and one to predict; use more text or --config.model.context=2",
     )
     short.write_bytes(b"\xff\xfe\x00abc")
-    refused(command(train, *tiny_arguments(SMALL | {"data.path": short}), workdir), "data.path: .*short.txt is not UTF-8 text .byte 0.; convert it first")
+    refused(
+        command(train, *tiny_arguments(SMALL | {"data.path": short}), workdir), "data.path: .*short.txt is not UTF-8 text .byte 0.; convert it first"
+    )
 
 
 def test_another_text(command, tiny_arguments, trained, tmp_path):
@@ -143,7 +153,7 @@ def test_another_text(command, tiny_arguments, trained, tmp_path):
 def test_workdirs(command, tiny_arguments, trained, tmp_path):
     refused(
         command(train, *tiny_arguments(SMALL | {"model.width": 64, "optimizer.clip": 2.0}), f"--workdir={trained}"),
-        r"belongs to another config: model.width \(there 32, now 64\); optimizer.clip \(there 1.0, now 2.0\). Give a new --workdir, or leave --config out",
+        r"belongs to another config: model.width \(there 32, now 64\); optimizer.clip \(there 1.0, now 2.0\). Give a new --workdir, or leave --config out to go on",
     )
     full = tmp_path / "full"
     full.mkdir()
@@ -153,7 +163,10 @@ def test_workdirs(command, tiny_arguments, trained, tmp_path):
         "--workdir: .*full holds files but no config.json, so it is no run directory; give a new or empty folder",
     )
     refused(command(train, *tiny_arguments(SMALL), f"--workdir={full / 'thesis.tex'}"), "--workdir: .*thesis.tex is a file; give a folder")
-    refused(command(train, *tiny_arguments(SMALL), f"--workdir={full / 'thesis.tex' / 'run'}"), "--workdir: cannot make .*run .*; give a folder you can write to")
+    refused(
+        command(train, *tiny_arguments(SMALL), f"--workdir={full / 'thesis.tex' / 'run'}"),
+        "--workdir: cannot make .*run .*; give a folder you can write to",
+    )
     refused(command(train, f"--workdir={trained}", "--config.steps=2"), "steps: .* is already at step 4, past the 2 asked for; raise --config.steps")
     for module in (evaluate, generate):
         refused(command(module, f"--workdir={full}"), r"--workdir: no run in .*full \(no config.json\); start one with --config=experiments/FILE.py")
@@ -185,13 +198,18 @@ def test_damaged_checkpoint_ends_with_status_1(command, trained, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(trained, damaged)
     (damaged / "checkpoints" / "4" / "state" / "_METADATA").unlink()
-    refused(command(evaluate, f"--workdir={damaged}"), "the checkpoint of step 4 is damaged .*_METADATA is missing.*; choose one with --step", status=1)
+    refused(
+        command(evaluate, f"--workdir={damaged}"), "the checkpoint of step 4 is damaged .*_METADATA is missing.*; choose one with --step", status=1
+    )
 
 
 def test_generation(command, trained):
     workdir = f"--workdir={trained}"
     refused(command(generate, workdir, "--prompt="), "--prompt: expected at least one character, found none")
-    refused(command(generate, workdir, "--prompt=Ünder"), r"vocabulary mismatch: the text has 'Ü', which the \d+ characters this model was trained on do not include")
+    refused(
+        command(generate, workdir, "--prompt=Ünder"),
+        r"vocabulary mismatch: the text has 'Ü', which the \d+ characters this model was trained on do not include",
+    )
     refused(command(generate, workdir, "--temperature=-0.5"), r"--temperature: expected 0 .always the likeliest. or more, found -0.5")
     refused(command(generate, workdir, "--temperature=nan"), "--temperature: expected 0 .* found nan")
     refused(command(generate, workdir, "--top_k=-1"), "--top_k: expected 0 .all. or a number of tokens, found -1")
@@ -202,7 +220,7 @@ def test_generation(command, trained):
 def test_processes(command, tiny_arguments, tmp_path, monkeypatch):
     arguments = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'run'}"]
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    refused(command(train, *arguments), "JAX_NUM_PROCESSES is set but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is not; set all three")
+    refused(command(train, *arguments), "JAX_NUM_PROCESSES is set without JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID; set all three")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
     refused(command(train, *arguments), "JAX_NUM_PROCESSES and JAX_PROCESS_ID: expected whole numbers such as 2 and 0, found '2' and 'two'")

@@ -41,7 +41,7 @@ class OptimizerConfig:
     tables_beta2: float = 0.999
     scores_learning_rate: float | None = 3e-2
     thresholds_learning_rate: float | None = None
-    vectors_learning_rate: float | None = None
+    vectors_learning_rate: float | None = 4e-3
 
     def __post_init__(self):
         check_choice("optimizer.schedule", self.schedule, ("cosine", "constant"))

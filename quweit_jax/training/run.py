@@ -98,6 +98,11 @@ def assemble(config: configs.Config, tokenizer: tokenizers.Tokenizer | None = No
     models.build(model_config, 2)  # a wrong model key shows before the data is read
     data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
     data = pipeline.load(data_config, model_config.get("context"), tokenizer) if read_data or tokenizer is None else None
+    if data is not None and data.tokenizer is None and "context" in model_config:
+        raise InputError(
+            f"data.source: {data_config.name or data_config.source} has labelled examples, but model {model_config['name']} reads text; "
+            "use a text source, or another experiment file."
+        )
     tokenizer = data.tokenizer if data is not None else tokenizer
     outputs = data.outputs if data is not None else tokenizer.vocab_size  # type: ignore[union-attr]
     optimizer = optimizers.make_optimizer(optimizer_config, config.steps)
