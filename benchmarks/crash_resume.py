@@ -33,7 +33,7 @@ CONFIG = {
     "checkpoint_every": 3,
     "sample_tokens": 0,
     "data.limit_bytes": 100_000,
-    "model.layers": 2,
+    "model.layers": 1,
     "model.heads": 2,
     "model.width": 64,
     "model.context": 32,

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tests.conftest import REPOSITORY
 
 from quweit_jax import configs, evaluate, generate, train
+from tests.conftest import REPOSITORY
 
 TINY = [
     "--config.model.layers=1",
@@ -53,7 +53,7 @@ def test_evaluate_and_packed_agree(trained, capsys):
     packed = json.loads(capsys.readouterr().out)
     assert plain["step"] == packed["step"] in (5, 10)
     assert packed["loss"] == pytest.approx(plain["loss"], abs=1e-4)
-    assert 0 < packed["block_bytes"]
+    assert packed["block_bytes"] > 0
     assert evaluate.main(["--workdir=runs/x", "--step=5"]) == 0
     assert "loss" in capsys.readouterr().out
 

@@ -97,12 +97,10 @@ def stream_text(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        if text.endswith("\ufffd") and len(ids) < 8:
-            continue
-        yield text[len(shown) :]
-        if text.endswith("\ufffd") or "\ufffd" not in text:
-            ids, shown = [], ""
-        else:
-            shown = text
+        # Only the last U+FFFD can be a character that isn't whole yet.
+        whole = text[:-1] if text.endswith("\ufffd") else text
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+        ids, shown = ([], "") if whole == text else (ids, whole)
     if ids:
         yield tokenizer.decode(ids)[len(shown) :]

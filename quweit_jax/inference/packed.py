@@ -76,6 +76,8 @@ def _at(tree: Tree, path: tuple[str, ...]) -> Tree:
 
 
 def _without(tree: Tree, paths: list[tuple[str, ...]]) -> Tree:
+    if () in paths:  # the model itself is a block
+        return {}
     heads = {p[0] for p in paths if len(p) == 1}
     return {
         key: _without(child, [p[1:] for p in paths if p[0] == key and len(p) > 1]) if isinstance(child, dict) else child

@@ -15,6 +15,7 @@ from quweit_jax.layers.weightless import MAPPINGS, SUMS, WeightlessBlock
 from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
+from tests.compiled import quick_jit
 
 SMALL = {"num_luts": 16, "lut_inputs": 3, "thermometer_bits": 3, "vector_init": 0.5}
 
@@ -40,13 +41,13 @@ def perturbed(variables, scale=0.05):
 
 
 def start(model, inputs):
-    return perturbed(jax.jit(model.init)(jax.random.key(0), inputs))
+    return perturbed(quick_jit(model.init)(jax.random.key(0), inputs))
 
 
 def check(model, variables, inputs, **options):
-    expected = jax.jit(functools.partial(model.apply, **options))(variables, inputs)
+    expected = quick_jit(functools.partial(model.apply, **options))(variables, inputs)
     weights = packed.pack(variables)
-    found = jax.jit(lambda inputs: packed.apply(model, weights, inputs, **options))(inputs)
+    found = quick_jit(lambda inputs: packed.apply(model, weights, inputs, **options))(inputs)
     assert found.dtype == expected.dtype and found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.std(expected) > 1e-3
@@ -130,7 +131,7 @@ def test_bytes_counted_by_hand():
 
 def test_models_without_a_block():
     model = DWN(DWNConfig(2, num_luts=4, lut_inputs=2, thermometer_bits=2))
-    variables = jax.jit(model.init)(jax.random.key(0), np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32))
+    variables = quick_jit(model.init)(jax.random.key(0), np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32))
     assert packed.describe(variables) == []
     with pytest.raises(InputError, match="pack: this model has no weightless block"):
         packed.pack(variables)

@@ -9,6 +9,7 @@ import pytest
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.transformer import MLP, CausalSelfAttention, LayerNorm, pick_attention
+from tests.compiled import quick_jit
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 7, 12, 3
 
@@ -23,7 +24,7 @@ def attention(**options):
 
 @pytest.fixture(scope="module")
 def params():
-    found = jax.jit(attention(use_bias=True).init)(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
+    found = quick_jit(attention(use_bias=True).init)(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
     return jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape), jax.device_get(found))
 
 
@@ -42,19 +43,19 @@ def reference_attention(params, x):
 
 def test_attention_is_its_formula(params):
     x = normal(BATCH, TOKENS, WIDTH)
-    out = jax.jit(attention(use_bias=True).apply)({"params": params}, x)
+    out = quick_jit(attention(use_bias=True).apply)({"params": params}, x)
     np.testing.assert_allclose(out, reference_attention(params, x), atol=1e-4)
 
 
 def test_attention_with_dropout_is_the_same_where_nothing_is_dropped(params):
     x = normal(BATCH, TOKENS, WIDTH)
     module = attention(use_bias=True, dropout=1e-7)
-    out = jax.jit(lambda x: module.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(0)}))(x)
+    out = quick_jit(lambda x: module.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(0)}))(x)
     np.testing.assert_allclose(out, reference_attention(params, x), atol=1e-4)
 
 
 def test_attention_is_causal(params):
-    x, apply = normal(1, TOKENS, WIDTH), jax.jit(attention(use_bias=True).apply)
+    x, apply = normal(1, TOKENS, WIDTH), quick_jit(attention(use_bias=True).apply)
     whole = np.asarray(apply({"params": params}, x))
     for t in range(TOKENS):
         changed = x.copy()
@@ -69,7 +70,7 @@ def test_decoding_with_a_cache_is_the_parallel_form(params, pieces):
     x, module = normal(BATCH, TOKENS, WIDTH), attention(use_bias=True)
     cache = jax.device_get(module.init(jax.random.key(0), x[:, :1], decode=True)["cache"])
     assert cache["length"] == 0 and cache["keys"].shape == (BATCH, TOKENS, HEADS, WIDTH // HEADS)
-    step = jax.jit(lambda cache, x: module.apply({"params": params, "cache": cache}, x, decode=True, mutable=["cache"]))
+    step = quick_jit(lambda cache, x: module.apply({"params": params, "cache": cache}, x, decode=True, mutable=["cache"]))
     found, start = [], 0
     for size in pieces:
         out, changed = step(cache, x[:, start : start + size])
@@ -80,7 +81,7 @@ def test_decoding_with_a_cache_is_the_parallel_form(params, pieces):
 
 def test_bfloat16(params):
     x = normal(BATCH, TOKENS, WIDTH)
-    out = jax.jit(attention(use_bias=True, dtype=jnp.bfloat16).apply)({"params": params}, x)
+    out = quick_jit(attention(use_bias=True, dtype=jnp.bfloat16).apply)({"params": params}, x)
     assert out.dtype == jnp.bfloat16
     expected = reference_attention(params, x)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.03 * np.abs(expected).max())
@@ -102,7 +103,7 @@ def test_norm_and_mlp_are_their_formulas(use_bias):
     found = norm.apply({"params": {"norm": {"scale": scale} | ({"bias": bias} if use_bias else {})}}, x)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(found, normed * scale + (bias if use_bias else 0), atol=1e-5)
-    weights = jax.device_get(jax.jit(mlp.init)(jax.random.key(0), x)["params"])
+    weights = jax.device_get(quick_jit(mlp.init)(jax.random.key(0), x)["params"])
     weights = jax.tree.map(lambda p: p + 0.1, weights)
     hidden = x @ weights["up"]["kernel"] + (weights["up"]["bias"] if use_bias else 0)
     gelu = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))

@@ -8,6 +8,7 @@ import pytest
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.weightless import MAPPINGS, GroupSum, LearnableReduction, LUTLayer, WeightlessBlock
+from tests.compiled import quick_jit
 from tests.ops import naive
 
 
@@ -16,7 +17,7 @@ def random_bits(*shape, seed=0):
 
 
 def init(module, inputs):
-    return jax.device_get(jax.jit(module.init)(jax.random.key(0), inputs))
+    return jax.device_get(quick_jit(module.init)(jax.random.key(0), inputs))
 
 
 def wiring_of(params, wiring):
@@ -45,7 +46,7 @@ def test_lut_layer(mapping):
         out = layer.apply({"params": params, "wiring": wiring}, bits)
         return jnp.sum(out * jnp.arange(1.0, 6.0)), out
 
-    (_, out), (grads, grad_bits) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, bits)
+    (_, out), (grads, grad_bits) = quick_jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, bits)
     expected = naive.lut_lookup(bits.reshape(6, 8), wiring_of(params, wiring), params["tables"]) > 0
     np.testing.assert_array_equal(out.reshape(6, 5), expected)
     assert set(np.unique(out)) == {0, 1}
@@ -77,7 +78,7 @@ def test_wiring_depends_on_the_seed_and_the_layer():
             return LUTLayer(12, 3)(LUTLayer(12, 3)(bits))
 
     bits = random_bits(2, 12)
-    start = jax.jit(Two().init)
+    start = quick_jit(Two().init)
     first, again, other = (start(jax.random.key(seed), bits)["wiring"] for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     mapping = first["LUTLayer_0"]["mapping"]
@@ -131,7 +132,7 @@ def test_block_with_every_option(name):
         out = block.apply({"params": params, **rest}, x)
         return jnp.sum(out * jnp.arange(1.0, 5.0)), out
 
-    (_, out), (grads, grad_x) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables["params"], x)
+    (_, out), (grads, grad_x) = quick_jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables["params"], x)
     assert out.shape == (2, 5, 4) and out.dtype == jnp.float32
     np.testing.assert_allclose(out.reshape(10, 4), reference_block(block, variables, x), atol=1e-4)
     for path, gradient in jax.tree_util.tree_leaves_with_path({"params": grads, "x": grad_x}):
@@ -148,7 +149,7 @@ def test_block_in_bfloat16():
     options = {"num_luts": 16, "lut_inputs": 3, "vector_init": 0.5}
     variables = init(WeightlessBlock(4, **options), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {np.dtype("float32")}
-    half = jax.jit(WeightlessBlock(4, dtype=jnp.bfloat16, **options).apply)(variables, x)
+    half = quick_jit(WeightlessBlock(4, dtype=jnp.bfloat16, **options).apply)(variables, x)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float32), WeightlessBlock(4, **options).apply(variables, x), atol=0.1)
 
@@ -174,7 +175,7 @@ def test_block_takes_the_place_of_an_mlp_in_a_users_model():
             logits = model.apply({"params": params, **rest}, x)
             return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
 
-        @jax.jit
+        @quick_jit
         def step(params, loss=loss):
             value, grads = jax.value_and_grad(loss)(params)
             return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)

@@ -8,6 +8,7 @@ import pytest
 from quweit_jax import models
 from quweit_jax.errors import InputError
 from quweit_jax.models.dwn import DWN, DWNConfig
+from tests.compiled import quick_jit
 from tests.ops import naive
 
 
@@ -20,7 +21,7 @@ def inputs(examples=40, *shape, seed=0):
 def test_initialising_fits_the_thermometer(kind, per_feature):
     x = inputs()
     model = DWN(DWNConfig(3, num_luts=4, thermometer=kind, thermometer_bits=3, per_feature=per_feature))
-    thresholds = jax.jit(model.init)(jax.random.key(0), x)["wiring"]["thresholds"]
+    thresholds = quick_jit(model.init)(jax.random.key(0), x)["wiring"]["thresholds"]
     np.testing.assert_allclose(np.atleast_2d(thresholds), naive.thresholds(kind, x, 3, per_feature), rtol=1e-4, atol=1e-5)
 
 
@@ -28,13 +29,13 @@ def test_initialising_fits_the_thermometer(kind, per_feature):
 def test_scores_are_the_layers_one_after_another(mapping):
     x = inputs(6, 2, 3, 1)
     model = DWN(DWNConfig(2, num_luts=(8, 6), lut_inputs=2, mapping=mapping, thermometer_bits=2, tau=1.5))
-    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), x))
+    variables = jax.device_get(quick_jit(model.init)(jax.random.key(0), x))
     params, wiring = variables["params"], variables["wiring"]
     bits = naive.encode(x.reshape(6, 6), wiring["thresholds"]).reshape(6, -1)
     first = params["luts_0"]["scores"].argmax(0).reshape(8, 2) if mapping == "learnable" else wiring["luts_0"]["mapping"]
     for chosen, name in ((first, "luts_0"), (wiring["luts_1"]["mapping"], "luts_1")):
         bits = naive.lut_lookup(bits, chosen, params[name]["tables"]) > 0
-    scores = jax.jit(model.apply)(variables, x)
+    scores = quick_jit(model.apply)(variables, x)
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, naive.group_sum(bits, 2, 1.5), rtol=1e-5)
 
@@ -42,15 +43,15 @@ def test_scores_are_the_layers_one_after_another(mapping):
 @pytest.mark.parametrize("reduction", ["group_sum", "learnable"])
 def test_it_learns(reduction):
     x = inputs(200)
-    labels = (x[:, 1] > 2).astype(np.int32) + (x[:, 3] > 2)
-    model = DWN(DWNConfig(3, num_luts=60, lut_inputs=3, reduction=reduction, thermometer_bits=3))
-    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), x))
+    labels = (x[:, 1] > 2).astype(np.int32)
+    model = DWN(DWNConfig(2, num_luts=60, lut_inputs=3, reduction=reduction, thermometer_bits=3))
+    variables = jax.device_get(quick_jit(model.init)(jax.random.key(0), x))
 
     def loss(params):
         scores = model.apply({"params": params, "wiring": variables["wiring"]}, x, train=True)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], axis=1)), scores
 
-    @jax.jit
+    @quick_jit
     def step(params):
         (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(params)
         # One size of step for each array, so that this needs no optimizer.

@@ -12,6 +12,7 @@ from quweit_jax import configs, models
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
+from tests.compiled import quick_jit
 
 VOCABULARY, CONTEXT = 11, 9
 CONFIG = GPTConfig(
@@ -30,14 +31,14 @@ def tokens(batch=2, length=CONTEXT, seed=0):
 @pytest.fixture(scope="module")
 def variables():
     """Larger than at the start, so that logits differ visibly."""
-    start = jax.device_get(jax.jit(GPT(CONFIG).init)(jax.random.key(0), tokens()))
+    start = jax.device_get(quick_jit(GPT(CONFIG).init)(jax.random.key(0), tokens()))
     widened = jax.tree_util.tree_map_with_path(lambda path, p: 8 * p if path[-1].key in ("kernel", "embedding") else p, start["params"])
     return {**start, "params": widened}
 
 
 @pytest.fixture(scope="module")
 def logits(variables):
-    return np.asarray(jax.jit(GPT(CONFIG).apply)(variables, tokens()))
+    return np.asarray(quick_jit(GPT(CONFIG).apply)(variables, tokens()))
 
 
 def test_each_block_has_its_own_mlp(variables):
@@ -57,7 +58,7 @@ def test_logits(logits):
 def test_it_is_causal(variables, logits):
     changed = tokens()
     changed[:, 5] = (changed[:, 5] + 1) % VOCABULARY
-    out = np.asarray(jax.jit(GPT(CONFIG).apply)(variables, changed))
+    out = np.asarray(quick_jit(GPT(CONFIG).apply)(variables, changed))
     np.testing.assert_array_equal(out[:, :5], logits[:, :5])
     assert (out[:, 5:] != logits[:, 5:]).any(axis=-1).all()
 
@@ -67,7 +68,7 @@ def test_decoding_is_the_parallel_form(variables, logits, pieces):
     model = GPT(CONFIG)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()[:, :1], decode=True))["cache"]
     cache = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-    step = jax.jit(lambda cache, piece: model.apply({**variables, "cache": cache}, piece, decode=True, mutable=["cache"]))
+    step = quick_jit(lambda cache, piece: model.apply({**variables, "cache": cache}, piece, decode=True, mutable=["cache"]))
     start = 0
     for size in pieces:
         out, changed = step(cache, tokens()[:, start : start + size])
@@ -80,7 +81,7 @@ def gradients(model, variables):
         out = model.apply({**variables, "params": params}, tokens(), train=True, rngs={"dropout": jax.random.key(5)})
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(out), tokens(seed=1)[..., None], axis=-1))
 
-    return jax.jit(jax.value_and_grad(loss))(variables["params"])
+    return quick_jit(jax.value_and_grad(loss))(variables["params"])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -93,8 +94,8 @@ def test_remat_changes_nothing(variables, dropout):
 
 def test_dropout_only_while_training(variables, logits):
     model = with_changes(dropout=0.5)
-    np.testing.assert_array_equal(jax.jit(model.apply)(variables, tokens()), logits)
-    train = jax.jit(lambda key: model.apply(variables, tokens(), train=True, rngs={"dropout": key}))
+    np.testing.assert_array_equal(quick_jit(model.apply)(variables, tokens()), logits)
+    train = quick_jit(lambda key: model.apply(variables, tokens(), train=True, rngs={"dropout": key}))
     one, again, other = (np.asarray(train(jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (one != other).mean() > 0.9 and (one != logits).mean() > 0.9
@@ -102,25 +103,25 @@ def test_dropout_only_while_training(variables, logits):
 
 def test_tied_and_untied_embeddings(variables):
     model = with_changes(tie_embeddings=False, layers=1, mlp="none")
-    untied = jax.device_get(jax.jit(model.init)(jax.random.key(0), tokens())["params"])
+    untied = jax.device_get(quick_jit(model.init)(jax.random.key(0), tokens())["params"])
     assert untied["head"]["kernel"].shape == (8, VOCABULARY)
     head = np.random.default_rng(0).normal(size=(8, VOCABULARY)).astype(np.float32)
     tied = {k: v for k, v in untied.items() if k != "head"}
     # Unlike a separate head, a tied one is the embedding itself: with the same numbers both give the same logits.
     same = untied | {"head": {"kernel": untied["token_embedding"]["embedding"].T}}
-    apply_tied = jax.jit(with_changes(layers=1, mlp="none").apply)
+    apply_tied = quick_jit(with_changes(layers=1, mlp="none").apply)
     np.testing.assert_allclose(apply_tied({"params": tied}, tokens()), model.apply({"params": same}, tokens()), atol=1e-6)
     assert (np.asarray(model.apply({"params": untied | {"head": {"kernel": head}}}, tokens())) != apply_tied({"params": tied}, tokens())).any()
 
 
 def test_bfloat16():
     model = with_changes(dtype="bfloat16", mlp="dense+none+none")
-    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), tokens()))
+    variables = jax.device_get(quick_jit(model.init)(jax.random.key(0), tokens()))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {np.dtype("float32")}
     traced = jax.make_jaxpr(lambda v: model.apply(v, tokens()))(variables)
     assert traced.out_avals[0].dtype == jnp.float32 and "bf16" in str(traced)
     full = with_changes(mlp="dense+none+none").apply(variables, tokens())
-    np.testing.assert_allclose(jax.jit(model.apply)(variables, tokens()), full, atol=0.02 * float(jnp.abs(full).max()))
+    np.testing.assert_allclose(quick_jit(model.apply)(variables, tokens()), full, atol=0.02 * float(jnp.abs(full).max()))
 
 
 def test_parameters_of_nanogpt():

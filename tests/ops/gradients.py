@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from tests.compiled import quick_jit
+
 
 def value_and_vjp(function: Callable[..., Any], inputs: Sequence[Any], grad: Any) -> tuple[Any, ...]:
     """(function(*inputs), the gradient to each input for the upstream gradient `grad`)."""
@@ -13,4 +15,4 @@ def value_and_vjp(function: Callable[..., Any], inputs: Sequence[Any], grad: Any
         out, pullback = jax.vjp(function, *inputs)
         return out, *pullback(grad)
 
-    return jax.jit(run)(tuple(inputs), grad)
+    return quick_jit(run)(tuple(inputs), grad)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops import lut, mapping
+from tests.compiled import quick_jit
 from tests.ops import naive
 from tests.ops.gradients import value_and_vjp
 
@@ -27,7 +28,7 @@ def case(tokens=7, inputs=11, luts=6, n=2, seed=0):
     return bits, wiring.reshape(luts, n).astype(np.int32), tables, draw.normal(size=(tokens, luts)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("decay", "alpha", "beta"))
+@functools.partial(quick_jit, static_argnames=("decay", "alpha", "beta"))
 def forward_and_backward(bits, wiring, tables, grad, inverse=None, decay="exponential", alpha=None, beta=None):
     out, pullback = jax.vjp(lambda b, t: lut.lut_lookup(b, wiring, t, decay=decay, alpha=alpha, beta=beta, inverse=inverse), bits, tables)
     return out, *pullback(grad)
@@ -153,7 +154,7 @@ def test_eager_is_the_same_as_jit():
     bits, wiring, tables, grad = case(luts=3)
     eager = jax.value_and_grad(loss, (0, 1))(bits, tables, wiring, grad)
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, atol=1e-6), eager, jax.jit(jax.value_and_grad(loss, (0, 1)))(bits, tables, wiring, grad)
+        functools.partial(np.testing.assert_allclose, atol=1e-6), eager, quick_jit(jax.value_and_grad(loss, (0, 1)))(bits, tables, wiring, grad)
     )
 
 
@@ -163,10 +164,10 @@ def test_vmap_over_bits_and_tables(indexed):
     inverse = mapping.invert_mapping(wiring, bits.shape[1]) if indexed else None
     gradients = jax.grad(loss, (0, 1))
     several = np.stack([tables, -tables, 2 * tables])
-    over_tables = jax.jit(jax.vmap(gradients, (None, 0, None, None, None)))(bits, several, wiring, grad, inverse)
+    over_tables = quick_jit(jax.vmap(gradients, (None, 0, None, None, None)))(bits, several, wiring, grad, inverse)
     pieces, weights = bits.reshape(3, 2, -1), grad.reshape(3, 2, -1)
-    over_bits = jax.jit(jax.vmap(gradients, (0, None, None, 0, None)))(pieces, tables, wiring, weights, inverse)
-    over_both = jax.jit(jax.vmap(gradients, (0, 0, None, 0, None)))(pieces, several, wiring, weights, inverse)
+    over_bits = quick_jit(jax.vmap(gradients, (0, None, None, 0, None)))(pieces, tables, wiring, weights, inverse)
+    over_both = quick_jit(jax.vmap(gradients, (0, 0, None, 0, None)))(pieces, several, wiring, weights, inverse)
     for i in range(3):
         expected = naive.lut_gradients(bits, wiring, several[i], grad)
         np.testing.assert_allclose(over_tables[0][i], expected[0], atol=1e-5)
@@ -187,13 +188,13 @@ def test_vmap_over_mappings():
 
 def test_checkpoint_and_grad_inside_scan():
     bits, wiring, tables, grad = case()
-    remembered = jax.jit(jax.grad(jax.checkpoint(lambda b, t: loss(b, t, wiring, grad)), (0, 1)))(bits, tables)
+    remembered = quick_jit(jax.grad(jax.checkpoint(lambda b, t: loss(b, t, wiring, grad)), (0, 1)))(bits, tables)
 
     def step(total, row):
         grads = jax.grad(loss, (0, 1))(row[0], tables, wiring, row[1])
         return total + grads[1], grads[0]
 
-    summed, rows = jax.jit(lambda: jax.lax.scan(step, jnp.zeros_like(tables), (bits, grad)))()
+    summed, rows = quick_jit(lambda: jax.lax.scan(step, jnp.zeros_like(tables), (bits, grad)))()
     expected_bits, expected_tables = naive.lut_gradients(bits, wiring, tables, grad)
     for found_bits, found_tables in (remembered, (rows, summed)):
         np.testing.assert_allclose(found_bits, expected_bits, atol=1e-5)

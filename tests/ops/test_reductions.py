@@ -9,6 +9,7 @@ import pytest
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops import reductions
+from tests.compiled import quick_jit
 from tests.ops import naive
 from tests.ops.gradients import value_and_vjp
 
@@ -87,7 +88,7 @@ def test_conditional_sum_shapes_and_dtypes():
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_walsh_hadamard(n):
     tables = normal(5, 2**n)
-    transform = jax.jit(reductions.walsh_hadamard)
+    transform = quick_jit(reductions.walsh_hadamard)
     close(transform(tables), naive.walsh_hadamard(tables))
     close(transform(tables.reshape(5, 1, -1))[:, 0], naive.walsh_hadamard(tables))
 
@@ -97,7 +98,7 @@ def test_spectral_penalty_and_its_gradient(n):
     tables = normal(3, 2**n)
     coefficients = naive.walsh_hadamard(tables)
     squares = np.asarray([sum(coefficients[j, s] ** 2 for j in range(3) for s in range(2**n) if s.bit_count() == k) for k in range(n + 1)])
-    run = jax.jit(jax.value_and_grad(reductions.spectral_penalty))
+    run = quick_jit(jax.value_and_grad(reductions.spectral_penalty))
     plain, gradient = run(tables)
     close(plain, squares.sum())
     close(gradient, 2 * tables / 2**n)
@@ -114,7 +115,7 @@ def test_degrees_are_told_apart():
     entries = np.arange(8)
     parity = 1.0 - 2 * (np.bitwise_count(entries.astype(np.uint8)) % 2)
     first = 1.0 - 2 * (entries & 1)
-    penalty = jax.jit(jax.vmap(reductions.spectral_penalty, (None, 0)))
+    penalty = quick_jit(jax.vmap(reductions.spectral_penalty, (None, 0)))
     for table, degree in ((np.ones(8), 0), (first, 1), (parity, 3)):
         penalties = penalty(np.asarray([table], np.float32), np.eye(4, dtype=np.float32))
         close(penalties, np.eye(4)[degree])
@@ -123,7 +124,7 @@ def test_degrees_are_told_apart():
 @pytest.mark.parametrize("axis", [0, 1, (0, 1)])
 def test_quantize_int8(axis):
     x = normal(5, 4) * np.asarray([1e-3, 1, 0, 1e4], np.float32)
-    values, scale = jax.jit(reductions.quantize_int8, static_argnums=1)(x, axis)
+    values, scale = quick_jit(reductions.quantize_int8, static_argnums=1)(x, axis)
     largest = np.abs(x).max(axis=axis, keepdims=True)
     assert values.dtype == jnp.int8 and scale.shape == largest.shape
     close(scale, np.where(largest > 0, largest, 1) / 127)
@@ -135,12 +136,12 @@ def test_quantize_int8(axis):
 
 
 def test_quantize_int8_of_nothing_and_of_what_it_can_hold():
-    quantize = jax.jit(reductions.quantize_int8, static_argnums=1)
+    quantize = quick_jit(reductions.quantize_int8, static_argnums=1)
     values, scale = quantize(np.zeros((0, 3), np.float32), 0)
     assert values.shape == (0, 3) and np.isfinite(np.asarray(scale)).all()
     whole = np.arange(-127, 128).astype(np.float32)
     np.testing.assert_array_equal(quantize(whole, 0)[0], whole)
-    half = jax.jit(reductions.fake_quantize_int8, static_argnums=1)(whole.astype(jnp.bfloat16), 0)
+    half = quick_jit(reductions.fake_quantize_int8, static_argnums=1)(whole.astype(jnp.bfloat16), 0)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(half, np.float32), whole)
 

@@ -9,6 +9,7 @@ import pytest
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops import thermometer
+from tests.compiled import quick_jit
 from tests.ops import naive
 from tests.ops.gradients import value_and_vjp
 
@@ -31,7 +32,7 @@ def test_golden(shared, kind, scope):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fits(kind, examples, features, bits, per_feature):
     x = np.random.default_rng(0).normal(3, 2, (examples, features)).astype(np.float32)
-    found = jax.jit(lambda x: thermometer.FITS[kind](x, bits, per_feature=per_feature))(x)
+    found = quick_jit(lambda x: thermometer.FITS[kind](x, bits, per_feature=per_feature))(x)
     expected = naive.thresholds(kind, x, bits, per_feature)
     np.testing.assert_allclose(np.atleast_2d(found), expected, rtol=1e-5, atol=1e-5)
     assert found.dtype == jnp.float32
@@ -77,7 +78,7 @@ def test_encode_and_its_surrogate_gradients(kind, shape, window):
 @pytest.mark.parametrize("shape", thermometer.WINDOWS)
 def test_windows_have_unit_area(shape):
     x = np.linspace(-3, 3, 6001, dtype=np.float32)[:, None]
-    slope = jax.jit(jax.grad(lambda x: thermometer.encode_ste(x, jnp.asarray([0.25]), window=0.7, shape=shape).sum()))(x)
+    slope = quick_jit(jax.grad(lambda x: thermometer.encode_ste(x, jnp.asarray([0.25]), window=0.7, shape=shape).sum()))(x)
     assert float(slope.sum()) * 0.001 == pytest.approx(1, rel=1e-3)
     assert np.asarray(slope)[np.abs(x - 0.25) > 0.7001].max() == 0
 
@@ -113,9 +114,9 @@ def test_transforms_agree():
         return jnp.sum(thermometer.encode_ste(x, thresholds) * grad)
 
     gradients = jax.grad(loss, (0, 1))
-    whole = jax.jit(gradients)(x, thresholds, grad)
-    rows = jax.jit(jax.vmap(gradients, (0, None, 0)))(x, thresholds, grad)
-    remembered = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(x, thresholds, grad)
+    whole = quick_jit(gradients)(x, thresholds, grad)
+    rows = quick_jit(jax.vmap(gradients, (0, None, 0)))(x, thresholds, grad)
+    remembered = quick_jit(jax.grad(jax.checkpoint(loss), (0, 1)))(x, thresholds, grad)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     close(rows[0], whole[0])
     close(rows[1].sum(0), whole[1])

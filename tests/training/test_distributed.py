@@ -43,7 +43,7 @@ def test_two_processes_train_what_one_does(tiny_config, tiny_arguments, tmp_path
     processes = start(tiny_arguments(VALUES), tmp_path / "two", 2)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "step 20: validation loss" in outputs[0][0] and not outputs[1][0], "only the first process speaks"
+    assert "step 20: validation loss" in outputs[0][0] and "step" not in outputs[1][0], "only the first process speaks"
 
     loop.fit(tiny_config(VALUES | {"mesh.data": 1}), tmp_path / "one")
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")

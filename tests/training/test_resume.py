@@ -23,12 +23,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tests.conftest import REPOSITORY, assert_same_checkpoint, read_checkpoint
 
 from quweit_jax import cli, train
 from quweit_jax.errors import RunError
 from quweit_jax.training import loop, metrics, run, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
+from tests.conftest import REPOSITORY, assert_same_checkpoint, read_checkpoint
 
 SMALL = {"model.layers": 1, "log_every": 1, "keep": 3, "optimizer.ema": 0.9}
 # Long enough to be killed several times, in the middle of saving too.
