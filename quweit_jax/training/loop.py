@@ -156,8 +156,9 @@ def fit(config: configs.Config, workdir: str | Path, *, progress: bool | None = 
         checkpoints.close()
         return result
     except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)
         raise RunError(
-            f"cannot write to {workdir} ({error.strerror or error}); the last checkpoint is whole. Free some space and run the same command again."
+            f"cannot go on in {workdir} ({reason}); the last checkpoint is whole. Free some space or mend the folder, and run the same command again."
         ) from error
     except (InputError, RunError):
         if checkpoints is not None:

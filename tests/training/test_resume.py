@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -261,6 +262,23 @@ def test_refused_writes_keep_the_checkpoint_before(whole, tiny_config, tmp_path)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert loop.fit(tiny_config(SMALL), workdir).complete
     assert_same_checkpoint(read_checkpoint(workdir), read_checkpoint(whole))
+
+
+def test_rows_that_cannot_be_written_end_the_run(whole, tiny_config, tmp_path, monkeypatch):
+    write = metrics.MetricsWriter.write
+
+    def full(self, row):
+        if row["step"] == 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, row)
+
+    monkeypatch.setattr(metrics.MetricsWriter, "write", full)
+    with pytest.raises(RunError, match=r"cannot go on in .*run \(No space left on device\); the last checkpoint is whole. Free some space"):
+        loop.fit(tiny_config(SMALL), tmp_path / "run")
+    monkeypatch.undo()
+    assert loop.fit(tiny_config(SMALL), tmp_path / "run").complete
+    assert_same_checkpoint(read_checkpoint(tmp_path / "run"), read_checkpoint(whole))
+    assert losses(tmp_path / "run") == losses(whole)
 
 
 def test_loss_that_is_not_finite_stops_the_run(whole, tiny_config, tmp_path, monkeypatch):
