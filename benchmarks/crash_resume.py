@@ -2,7 +2,7 @@
 
 python benchmarks/crash_resume.py --kills=20 --seed=0
 
-Half of the kills come at a random moment of training, half while a checkpoint is being written (its temporary folder is there).
+Half of the kills come at a random moment, half while a checkpoint is being written (its temporary folder is there).
 Each is `kill -9`; the same command then goes on. At the end every array of the newest checkpoint (parameters, wiring, optimizer,
 average, random key), the data iterator's place and every loss of metrics.jsonl must be identical.
 """
@@ -30,7 +30,7 @@ CONFIG = {
     "log_every": 1,
     "eval_every": 50,
     "eval_batches": 2,
-    "checkpoint_every": 3,
+    "checkpoint_every": 10,
     "sample_tokens": 0,
     "data.limit_bytes": 100_000,
     "model.layers": 1,
@@ -72,7 +72,7 @@ def wait(process: subprocess.Popen, happened) -> None:
     while not happened():
         if process.poll() is not None:
             sys.exit(f"the run ended (status {process.returncode}) before it could be killed: {process.communicate()[1]}")
-        time.sleep(0.0005)
+        time.sleep(0.002)
 
 
 def saving(workdir: Path) -> bool:
@@ -93,7 +93,7 @@ def kill_once(workdir: Path, draw: random.Random, while_saving: bool) -> tuple[i
         wait(process, lambda: saving(workdir))
         time.sleep(draw.uniform(0, 0.06))
     else:
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 1.0))
     process.kill()
     process.communicate()
     return reached(workdir), saving(workdir)
@@ -139,7 +139,7 @@ def main() -> None:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     print(f"Python {platform.python_version()}, {', '.join(f'{p} {metadata.version(p)}' for p in packages)}; CPU, {time.strftime('%Y-%m-%d')}")
     print(f"{CONFIG['steps']} steps, a checkpoint every {CONFIG['checkpoint_every']}, {args.kills} kills, seed {args.seed}\n")
-    print(f"{'kill':>4}  {'aimed at':<10}  {'step':>4}  {'whole checkpoints':<18}  cut off a save", flush=True)
+    print(f"{'kill':>4}  {'aimed at':<13}  {'step':>4}  {'whole checkpoints':<18}  cut off a save", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         interrupted, uninterrupted, cut = Path(folder) / "interrupted", Path(folder) / "uninterrupted", 0
         for i in range(args.kills):
@@ -147,7 +147,7 @@ def main() -> None:
             step, cut_off = kill_once(interrupted, draw, while_saving)
             cut += cut_off
             whole = ", ".join(map(str, saved_steps(interrupted)))
-            print(f"{i + 1:>4}  {'saving' if while_saving else 'training':<10}  {step:>4}  {whole:<18}  {'yes' if cut_off else 'no'}", flush=True)
+            print(f"{i + 1:>4}  {'a save' if while_saving else 'any moment':<13}  {step:>4}  {whole:<18}  {'yes' if cut_off else 'no'}", flush=True)
         finish(start(interrupted))
         finish(start(uninterrupted))
         outcome = compare(interrupted, uninterrupted)

@@ -51,13 +51,17 @@ def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array
     Slots are numbered input-major, l * L + j; an empty place holds M. With it `lut_lookup` gathers its gradient to the bits.
 
     Raises:
-      InputError: a mapping known at trace time that uses some input more often than ceil(M / F); leave the inverse out then.
+      InputError: a mapping known at trace time that uses some input more often than ceil(M / F), leave the inverse out then; or one
+        that refers to an input that isn't there.
     """
     num_luts, lut_inputs = jnp.shape(mapping)
     slots = num_luts * lut_inputs
     fan_out = -(-slots // num_inputs)
     if not isinstance(mapping, Tracer) and slots:
-        uses = np.bincount(np.asarray(mapping).reshape(-1), minlength=num_inputs)
+        known = np.asarray(mapping).reshape(-1)
+        if known.min() < 0 or known.max() >= num_inputs:
+            raise InputError(f"invert_mapping: mapping refers to inputs {known.min()}..{known.max()}, of {num_inputs} (valid: 0..{num_inputs - 1}).")
+        uses = np.bincount(known, minlength=num_inputs)
         if uses.max() > fan_out:
             raise InputError(
                 f"invert_mapping: input {int(uses.argmax())} is read {int(uses.max())} times, more than ceil(M / F) = {fan_out}; "

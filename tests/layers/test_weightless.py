@@ -108,14 +108,11 @@ OPTIONS = {
     "grouped unsigned": {"sum": "grouped", "signed": False, "int8_sums": False},
     "several layers": {"num_luts": (20, 12)},
     "fixed thresholds": {"learn_thresholds": False},
-    "real sums": {"int8_sums": False},
-    "no norm": {"use_norm": False},
-    "norm with bias": {"norm_bias": True},
-    "arange": {"mapping": "arange"},
+    "real sums, no norm": {"int8_sums": False, "use_norm": False},
+    "arange, norm with bias": {"mapping": "arange", "norm_bias": True},
     "learnable": {"mapping": "learnable"},
     "candidates": {"mapping": "candidates", "candidates": 3},
-    "harmonic boxcar": {"decay": "harmonic", "window_shape": "boxcar", "window": 0.5},
-    "residual tables": {"table_init": "residual", "table_scale": 0.1},
+    "harmonic boxcar residual": {"decay": "harmonic", "window_shape": "boxcar", "window": 0.5, "table_init": "residual", "table_scale": 0.1},
     "one bit, one input": {"thermometer_bits": 1, "lut_inputs": 1},
 }
 

@@ -63,7 +63,7 @@ def test_it_is_causal(variables, logits):
     assert (out[:, 5:] != logits[:, 5:]).any(axis=-1).all()
 
 
-@pytest.mark.parametrize("pieces", [(1,) * CONTEXT, (4, 1, 3, 1), (CONTEXT,)], ids=str)
+@pytest.mark.parametrize("pieces", [(1,) * CONTEXT, (4, 1, 4)], ids=str)
 def test_decoding_is_the_parallel_form(variables, logits, pieces):
     model = GPT(CONFIG)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()[:, :1], decode=True))["cache"]
@@ -84,9 +84,8 @@ def gradients(model, variables):
     return quick_jit(jax.value_and_grad(loss))(variables["params"])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_remat_changes_nothing(variables, dropout):
-    plain, remat = (gradients(with_changes(remat=on, dropout=dropout), variables) for on in (False, True))
+def test_remat_changes_nothing(variables):
+    plain, remat = (gradients(with_changes(remat=on, dropout=0.3), variables) for on in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
     for path, gradient in jax.tree_util.tree_leaves_with_path(plain[1]):
         assert np.abs(gradient).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"

@@ -135,6 +135,8 @@ ONES = np.ones((2, 3), np.float32)
         (lambda: mapping.arange_mapping(3, -1, 2), "arange_mapping: .*found 3, -1 and 2"),
         (lambda: mapping.arange_mapping(3, 1, 0), "arange_mapping: .*found 3, 1 and 0"),
         (lambda: mapping.invert_mapping(np.asarray([[0, 0], [0, 1]]), 2), "invert_mapping: input 0 is read 3 times, more than .* = 2"),
+        (lambda: mapping.invert_mapping(np.asarray([[0, 5]]), 3), r"invert_mapping: mapping refers to inputs 0\.\.5, of 3 \(valid: 0\.\.2\)"),
+        (lambda: mapping.invert_mapping(np.asarray([[0, -1]]), 3), r"invert_mapping: mapping refers to inputs -1\.\.0, of 3"),
         (lambda: mapping.learnable_mapping(ONES, np.ones((4, 2), np.float32)), r"learnable_mapping: .*found \[2, 3\] and \[4, 2\]"),
         (lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.zeros((2, 2), int)), r"must both be \(M, C\), found \[2, 3\] and \[2, 2\]"),
         (
