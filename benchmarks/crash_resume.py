@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import subprocess
@@ -26,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 # Dropout and the average make the random key and the second copy of the parameters part of what must come back.
 CONFIG = {
-    "steps": 400,
+    "steps": 300,
     "log_every": 1,
     "eval_every": 50,
     "eval_batches": 2,
@@ -138,7 +139,8 @@ def main() -> None:
     draw = random.Random(args.seed)
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     print(f"Python {platform.python_version()}, {', '.join(f'{p} {metadata.version(p)}' for p in packages)}; CPU, {time.strftime('%Y-%m-%d')}")
-    print(f"{CONFIG['steps']} steps, a checkpoint every {CONFIG['checkpoint_every']}, {args.kills} kills, seed {args.seed}\n")
+    cached = ", compiled programs kept between starts (JAX_COMPILATION_CACHE_DIR)" if "JAX_COMPILATION_CACHE_DIR" in os.environ else ""
+    print(f"{CONFIG['steps']} steps, a checkpoint every {CONFIG['checkpoint_every']}, {args.kills} kills, seed {args.seed}{cached}\n")
     print(f"{'kill':>4}  {'aimed at':<13}  {'step':>4}  {'whole checkpoints':<18}  cut off a save", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         interrupted, uninterrupted, cut = Path(folder) / "interrupted", Path(folder) / "uninterrupted", 0

@@ -33,9 +33,8 @@ def train(kind: str, seed: int, variant: str, data_dir: str | None, root: Path, 
         config.data.data_dir = data_dir
         config.sample_tokens = 0
     rows = metrics.read_rows(workdir / "metrics.jsonl")
-    if not any(row["split"] == "validation" and row["step"] == config.steps for row in rows):
-        if not loop.fit(config, workdir).complete:
-            raise SystemExit("stopped; the same command goes on")
+    if not any(row["split"] == "validation" and row["step"] == config.steps for row in rows) and not loop.fit(config, workdir).complete:
+        raise SystemExit("stopped; the same command goes on")
     return workdir
 
 
