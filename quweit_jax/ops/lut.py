@@ -112,13 +112,37 @@ def _unwire(grads_nLT: Array, mapping_Ln: Array, inverse_FK: Array | None, num_i
     slots = math.prod(mapping_Ln.shape)
     grads_MT = grads_nLT.reshape(slots, grads_nLT.shape[-1])
     if inverse_FK is None:
-        return jax.ops.segment_sum(grads_MT, mapping_Ln.T.reshape(-1), num_inputs)
+        return _unwire_any(grads_MT, mapping_Ln, num_inputs)
     # By the pigeonhole principle an inverse of exactly `slots` places has no empty one.
     fill: dict[str, Any] = {"mode": "clip"} if inverse_FK.size == slots else {"mode": "fill", "fill_value": 0}
     total = jnp.zeros((num_inputs, grads_nLT.shape[-1]), grads_nLT.dtype)
     for k in range(inverse_FK.shape[1]):
         total = total + jnp.take(grads_MT, inverse_FK[:, k], axis=0, **fill)
     return total
+
+
+def _unwire_any(grads_MT: Array, mapping_Ln: Array, num_inputs: int) -> Array:
+    """Without an inverse: make one if every input is read about equally often, as random and arange wirings do, else scatter."""
+    reads, slots = mapping_Ln.T.reshape(-1), grads_MT.shape[0]
+
+    def scatter(grads_MT: Array) -> Array:
+        return jax.ops.segment_sum(grads_MT, reads, num_inputs)
+
+    if not slots or not num_inputs:
+        return scatter(grads_MT)
+    uses = jnp.zeros(num_inputs, jnp.int32).at[reads].add(1)
+    even = uses.max() <= -(-slots // num_inputs)
+    return jax.lax.cond(even, lambda g: _unwire(g[None], mapping_Ln, invert(mapping_Ln, num_inputs), num_inputs), scatter, grads_MT)
+
+
+def invert(mapping_Ln: Array, num_inputs: int) -> Array:
+    """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F) times: (F, ceil(M / F)), M if empty."""
+    slots = math.prod(mapping_Ln.shape)
+    reads = mapping_Ln.T.reshape(-1)
+    order = jnp.argsort(reads, stable=True).astype(jnp.int32)
+    ordered = reads[order]
+    place = jnp.arange(slots) - jnp.searchsorted(ordered, jnp.arange(num_inputs))[ordered]
+    return jnp.full((num_inputs, -(-slots // num_inputs)), slots, jnp.int32).at[ordered, place].set(order, mode="drop")
 
 
 def _table_grad_scatter(address_LT: Array, grad_LT: Array, entries: int) -> Array:

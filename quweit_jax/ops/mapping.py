@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from quweit_jax.errors import InputError
+from quweit_jax.ops.lut import invert
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
@@ -67,12 +68,7 @@ def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array
                 f"invert_mapping: input {int(uses.argmax())} is read {int(uses.max())} times, more than ceil(M / F) = {fan_out}; "
                 "only an evenly used wiring has an inverse of this form. Call lut_lookup without one."
             )
-    reads = jnp.asarray(mapping).T.reshape(-1)
-    order = jnp.argsort(reads, stable=True).astype(jnp.int32)
-    ordered = reads[order]
-    starts = jnp.searchsorted(ordered, jnp.arange(num_inputs))
-    place = jnp.arange(slots) - starts[ordered]
-    return jnp.full((num_inputs, fan_out), slots, jnp.int32).at[ordered, place].set(order, mode="drop")
+    return invert(jnp.asarray(mapping), num_inputs)
 
 
 def random_candidates(key: Key, num_inputs: int, num_slots: int, num_candidates: int) -> Int[Array, "M C"]:
