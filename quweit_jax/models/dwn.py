@@ -22,7 +22,8 @@ class DWNConfig:
 
     num_luts: look-up tables of each layer. mapping: the wiring of the first layer (later layers are wired at random).
     thermometer: 'distributive', 'gaussian' or 'uniform', fitted to the inputs the model is initialised on.
-    tau: divides the scores; about the square root of the tables per class trains well.
+    tau: divides the group sums; about the square root of the tables per class trains well. A learnable reduction's scores lie in
+      [-1, 1] and are multiplied by it.
     """
 
     num_classes: int
