@@ -6,8 +6,9 @@ A text source gives one string a split; a labelled source gives random-access ex
 from __future__ import annotations
 
 import dataclasses
+import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,7 @@ def python_stdlib(limit_bytes: int = 2_000_000) -> str:
     """The .py files of the running interpreter's standard library, in sorted order, up to a byte limit (0: all of them)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     pieces, total = [], 0
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if {"site-packages", "dist-packages"} & set(path.parts[len(root.parts) :]):
-            continue
+    for path in _python_files(root):
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
@@ -97,6 +96,16 @@ def python_stdlib(limit_bytes: int = 2_000_000) -> str:
     if not pieces:
         raise InputError(f"python_stdlib: no .py files under {root} (a frozen interpreter?); use --config.data.source=text_file with a path.")
     return _cut("".join(pieces), limit_bytes)
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    """The .py files below a folder, but for installed packages, in the order of their paths; walked only as far as they are asked for."""
+    for entry in sorted(os.scandir(folder), key=lambda e: f"{e.name}/" if e.is_dir() else e.name):
+        if entry.is_dir():
+            if entry.name not in ("site-packages", "dist-packages"):
+                yield from _python_files(Path(entry.path))
+        elif entry.name.endswith(".py"):
+            yield Path(entry.path)
 
 
 def text_file(path: str, limit_bytes: int = 0) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from quweit_jax.errors import InputError, check_choice, nearest
-from quweit_jax.layers.weightless import MAPPINGS, SUMS, TABLE_INITS
+from quweit_jax.layers.weightless import MAPPINGS, SUMS, TABLE_INITS, WeightlessBlock
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
 from quweit_jax.ops.thermometer import WINDOWS
 
@@ -37,26 +37,26 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") 
 
 @dataclasses.dataclass(frozen=True)
 class WeightlessOptions:
-    """The fields of `layers.weightless.WeightlessBlock` that an experiment may set; see there for each."""
+    """The fields of `layers.weightless.WeightlessBlock` that an experiment may set; see there for each, and for the defaults."""
 
-    num_luts: int | tuple[int, ...] = 896
-    lut_inputs: int = 4
-    thermometer_bits: int = 4
-    learn_thresholds: bool = True
-    window: float = 1.0
-    window_shape: str = "triangular"
-    sum: str = "dense"
-    signed: bool = True
-    int8_sums: bool = True
-    vector_init: float = 0.006
-    mapping: str = "random"
-    candidates: int = 16
-    tau: float = 0.001
-    decay: str = "exponential"
-    alpha: float | None = 0.5
-    beta: float | None = None
-    table_init: str = "uniform"
-    table_scale: float = 1.0
+    num_luts: int | Sequence[int] = WeightlessBlock.num_luts
+    lut_inputs: int = WeightlessBlock.lut_inputs
+    thermometer_bits: int = WeightlessBlock.thermometer_bits
+    learn_thresholds: bool = WeightlessBlock.learn_thresholds
+    window: float = WeightlessBlock.window
+    window_shape: str = WeightlessBlock.window_shape
+    sum: str = WeightlessBlock.sum
+    signed: bool = WeightlessBlock.signed
+    int8_sums: bool = WeightlessBlock.int8_sums
+    vector_init: float = WeightlessBlock.vector_init
+    mapping: str = WeightlessBlock.mapping
+    candidates: int = WeightlessBlock.candidates
+    tau: float = WeightlessBlock.tau
+    decay: str = WeightlessBlock.decay
+    alpha: float | None = WeightlessBlock.alpha
+    beta: float | None = WeightlessBlock.beta
+    table_init: str = WeightlessBlock.table_init
+    table_scale: float = WeightlessBlock.table_scale
 
     def __post_init__(self):
         check_choice("model.weightless.window_shape", self.window_shape, WINDOWS)

@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Shaped
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.ops.mapping import even_inverse
 
 MAX_LUT_INPUTS = 8
 DECAYS = ("exponential", "harmonic")
@@ -132,17 +133,7 @@ def _unwire_any(grads_MT: Array, mapping_Ln: Array, num_inputs: int) -> Array:
         return scatter(grads_MT)
     uses = jnp.zeros(num_inputs, jnp.int32).at[reads].add(1)
     even = uses.max() <= -(-slots // num_inputs)
-    return jax.lax.cond(even, lambda g: _unwire(g[None], mapping_Ln, invert(mapping_Ln, num_inputs), num_inputs), scatter, grads_MT)
-
-
-def invert(mapping_Ln: Array, num_inputs: int) -> Array:
-    """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F) times: (F, ceil(M / F)), M if empty."""
-    slots = math.prod(mapping_Ln.shape)
-    reads = mapping_Ln.T.reshape(-1)
-    order = jnp.argsort(reads, stable=True).astype(jnp.int32)
-    ordered = reads[order]
-    place = jnp.arange(slots) - jnp.searchsorted(ordered, jnp.arange(num_inputs))[ordered]
-    return jnp.full((num_inputs, -(-slots // num_inputs)), slots, jnp.int32).at[ordered, place].set(order, mode="drop")
+    return jax.lax.cond(even, lambda g: _unwire(g[None], mapping_Ln, even_inverse(mapping_Ln, num_inputs), num_inputs), scatter, grads_MT)
 
 
 def _table_grad_scatter(address_LT: Array, grad_LT: Array, entries: int) -> Array:
@@ -224,7 +215,8 @@ def lut_lookup(
       decay: 'exponential', w(h) = alpha * beta**h, or 'harmonic', w(h) = alpha / (h + 1).
       alpha: scale of the gradient to the bits; 0.5 * 0.75**(n-1) (exponential) or 1 (harmonic) if None.
       beta: decay per unit of distance; 1/3 if None.
-      inverse: (F, K) int from `mapping.invert_mapping`, optional: the gradient to the bits then gathers instead of scatters.
+      inverse: (F, K) int from `mapping.invert_mapping`, optional: without it the gradient to the bits makes one anew each time, if the
+        wiring is even, or scatters.
 
     Returns:
       (..., L), the tables' dtype.

@@ -6,6 +6,7 @@ Dimensions: F inputs, L tables, n inputs a table, M = n * L slots, C candidates 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from quweit_jax.errors import InputError
-from quweit_jax.ops.lut import invert
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
@@ -68,7 +68,17 @@ def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array
                 f"invert_mapping: input {int(uses.argmax())} is read {int(uses.max())} times, more than ceil(M / F) = {fan_out}; "
                 "only an evenly used wiring has an inverse of this form. Call lut_lookup without one."
             )
-    return invert(jnp.asarray(mapping), num_inputs)
+    return even_inverse(jnp.asarray(mapping), num_inputs)
+
+
+def even_inverse(mapping_Ln: Array, num_inputs: int) -> Array:
+    """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F) times: (F, ceil(M / F)), M if empty."""
+    slots = math.prod(mapping_Ln.shape)
+    reads = mapping_Ln.T.reshape(-1)
+    order = jnp.argsort(reads, stable=True).astype(jnp.int32)
+    ordered = reads[order]
+    place = jnp.arange(slots) - jnp.searchsorted(ordered, jnp.arange(num_inputs))[ordered]
+    return jnp.full((num_inputs, -(-slots // num_inputs)), slots, jnp.int32).at[ordered, place].set(order, mode="drop")
 
 
 def random_candidates(key: Key, num_inputs: int, num_slots: int, num_candidates: int) -> Int[Array, "M C"]:

@@ -15,6 +15,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from quweit_jax.errors import InputError, RunError
+from quweit_jax.training import files
 from quweit_jax.training.sharding import path_name
 
 # Orbax annotates its own types more narrowly than it accepts.
@@ -159,9 +160,7 @@ class Checkpoints:
         for stale in folder.glob("*.json"):
             if stale.stem not in kept:
                 stale.unlink()
-        temporary = folder / f"{step}.tmp"
-        temporary.write_text(json.dumps(self._files(step)))
-        temporary.replace(self._checksum_path(step))
+        files.replace_json(self._checksum_path(step), self._files(step))
 
     def _verify(self, step: int) -> bool:
         """Raises OSError if a file isn't as it was written; True if every content was compared."""

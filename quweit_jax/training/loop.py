@@ -180,10 +180,8 @@ def _fit(parts: run.Parts, workdir: Path, checkpoints: Checkpoints, progress: bo
     if "data" in saved:
         batches.set_state(saved["data"])
     writer = metrics.MetricsWriter(workdir, start) if leader else metrics.NoMetrics()
-    optimizer_config = config.optimizer
-    schedule = optimizers.make_schedule(
-        optimizers.OptimizerConfig(**optimizer_config.to_dict()), optimizer_config.learning_rate, config.steps, optimizer_config.min_ratio
-    )
+    rates = parts.optimizer_config
+    schedule = optimizers.make_schedule(rates, rates.learning_rate, config.steps, rates.min_ratio)
     log = Log(writer, config, schedule, saved)
     log.speak, log.start = leader and progress is not False, start
     log.bar = _bar(parts, start, leader if progress is None else progress and leader, progress)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quweit_jax.training import files
+
 Row = dict[str, Any]
 
 
@@ -30,9 +32,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int):
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row.get("step", 0) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        files.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(workdir)
 

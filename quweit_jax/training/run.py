@@ -6,10 +6,11 @@ Everything downstream (evaluate, generate, report) needs only that directory: `o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from quweit_jax.data import pipeline, tokenizers
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.errors import InputError
 from quweit_jax.models.options import from_mapping
-from quweit_jax.training import optimizers, sharding, state
+from quweit_jax.training import files, optimizers, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 
 # What may change when a run goes on; anything else makes it another run.
@@ -41,14 +42,9 @@ class Parts:
     data: pipeline.Dataset | None
     tokenizer: tokenizers.Tokenizer | None
     model: nn.Module
+    optimizer_config: optimizers.OptimizerConfig
     optimizer: Any
     mesh: Mesh
-    ema: bool
-
-    @property
-    def size_limit(self) -> int:
-        """Elements above which a parameter never stays whole."""
-        return self.config.mesh.fsdp_size_limit
 
     @property
     def dataset(self) -> pipeline.Dataset:
@@ -56,19 +52,22 @@ class Parts:
         assert self.data is not None, "opened with data=False"
         return self.data
 
+    @functools.cached_property
     def init_inputs(self) -> np.ndarray:
-        """What the model is initialised on."""
+        """What the model is initialised on; read once, as images have to be decoded."""
         return np.zeros((1, self.config.model.context), np.int32) if self.tokenizer is not None else self.dataset.fit_batch()
 
     def init_state(self) -> state.TrainState:
         """A first state on the mesh."""
-        c = self.config
-        return state.init_state(self.model, self.optimizer, c.seed, self.init_inputs(), self.mesh, ema=self.ema, size_limit=self.size_limit)
+        return self._state(state.init_state)
 
     def abstract_state(self) -> state.TrainState:
         """Its shapes and shardings."""
-        c = self.config
-        return state.abstract_state(self.model, self.optimizer, c.seed, self.init_inputs(), self.mesh, ema=self.ema, size_limit=self.size_limit)
+        return self._state(state.abstract_state)
+
+    def _state(self, make: Callable[..., state.TrainState]) -> state.TrainState:
+        ema, size_limit = self.optimizer_config.ema > 0, self.config.mesh.fsdp_size_limit
+        return make(self.model, self.optimizer, self.config.seed, self.init_inputs, self.mesh, ema=ema, size_limit=size_limit)
 
 
 def assemble(config: configs.Config, tokenizer: tokenizers.Tokenizer | None = None, *, read_data: bool = True, training: bool = True) -> Parts:
@@ -106,17 +105,17 @@ def assemble(config: configs.Config, tokenizer: tokenizers.Tokenizer | None = No
     tokenizer = data.tokenizer if data is not None else tokenizer
     outputs = data.outputs if data is not None else tokenizer.vocab_size  # type: ignore[union-attr]
     optimizer = optimizers.make_optimizer(optimizer_config, config.steps)
-    return Parts(config, data, tokenizer, models.build(model_config, outputs), optimizer, mesh, config.optimizer.ema > 0)
+    return Parts(config, data, tokenizer, models.build(model_config, outputs), optimizer_config, optimizer, mesh)
 
 
 def eval_batch_size(config: configs.Config, mesh: Mesh) -> int:
     """The configured evaluation batch, rounded up to what the mesh divides."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.batch_shards(mesh)
     return -(-config.eval_batch_size // shards) * shards
 
 
 def prepare(workdir: Path, config: configs.Config) -> tokenizers.Tokenizer | None:
-    """Makes the directory, or checks that it is this config's; returns the tokenizer of a run that has one.
+    """Checks that the directory is this config's, or new or empty; returns the tokenizer of a run that has one.
 
     Raises:
       InputError: the directory belongs to another config (names the keys), or isn't a run directory but isn't empty.
@@ -153,17 +152,10 @@ def record(workdir: Path, parts: Parts) -> None:
                 "give it the same data (the same Python, for python_stdlib), or a new --workdir."
             )
     # config.json first, and each file whole or not at all: whenever this is killed, the same command goes on.
-    _write_json(workdir / "config.json", configs.to_dict(parts.config))
+    files.replace_json(workdir / "config.json", configs.to_dict(parts.config))
     if parts.dataset.tokenizer is not None and not (workdir / "tokenizer.json").exists():
-        tokenizers.save(parts.dataset.tokenizer, workdir / "tokenizer.tmp")
-        (workdir / "tokenizer.tmp").replace(workdir / "tokenizer.json")
-    _write_json(environment, describe_environment() | {"data_fingerprint": parts.dataset.fingerprint})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+        files.replace_json(workdir / "tokenizer.json", parts.dataset.tokenizer.to_json())
+    files.replace_json(environment, describe_environment() | {"data_fingerprint": parts.dataset.fingerprint})
 
 
 def describe_environment() -> dict[str, Any]:
@@ -199,9 +191,9 @@ def read_config(workdir: Path) -> configs.Config:
         raise InputError(f"--workdir: {path} is damaged ({error}).") from None
 
 
-def check_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: Path) -> None:
+def check_same(saved: configs.Config, config: configs.Config, workdir: Path) -> None:
     """Raises InputError naming the keys in which a directory's config differs from the one given."""
-    before, now = configs.flat(json.loads(json.dumps(_plain(saved)))), configs.flat(json.loads(json.dumps(_plain(config))))
+    before, now = configs.flat(configs.to_dict(saved)), configs.flat(configs.to_dict(config))
     missing = object()
     changed = [
         f"{key} (there {before.get(key, 'nothing')!r}, now {now.get(key, 'nothing')!r})"
@@ -213,10 +205,6 @@ def check_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: Pat
             f"--workdir: {workdir} belongs to another config: {'; '.join(changed[:6])}{' ...' if len(changed) > 6 else ''}. "
             "Give a new --workdir, or leave --config out to go on with the run that is there."
         )
-
-
-def _plain(config: Any) -> Any:
-    return config.to_dict() if hasattr(config, "to_dict") else config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,9 +114,14 @@ def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """The number of parts a batch is divided into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:
     """Raises InputError unless the batch divides over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if batch_size % shards:
         raise InputError(
             f"{what}: {batch_size} cannot be divided over {shards} devices (mesh.data x mesh.fsdp); "

@@ -62,9 +62,8 @@ def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, seed: int, inputs: Any, mesh: Mesh, *, ema: bool = False, size_limit: int = 2**18
 ) -> TrainState:
     """A first state, made in place on the mesh: no host ever holds a whole large model. `inputs` also fits the thermometers."""
-    init = make_init(model, optimizer, seed, ema)
-    shardings = sharding.shardings_for(jax.eval_shape(init, inputs), mesh, size_limit)
-    return jax.jit(init, out_shardings=shardings)(inputs)
+    abstract = abstract_state(model, optimizer, seed, inputs, mesh, ema=ema, size_limit=size_limit)
+    return jax.jit(make_init(model, optimizer, seed, ema), out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(inputs)
 
 
 def abstract_state(

@@ -351,7 +351,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_config):
     (batch,) = first_batches(parts, 1)
     found = []
     for accumulate in (1, 4):  # plain gradient descent: Adam would divide rounding errors by themselves
-        first = state.init_state(parts.model, optax.sgd(1.0), 0, parts.init_inputs(), parts.mesh)
+        first = state.init_state(parts.model, optax.sgd(1.0), 0, parts.init_inputs, parts.mesh)
         found.append(state.make_train_step(parts.model, optax.sgd(1.0), grad_accum=accumulate)(first, batch))
     (whole_state, whole_metrics), (parts_state, parts_metrics) = jax.device_get(found)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts_state.params, whole_state.params)
