@@ -8,18 +8,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
 import numpy as np
 
 from quweit_jax.data import sources, tokenizers
+from quweit_jax.data.images import ImageExamples
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 # Enough examples to fit a thermometer on; decoding more images would only cost time.
 _FIT_EXAMPLES = 4096
+_FIT_BYTES = 64 << 20
 
 
 class TokenWindows(Sequence):
@@ -51,6 +54,7 @@ class Dataset:
     """Examples by split, with what a model needs to know of them.
 
     outputs: vocabulary size or number of classes. fingerprint: of the content; a resumed run must find the same.
+    labels: the classes' names. image_shape: (H, W, C) of images.
     """
 
     train: Sequence[Any]
@@ -59,20 +63,29 @@ class Dataset:
     fingerprint: str
     tokenizer: tokenizers.Tokenizer | None = None
     labels: tuple[str, ...] = ()
+    image_shape: tuple[int, int, int] | None = None
 
     def fit_batch(self) -> np.ndarray:
         """Inputs to initialise a model on (its thermometers are fitted to them): spread evenly over the training split."""
         count = 1 if self.tokenizer is not None else min(len(self.train), _FIT_EXAMPLES)
-        return np.stack([self.train[i * len(self.train) // count]["inputs"] for i in range(count)])
+        if self.image_shape is not None:
+            count = max(1, min(count, _FIT_BYTES // (4 * int(np.prod(self.image_shape)))))
+        rows = [_example(self.train, i * len(self.train) // count) for i in range(count)]
+        inputs = [row["inputs"] for row in rows if row is not None]
+        # Should all of these images be left out, there is still the first that can be used.
+        return np.stack(inputs or [self.train.first["inputs"]])  # type: ignore[attr-defined]
 
 
 def load(config: DataConfig, context: int | None = None, tokenizer: tokenizers.Tokenizer | None = None) -> Dataset:
     """Reads the source; text is cut into windows of `context` tokens, with the given tokenizer (a trained run's) or a new one."""
     splits = sources.load(config)
     if isinstance(splits, sources.LabelledSplits):
-        first = splits.train[0]["inputs"]
-        fingerprint = _digest(np.asarray([len(splits.train), len(splits.validation), splits.num_classes]), first)
-        return Dataset(splits.train, splits.validation, splits.num_classes, fingerprint, labels=splits.labels)
+        counts = np.asarray([len(splits.train), len(splits.validation), splits.num_classes])
+        if isinstance(splits.train, ImageExamples) and isinstance(splits.validation, ImageExamples):
+            fingerprint = _digest(counts, *(np.frombuffer(examples.content(), np.uint8) for examples in (splits.train, splits.validation)))
+        else:
+            fingerprint = _digest(counts, splits.train[0]["inputs"])
+        return Dataset(splits.train, splits.validation, splits.num_classes, fingerprint, labels=splits.labels, image_shape=splits.image_shape)
     if context is None:
         raise InputError(f"data.source: {config.source} is text, which the model of this config does not read.")
     if tokenizer is None:
@@ -96,13 +109,19 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
+def _example(examples: Sequence[Any], index: int) -> dict[str, np.ndarray] | None:
+    """An example as it is evaluated; None for an image that is left out (data.skip_bad)."""
+    return examples.get(index) if isinstance(examples, ImageExamples) else examples[index]
+
+
 def train_batches(
     examples: Sequence[Any], batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1, prefetch: int = 4
 ) -> grain.DatasetIterator:
     """An endless iterator of this process's share of each global batch; `get_state` and `set_state` move it to any batch.
 
     An epoch visits every example once, in an order drawn from (seed, epoch); token windows are also shifted per epoch, so that
-    another epoch cuts the text elsewhere. All processes together see the same global batches whatever their number.
+    another epoch cuts the text elsewhere; images are varied anew each time, by draws from (seed, place in the stream). All processes
+    together see the same global batches whatever their number.
     """
     if batch_size % process_count:
         raise InputError(f"batch_size: {batch_size} cannot be shared equally by {process_count} processes; use a multiple.")
@@ -115,23 +134,34 @@ def train_batches(
             epoch = index // number
             shift = int(np.random.default_rng((seed, epoch)).integers(examples.shifts)) if epoch else 0
             return examples.window(int(example), shift)
+        if isinstance(examples, ImageExamples):
+            return examples.augmented(int(example), np.random.default_rng((seed, index)))
         return examples[int(example)]
 
     data = grain.MapDataset.range(number).seed(seed).shuffle().repeat().map_with_index(read)
     data = data.slice(slice(process_index, None, process_count)).batch(batch_size // process_count, drop_remainder=True)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)))
+    threads = _threads(examples) if prefetch else 0
+    # Each thread makes whole batches, which Grain hands on in their order; fewer places than threads would leave some idle.
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))))
+
+
+def _threads(examples: Sequence[Any]) -> int:
+    return examples.config.threads if isinstance(examples, ImageExamples) else 1
 
 
 def eval_batches(examples: Sequence[Any], batch_size: int, limit: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
     """A fixed set of batches, spread evenly over the split (`limit` batches; 0: the whole split), each with `weights` (B,).
 
-    The last batch is filled up with examples of weight 0, so every batch has the same shape.
+    The last batch is filled up with examples of weight 0, so every batch has the same shape; images that are left out weigh 0 too.
     """
     count = min(len(examples), limit * batch_size) if limit else len(examples)
     chosen = [i * len(examples) // count for i in range(count)]
     local = batch_size // process_count
+    threads = _threads(examples)
+    each = ThreadPoolExecutor(threads).map if threads > 1 else map
     for start in range(0, count, batch_size):
         places = range(start + process_index * local, start + (process_index + 1) * local)
-        rows = [examples[chosen[min(p, count - 1)]] for p in places]
+        found = list(each(lambda p: _example(examples, chosen[min(p, count - 1)]), places))
+        rows = [examples.blank() if row is None else row for row in found]  # type: ignore[attr-defined]
         batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        yield batch | {"weights": np.asarray([p < count for p in places], np.float32)}
+        yield batch | {"weights": np.asarray([p < count and row is not None for p, row in zip(places, found)], np.float32)}

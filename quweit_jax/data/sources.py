@@ -1,4 +1,4 @@
-"""Where examples come from: the standard library's text, a user's file, TFDS, scikit-learn's digits.
+"""Where examples come from: the standard library's text, a user's file or folder of images, TFDS, scikit-learn's digits.
 
 A text source gives one string a split; a labelled source gives random-access examples. No TensorFlow at run time.
 """
@@ -6,6 +6,7 @@ A text source gives one string a split; a labelled source gives random-access ex
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -14,20 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.data.augment import check_number
+from quweit_jax.data.images import ImageConfig, ImageExamples, ImageSource
+from quweit_jax.errors import InputError, check_choice, nearest
 
-SOURCES = ("python_stdlib", "text_file", "tfds", "digits")
+SOURCES = ("python_stdlib", "text_file", "tfds", "digits", "image_folder")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_VALIDATION_FOLDERS = ("validation", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to read.
+class DataConfig(ImageConfig):
+    """What to read; of images, how (see ImageConfig).
 
-    source: 'python_stdlib', 'text_file' (path), 'tfds' (name, data_dir) or 'digits'.
-    limit_bytes: of python_stdlib and text_file, 0 for all. validation_fraction: the end of a text without splits of its own.
-    validation_split: TFDS splits to validate on, joined by '+'; '' for 'validation' or else 'test'.
+    source: 'python_stdlib', 'text_file' (path), 'tfds' (name, data_dir), 'digits' or 'image_folder' (path).
+    limit_bytes: of python_stdlib and text_file, 0 for all. validation_fraction: the end of a text, or the share of an image folder,
+    without splits of its own. validation_split: TFDS splits to validate on, joined by '+', or the folder of images;
+    '' for 'validation' (of folders also 'val') or else 'test'.
     tokenizer: 'char', 'byte' or 'bpe' (bpe_vocab_size pieces). download: let TFDS fetch and prepare a set that isn't there.
-    split_seed: of the stratified split of digits; test_fraction: its share.
+    split_seed: of the stratified split of digits and of image folders; test_fraction: its share of digits.
     """
 
     source: str = "python_stdlib"
@@ -44,7 +50,9 @@ class DataConfig:
     test_fraction: float = 0.2
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("data.source", self.source, SOURCES)
+        check_number("data.limit_bytes", self.limit_bytes, 0, whole=True)
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"data.validation_fraction: expected a share between 0 and 1, found {self.validation_fraction}.")
 
@@ -67,6 +75,7 @@ class LabelledSplits:
     test: Sequence[dict[str, Any]]
     num_classes: int
     labels: tuple[str, ...] = ()
+    image_shape: tuple[int, int, int] | None = None
 
 
 def load(config: DataConfig) -> TextSplits | LabelledSplits:
@@ -75,6 +84,8 @@ def load(config: DataConfig) -> TextSplits | LabelledSplits:
         return digits(config.split_seed, config.test_fraction)
     if config.source == "tfds":
         return tfds_splits(config)
+    if config.source == "image_folder":
+        return image_folder(config)
     text = python_stdlib(config.limit_bytes) if config.source == "python_stdlib" else text_file(config.path, config.limit_bytes)
     cut = int(len(text) * (1 - config.validation_fraction))
     return TextSplits(text[:cut], text[cut:])
@@ -150,18 +161,148 @@ def digits(split_seed: int = 0, test_fraction: float = 0.2) -> LabelledSplits:
     return LabelledSplits(ArrayExamples(x_train, y_train), test, test, 10, tuple("0123456789"))
 
 
-class TFDSImages(Sequence):
-    """Labelled images of a TFDS random-access source: inputs float32 in [0, 1], decoded when asked for."""
+class TFDSImages:
+    """Images and labels of a TFDS random-access source as they are stored: encoded bytes where `image` is one, arrays otherwise."""
 
-    def __init__(self, source: Any):
-        self.source = source
+    def __init__(self, builder: Any, name: str, split: str):
+        import tensorflow_datasets as tfds
+
+        image, label = builder.info.features["image"], builder.info.features["label"]
+        if not getattr(label, "num_classes", None):
+            raise InputError(f"data.name: expected classes as the label of {name}, found {label}; use another set.")
+        shape = tuple(image.shape)
+        self.channels = shape[2] if len(shape) == 3 and shape[2] in (1, 3, 4) else 1 if len(shape) == 2 else 3
+        self.num_classes, self.labels = label.num_classes, tuple(label.names)
+        self.place = f"{name}, split {split}"
+        self._identity = f"{builder.info.full_name}, split {split}"
+        # Encoded images are decoded here, which says what is wrong with a bad one, and needs neither TensorFlow nor OpenCV.
+        encoded = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+        self.records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.records)
 
-    def __getitem__(self, index):  # type: ignore[override]
-        example = self.source[int(index)]
-        return {"inputs": np.asarray(example["image"], np.float32) / 255.0, "targets": np.int32(example["label"])}
+    def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        """See ImageSource."""
+        record = self.records[index]
+        return record["image"], int(record["label"])
+
+    def describe(self, index: int) -> str:
+        """See ImageSource."""
+        return f"{self.place}, image {index}"
+
+    def identity(self) -> str:
+        """See ImageSource."""
+        return self._identity
+
+
+class FolderImages:
+    """Image files with their classes; `files` are (path below the root, class)."""
+
+    channels = 3
+
+    def __init__(self, root: Path, split: str, files: Sequence[tuple[str, int]], num_classes: int):
+        self.root, self.split, self.files, self.num_classes = root, split, files, num_classes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        """See ImageSource."""
+        file, target = self.files[index]
+        return (self.root / file).read_bytes(), target
+
+    def describe(self, index: int) -> str:
+        """See ImageSource."""
+        return f"{self.root}, split {self.split}, image {index} ({self.files[index][0]})"
+
+    def identity(self) -> str:
+        """See ImageSource."""
+        return "\n".join(f"{file} {target}" for file, target in self.files)
+
+
+def image_splits(
+    train: ImageSource, validation: ImageSource, test: ImageSource | None, labels: tuple[str, ...], config: ImageConfig
+) -> LabelledSplits:
+    """Examples of image sources, all of the training images' shape; without a test source, validation's is the test."""
+    examples = ImageExamples(train, config)
+    held_out = ImageExamples(validation, config, examples.shape)
+    # An image that cannot be used may well be like all the others: say so now. Test splits may have no classes, and may never be read.
+    _ = examples.first, held_out.first
+    tested = held_out if test is None else ImageExamples(test, config, examples.shape)
+    return LabelledSplits(examples, held_out, tested, train.num_classes, labels, examples.shape)
+
+
+def image_folder(config: DataConfig) -> LabelledSplits:
+    """Images in folders named after their classes: FOLDER/train/CLASS/... beside FOLDER/validation, val or test, or FOLDER/CLASS/... alone.
+
+    Classes are train's folders in sorted order; images may lie deeper. Without a validation folder, `validation_fraction` of each class is
+    held out (at least one image, never all): those whose paths have the lowest SHA-256 with `split_seed`, so that the split depends
+    neither on the machine nor on the order of the files.
+    """
+    if not config.path:
+        raise InputError("data.path: expected a folder of images for data.source=image_folder, found nothing; add --config.data.path=FOLDER.")
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data.path: no folder at {config.path}; check the path.")
+    top = "train" if (root / "train").is_dir() else ""
+    candidates = (config.validation_split,) if config.validation_split else _VALIDATION_FOLDERS
+    beside = [name for name in candidates if (root / name).is_dir()]
+    if beside and not top:
+        raise InputError(f"data.path: {config.path} has a folder '{beside[0]}' but none named 'train'; give it one, with a folder for each class.")
+    if config.validation_split and not beside:
+        raise InputError(
+            f"data.validation_split: no folder '{config.validation_split}' in {config.path}; leave it out for {', '.join(_VALIDATION_FOLDERS)}."
+        )
+    labels, train = _class_files(root, top)
+    if len(labels) < 2:
+        raise InputError(f"data.path: expected a folder for each of two or more classes in {root / top}, found {', '.join(labels) or 'none'}.")
+    filled = {target for _, target in train}
+    if empty := [label for target, label in enumerate(labels) if target not in filled]:
+        raise InputError(
+            f"data.path: the class '{empty[0]}' in {root / top} has no images (files ending in {', '.join(_IMAGE_SUFFIXES)}); "
+            "add some, or take the folder away."
+        )
+    test = None
+    if beside:
+        validation = _class_files(root, beside[0], labels)[1]
+        if "test" not in beside[:1] and (root / "test").is_dir():
+            test = _class_files(root, "test", labels)[1]
+    else:
+        train, validation = _held_out(train, len(labels), config.validation_fraction, config.split_seed)
+    if not validation:
+        raise InputError(f"data.path: no images to validate on in {root / beside[0] if beside else root}; add some.")
+
+    def images(split: str, files: list[tuple[str, int]]) -> FolderImages:
+        return FolderImages(root, split, files, len(labels))
+
+    held_out = images(beside[0] if beside else "validation", validation)
+    return image_splits(images("train", train), held_out, images("test", test) if test else None, labels, config)
+
+
+def _class_files(root: Path, split: str, labels: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """The classes (or those given) below root/split, sorted, and their images: (path below root, class), sorted."""
+    folder = root / split
+    found = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")))
+    labels = found if labels is None else labels
+    files = []
+    for name in found:
+        if name not in labels:
+            raise InputError(f"data.path: {folder} has a class '{name}' that train has not.{nearest(name, labels)}")
+        for where, folders, names in os.walk(folder / name, followlinks=True):
+            folders.sort()
+            images = sorted(n for n in names if n.lower().endswith(_IMAGE_SUFFIXES) and not n.startswith("."))
+            files += [(Path(where, image).relative_to(root).as_posix(), labels.index(name)) for image in images]
+    return labels, files
+
+
+def _held_out(files: list[tuple[str, int]], num_classes: int, fraction: float, seed: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Files to train on and files to validate on, a share of each class."""
+    chosen = set()
+    for target in range(num_classes):
+        mine = sorted((f for f, t in files if t == target), key=lambda file: hashlib.sha256(f"{seed}/{file}".encode()).digest())
+        chosen.update(mine[: min(max(1, round(len(mine) * fraction)), len(mine) - 1)])
+    return [f for f in files if f[0] not in chosen], [f for f in files if f[0] in chosen]
 
 
 def tfds_splits(config: DataConfig) -> TextSplits | LabelledSplits:
@@ -180,17 +321,16 @@ def tfds_splits(config: DataConfig) -> TextSplits | LabelledSplits:
     for split in [*wanted["train"], *wanted["validation"]]:
         if split not in splits:
             raise InputError(f"data.validation_split: {config.name} has no split '{split}'; it has {', '.join(splits)}.")
-    read = {split: builder.as_data_source(split=split) for group in wanted.values() for split in group}
     if "text" in features:
+        read = {split: builder.as_data_source(split=split) for group in wanted.values() for split in group}
         joined = {k: "".join(_text(x["text"]) for split in group for x in read[split]) for k, group in wanted.items()}
         return TextSplits(joined["train"], joined["validation"])
     if "image" in features and "label" in features:
         if len(wanted["validation"]) != 1:
             raise InputError("data.validation_split: give one split for an image set.")
-        held_out = TFDSImages(read[wanted["validation"][0]])
-        test = TFDSImages(builder.as_data_source(split="test")) if "test" in splits else held_out
-        label = features["label"]
-        return LabelledSplits(TFDSImages(read["train"]), held_out, test, label.num_classes, tuple(label.names))
+        train, held_out = (TFDSImages(builder, config.name, split) for split in ("train", wanted["validation"][0]))
+        test = TFDSImages(builder, config.name, "test") if "test" in splits and wanted["validation"] != ["test"] else None
+        return image_splits(train, held_out, test, train.labels, config)
     raise InputError(f"data.name: {config.name} has features {sorted(features)}; expected 'text', or 'image' and 'label'.")
 
 

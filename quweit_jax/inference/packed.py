@@ -16,34 +16,21 @@ from jax import Array
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.weightless import WeightlessBlock
+from quweit_jax.ops import mapping, packed_lut
 from quweit_jax.ops.reductions import quantize_int8
 
 Tree = dict[str, Any]
-
-
-def pack_tables(tables: Any) -> np.ndarray:
-    """The signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L, ceil(A / 8))."""
-    return np.packbits(np.asarray(tables) > 0, axis=1, bitorder="little")
-
-
-def read_packed(packed: Array, address: Array) -> Array:
-    """Entry address[j, t] of packed table j: bool (L, T)."""
-    byte = jnp.take_along_axis(packed, address >> 3, axis=1, mode="clip")
-    return ((byte >> (address & 7).astype(jnp.uint8)) & 1).astype(bool)
 
 
 def _wiring(params: Tree, constants: Tree) -> np.ndarray:
     """The inputs each slot reads, (L, n), whatever the kind of mapping, in the smallest integer type."""
     num_luts, entries = params["tables"].shape
     if "mapping" in constants:
-        mapping = np.asarray(constants["mapping"])
-    elif "candidates" in constants:
-        best = np.asarray(params["scores"]).argmax(1)[:, None]
-        mapping = np.take_along_axis(np.asarray(constants["candidates"]), best, 1)
+        wiring = np.asarray(constants["mapping"])
     else:
-        mapping = np.asarray(params["scores"]).argmax(0)
-    mapping = mapping.reshape(num_luts, entries.bit_length() - 1)
-    return mapping.astype(np.min_scalar_type(max(1, int(mapping.max()))))
+        wiring = np.asarray(mapping.strongest(params["scores"], constants.get("candidates")))
+    wiring = wiring.reshape(num_luts, entries.bit_length() - 1)
+    return wiring.astype(np.min_scalar_type(max(1, int(wiring.max()))))
 
 
 def pack_block(params: Tree, constants: Tree) -> Tree:
@@ -51,7 +38,7 @@ def pack_block(params: Tree, constants: Tree) -> Tree:
     layers = sorted((k for k in params if k.startswith("luts_")), key=lambda k: int(k[5:]))
     vectors, scale = quantize_int8(jnp.asarray(params["vectors"]), axis=0)
     packed: Tree = {
-        "tables": [pack_tables(params[k]["tables"]) for k in layers],
+        "tables": [np.asarray(packed_lut.pack_tables(params[k]["tables"])) for k in layers],
         "wiring": [_wiring(params[k], constants.get(k, {})) for k in layers],
         "thresholds": np.asarray(params["thresholds"] if "thresholds" in params else constants["thresholds"], np.float32),
         "vectors": np.asarray(vectors),
@@ -108,9 +95,7 @@ def apply_block(packed: Tree, x: Array, *, signed: bool) -> Array:
     x_DT = x.reshape(math.prod(lead), width).T
     bits = (x_DT[:, None, :] > packed["thresholds"][:, :, None]).reshape(-1, x_DT.shape[1])
     for tables, wiring in zip(packed["tables"], packed["wiring"]):
-        wired = jnp.take(bits, jnp.asarray(wiring, jnp.int32), axis=0, mode="clip")
-        address = sum(wired[:, l].astype(jnp.int32) << l for l in range(wired.shape[1]))
-        bits = read_packed(jnp.asarray(tables), jnp.asarray(address))
+        bits = packed_lut.look_up(bits, wiring, tables)
     counted = 2 * bits.astype(jnp.int8) - 1 if signed else bits.astype(jnp.int8)
     vectors = jnp.asarray(packed["vectors"])
     if vectors.ndim == 2:

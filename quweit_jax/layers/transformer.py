@@ -33,15 +33,16 @@ def pick_attention(implementation: str, dtype: Any) -> str:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, eps 1e-5, statistics in float32, with an optional bias."""
+    """LayerNorm over the last axis, statistics in float32, with an optional bias."""
 
     use_bias: bool = False
     dtype: Any = jnp.float32
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (..., d) -> the same shape, in `dtype`."""
-        return nn.LayerNorm(epsilon=1e-5, use_bias=self.use_bias, dtype=self.dtype, name="norm")(x)
+        return nn.LayerNorm(epsilon=self.epsilon, use_bias=self.use_bias, dtype=self.dtype, name="norm")(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -100,6 +101,32 @@ class CausalSelfAttention(nn.Module):
             length.value = start + tokens
         visible = jnp.arange(self.context)[None, :] <= start + jnp.arange(tokens)[:, None]
         return keys.value, values.value, visible[None, None]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of every token to every token, as in an encoder.
+
+    Args:
+      num_heads: H. use_bias: biases of both projections. output_std: initial standard deviation of the output projection.
+      implementation: 'auto', 'xla' or 'cudnn', see `CausalSelfAttention`.
+    """
+
+    num_heads: int
+    use_bias: bool = True
+    output_std: float = 0.02
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (B, T, d) -> (B, T, d)."""
+        batch, tokens, width = x.shape
+        dense = {"use_bias": self.use_bias, "dtype": self.dtype}
+        qkv = nn.Dense(3 * width, kernel_init=normal(0.02), name="qkv", **dense)(x)
+        q, k, v = jnp.split(qkv.reshape(batch, tokens, 3 * self.num_heads, -1), 3, axis=2)
+        implementation: Any = pick_attention(self.implementation, self.dtype)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        return nn.Dense(width, kernel_init=normal(self.output_std), name="proj", **dense)(mixed.reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):

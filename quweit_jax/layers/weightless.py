@@ -3,7 +3,8 @@
 Dimensions: T tokens (all leading dimensions), F input bits, L look-up tables, n inputs a table, z thermometer bits, d features.
 
 Trainable values are in `params` under the names the optimizer groups by: `tables`, `scores`, `thresholds`, `vectors`. What is
-drawn once and never trained (wiring, candidates, fitted thresholds) is in the `wiring` collection, saved with the model.
+drawn once and never trained (wiring, candidates, fitted thresholds) is in the `wiring` collection, saved with the model. What an
+integer-only model needs at inference is in `packed` (see `layers.integer`): given that collection, look-up layers read 1-bit tables.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.ops import lut, mapping, reductions, thermometer
+from quweit_jax.ops import lut, mapping, packed_lut, reductions, thermometer
 
 MAPPINGS = ("random", "arange", "learnable", "candidates")
 SUMS = ("dense", "grouped")
@@ -38,6 +39,11 @@ def residual_tables(scale: float = 1.0) -> Callable[..., Array]:
         return sign.astype(dtype) * jax.random.uniform(key, shape, dtype, 0.0, scale)
 
     return init
+
+
+def packing(module: nn.Module) -> bool:
+    """Whether the constants of the packed form are being written down: `model.apply(variables, ..., mutable=['packed'])`."""
+    return module.is_mutable_collection("packed") and not module.is_initializing()
 
 
 class LUTLayer(nn.Module):
@@ -77,10 +83,15 @@ class LUTLayer(nn.Module):
         check_choice("LUTLayer: table_init", self.table_init, TABLE_INITS)
         if not 1 <= self.lut_inputs <= lut.MAX_LUT_INPUTS:
             raise InputError(f"LUTLayer: lut_inputs must be 1 to {lut.MAX_LUT_INPUTS}, found {self.lut_inputs}; use more, smaller tables.")
+        if self.has_variable("packed", "tables") and not packing(self):
+            return packed_lut.look_up(bits_FT, self.get_variable("packed", "wiring"), self.get_variable("packed", "tables"))
         num_inputs, slots = bits_FT.shape[0], self.num_luts * self.lut_inputs
         init = symmetric_uniform if self.table_init == "uniform" else residual_tables
         tables = self.param("tables", init(self.table_scale), (self.num_luts, 2**self.lut_inputs), jnp.float32)
         bits_FT, wiring, inverse = self._wire(bits_FT, num_inputs, slots)
+        if packing(self):
+            self.put_variable("packed", "tables", packed_lut.pack_tables(tables))
+            self.put_variable("packed", "wiring", self._chosen_inputs(num_inputs))
         values = lut.lut_lookup_feature_major(bits_FT, wiring, tables, decay=self.decay, alpha=self.alpha, beta=self.beta, inverse=inverse)
         return lut.binarize(values) if self.binary else values
 
@@ -103,6 +114,17 @@ class LUTLayer(nn.Module):
             chosen_MT = mapping.sparse_mapping_feature_major(bits_FT, scores, candidates, tau=self.tau)
         straight = mapping.arange_mapping(slots, self.num_luts, self.lut_inputs)
         return chosen_MT, straight, mapping.invert_mapping(straight, slots)
+
+    def _chosen_inputs(self, num_inputs: int) -> Array:
+        """The input each slot reads now, whatever the kind of mapping: (num_luts, lut_inputs), of the smallest integer type."""
+        if self.mapping in ("random", "arange"):
+            wiring = self.get_variable("wiring", "mapping")
+        else:
+            scores = self.get_variable("params", "scores")
+            candidates = self.get_variable("wiring", "candidates") if self.mapping == "candidates" else None
+            wiring = mapping.strongest(scores, candidates)
+        dtype = jnp.uint8 if num_inputs <= 2**8 else jnp.uint16 if num_inputs <= 2**16 else jnp.int32
+        return wiring.reshape(self.num_luts, self.lut_inputs).astype(dtype)
 
     def _fixed_mapping(self, shape: tuple[int, int, int]) -> Array:
         return mapping.random_mapping(self.make_rng("params"), *shape) if self.mapping == "random" else mapping.arange_mapping(*shape)
@@ -154,15 +176,30 @@ class WeightlessBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (..., d_in) floating -> (..., features)."""
-        check_choice("WeightlessBlock: sum", self.sum, SUMS)
-        layers = (self.num_luts,) if isinstance(self.num_luts, int) else tuple(self.num_luts)
-        if not layers or min(layers) < 1:
-            raise InputError(f"WeightlessBlock: num_luts must be a positive number, or several for several layers, found {self.num_luts}.")
+        self._layers()
         if self.use_norm:
             x = nn.LayerNorm(epsilon=1e-5, use_bias=self.norm_bias, dtype=jnp.float32, name="norm")(x)
         lead, width = x.shape[:-1], x.shape[-1]
         bits_FT = self._encode(x.reshape(math.prod(lead), width).T)
-        for i, num_luts in enumerate(layers):
+        bits_LT = self._look_up(bits_FT)
+        return self._sum(bits_LT, *self._vectors(bits_LT.shape[0])).reshape(*lead, self.features)
+
+    def _layers(self) -> tuple[int, ...]:
+        """The number of tables of each look-up layer, checked."""
+        check_choice("WeightlessBlock: sum", self.sum, SUMS)
+        layers = (self.num_luts,) if isinstance(self.num_luts, int) else tuple(self.num_luts)
+        if not layers or min(layers) < 1:
+            raise InputError(f"WeightlessBlock: num_luts must be a positive number, or several for several layers, found {self.num_luts}.")
+        if self.sum == "grouped" and layers[-1] % self.features:
+            raise InputError(
+                f"WeightlessBlock: a grouped sum shares the {layers[-1]} tables of the last layer equally among {self.features} features; "
+                f"use a multiple of {self.features}, or sum='dense'."
+            )
+        return layers
+
+    def _look_up(self, bits_FT: Array) -> Array:
+        """All look-up layers, one after another: bits (F, T) -> (L, T)."""
+        for i, num_luts in enumerate(self._layers()):
             bits_FT = LUTLayer(
                 num_luts,
                 self.lut_inputs,
@@ -176,32 +213,29 @@ class WeightlessBlock(nn.Module):
                 table_scale=self.table_scale,
                 name=f"luts_{i}",
             ).feature_major(bits_FT)
-        return self._sum(bits_FT).reshape(*lead, self.features)
+        return bits_FT
 
     def _encode(self, x_DT: Array) -> Array:
-        width, bits = x_DT.shape[0], self.thermometer_bits
-
-        def start(*_: Any) -> Array:
-            return jnp.broadcast_to(thermometer.normal_quantiles(bits), (width, bits))
-
-        if self.learn_thresholds:
-            thresholds = self.param("thresholds", start)
-        else:
-            thresholds = self.variable("wiring", "thresholds", start).value
+        width, thresholds = x_DT.shape[0], self._thresholds(x_DT.shape[0])
         check_choice("WeightlessBlock: window_shape", self.window_shape, thermometer.WINDOWS)
         bits_DzT: Array = thermometer.step_ste(x_DT[:, None, :], thresholds[:, :, None], self.window, self.window_shape)
-        return bits_DzT.reshape(width * bits, x_DT.shape[1])
+        return bits_DzT.reshape(width * self.thermometer_bits, x_DT.shape[1])
 
-    def _sum(self, bits_LT: Array) -> Array:
-        num_luts = bits_LT.shape[0]
-        if self.sum == "grouped" and num_luts % self.features:
-            raise InputError(
-                f"WeightlessBlock: a grouped sum shares the {num_luts} tables of the last layer equally among {self.features} features; "
-                f"use a multiple of {self.features}, or sum='dense'."
-            )
+    def _vectors(self, num_luts: int) -> tuple[Array, Array]:
+        """The conditional sum's parameters: vectors (L, d), or (L,) if grouped, and bias (d,)."""
         shape = (num_luts, self.features) if self.sum == "dense" else (num_luts,)
         vectors = self.param("vectors", nn.initializers.normal(self.vector_init), shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return vectors, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+
+    def _thresholds(self, width: int) -> Array:
+        """The thermometer's thresholds (d, z), trained or not."""
+
+        def start(*_: Any) -> Array:
+            return jnp.broadcast_to(thermometer.normal_quantiles(self.thermometer_bits), (width, self.thermometer_bits))
+
+        return self.param("thresholds", start) if self.learn_thresholds else self.variable("wiring", "thresholds", start).value
+
+    def _sum(self, bits_LT: Array, vectors: Array, bias: Array) -> Array:
         if self.int8_sums:
             vectors = reductions.fake_quantize_int8(vectors, axis=0)
         if self.signed:

@@ -11,9 +11,14 @@ from quweit_jax.errors import check_choice
 from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.options import from_mapping
+from quweit_jax.models.vit import ViT, ViTConfig
 
 # name -> (module, config, the config's field for the number of outputs)
-MODELS: dict[str, tuple[Any, Any, str]] = {"gpt": (GPT, GPTConfig, "vocab_size"), "dwn": (DWN, DWNConfig, "num_classes")}
+MODELS: dict[str, tuple[Any, Any, str]] = {
+    "gpt": (GPT, GPTConfig, "vocab_size"),
+    "dwn": (DWN, DWNConfig, "num_classes"),
+    "vit": (ViT, ViTConfig, "num_classes"),
+}
 
 
 def build(config: Mapping[str, Any], outputs: int | None = None) -> nn.Module:

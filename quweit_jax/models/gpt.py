@@ -16,9 +16,7 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.transformer import ATTENTIONS, GELUS, MLP, CausalSelfAttention, LayerNorm, normal
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import WeightlessOptions
-
-MLPS = ("dense", "weightless", "none")
+from quweit_jax.models.options import WeightlessOptions, kinds_of_mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +58,7 @@ class GPTConfig:
 
     def mlps(self) -> tuple[str, ...]:
         """The kind of each block's MLP."""
-        kinds = tuple(self.mlp.split("+")) if isinstance(self.mlp, str) else tuple(self.mlp)
-        kinds = kinds * self.layers if len(kinds) == 1 else kinds
-        if len(kinds) != self.layers:
-            raise InputError(f"model.mlp: expected 1 kind or {self.layers} (one a block), found {len(kinds)}: {self.mlp!r}.")
-        for kind in kinds:
-            check_choice("model.mlp", kind, MLPS)
-        return kinds
+        return kinds_of_mlp(self.mlp, self.layers)
 
 
 class GPTBlock(nn.Module):

@@ -35,6 +35,24 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") 
     return cls(**arguments)
 
 
+MLPS = ("dense", "weightless", "none")
+
+
+def kinds_of_mlp(mlp: str | Sequence[str], blocks: int) -> tuple[str, ...]:
+    """The kind of each block's MLP, from one kind for all or one for each, joined by '+' ('dense+weightless').
+
+    Raises:
+      InputError: an unknown kind, or another number of them.
+    """
+    kinds = tuple(mlp.split("+")) if isinstance(mlp, str) else tuple(mlp)
+    kinds = kinds * blocks if len(kinds) == 1 else kinds
+    if len(kinds) != blocks:
+        raise InputError(f"model.mlp: expected 1 kind or {blocks} (one a block), found {len(kinds)}: {mlp!r}.")
+    for kind in kinds:
+        check_choice("model.mlp", kind, MLPS)
+    return kinds
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightlessOptions:
     """The fields of `layers.weightless.WeightlessBlock` that an experiment may set; see there for each, and for the defaults."""

@@ -86,6 +86,13 @@ def random_candidates(key: Key, num_inputs: int, num_slots: int, num_candidates:
     return random_mapping(key, num_inputs, num_candidates, num_slots).T
 
 
+def strongest(scores: ArrayLike, candidates: ArrayLike | None = None) -> Array:
+    """The input each slot of a learnable mapping reads: scores (F, M), or (M, C) with candidates (M, C) -> int (M,)."""
+    if candidates is None:
+        return jnp.argmax(jnp.asarray(scores), axis=0)
+    return jnp.take_along_axis(jnp.asarray(candidates), jnp.argmax(jnp.asarray(scores), axis=1)[:, None], axis=1)[:, 0]
+
+
 def _inexact(bits: ArrayLike, like: Array) -> Array:
     bits = jnp.asarray(bits)
     return bits if jnp.issubdtype(bits.dtype, jnp.floating) else bits.astype(like.dtype)
@@ -111,7 +118,7 @@ def learnable_mapping(bits: Shaped[ArrayLike, "*tokens F"], scores: Float[ArrayL
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _learnable(bits, scores, tau):
-    return jnp.take(bits, jnp.argmax(scores, axis=0), axis=-1, mode="clip")
+    return jnp.take(bits, strongest(scores), axis=-1, mode="clip")
 
 
 def _learnable_forward(bits, scores, tau):
@@ -166,7 +173,7 @@ def sparse_mapping_feature_major(bits_FT: Array, scores: Array, candidates: Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sparse(bits_FT, scores, candidates, tau):
-    chosen = jnp.take_along_axis(candidates, jnp.argmax(scores, axis=1)[:, None], axis=1)[:, 0]
+    chosen = strongest(scores, candidates)
     return jnp.take(bits_FT, chosen, axis=0, mode="clip")
 
 

@@ -1,0 +1,311 @@
+"""Integer-only layers (I-ViT, Li & Gu, ICCV 2023) and the weightless block between them.
+
+What flows between these layers is `Quantized`: the integers, their scale, and a real shadow that carries gradients. Activation
+quantisers keep running ranges in the `ranges` collection, updated while training if it is mutable, and frozen otherwise.
+
+Each layer has two forms with the same integers:
+- from `params` and `ranges`: for training and evaluation. With a mutable `packed` collection it also writes down what follows.
+- from `packed` alone: int8 weights, int32 biases, integer multipliers and shifts, packed tables; no float in between, no scales.
+
+Dimensions: B batch, T tokens, d width, H heads, K width of a head, L look-up tables, z thermometer bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from quweit_jax.layers.transformer import normal
+from quweit_jax.layers.weightless import WeightlessBlock, packing
+from quweit_jax.ops import integer, packed_lut, reductions, thermometer, wide
+
+MOMENTUM = 0.95
+ACTIVATION_BITS = 8
+RESIDUAL_BITS = 16
+ATTENTION_BITS = 16
+
+
+@flax.struct.dataclass
+class Quantized:
+    """Real values x = ints * scale. In packed form there are only the integers.
+
+    ints: int32 (packed: int8 or int32). scale: float32, one number or one a feature. real: float32, ints * scale with gradients.
+    """
+
+    ints: Array
+    scale: Any = None
+    real: Any = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether there are only integers."""
+        return self.real is None
+
+    def map(self, move: Callable[[Array], Array]) -> Quantized:
+        """The same function, one that only moves values about, of integers and reals."""
+        return Quantized(move(self.ints), self.scale, None if self.real is None else move(self.real))
+
+
+class IntegerModule(nn.Module):
+    """What the layers share: constants that are computed once, written down in `packed`, and later read from there."""
+
+    def constant(self, name: str, value: Array) -> None:
+        """Writes a constant of the packed form down, if it is being made."""
+        if packing(self):
+            self.put_variable("packed", name, value)
+
+    def read(self, *names: str) -> list[Array]:
+        """Constants of the packed form."""
+        return [jnp.asarray(self.get_variable("packed", name)) for name in names]
+
+
+class ActivationQuantizer(IntegerModule):
+    """Requantises to `bits` bits with a running symmetric range; optionally adds a residual branch (ALGORITHMS: requantise).
+
+    `x` may also be a real array (the image, the positional embedding), which is rounded.
+    """
+
+    bits: int = ACTIVATION_BITS
+
+    @nn.compact
+    def __call__(self, x: Quantized, identity: Quantized | None = None, *, train: bool = False) -> Quantized:
+        """x (..., d) [and identity of the same shape] -> the same shape at `bits` bits."""
+        names = ("multiplier", "shift") if identity is None else ("multiplier", "shift", "identity_multiplier", "identity_shift")
+        branches = [x] if identity is None else [x, identity]
+        if x.packed:
+            factors = self.read(*names)
+            out = integer.requantize_int([(b.ints.astype(jnp.int32), *factors[2 * i : 2 * i + 2]) for i, b in enumerate(branches)], self.bits)
+            return Quantized(out.astype(jnp.int8) if self.bits <= 8 else out)
+        real = x.real if identity is None else x.real + identity.real
+        scale = self.running_scale(real, train)
+        factors = [factor for b in branches for factor in wide.dyadic(jax.lax.stop_gradient(b.scale), scale)]
+        for name, factor in zip(names, factors):
+            self.constant(name, factor)
+        out = integer.requantize_int([(b.ints, *factors[2 * i : 2 * i + 2]) for i, b in enumerate(branches)], self.bits)
+        return Quantized(out, scale, integer.attach(out * scale, integer.clip_shadow(real, scale, self.bits)))
+
+    @nn.compact
+    def from_real(self, x: Array, *, train: bool = False) -> Quantized:
+        """Rounds real values. In packed form the scale is the one number that is read."""
+        if self.has_variable("packed", "scale") and not packing(self):
+            out = integer.quantize(x, self.read("scale")[0], self.bits)
+            return Quantized(out.astype(jnp.int8) if self.bits <= 8 else out)
+        scale = self.running_scale(x, train)
+        self.constant("scale", scale)
+        out = integer.quantize(jax.lax.stop_gradient(x), scale, self.bits)
+        return Quantized(out, scale, integer.attach(out * scale, integer.clip_shadow(x, scale, self.bits)))
+
+    def running_scale(self, x: Array, train: bool) -> Array:
+        """The scale of the running range, which training moves on first. A range never set is that of x."""
+        x = jax.lax.stop_gradient(x)
+        low = self.variable("ranges", "min", lambda: jnp.zeros((), jnp.float32))
+        high = self.variable("ranges", "max", lambda: jnp.zeros((), jnp.float32))
+        found = (x.min().astype(jnp.float32), x.max().astype(jnp.float32))
+        unset = low.value == high.value
+        new = [jnp.where(unset, f, MOMENTUM * v.value + (1 - MOMENTUM) * f if train else v.value) for v, f in zip((low, high), found)]
+        if self.is_mutable_collection("ranges") and not self.is_initializing():
+            low.value, high.value = new
+        return integer.symmetric_scale(new[0], new[1], self.bits)
+
+
+class IntegerDense(IntegerModule):
+    """A linear layer with int8 weights (a scale an output) and an int32 bias; `scale` is that of its int32 results."""
+
+    features: int
+    kernel_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Quantized) -> Quantized:
+        """x (..., I) at 8 bits -> (..., features) int32."""
+        if x.packed:
+            kernel, bias = self.read("kernel", "bias")
+            return Quantized(integer.int_matmul(x.ints, kernel) + bias)
+        kernel = self.param("kernel", normal(self.kernel_std), (x.ints.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel_int, kernel_scale = integer.quantize_weights(kernel)
+        scale = kernel_scale * x.scale
+        bias_int = integer.quantize_bias(bias, scale)
+        self.constant("kernel", kernel_int.astype(jnp.int8))
+        self.constant("bias", bias_int)
+        out = integer.int_matmul(x.ints, kernel_int) + bias_int
+        shadow = x.real @ integer.attach(kernel_int * kernel_scale, kernel) + bias
+        return Quantized(out, scale, integer.attach(out * scale, shadow))
+
+
+class _NormParameters(nn.Module):
+    """`scale` and `bias` under the name the float LayerNorm gives them, so that either model reads the other's parameters."""
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[Array, Array]:
+        scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        return scale, self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+
+
+class IntegerLayerNorm(IntegerModule):
+    """I-LayerNorm over the last axis."""
+
+    @nn.compact
+    def __call__(self, x: Quantized) -> Quantized:
+        """x (..., d) at 16 bits -> (..., d) int32, a scale a feature."""
+        if x.packed:
+            return Quantized(integer.int_layer_norm_int(x.ints, *self.read("bias", "halvings")))
+        weight, bias = _NormParameters(name="norm")(x.ints.shape[-1])
+        bias_int, halvings, scale = integer.layer_norm_constants(weight, bias)
+        self.constant("bias", bias_int)
+        self.constant("halvings", halvings)
+        out = integer.int_layer_norm_int(x.ints, bias_int, halvings)
+        return Quantized(out, scale, integer.attach(out * scale, integer.layer_norm_shadow(x.real, weight, bias)))
+
+
+class Shiftmax(IntegerModule):
+    """Softmax over the last axis by shifts: 16 bits."""
+
+    @nn.compact
+    def __call__(self, x: Quantized) -> Quantized:
+        """x (..., d) at 8 bits -> (..., d) at 16 bits, scale 2**-15."""
+        if x.packed:
+            return Quantized(integer.shiftmax_int(x.ints.astype(jnp.int32), self.read("inverse")[0], bits=ATTENTION_BITS))
+        inverse = integer.inverse_scale(x.scale)
+        self.constant("inverse", inverse)
+        out, scale = integer.shiftmax_int(x.ints, inverse, bits=ATTENTION_BITS), jnp.float32(2.0 ** (1 - ATTENTION_BITS))
+        return Quantized(out, scale, integer.attach(out * scale, jax.nn.softmax(x.real, axis=-1)))
+
+
+class ShiftGELU(IntegerModule):
+    """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid."""
+
+    @nn.compact
+    def __call__(self, x: Quantized) -> Quantized:
+        """x (..., d) at 8 bits -> (..., d) int32, scale x.scale / 128."""
+        if x.packed:
+            return Quantized(integer.shift_gelu_int(x.ints.astype(jnp.int32), self.read("inverse")[0]))
+        inverse = integer.inverse_scale(x.scale * integer.GELU_SLOPE)
+        self.constant("inverse", inverse)
+        out, scale = integer.shift_gelu_int(x.ints, inverse), x.scale * 2.0 ** (1 - integer.GELU_BITS)
+        return Quantized(out, scale, integer.attach(out * scale, integer.gelu_shadow(x.real)))
+
+
+def _int_einsum(subscripts: str, a: Quantized, b: Quantized) -> Array:
+    """An exact product of integers: int8 products in int32 (packed), or float32 ones that stay below 2**24."""
+    if not a.packed:
+        floats = (a.ints.astype(jnp.float32), b.ints.astype(jnp.float32))
+        return jnp.einsum(subscripts, *floats, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
+    b_ints = b.ints if a.ints.dtype == b.ints.dtype else b.ints.astype(a.ints.dtype)
+    return jnp.einsum(subscripts, a.ints, b_ints, preferred_element_type=jnp.int32)
+
+
+class IntegerAttention(nn.Module):
+    """I-ViT's attention: 8-bit queries, keys, values and scores, Shiftmax at 16 bits, 16 bits out.
+
+    Args:
+      num_heads: H. output_std: initial standard deviation of the output projection.
+    """
+
+    num_heads: int
+    output_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
+        """x (B, T, d) at 8 bits -> (B, T, d) at 16 bits."""
+        batch, tokens, width = x.ints.shape
+        head = width // self.num_heads
+        qkv = ActivationQuantizer(name="quant_qkv")(IntegerDense(3 * width, name="qkv")(x), train=train)
+        q, k, v = (qkv.map(lambda a, i=i: a.reshape(batch, tokens, 3, self.num_heads, head)[:, :, i]) for i in range(3))
+        ints, subscripts = _int_einsum("bqhk,bshk->bhqs", q, k), "bqhk,bshk->bhqs"
+        if x.packed:
+            scores = Quantized(ints)
+        else:
+            scale = q.scale * k.scale * head**-0.5
+            scores = Quantized(ints, scale, integer.attach(ints * scale, jnp.einsum(subscripts, q.real, k.real) * head**-0.5))
+        weights = Shiftmax(name="shiftmax")(ActivationQuantizer(name="quant_scores")(scores, train=train))
+        ints, subscripts = _int_einsum("bhqs,bshk->bqhk", weights, v), "bhqs,bshk->bqhk"
+        if x.packed:
+            mixed = Quantized(ints)
+        else:
+            scale = weights.scale * v.scale
+            mixed = Quantized(ints, scale, integer.attach(ints * scale, jnp.einsum(subscripts, weights.real, v.real)))
+        mixed = ActivationQuantizer(name="quant_mixed")(mixed.map(lambda a: a.reshape(batch, tokens, width)), train=train)
+        out = IntegerDense(width, self.output_std, name="proj")(mixed)
+        return ActivationQuantizer(RESIDUAL_BITS, name="quant_proj")(out, train=train)
+
+
+class IntegerMLP(nn.Module):
+    """Linear, ShiftGELU, linear: 8 bits in, 16 bits out; the hidden layer `ratio` times wider."""
+
+    ratio: int = 4
+    output_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
+        """x (..., d) at 8 bits -> (..., d) at 16 bits."""
+        width = x.ints.shape[-1]
+        hidden = ActivationQuantizer(name="quant_up")(IntegerDense(self.ratio * width, name="up")(x), train=train)
+        hidden = ActivationQuantizer(name="quant_gelu")(ShiftGELU(name="gelu")(hidden), train=train)
+        out = IntegerDense(width, self.output_std, name="down")(hidden)
+        return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
+
+
+class IntegerWeightlessBlock(WeightlessBlock):
+    """A weightless block on integers (QuWeiT on I-ViT): 8-bit integers are compared, 1-bit tables read, int8 vectors added in int32.
+
+    From the integers that come in to the int32 sums that go out there is no multiplication in packed form. Takes the arguments of
+    `WeightlessBlock`; the norm and the requantisation of its sums, with the residual, are the caller's.
+    """
+
+    @nn.compact
+    def __call__(self, x: Quantized) -> Quantized:  # type: ignore[override]
+        """x (..., d_in) at 8 bits -> (..., features) int32, a scale a feature."""
+        self._layers()
+        lead, width = x.ints.shape[:-1], x.ints.shape[-1]
+        flat = x.map(lambda a: a.reshape(-1, width).T)
+        if x.packed:
+            thresholds, vectors, bias = (jnp.asarray(self.get_variable("packed", name)) for name in ("thresholds", "vectors", "bias"))
+            bits_FT = (flat.ints[:, None, :] > thresholds[:, :, None]).reshape(-1, flat.ints.shape[1])
+            return Quantized((self._add(self._look_up(bits_FT), vectors) + bias).reshape(*lead, self.features))
+        real = self._thresholds(width)
+        thresholds = integer.saturate(jnp.floor(jax.lax.stop_gradient(real) / x.scale))
+        bits = (flat.ints[:, None, :] > thresholds[:, :, None]).astype(jnp.float32)
+        bits = integer.attach(bits, thermometer.step_ste(flat.real[:, None, :], real[:, :, None], self.window, self.window_shape))
+        bits_LT = self._look_up(bits.reshape(width * self.thermometer_bits, -1))
+        vectors, bias = self._vectors(bits_LT.shape[0])
+        out, scale = self._integer_sum(bits_LT, vectors, bias)
+        if packing(self):
+            self.put_variable("packed", "thresholds", jnp.clip(thresholds, -129, 127).astype(jnp.int16))
+        shadow = self._sum(bits_LT, vectors, bias)
+        return Quantized(out, scale, integer.attach(out * scale, shadow)).map(lambda a: a.reshape(*lead, self.features))
+
+    def _integer_sum(self, bits_LT: Array, vectors: Array, bias: Array) -> tuple[Array, Array]:
+        """The conditional sum in integers, (T, d) int32, and its scales (d,)."""
+        bits_LT, vectors, bias = (jax.lax.stop_gradient(a) for a in (bits_LT, vectors, bias))
+        vectors_int, scale = reductions.quantize_int8(vectors if self.sum == "dense" else vectors[:, None], axis=0)
+        scale = jnp.broadcast_to(scale.reshape(-1), (self.features,))
+        bias_int = integer.quantize_bias(bias, scale)
+        if self.signed:  # sum (2 bit - 1) v = sum bit 2v - sum v
+            bias_int = bias_int - self._per_feature(vectors_int.astype(jnp.int32)).sum(0)
+        if packing(self):
+            self.put_variable("packed", "vectors", vectors_int)
+            self.put_variable("packed", "bias", bias_int)
+        if self.sum == "dense":
+            total = reductions.conditional_sum_feature_major(bits_LT, vectors_int.astype(jnp.float32)).astype(jnp.int32)
+        else:
+            total = self._add(bits_LT > 0, vectors_int) >> int(self.signed)
+        return (total << int(self.signed)) + bias_int, scale
+
+    def _per_feature(self, vectors: Array) -> Array:
+        """Grouped vectors (L, 1) as (L / d, d); dense ones (L, d) as they are."""
+        return vectors if self.sum == "dense" else vectors.reshape(self.features, -1).T
+
+    def _add(self, bits_LT: Array, vectors: Array) -> Array:
+        """Adds what is selected, twice where bits are signed: bool (L, T), int8 (L, d) or (L, 1) -> int32 (T, d)."""
+        if self.sum == "dense":
+            total = packed_lut.add_vectors(bits_LT, vectors)
+        else:
+            chosen = jnp.where(bits_LT, vectors.astype(jnp.int32), 0)
+            total = chosen.reshape(self.features, -1, chosen.shape[1]).sum(1, dtype=jnp.int32).T
+        return total << int(self.signed)

@@ -1,0 +1,294 @@
+"""Vision transformer in DeiT's architecture: each block's MLP dense, weightless or absent, in floats or in integers only (I-ViT).
+
+The float and the integer form have the same parameters, so that one is fine-tuned from the other.
+
+Dimensions: B batch, H x W pixels, C channels, P patch size, N patches, T tokens (patches and the class token), d model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import integer as layers
+from quweit_jax.layers.integer import ActivationQuantizer, IntegerModule, Quantized
+from quweit_jax.layers.transformer import ATTENTIONS, MLP, LayerNorm, SelfAttention
+from quweit_jax.layers.weightless import WeightlessBlock
+from quweit_jax.models.options import WeightlessOptions, kinds_of_mlp
+
+# Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests and for two cores).
+SIZES = {
+    "mu": (32, 1, 2),
+    "Mi": (128, 4, 4),
+    "Ti": (192, 12, 3),
+    "S": (384, 12, 6),
+    "M": (512, 12, 8),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+}
+POOLS = ("cls", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """What decides a ViT's shape; the image size comes with the images.
+
+    variant: size and patch, 'Ti/16'; sizes: mu, Mi, Ti, S, M, B, L. width, depth, heads: other than the variant's (0: its own).
+    mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+'.
+    integer: I-ViT's integer-only arithmetic instead of floats. pool: of the 'cls' token or the 'mean' of the patches.
+    drop_path: the share of examples whose last block's branches are left out in training, rising to it linearly with depth.
+    """
+
+    num_classes: int
+    variant: str = "Ti/16"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    mlp: str = "dense"
+    mlp_ratio: int = 4
+    integer: bool = False
+    pool: str = "cls"
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+    attention: str = "auto"
+    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
+
+    def __post_init__(self):
+        match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", self.variant)
+        if not match or match[1] not in SIZES:
+            raise InputError(f"model.variant: expected SIZE/PATCH such as Ti/16, with SIZE one of {', '.join(SIZES)}; found '{self.variant}'.")
+        for name in ("width", "depth", "heads"):
+            if getattr(self, name) < 0:
+                raise InputError(f"model.{name}: expected a positive number, or 0 for the variant's own, found {getattr(self, name)}.")
+        for name in ("num_classes", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}: expected at least 1, found {getattr(self, name)}.")
+        width, _, heads = self.sizes()
+        if width % heads:
+            raise InputError(
+                f"model.width: {width} is not a multiple of the {heads} heads; use {heads * -(-width // heads)}, or other --config.model.heads."
+            )
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"model.drop_path: expected 0 <= drop_path < 1, found {self.drop_path}.")
+        if self.integer and self.dtype != "float32":
+            raise InputError(f"model.dtype: an integer model trains beside float32, found {self.dtype}; leave it at float32.")
+        check_choice("model.pool", self.pool, ("cls",) if self.integer else POOLS)
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("model.attention", self.attention, ATTENTIONS)
+        self.mlps()
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Width, depth and heads."""
+        return tuple(own or of for own, of in zip((self.width, self.depth, self.heads), SIZES[self.variant.split("/")[0]]))  # type: ignore[return-value]
+
+    @property
+    def patch(self) -> int:
+        """Pixels along a patch's side."""
+        return int(self.variant.split("/")[1])
+
+    def mlps(self) -> tuple[str, ...]:
+        """The kind of each block's MLP."""
+        return kinds_of_mlp(self.mlp, self.sizes()[1])
+
+    def drop_paths(self) -> list[float]:
+        """The share each block leaves out."""
+        depth = self.sizes()[1]
+        return [self.drop_path * i / max(1, depth - 1) for i in range(depth)]
+
+
+def trunc_normal(std: float) -> nn.initializers.Initializer:
+    """Normal, cut at two standard deviations."""
+    return nn.initializers.truncated_normal(std)
+
+
+class DropPath(nn.Module):
+    """Leaves a branch out for a share `rate` of the examples while training, and scales up the others."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """x (B, ...) -> the same."""
+        if not train or self.rate == 0:
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+class DropPathQuantized(nn.Module):
+    """`DropPath` of integers and their shadow alike."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Quantized, train: bool) -> Quantized:
+        """x (B, ...) -> the same."""
+        if not train or self.rate == 0:
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.ints.shape[0],) + (1,) * (x.ints.ndim - 1))
+        ints = jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0).astype(jnp.int32)
+        return Quantized(ints, x.scale, jnp.where(kept, x.real / (1 - self.rate), 0))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its input."""
+
+    config: ViTConfig
+    mlp: str
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """x (B, T, d) -> (B, T, d)."""
+        c, dtype, heads = self.config, jnp.dtype(self.config.dtype), self.config.sizes()[2]
+        norm: Any = {"use_bias": True, "dtype": dtype, "epsilon": 1e-6}
+        drop = DropPath(self.drop_path, name="drop_path")
+        attention = SelfAttention(heads, implementation=c.attention, dtype=dtype, name="attention")
+        x = x + drop(attention(LayerNorm(name="attention_norm", **norm)(x)), train)
+        if self.mlp == "none":
+            return x
+        y = LayerNorm(name="mlp_norm", **norm)(x)
+        if self.mlp == "dense":
+            y = MLP(c.mlp_ratio, use_bias=True, dtype=dtype, name="mlp")(y, train=train)
+        else:
+            y = WeightlessBlock(x.shape[-1], use_norm=False, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(y)
+        return x + drop(y, train)
+
+
+class IntegerViTBlock(nn.Module):
+    """The same on integers: the residual stream at 16 bits, what goes into products at 8."""
+
+    config: ViTConfig
+    mlp: str
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: Quantized, train: bool = False) -> Quantized:
+        """x (B, T, d) at 16 bits -> (B, T, d) at 16 bits."""
+        drop = DropPathQuantized(self.drop_path, name="drop_path")
+        y = ActivationQuantizer(name="quant_attention_norm")(layers.IntegerLayerNorm(name="attention_norm")(x), train=train)
+        y = layers.IntegerAttention(self.config.sizes()[2], name="attention")(y, train=train)
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(drop(y, train), x, train=train)
+        if self.mlp == "none":
+            return x
+        y = ActivationQuantizer(name="quant_mlp_norm")(layers.IntegerLayerNorm(name="mlp_norm")(x), train=train)
+        if self.mlp == "dense":
+            y = layers.IntegerMLP(self.config.mlp_ratio, name="mlp")(y, train=train)
+        else:
+            options: dict[str, Any] = dataclasses.asdict(self.config.weightless)
+            y = layers.IntegerWeightlessBlock(x.ints.shape[-1], use_norm=False, name="mlp", **options)(y)
+        return ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_mlp")(drop(y, train), x, train=train)
+
+
+class ViT(IntegerModule):
+    """A vision transformer: images (B, H, W, C) -> logits (B, num_classes).
+
+    In integer form, `model.apply({'packed': packed}, images)` with what `quweit_jax.inference.integer.pack` makes of the variables
+    is evaluated without floats between the image and the logits.
+    """
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        """images (B, H, W, C) float, normalised -> logits (B, num_classes) float32."""
+        c, width = self.config, self.config.sizes()[0]
+        if images.ndim != 4 or any(s == 0 or s % c.patch for s in images.shape[1:3]):
+            raise InputError(
+                f"ViT: expected images (batch, height, width, channels) whose sides are multiples of the patch size {c.patch}, found "
+                f"{list(images.shape)}; change --config.data.image_size or the model's variant."
+            )
+        patches = cut_patches(images, c.patch)
+        if c.integer:
+            return self._integer(patches, images.shape, train)
+        dtype = jnp.dtype(c.dtype)
+        x = nn.Dense(width, kernel_init=trunc_normal(0.02), dtype=dtype, name="patch_embed")(patches)
+        if c.pool == "cls":
+            cls = self.param("cls_token", trunc_normal(0.02), (1, 1, width), jnp.float32)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, width)).astype(dtype), x], 1)
+        x = x + self._positions(images.shape, width).astype(dtype)
+        block = nn.remat(ViTBlock, static_argnums=(2,)) if c.remat else ViTBlock
+        for i, (mlp, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
+            x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
+        x = LayerNorm(True, dtype, 1e-6, name="final_norm")(x)
+        x = x[:, 0] if c.pool == "cls" else x.mean(1)
+        return nn.Dense(c.num_classes, kernel_init=trunc_normal(0.02), dtype=dtype, name="head")(x).astype(jnp.float32)
+
+    def _integer(self, patches: Array, shape: Sequence[int], train: bool) -> Array:
+        c, width = self.config, self.config.sizes()[0]
+        x = ActivationQuantizer(name="quant_input").from_real(patches, train=train)
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_patches")(layers.IntegerDense(width, name="patch_embed")(x), train=train)
+        if x.packed:
+            cls_int, position_int = self.read("cls_token", "position_embedding")
+            cls, position = Quantized(cls_int), Quantized(position_int)
+        else:
+            token = self.param("cls_token", trunc_normal(0.02), (1, 1, width), jnp.float32)
+            cls_int = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(jnp.int32)
+            cls = Quantized(cls_int, x.scale, layers.integer.attach(cls_int * x.scale, token))
+            quantizer = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_position")
+            position = quantizer.from_real(self._positions(shape, width), train=train)
+            self.constant("cls_token", cls_int)
+            self.constant("position_embedding", position.ints)
+        x = _append(cls, x)
+        position = position.map(lambda a: jnp.broadcast_to(a, x.ints.shape))
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_embedding")(x, position, train=train)
+        block = nn.remat(IntegerViTBlock, static_argnums=(2,)) if c.remat else IntegerViTBlock
+        for i, (mlp, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
+            x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
+        x = layers.IntegerLayerNorm(name="final_norm")(x.map(lambda a: a[:, 0]))
+        x = ActivationQuantizer(name="quant_final")(x, train=train)
+        logits = layers.IntegerDense(c.num_classes, name="head")(x)
+        if logits.packed:
+            return logits.ints * self.read("logit_scale")[0]
+        self.constant("logit_scale", logits.scale)
+        return logits.real
+
+    def _positions(self, shape: Sequence[int], width: int) -> Array:
+        """The positional embedding for images of this shape, resampled if it was made for another."""
+        grid, extra = (shape[1] // self.config.patch, shape[2] // self.config.patch), int(self.config.pool == "cls")
+        if self.has_variable("params", "position_embedding"):
+            return resample_positions(self.get_variable("params", "position_embedding"), grid, extra)
+        return self.param("position_embedding", trunc_normal(0.02), (1, math.prod(grid) + extra, width), jnp.float32)
+
+
+def cut_patches(images: Array, patch: int) -> Array:
+    """(B, H, W, C) -> (B, N, P * P * C), patches in rows, each in rows, columns, channels."""
+    b, h, w, ch = images.shape
+    cut = images.reshape(b, h // patch, patch, w // patch, patch, ch).transpose(0, 1, 3, 2, 4, 5)
+    return cut.reshape(b, (h // patch) * (w // patch), patch * patch * ch)
+
+
+def resample_positions(embedding: Array, grid: tuple[int, int], extra: int = 1) -> Array:
+    """A positional embedding (1, extra + N, d) of a square grid for a grid of another size, bicubic; the first `extra` tokens stay.
+
+    Raises:
+      InputError: its own grid isn't square and another one is asked for.
+    """
+    count = embedding.shape[1] - extra
+    if count == math.prod(grid):
+        return embedding
+    side = math.isqrt(count)
+    if side * side != count:
+        raise InputError(f"ViT: a positional embedding of {count} patches that are not square cannot be resampled to {grid[0]} x {grid[1]}.")
+    square = embedding[:, extra:].reshape(1, side, side, -1)
+    resized = jax.image.resize(square, (1, *grid, square.shape[-1]), "cubic").reshape(1, math.prod(grid), -1)
+    return jnp.concatenate([embedding[:, :extra], resized], 1)
+
+
+def _append(first: Quantized, x: Quantized) -> Quantized:
+    """A class token (1, 1, d) in front of tokens (B, N, d) of the same scale, or of a scale a feature."""
+
+    def join(token: Array, tokens: Array) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(token, (tokens.shape[0], 1, tokens.shape[2])).astype(tokens.dtype), tokens], 1)
+
+    return Quantized(join(first.ints, x.ints), x.scale, None if x.real is None else join(first.real, x.real))

@@ -1,0 +1,354 @@
+"""I-ViT's integer-only arithmetic (Li & Gu, ICCV 2023): shift-exponential, Shiftmax, ShiftGELU, I-LayerNorm, dyadic requantisation.
+
+A real number is x = x_int * scale. Every function has two doors onto the same integers:
+
+- integer arrays in (int8, int16, int32): int32 arrays out. Nothing but integer operations touches the values; what is computed from
+  scales (multipliers, thresholds) is constant at inference, see `quweit_jax.layers.integer`.
+- floating arrays in: real values out, out_int * out_scale, with straight-through gradients: those of the real function (softmax,
+  GELU, ...), rounding counted as the identity. Linear, LayerNorm and requantisation compute the very same integers; the two with
+  exponentials follow the published program's float32 arithmetic, in which x_int * scale / scale can miss an integer by one rounding
+  and a floor then falls one lower (in up to a tenth of the elements, by some hundredths of the range).
+
+The layers of `quweit_jax.layers.integer` train on the integers of the first door, so what is trained is what is deployed.
+
+Dimensions: d features (last axis), I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from quweit_jax.errors import InputError
+from quweit_jax.ops import wide
+
+SOFTMAX_SHIFTS = 15
+GELU_SHIFTS = 23
+GELU_BITS = 8
+GELU_SLOPE = 1.702
+LAYER_NORM_ITERATIONS = 10
+_SMALLEST_SCALE = 1e-8
+_LIMIT = 2.0**31 - 1
+
+
+@jax.custom_vjp
+def attach(value: Array, shadow: Array) -> Array:
+    """`value`, with the gradient going to `shadow` (of the same shape): how exact integers get a real function's gradient."""
+    return value
+
+
+attach.defvjp(lambda value, shadow: (value, None), lambda _, g: (jnp.zeros_like(g), g))
+
+
+def is_integer(x: Any) -> bool:
+    """Whether an array's dtype is an integer one."""
+    return jnp.issubdtype(jnp.asarray(x).dtype, jnp.integer)
+
+
+def symmetric_scale(low: Array, high: Array, bits: int) -> Array:
+    """The scale of a symmetric quantiser over [low, high]: max(-low, high) / (2**(bits-1) - 1), float32, not below 1e-8."""
+    return jnp.maximum(jnp.maximum(-low, high) / (2 ** (bits - 1) - 1), _SMALLEST_SCALE)
+
+
+def quantize(x: Array, scale: Array, bits: int) -> Array:
+    """round(x / scale) clamped to `bits`-bit integers, ties to even: int32."""
+    limit = 2 ** (bits - 1)
+    return jnp.clip(jnp.round(x / scale), -limit, limit - 1).astype(jnp.int32)
+
+
+def quantize_weights(weight: Array, *, bits: int = 8) -> tuple[Array, Array]:
+    """Symmetric weights, one scale an output: (I, O) float -> (int32 (I, O), scale float32 (O,)), scale = max|w| / (2**(bits-1) - 1)."""
+    weight = jax.lax.stop_gradient(weight)
+    scale = symmetric_scale(weight.min(0), weight.max(0), bits)
+    return quantize(weight, scale, bits), scale
+
+
+def quantize_bias(bias: Array, scale: Array) -> Array:
+    """round(bias / scale) as int32; scale is that of the products it is added to."""
+    return saturate(jnp.round(jax.lax.stop_gradient(bias) / scale))
+
+
+def saturate(x: Array) -> Array:
+    """Float to int32, what lies beyond stays at +-2**30 (so that a sum of two still fits)."""
+    return jnp.clip(x, -(2.0**30), 2.0**30).astype(jnp.int32)
+
+
+def int_matmul(x_int: Array, weight_int: Array) -> Array:
+    """(..., I) @ (I, O) exactly, int32 (..., O).
+
+    int8 operands use int8 products summed in int32. int32 operands (training) are multiplied in float32, which matrix units do
+    fast and which is exact while every partial sum stays below 2**24.
+    """
+    if x_int.dtype == jnp.int8 and weight_int.dtype == jnp.int8:
+        return jax.lax.dot_general(x_int, weight_int, (((x_int.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    product = jnp.matmul(x_int.astype(jnp.float32), weight_int.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return product.astype(jnp.int32)
+
+
+def int_linear(x_int: Array, scale: Array, weight: Array, bias: Array | None = None, *, bits: int = 8) -> tuple[Array, Array]:
+    """A linear layer on integers: x_int @ quantised weight + quantised bias.
+
+    Args:
+      x_int: (..., I), integers of an integer or a floating dtype. scale: theirs, one number (or shape (1,)).
+      weight: (I, O) float, quantised here to `bits` with a scale an output. bias: (O,) float, quantised to int32 at scale * weight scale.
+
+    Returns:
+      (out (..., O), out_scale (O,)): int32, or for floating x_int the real values with gradients to x_int, weight and bias.
+    """
+    weight_int, weight_scale = quantize_weights(weight, bits=bits)
+    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+    out_scale = weight_scale * scale
+    total = int_matmul(_as_int(x_int), weight_int)
+    if bias is not None:
+        total = total + quantize_bias(bias, out_scale)
+    if is_integer(x_int):
+        return total, out_scale
+    shadow = jnp.matmul(x_int * scale, attach(weight_int * weight_scale, weight)) + (0.0 if bias is None else bias)
+    return attach(total * out_scale, shadow), out_scale
+
+
+def shift_exp(x_int: Array, inverse: Array, shifts: Array | int) -> Array:
+    """exp(x_int * scale) times `inverse` * 2**shifts, by shifts and one division: uint32, saturated at 2**31 - 1.
+
+    Args:
+      x_int: int32; what lies below -shifts * inverse counts as that. inverse: floor(-1 / scale) negated, a positive int32.
+      shifts: m, the number of halvings kept.
+    """
+    x = x_int + (x_int >> 1) - (x_int >> 4)
+    x = jnp.maximum(x, -shifts * inverse)
+    # x = -halvings * inverse + rest with -inverse < rest <= 0; where x > 0 (exp of a negative maximum) halvings is negative.
+    positive = x > 0
+    whole = jax.lax.div(jnp.where(positive, x, -x) + jnp.where(positive, inverse - 1, 0), jnp.broadcast_to(inverse, x.shape))
+    halvings = jnp.where(positive, -whole, whole)
+    twice = (x + halvings * inverse + 2 * inverse).astype(jnp.uint32)  # 2 * (rest / 2 + inverse)
+    shift = jnp.asarray(shifts - halvings)
+    too_far = (shift > 31) | (twice > (jnp.uint32(2**32 - 1) >> jnp.clip(shift, 0, 31).astype(jnp.uint32)))
+    exact = (twice << jnp.clip(shift, 0, 31).astype(jnp.uint32)) >> 1
+    return jnp.where(too_far, jnp.uint32(wide.INT32_MAX), exact)
+
+
+def inverse_scale(scale: Array) -> Array:
+    """-floor(-1 / scale), the integer that stands for 1: int32, at most 2**24."""
+    return jnp.minimum(-jnp.floor(-1.0 / jax.lax.stop_gradient(scale)), 2.0**24).astype(jnp.int32)
+
+
+def shiftmax_int(x_int: Array, inverse: Array, *, bits: int) -> Array:
+    """Shiftmax on int32 (..., d) with the constant `inverse` of `inverse_scale`: int32 in units of 2**-(bits-1)."""
+    inverse = jnp.minimum(inverse, 2**15)
+    exponentials = shift_exp(x_int - x_int.max(-1, keepdims=True), inverse, SOFTMAX_SHIFTS)
+    # The sum has to fit 32 bits; scales so small that it might not lose the last of their many bits.
+    spare = _bit_length(inverse) + SOFTMAX_SHIFTS + math.ceil(math.log2(max(1, x_int.shape[-1]))) - 32
+    exponentials = exponentials >> jnp.maximum(0, spare).astype(jnp.uint32)
+    total = jnp.minimum(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), wide.INT32_MAX)
+    factor = jnp.uint32(wide.INT32_MAX) // jnp.maximum(total, 1)
+    return ((exponentials * factor) >> (32 - bits)).astype(jnp.int32)
+
+
+def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Array]:
+    """Softmax over the last axis in integers (I-ViT, equations 8 to 10).
+
+    Args:
+      x_int: (..., d), integers of an integer or a floating dtype. scale: theirs. bits: of the result, 2 to 31.
+
+    Returns:
+      (out (..., d), out_scale = 2**-(bits-1)): int32, or for floating x_int the real probabilities with softmax's gradient.
+    """
+    if not 2 <= bits <= 31:
+        raise InputError(f"shiftmax: bits must be 2 to 31, found {bits}.")
+    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+    out_scale = jnp.full((1,), 2.0 ** (1 - bits))
+    if is_integer(x_int):
+        return shiftmax_int(_as_int(x_int), inverse_scale(scale), bits=bits), out_scale
+    x = _published_grid(x_int, scale)
+    exponentials = _published_exp(x - x.max(-1, keepdims=True), scale, SOFTMAX_SHIFTS)
+    total = jnp.minimum(exponentials.sum(-1, keepdims=True), _LIMIT)
+    out = jnp.floor(exponentials * jnp.floor(_LIMIT / total) / 2.0 ** (32 - bits))
+    return attach(out * out_scale, jax.nn.softmax(x_int * scale, axis=-1)), out_scale
+
+
+def shift_gelu_int(x_int: Array, inverse: Array) -> Array:
+    """ShiftGELU on int32 (..., d); `inverse` is `inverse_scale(1.702 * scale)`. int32 in units of scale * 2**-7."""
+    top = x_int.max(-1, keepdims=True)
+    shifts = jnp.minimum(GELU_SHIFTS, 31 - _bit_length(inverse))
+    numerator, other = shift_exp(x_int - top, inverse, shifts), shift_exp(-top, inverse, shifts)
+    total = jnp.minimum(numerator + other, wide.INT32_MAX)
+    factor = jnp.uint32(wide.INT32_MAX) // jnp.maximum(total, 1)
+    sigmoid = (numerator * factor) >> (32 - GELU_BITS)
+    return x_int * sigmoid.astype(jnp.int32)
+
+
+def shift_gelu(x_int: Array, scale: Array) -> tuple[Array, Array]:
+    """x * sigmoid(1.702 x) in integers, the sigmoid from two shift-exponentials taken from the largest x of the last axis (I-ViT, equation 12).
+
+    Args:
+      x_int: (..., d), integers of an integer or a floating dtype, 8-bit in I-ViT. scale: theirs.
+
+    Returns:
+      (out (..., d), out_scale = scale / 128): int32, or for floating x_int the real values with the function's gradient.
+    """
+    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+    out_scale = jnp.reshape(scale * 2.0 ** (1 - GELU_BITS), (-1,))
+    if is_integer(x_int):
+        return shift_gelu_int(_as_int(x_int), inverse_scale(scale * GELU_SLOPE)), out_scale
+    x, slope = _published_grid(x_int, scale), scale * GELU_SLOPE
+    top = x.max(-1, keepdims=True)
+    numerator = _published_exp(x - top, slope, GELU_SHIFTS)
+    total = jnp.minimum(numerator + _published_exp(-top, slope, GELU_SHIFTS), _LIMIT)
+    out = x * jnp.floor(numerator * jnp.floor(_LIMIT / total) / 2.0 ** (32 - GELU_BITS))
+    return attach(out * out_scale, gelu_shadow(x_int * scale)), out_scale
+
+
+def gelu_shadow(x: Array) -> Array:
+    """The real function whose gradient ShiftGELU takes: x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(GELU_SLOPE * x)
+
+
+def _published_grid(x_int: Array, scale: Array) -> Array:
+    """x / scale for the real x = x_int * scale, each rounded to float32 as the published program does."""
+    x_int = jax.lax.stop_gradient(x_int)
+    # The barriers keep the product from being cancelled, and the division from becoming a product with 1 / scale.
+    scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x_int.shape))
+    return jax.lax.optimization_barrier(x_int * scale) / scale
+
+
+def _published_exp(x: Array, scale: Array, shifts: int) -> Array:
+    """The published program's shift-exponential, in float32."""
+    x = x + jnp.floor(x / 2) - jnp.floor(x / 16)
+    unit = jax.lax.optimization_barrier(jnp.broadcast_to(jnp.floor(-1.0 / scale), x.shape))
+    x = jnp.maximum(x, shifts * unit)
+    halvings = jnp.floor(x / unit)
+    rest = (x - unit * halvings) / 2 - unit
+    return jnp.maximum(jnp.floor(jnp.ldexp(rest, (shifts - halvings).astype(jnp.int32))), 0.0)
+
+
+def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """What I-LayerNorm needs of weight and bias, (d,) float: (bias_int int32 (d,), halvings int32 (d,), out_scale float32 (d,)).
+
+    halvings is 0 but for channels whose bias is so much larger than their weight that the sum would not fit 32 bits; their output
+    is coarser by that power of two. A weight of 0 counts as a very small one.
+    """
+    width = weight.shape[0]
+    unit = jnp.float32(math.sqrt(width) / 2**30)
+    weight, bias = jax.lax.stop_gradient(weight), jax.lax.stop_gradient(bias)
+    tiny = jnp.maximum(jnp.abs(weight).max(), jnp.abs(bias).max()) * 2.0**-24 + 1e-20
+    weight = jnp.where(jnp.abs(weight) < tiny, tiny, weight)
+    ratio = bias / weight / unit
+    halvings = jnp.maximum(0, jnp.ceil(jnp.log2(jnp.maximum(jnp.abs(ratio), 1.0) / 2**30))).astype(jnp.int32)
+    step = jnp.exp2(halvings.astype(jnp.float32))
+    return saturate(jnp.floor(ratio / step)), halvings, unit * weight * step
+
+
+def int_layer_norm_int(x_int: Array, bias_int: Array, halvings: Array) -> Array:
+    """I-LayerNorm on int32 (..., d), |x_int| < 2**16, with `layer_norm_constants`: int32 (..., d)."""
+    width = x_int.shape[-1]
+    total = x_int.sum(-1, keepdims=True, dtype=jnp.int32)
+    mean = total // width
+    rest = 2 * (total - mean * width)
+    mean = mean + ((rest > width) | ((rest == width) & (mean & 1 == 1)))
+    centred = x_int - mean
+    high, low = _sum_of_squares(jnp.minimum(wide.magnitude(centred), 2**17 - 1))
+
+    def newton(_: int, root: Array) -> Array:
+        return (root + wide.divide(high, low, root)) >> 1
+
+    root = jax.lax.fori_loop(0, LAYER_NORM_ITERATIONS, newton, jnp.full_like(low, 2**16))
+    factor = (jnp.uint32(wide.INT32_MAX) // root).astype(jnp.int32)
+    return ((centred * factor) >> (1 + halvings)) + bias_int
+
+
+def int_layer_norm(x_int: Array, scale: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    """LayerNorm over the last axis in integers; the square root by ten Newton steps from 2**16 (I-ViT, equation 13).
+
+    Args:
+      x_int: (..., d), |x_int| < 2**16, integers of an integer or a floating dtype. scale: theirs, one number: it only matters to gradients.
+      weight, bias: (d,) float.
+
+    Returns:
+      (out (..., d), out_scale (d,) = sqrt(d) / 2**30 * weight): int32, or for floating x_int the real values with gradients to
+      x_int, weight and bias (the reference program's bias gets none).
+    """
+    bias_int, halvings, out_scale = layer_norm_constants(weight, bias)
+    out = int_layer_norm_int(_as_int(x_int), bias_int, halvings)
+    return _out(x_int, out, out_scale, lambda: layer_norm_shadow(x_int * jax.lax.stop_gradient(scale), weight, bias))
+
+
+def layer_norm_shadow(x: Array, weight: Array, bias: Array) -> Array:
+    """The real function whose gradient I-LayerNorm takes: (x - mean) / std * weight + bias."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-12) * weight + bias
+
+
+def requantize(
+    x: Array,
+    scale_in: Array,
+    scale_out: Array,
+    *,
+    bits: int,
+    identity: Array | None = None,
+    identity_scale: Array | None = None,
+) -> Array:
+    """To another scale by an integer multiplication and a shift: round(x_int * M / 2**e), each branch rounded by itself, added, clamped.
+
+    Args:
+      x: int32, or floating real values on the grid of scale_in. scale_in: one number or one a feature, of either sign.
+      scale_out: one number. bits: of the result, clamped to [-2**(bits-1), 2**(bits-1) - 1].
+      identity, identity_scale: a second branch of the same kind (a residual connection).
+
+    Returns:
+      int32, or for floating x the real values on the grid of scale_out, with the identity's gradient inside the clamp and 0 outside.
+
+    M / 2**e is the ratio of the scales to 31 bits and the product is exact in 64 (I-ViT's dyadic numbers; no float64 is needed).
+    """
+    if (identity is None) != (identity_scale is None):
+        raise InputError("requantize: identity and identity_scale belong together; give both or neither.")
+    scale_in, scale_out = jnp.asarray(scale_in, jnp.float32), jax.lax.stop_gradient(jnp.asarray(scale_out, jnp.float32))
+    branches = [(x, scale_in)] + ([] if identity is None else [(identity, jnp.asarray(identity_scale, jnp.float32))])
+    out = requantize_int([(_as_int(v if is_integer(v) else v / scale), *wide.dyadic(scale, scale_out)) for v, scale in branches], bits)
+    if is_integer(x):
+        return out
+    return attach(out * scale_out, clip_shadow(x if identity is None else x + identity, scale_out, bits))
+
+
+def requantize_int(branches: list[tuple[Array, Array, Array]], bits: int) -> Array:
+    """The sum of round(x * multiplier / 2**shift) over (x int32, multiplier int32, shift int32), clamped to `bits` bits: int32."""
+    # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot overflow.
+    return clamp(sum((jnp.clip(wide.multiply_shift(*b), -(2**29), 2**29) for b in branches), jnp.int32(0)), bits)
+
+
+def clamp(x_int: Array, bits: int) -> Array:
+    """Into the range of `bits`-bit integers."""
+    return jnp.clip(x_int, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def clip_shadow(x: Array, scale: Array, bits: int) -> Array:
+    """x with no gradient where a `bits`-bit integer of that scale would be clamped."""
+    return jnp.clip(x, -(2 ** (bits - 1)) * scale, (2 ** (bits - 1) - 1) * scale)
+
+
+def _as_int(x: Array) -> Array:
+    return x.astype(jnp.int32) if is_integer(x) else jnp.round(jax.lax.stop_gradient(x)).astype(jnp.int32)
+
+
+def _out(x_int: Array, out: Array, out_scale: Array, shadow: Callable[[], Array]) -> tuple[Array, Array]:
+    """Integers for integers; for floats the real values, with the gradient of `shadow`."""
+    return (out, out_scale) if is_integer(x_int) else (attach(out * out_scale, shadow()), out_scale)
+
+
+def _bit_length(x: Array) -> Array:
+    """The number of bits of a positive int32, as int32."""
+    return 32 - jax.lax.clz(jnp.asarray(x, jnp.int32))
+
+
+def _sum_of_squares(x: Array) -> tuple[Array, Array]:
+    """The sum over the last axis of squares of uint32 below 2**17, up to 4,096 of them, the axis kept: (high, low) words."""
+    upper, lower = x >> 9, x & jnp.uint32(511)
+    total = functools.partial(jnp.sum, axis=-1, keepdims=True, dtype=jnp.uint32)
+    squares, crosses, small = total(upper * upper), total(upper * lower), total(lower * lower)
+    zero = jnp.zeros_like(small)
+    return wide.add(wide.add((squares >> 14, squares << 18), (crosses >> 22, crosses << 10)), (zero, small))

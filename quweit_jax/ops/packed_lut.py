@@ -1,0 +1,35 @@
+"""Look-up tables as deployed: one bit an entry, bits in and bits out.
+
+Dimensions: F input bits, L tables, n inputs a table, A = 2**n entries, T tokens, d features.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def pack_tables(tables: Array) -> Array:
+    """The signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L, ceil(A / 8))."""
+    return jnp.packbits(jnp.asarray(tables) > 0, axis=1, bitorder="little")
+
+
+def read_packed(packed: Array, address: Array) -> Array:
+    """Entry address[j, t] of packed table j: bool (L, T)."""
+    byte = jnp.take_along_axis(packed, address >> 3, axis=1, mode="clip")
+    return ((byte >> (address & 7).astype(jnp.uint8)) & 1).astype(bool)
+
+
+def look_up(bits_FT: Array, wiring: Array, packed: Array) -> Array:
+    """Bits (F, T), bool or 0/1, through tables `packed` that read inputs `wiring` (L, n): bool (L, T)."""
+    wired = jnp.take(bits_FT.astype(jnp.int32), jnp.asarray(wiring, jnp.int32), axis=0, mode="clip")
+    address = wired[:, 0]
+    for l in range(1, wired.shape[1]):
+        address = address | (wired[:, l] << l)
+    return read_packed(jnp.asarray(packed), address)
+
+
+def add_vectors(bits_LT: Array, vectors: Array) -> Array:
+    """The sum of vectors[j] (int8, (L, d)) over the set bits (bool, (L, T)), by selecting and adding alone: int32 (T, d)."""
+    chosen = jnp.where(bits_LT[:, :, None], vectors[:, None, :].astype(jnp.int32), 0)
+    return chosen.sum(0, dtype=jnp.int32)
