@@ -3,9 +3,11 @@
 What flows between these layers is `Quantized`: the integers, their scale, and a real shadow that carries gradients. Activation
 quantisers keep running ranges in the `ranges` collection, updated while training if it is mutable, and frozen otherwise.
 
-Each layer has two forms with the same integers:
-- from `params` and `ranges`: for training and evaluation. With a mutable `packed` collection it also writes down what follows.
-- from `packed` alone: int8 weights, int32 biases, integer multipliers and shifts, packed tables; no float in between, no scales.
+Each layer has two forms:
+- from `params` and `ranges`, for training (whole numbers held in float32) and evaluation (int32, exact). With a mutable `packed`
+  collection it also writes down what the next form needs.
+- from `packed` alone: int8 weights, int32 biases, integer multipliers and shifts, packed tables; no float in between, no
+  scales. The integers are those of evaluation.
 
 Dimensions: B batch, T tokens, d width, H heads, K width of a head, L look-up tables, z thermometer bits.
 """
@@ -35,7 +37,7 @@ ATTENTION_BITS = 16
 class Quantized:
     """Real values x = ints * scale. In packed form there are only the integers.
 
-    ints: int32 (packed: int8 or int32). scale: float32, one number or one a feature. real: float32, ints * scale with gradients.
+    ints: int32; while training float32 holding whole numbers; packed int8 or int32. scale: float32, one number or one a feature. real: float32, ints * scale with gradients.
     """
 
     ints: Array
@@ -84,10 +86,11 @@ class ActivationQuantizer(IntegerModule):
             return Quantized(out.astype(jnp.int8) if self.bits <= 8 else out)
         real = x.real if identity is None else x.real + identity.real
         scale = self.running_scale(real, train)
-        factors = [factor for b in branches for factor in wide.dyadic(jax.lax.stop_gradient(b.scale), scale)]
-        for name, factor in zip(names, factors):
-            self.constant(name, factor)
-        out = integer.requantize_int([(b.ints, *factors[2 * i : 2 * i + 2]) for i, b in enumerate(branches)], self.bits)
+        scales = [jax.lax.stop_gradient(b.scale) for b in branches]
+        if packing(self):
+            for name, factor in zip(names, [factor for s in scales for factor in wide.dyadic(s, scale)]):
+                self.constant(name, factor)
+        out = integer.requantize_units([(b.ints, s) for b, s in zip(branches, scales)], scale, self.bits)
         return Quantized(out, scale, integer.attach(out * scale, integer.clip_shadow(real, scale, self.bits)))
 
     @nn.compact
@@ -99,6 +102,7 @@ class ActivationQuantizer(IntegerModule):
         scale = self.running_scale(x, train)
         self.constant("scale", scale)
         out = integer.quantize(jax.lax.stop_gradient(x), scale, self.bits)
+        out = out.astype(jnp.float32) if train else out
         return Quantized(out, scale, integer.attach(out * scale, integer.clip_shadow(x, scale, self.bits)))
 
     def running_scale(self, x: Array, train: bool) -> Array:
@@ -125,7 +129,7 @@ class IntegerDense(IntegerModule):
         """x (..., I) at 8 bits -> (..., features) int32."""
         if x.packed:
             kernel, bias = self.read("kernel", "bias")
-            return Quantized(integer.int_matmul(x.ints, kernel) + bias)
+            return Quantized(integer.matmul_units(x.ints, kernel) + bias)
         kernel = self.param("kernel", normal(self.kernel_std), (x.ints.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel_int, kernel_scale = integer.quantize_weights(kernel)
@@ -133,7 +137,7 @@ class IntegerDense(IntegerModule):
         bias_int = integer.quantize_bias(bias, scale)
         self.constant("kernel", kernel_int.astype(jnp.int8))
         self.constant("bias", bias_int)
-        out = integer.int_matmul(x.ints, kernel_int) + bias_int
+        out = integer.matmul_units(x.ints, kernel_int) + bias_int
         shadow = x.real @ integer.attach(kernel_int * kernel_scale, kernel) + bias
         return Quantized(out, scale, integer.attach(out * scale, shadow))
 
@@ -154,12 +158,12 @@ class IntegerLayerNorm(IntegerModule):
     def __call__(self, x: Quantized) -> Quantized:
         """x (..., d) at 16 bits -> (..., d) int32, a scale a feature."""
         if x.packed:
-            return Quantized(integer.int_layer_norm_int(x.ints, *self.read("bias", "halvings")))
+            return Quantized(integer.layer_norm_units(x.ints, *self.read("bias", "halvings")))
         weight, bias = _NormParameters(name="norm")(x.ints.shape[-1])
         bias_int, halvings, scale = integer.layer_norm_constants(weight, bias)
         self.constant("bias", bias_int)
         self.constant("halvings", halvings)
-        out = integer.int_layer_norm_int(x.ints, bias_int, halvings)
+        out = integer.layer_norm_units(x.ints, bias_int, halvings)
         return Quantized(out, scale, integer.attach(out * scale, integer.layer_norm_shadow(x.real, weight, bias)))
 
 
@@ -170,10 +174,10 @@ class Shiftmax(IntegerModule):
     def __call__(self, x: Quantized) -> Quantized:
         """x (..., d) at 8 bits -> (..., d) at 16 bits, scale 2**-15."""
         if x.packed:
-            return Quantized(integer.shiftmax_int(x.ints.astype(jnp.int32), self.read("inverse")[0], bits=ATTENTION_BITS))
+            return Quantized(integer.shiftmax_units(x.ints.astype(jnp.int32), self.read("inverse")[0], bits=ATTENTION_BITS))
         inverse = integer.inverse_scale(x.scale)
         self.constant("inverse", inverse)
-        out, scale = integer.shiftmax_int(x.ints, inverse, bits=ATTENTION_BITS), jnp.float32(2.0 ** (1 - ATTENTION_BITS))
+        out, scale = integer.shiftmax_units(x.ints, inverse, bits=ATTENTION_BITS), jnp.float32(2.0 ** (1 - ATTENTION_BITS))
         return Quantized(out, scale, integer.attach(out * scale, jax.nn.softmax(x.real, axis=-1)))
 
 
@@ -184,20 +188,20 @@ class ShiftGELU(IntegerModule):
     def __call__(self, x: Quantized) -> Quantized:
         """x (..., d) at 8 bits -> (..., d) int32, scale x.scale / 128."""
         if x.packed:
-            return Quantized(integer.shift_gelu_int(x.ints.astype(jnp.int32), self.read("inverse")[0]))
+            return Quantized(integer.shift_gelu_units(x.ints.astype(jnp.int32), self.read("inverse")[0]))
         inverse = integer.inverse_scale(x.scale * integer.GELU_SLOPE)
         self.constant("inverse", inverse)
-        out, scale = integer.shift_gelu_int(x.ints, inverse), x.scale * 2.0 ** (1 - integer.GELU_BITS)
+        out, scale = integer.shift_gelu_units(x.ints, inverse), x.scale * 2.0 ** (1 - integer.GELU_BITS)
         return Quantized(out, scale, integer.attach(out * scale, integer.gelu_shadow(x.real)))
 
 
-def _int_einsum(subscripts: str, a: Quantized, b: Quantized) -> Array:
-    """An exact product of integers: int8 products in int32 (packed), or float32 ones that stay below 2**24."""
-    if not a.packed:
-        floats = (a.ints.astype(jnp.float32), b.ints.astype(jnp.float32))
-        return jnp.einsum(subscripts, *floats, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
-    b_ints = b.ints if a.ints.dtype == b.ints.dtype else b.ints.astype(a.ints.dtype)
-    return jnp.einsum(subscripts, a.ints, b_ints, preferred_element_type=jnp.int32)
+def _einsum_units(subscripts: str, a: Quantized, b: Quantized) -> Array:
+    """A product of whole numbers: in int32 (packed), or in float32 with every partial sum below 2**24, which is exact too."""
+    if a.packed:
+        b_ints = b.ints if a.ints.dtype == b.ints.dtype else b.ints.astype(a.ints.dtype)
+        return jnp.einsum(subscripts, a.ints, b_ints, preferred_element_type=jnp.int32)
+    floats = (a.ints.astype(jnp.float32), b.ints.astype(jnp.float32))
+    return jnp.einsum(subscripts, *floats, precision=jax.lax.Precision.HIGHEST).astype(a.ints.dtype)
 
 
 class IntegerAttention(nn.Module):
@@ -217,14 +221,14 @@ class IntegerAttention(nn.Module):
         head = width // self.num_heads
         qkv = ActivationQuantizer(name="quant_qkv")(IntegerDense(3 * width, name="qkv")(x), train=train)
         q, k, v = (qkv.map(lambda a, i=i: a.reshape(batch, tokens, 3, self.num_heads, head)[:, :, i]) for i in range(3))
-        ints, subscripts = _int_einsum("bqhk,bshk->bhqs", q, k), "bqhk,bshk->bhqs"
+        ints, subscripts = _einsum_units("bqhk,bshk->bhqs", q, k), "bqhk,bshk->bhqs"
         if x.packed:
             scores = Quantized(ints)
         else:
             scale = q.scale * k.scale * head**-0.5
             scores = Quantized(ints, scale, integer.attach(ints * scale, jnp.einsum(subscripts, q.real, k.real) * head**-0.5))
         weights = Shiftmax(name="shiftmax")(ActivationQuantizer(name="quant_scores")(scores, train=train))
-        ints, subscripts = _int_einsum("bhqs,bshk->bqhk", weights, v), "bhqs,bshk->bqhk"
+        ints, subscripts = _einsum_units("bhqs,bshk->bqhk", weights, v), "bhqs,bshk->bqhk"
         if x.packed:
             mixed = Quantized(ints)
         else:
@@ -275,13 +279,14 @@ class IntegerWeightlessBlock(WeightlessBlock):
         bits_LT = self._look_up(bits.reshape(width * self.thermometer_bits, -1))
         vectors, bias = self._vectors(bits_LT.shape[0])
         out, scale = self._integer_sum(bits_LT, vectors, bias)
+        out = out.astype(x.ints.dtype)
         if packing(self):
             self.put_variable("packed", "thresholds", jnp.clip(thresholds, -129, 127).astype(jnp.int16))
         shadow = self._sum(bits_LT, vectors, bias)
         return Quantized(out, scale, integer.attach(out * scale, shadow)).map(lambda a: a.reshape(*lead, self.features))
 
     def _integer_sum(self, bits_LT: Array, vectors: Array, bias: Array) -> tuple[Array, Array]:
-        """The conditional sum in integers, (T, d) int32, and its scales (d,)."""
+        """The conditional sum in whole numbers, (T, d) float32, and its scales (d,). Exact: 2**16 vectors would still fit 24 bits."""
         bits_LT, vectors, bias = (jax.lax.stop_gradient(a) for a in (bits_LT, vectors, bias))
         vectors_int, scale = reductions.quantize_int8(vectors if self.sum == "dense" else vectors[:, None], axis=0)
         scale = jnp.broadcast_to(scale.reshape(-1), (self.features,))
@@ -292,10 +297,10 @@ class IntegerWeightlessBlock(WeightlessBlock):
             self.put_variable("packed", "vectors", vectors_int)
             self.put_variable("packed", "bias", bias_int)
         if self.sum == "dense":
-            total = reductions.conditional_sum_feature_major(bits_LT, vectors_int.astype(jnp.float32)).astype(jnp.int32)
+            total = reductions.conditional_sum_feature_major(bits_LT, vectors_int.astype(jnp.float32))
         else:
-            total = self._add(bits_LT > 0, vectors_int) >> int(self.signed)
-        return (total << int(self.signed)) + bias_int, scale
+            total = reductions.conditional_sum(bits_LT.T, self._per_feature(vectors_int).T.reshape(-1).astype(jnp.float32), jnp.zeros_like(scale))
+        return (1 + self.signed) * total + bias_int, scale
 
     def _per_feature(self, vectors: Array) -> Array:
         """Grouped vectors (L, 1) as (L / d, d); dense ones (L, d) as they are."""

@@ -136,7 +136,7 @@ class DropPathQuantized(nn.Module):
         if not train or self.rate == 0:
             return x
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.ints.shape[0],) + (1,) * (x.ints.ndim - 1))
-        ints = jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0).astype(jnp.int32)
+        ints = jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0).astype(x.ints.dtype)
         return Quantized(ints, x.scale, jnp.where(kept, x.real / (1 - self.rate), 0))
 
 
@@ -233,7 +233,7 @@ class ViT(IntegerModule):
             cls, position = Quantized(cls_int), Quantized(position_int)
         else:
             token = self.param("cls_token", trunc_normal(0.02), (1, 1, width), jnp.float32)
-            cls_int = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(jnp.int32)
+            cls_int = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
             cls = Quantized(cls_int, x.scale, layers.integer.attach(cls_int * x.scale, token))
             quantizer = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_position")
             position = quantizer.from_real(self._positions(shape, width), train=train)

@@ -1,15 +1,17 @@
 """I-ViT's integer-only arithmetic (Li & Gu, ICCV 2023): shift-exponential, Shiftmax, ShiftGELU, I-LayerNorm, dyadic requantisation.
 
-A real number is x = x_int * scale. Every function has two doors onto the same integers:
+A real number is x = x_int * scale. The public functions (`shiftmax`, `shift_gelu`, `int_layer_norm`, `int_linear`, `requantize`) have
+two doors:
 
 - integer arrays in (int8, int16, int32): int32 arrays out. Nothing but integer operations touches the values; what is computed from
-  scales (multipliers, thresholds) is constant at inference, see `quweit_jax.layers.integer`.
+  scales (multipliers, shifts, thresholds) is constant at inference.
 - floating arrays in: real values out, out_int * out_scale, with straight-through gradients: those of the real function (softmax,
-  GELU, ...), rounding counted as the identity. Linear, LayerNorm and requantisation compute the very same integers; the two with
-  exponentials follow the published program's float32 arithmetic, in which x_int * scale / scale can miss an integer by one rounding
-  and a floor then falls one lower (in up to a tenth of the elements, by some hundredths of the range).
+  GELU, ...), rounding counted as the identity. The arithmetic is the published program's float32, in which x_int * scale / scale
+  can miss an integer by one rounding, and a floor then falls one lower.
 
-The layers of `quweit_jax.layers.integer` train on the integers of the first door, so what is trained is what is deployed.
+The functions ending in `_units` are what both are made of. They work on whole numbers in either representation: int32, exactly, or
+float32, the same formulas with float32's 24 bits where a product or a sum needs more. Layers train on the latter, which every
+platform does fast, and are evaluated and deployed on the former.
 
 Dimensions: d features (last axis), I input features, O output features.
 """
@@ -34,7 +36,8 @@ GELU_BITS = 8
 GELU_SLOPE = 1.702
 LAYER_NORM_ITERATIONS = 10
 _SMALLEST_SCALE = 1e-8
-_LIMIT = 2.0**31 - 1
+_ONE = 2.0**31  # the published 2**31 - 1, which is this in the float32 it is computed in
+_SMALLEST_ROOT = 64.0  # where ten Newton steps from 2**16 end for a tiny variance
 
 
 @jax.custom_vjp
@@ -79,16 +82,16 @@ def saturate(x: Array) -> Array:
     return jnp.clip(x, -(2.0**30), 2.0**30).astype(jnp.int32)
 
 
-def int_matmul(x_int: Array, weight_int: Array) -> Array:
-    """(..., I) @ (I, O) exactly, int32 (..., O).
+def matmul_units(x: Array, weight_int: Array) -> Array:
+    """(..., I) @ (I, O) of whole numbers: (..., O).
 
-    int8 operands use int8 products summed in int32. int32 operands (training) are multiplied in float32, which matrix units do
-    fast and which is exact while every partial sum stays below 2**24.
+    int8 operands use int8 products summed in int32. Others are multiplied in float32, which matrix units do fast and which is exact
+    while every partial sum stays below 2**24; the result has x's representation, int32 or float32.
     """
-    if x_int.dtype == jnp.int8 and weight_int.dtype == jnp.int8:
-        return jax.lax.dot_general(x_int, weight_int, (((x_int.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    product = jnp.matmul(x_int.astype(jnp.float32), weight_int.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return product.astype(jnp.int32)
+    if x.dtype == jnp.int8 and weight_int.dtype == jnp.int8:
+        return jax.lax.dot_general(x, weight_int, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    product = jnp.matmul(x.astype(jnp.float32), weight_int.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return product.astype(jnp.int32) if is_integer(x) else product
 
 
 def int_linear(x_int: Array, scale: Array, weight: Array, bias: Array | None = None, *, bits: int = 8) -> tuple[Array, Array]:
@@ -104,7 +107,7 @@ def int_linear(x_int: Array, scale: Array, weight: Array, bias: Array | None = N
     weight_int, weight_scale = quantize_weights(weight, bits=bits)
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = weight_scale * scale
-    total = int_matmul(_as_int(x_int), weight_int)
+    total = matmul_units(_as_int(x_int), weight_int)
     if bias is not None:
         total = total + quantize_bias(bias, out_scale)
     if is_integer(x_int):
@@ -113,14 +116,21 @@ def int_linear(x_int: Array, scale: Array, weight: Array, bias: Array | None = N
     return attach(total * out_scale, shadow), out_scale
 
 
-def shift_exp(x_int: Array, inverse: Array, shifts: Array | int) -> Array:
-    """exp(x_int * scale) times `inverse` * 2**shifts, by shifts and one division: uint32, saturated at 2**31 - 1.
+def shift_exp(x: Array, inverse: Array, shifts: Array | int) -> Array:
+    """exp(x * scale) times `inverse` * 2**shifts, by shifts and one division.
 
     Args:
-      x_int: int32; what lies below -shifts * inverse counts as that. inverse: floor(-1 / scale) negated, a positive int32.
-      shifts: m, the number of halvings kept.
+      x: whole numbers, int32 or float32; what lies below -shifts * inverse counts as that.
+      inverse: `inverse_scale(scale)`. shifts: m, the number of halvings kept.
+
+    Returns:
+      uint32, saturated at 2**31 - 1, or float32.
     """
-    x = x_int + (x_int >> 1) - (x_int >> 4)
+    return _shift_exp_int(x, inverse, shifts) if is_integer(x) else _shift_exp_float(x, inverse, shifts)
+
+
+def _shift_exp_int(x: Array, inverse: Array, shifts: Array | int) -> Array:
+    x = x + (x >> 1) - (x >> 4)
     x = jnp.maximum(x, -shifts * inverse)
     # x = -halvings * inverse + rest with -inverse < rest <= 0; where x > 0 (exp of a negative maximum) halvings is negative.
     positive = x > 0
@@ -128,9 +138,24 @@ def shift_exp(x_int: Array, inverse: Array, shifts: Array | int) -> Array:
     halvings = jnp.where(positive, -whole, whole)
     twice = (x + halvings * inverse + 2 * inverse).astype(jnp.uint32)  # 2 * (rest / 2 + inverse)
     shift = jnp.asarray(shifts - halvings)
-    too_far = (shift > 31) | (twice > (jnp.uint32(2**32 - 1) >> jnp.clip(shift, 0, 31).astype(jnp.uint32)))
-    exact = (twice << jnp.clip(shift, 0, 31).astype(jnp.uint32)) >> 1
-    return jnp.where(too_far, jnp.uint32(wide.INT32_MAX), exact)
+    few = jnp.clip(shift, 0, 31).astype(jnp.uint32)
+    too_far = (shift > 31) | (twice > (jnp.uint32(2**32 - 1) >> few))
+    return jnp.where(too_far, jnp.uint32(wide.INT32_MAX), (twice << few) >> 1)
+
+
+def _shift_exp_float(x: Array, inverse: Array, shifts: Array | int) -> Array:
+    x = x + jnp.floor(x / 2) - jnp.floor(x / 16)
+    # The barrier keeps the division by one number from becoming a product with its inverse, which can fall below a whole quotient.
+    unit = jax.lax.optimization_barrier(jnp.broadcast_to(-inverse.astype(jnp.float32), x.shape))
+    x = jnp.maximum(x, shifts * unit)
+    halvings = jnp.floor(x / unit)
+    rest = (x - unit * halvings) / 2 - unit
+    return jnp.maximum(jnp.floor(rest * _power_of_two(shifts - halvings)), 0.0)
+
+
+def _power_of_two(exponent: Array) -> Array:
+    """2.0**exponent for whole numbers, exactly."""
+    return jax.lax.bitcast_convert_type((jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
 def inverse_scale(scale: Array) -> Array:
@@ -138,16 +163,18 @@ def inverse_scale(scale: Array) -> Array:
     return jnp.minimum(-jnp.floor(-1.0 / jax.lax.stop_gradient(scale)), 2.0**24).astype(jnp.int32)
 
 
-def shiftmax_int(x_int: Array, inverse: Array, *, bits: int) -> Array:
-    """Shiftmax on int32 (..., d) with the constant `inverse` of `inverse_scale`: int32 in units of 2**-(bits-1)."""
+def shiftmax_units(x: Array, inverse: Array, *, bits: int) -> Array:
+    """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole numbers in units of 2**-(bits-1)."""
     inverse = jnp.minimum(inverse, 2**15)
-    exponentials = shift_exp(x_int - x_int.max(-1, keepdims=True), inverse, SOFTMAX_SHIFTS)
+    exponentials = shift_exp(x - x.max(-1, keepdims=True), inverse, SOFTMAX_SHIFTS)
+    if not is_integer(x):
+        total = jnp.minimum(exponentials.sum(-1, keepdims=True), _ONE)
+        return jnp.floor(exponentials * jnp.floor(_ONE / total) / 2.0 ** (32 - bits))
     # The sum has to fit 32 bits; scales so small that it might not lose the last of their many bits.
-    spare = _bit_length(inverse) + SOFTMAX_SHIFTS + math.ceil(math.log2(max(1, x_int.shape[-1]))) - 32
+    spare = _bit_length(inverse) + SOFTMAX_SHIFTS + math.ceil(math.log2(max(1, x.shape[-1]))) - 32
     exponentials = exponentials >> jnp.maximum(0, spare).astype(jnp.uint32)
-    total = jnp.minimum(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), wide.INT32_MAX)
-    factor = jnp.uint32(wide.INT32_MAX) // jnp.maximum(total, 1)
-    return ((exponentials * factor) >> (32 - bits)).astype(jnp.int32)
+    total = jnp.clip(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), 1, wide.INT32_MAX)
+    return ((exponentials * (jnp.uint32(2**31) // total)) >> (32 - bits)).astype(jnp.int32)
 
 
 def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Array]:
@@ -164,23 +191,21 @@ def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Arra
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = jnp.full((1,), 2.0 ** (1 - bits))
     if is_integer(x_int):
-        return shiftmax_int(_as_int(x_int), inverse_scale(scale), bits=bits), out_scale
-    x = _published_grid(x_int, scale)
-    exponentials = _published_exp(x - x.max(-1, keepdims=True), scale, SOFTMAX_SHIFTS)
-    total = jnp.minimum(exponentials.sum(-1, keepdims=True), _LIMIT)
-    out = jnp.floor(exponentials * jnp.floor(_LIMIT / total) / 2.0 ** (32 - bits))
+        return shiftmax_units(_as_int(x_int), inverse_scale(scale), bits=bits), out_scale
+    out = shiftmax_units(_published_grid(x_int, scale), inverse_scale(scale), bits=bits)
     return attach(out * out_scale, jax.nn.softmax(x_int * scale, axis=-1)), out_scale
 
 
-def shift_gelu_int(x_int: Array, inverse: Array) -> Array:
-    """ShiftGELU on int32 (..., d); `inverse` is `inverse_scale(1.702 * scale)`. int32 in units of scale * 2**-7."""
-    top = x_int.max(-1, keepdims=True)
+def shift_gelu_units(x: Array, inverse: Array) -> Array:
+    """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole numbers in units of scale * 2**-7."""
+    top = x.max(-1, keepdims=True)
     shifts = jnp.minimum(GELU_SHIFTS, 31 - _bit_length(inverse))
-    numerator, other = shift_exp(x_int - top, inverse, shifts), shift_exp(-top, inverse, shifts)
-    total = jnp.minimum(numerator + other, wide.INT32_MAX)
-    factor = jnp.uint32(wide.INT32_MAX) // jnp.maximum(total, 1)
-    sigmoid = (numerator * factor) >> (32 - GELU_BITS)
-    return x_int * sigmoid.astype(jnp.int32)
+    numerator, other = shift_exp(x - top, inverse, shifts), shift_exp(-top, inverse, shifts)
+    if not is_integer(x):
+        total = jnp.minimum(numerator + other, _ONE)
+        return x * jnp.floor(numerator * jnp.floor(_ONE / total) / 2.0 ** (32 - GELU_BITS))
+    total = jnp.clip(numerator + other, 1, wide.INT32_MAX)
+    return x * ((numerator * (jnp.uint32(2**31) // total)) >> (32 - GELU_BITS)).astype(jnp.int32)
 
 
 def shift_gelu(x_int: Array, scale: Array) -> tuple[Array, Array]:
@@ -195,12 +220,8 @@ def shift_gelu(x_int: Array, scale: Array) -> tuple[Array, Array]:
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = jnp.reshape(scale * 2.0 ** (1 - GELU_BITS), (-1,))
     if is_integer(x_int):
-        return shift_gelu_int(_as_int(x_int), inverse_scale(scale * GELU_SLOPE)), out_scale
-    x, slope = _published_grid(x_int, scale), scale * GELU_SLOPE
-    top = x.max(-1, keepdims=True)
-    numerator = _published_exp(x - top, slope, GELU_SHIFTS)
-    total = jnp.minimum(numerator + _published_exp(-top, slope, GELU_SHIFTS), _LIMIT)
-    out = x * jnp.floor(numerator * jnp.floor(_LIMIT / total) / 2.0 ** (32 - GELU_BITS))
+        return shift_gelu_units(_as_int(x_int), inverse_scale(scale * GELU_SLOPE)), out_scale
+    out = shift_gelu_units(_published_grid(x_int, scale), inverse_scale(scale * GELU_SLOPE))
     return attach(out * out_scale, gelu_shadow(x_int * scale)), out_scale
 
 
@@ -215,16 +236,6 @@ def _published_grid(x_int: Array, scale: Array) -> Array:
     # The barriers keep the product from being cancelled, and the division from becoming a product with 1 / scale.
     scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x_int.shape))
     return jax.lax.optimization_barrier(x_int * scale) / scale
-
-
-def _published_exp(x: Array, scale: Array, shifts: int) -> Array:
-    """The published program's shift-exponential, in float32."""
-    x = x + jnp.floor(x / 2) - jnp.floor(x / 16)
-    unit = jax.lax.optimization_barrier(jnp.broadcast_to(jnp.floor(-1.0 / scale), x.shape))
-    x = jnp.maximum(x, shifts * unit)
-    halvings = jnp.floor(x / unit)
-    rest = (x - unit * halvings) / 2 - unit
-    return jnp.maximum(jnp.floor(jnp.ldexp(rest, (shifts - halvings).astype(jnp.int32))), 0.0)
 
 
 def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Array]:
@@ -244,21 +255,25 @@ def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Arra
     return saturate(jnp.floor(ratio / step)), halvings, unit * weight * step
 
 
-def int_layer_norm_int(x_int: Array, bias_int: Array, halvings: Array) -> Array:
-    """I-LayerNorm on int32 (..., d), |x_int| < 2**16, with `layer_norm_constants`: int32 (..., d)."""
-    width = x_int.shape[-1]
-    total = x_int.sum(-1, keepdims=True, dtype=jnp.int32)
+def layer_norm_units(x: Array, bias_int: Array, halvings: Array) -> Array:
+    """I-LayerNorm of whole numbers (..., d), |x| < 2**16, with `layer_norm_constants`: whole numbers (..., d)."""
+    if not is_integer(x):
+        centred = x - jnp.round(x.mean(-1, keepdims=True))
+        root = jnp.maximum(jnp.floor(jnp.sqrt(jnp.square(centred).sum(-1, keepdims=True))), _SMALLEST_ROOT)
+        return jnp.floor(centred * jnp.floor(_ONE / root) * _power_of_two(-1 - halvings)) + bias_int
+    width = x.shape[-1]
+    total = x.sum(-1, keepdims=True, dtype=jnp.int32)
     mean = total // width
     rest = 2 * (total - mean * width)
     mean = mean + ((rest > width) | ((rest == width) & (mean & 1 == 1)))
-    centred = x_int - mean
+    centred = x - mean
     high, low = _sum_of_squares(jnp.minimum(wide.magnitude(centred), 2**17 - 1))
 
     def newton(_: int, root: Array) -> Array:
         return (root + wide.divide(high, low, root)) >> 1
 
     root = jax.lax.fori_loop(0, LAYER_NORM_ITERATIONS, newton, jnp.full_like(low, 2**16))
-    factor = (jnp.uint32(wide.INT32_MAX) // root).astype(jnp.int32)
+    factor = (jnp.uint32(2**31) // root).astype(jnp.int32)
     return ((centred * factor) >> (1 + halvings)) + bias_int
 
 
@@ -274,7 +289,7 @@ def int_layer_norm(x_int: Array, scale: Array, weight: Array, bias: Array) -> tu
       x_int, weight and bias (the reference program's bias gets none).
     """
     bias_int, halvings, out_scale = layer_norm_constants(weight, bias)
-    out = int_layer_norm_int(_as_int(x_int), bias_int, halvings)
+    out = layer_norm_units(_as_int(x_int), bias_int, halvings)
     return _out(x_int, out, out_scale, lambda: layer_norm_shadow(x_int * jax.lax.stop_gradient(scale), weight, bias))
 
 
@@ -309,10 +324,17 @@ def requantize(
         raise InputError("requantize: identity and identity_scale belong together; give both or neither.")
     scale_in, scale_out = jnp.asarray(scale_in, jnp.float32), jax.lax.stop_gradient(jnp.asarray(scale_out, jnp.float32))
     branches = [(x, scale_in)] + ([] if identity is None else [(identity, jnp.asarray(identity_scale, jnp.float32))])
-    out = requantize_int([(_as_int(v if is_integer(v) else v / scale), *wide.dyadic(scale, scale_out)) for v, scale in branches], bits)
+    out = requantize_units([(_as_int(v if is_integer(v) else v / scale), scale) for v, scale in branches], scale_out, bits)
     if is_integer(x):
         return out
     return attach(out * scale_out, clip_shadow(x if identity is None else x + identity, scale_out, bits))
+
+
+def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits: int) -> Array:
+    """Whole numbers (x, scale_in) summed at scale_out and clamped: int32 by dyadic numbers, exactly; float32 by float32 ratios."""
+    if is_integer(branches[0][0]):
+        return requantize_int([(x, *wide.dyadic(scale, scale_out)) for x, scale in branches], bits)
+    return clamp(sum((jnp.round(x * (scale / scale_out)) for x, scale in branches), jnp.float32(0)), bits)
 
 
 def requantize_int(branches: list[tuple[Array, Array, Array]], bits: int) -> Array:
