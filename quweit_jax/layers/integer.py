@@ -3,11 +3,11 @@
 What flows between these layers is `Quantized`: the integers, their scale, and a real shadow that carries gradients. Activation
 quantisers keep running ranges in the `ranges` collection, updated while training if it is mutable, and frozen otherwise.
 
-Each layer has two forms:
-- from `params` and `ranges`, for training (whole numbers held in float32) and evaluation (int32, exact). With a mutable `packed`
-  collection it also writes down what the next form needs.
-- from `packed` alone: int8 weights, int32 biases, integer multipliers and shifts, packed tables; no float in between, no
-  scales. The integers are those of evaluation.
+Each layer has two forms of the same arithmetic:
+- from `params` and `ranges`, for training and its evaluations: whole numbers held in float32, which every platform does fast. With a
+  mutable `packed` collection it also writes down what the next form needs.
+- from `packed` alone: int8 weights, int32 biases, integer multipliers and shifts, packed tables; exact, with no float in between and
+  no scales. It differs from the first only where float32 rounds a product or a sum of more than 24 bits.
 
 Dimensions: B batch, T tokens, d width, H heads, K width of a head, L look-up tables, z thermometer bits.
 """
@@ -37,7 +37,7 @@ ATTENTION_BITS = 16
 class Quantized:
     """Real values x = ints * scale. In packed form there are only the integers.
 
-    ints: int32; while training float32 holding whole numbers; packed int8 or int32. scale: float32, one number or one a feature. real: float32, ints * scale with gradients.
+    ints: whole numbers held in float32; packed int8 or int32. scale: float32, one number or one a feature. real: float32, ints * scale with gradients.
     """
 
     ints: Array
@@ -101,8 +101,7 @@ class ActivationQuantizer(IntegerModule):
             return Quantized(out.astype(jnp.int8) if self.bits <= 8 else out)
         scale = self.running_scale(x, train)
         self.constant("scale", scale)
-        out = integer.quantize(jax.lax.stop_gradient(x), scale, self.bits)
-        out = out.astype(jnp.float32) if train else out
+        out = integer.quantize(jax.lax.stop_gradient(x), scale, self.bits).astype(jnp.float32)
         return Quantized(out, scale, integer.attach(out * scale, integer.clip_shadow(x, scale, self.bits)))
 
     def running_scale(self, x: Array, train: bool) -> Array:

@@ -11,7 +11,7 @@ two doors:
 
 The functions ending in `_units` are what both are made of. They work on whole numbers in either representation: int32, exactly, or
 float32, the same formulas with float32's 24 bits where a product or a sum needs more. Layers train on the latter, which every
-platform does fast, and are evaluated and deployed on the former.
+platform does fast, and are deployed on the former.
 
 Dimensions: d features (last axis), I input features, O output features.
 """
@@ -29,6 +29,7 @@ from jax import Array
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops import wide
+from quweit_jax.ops.sealing import sealed
 
 SOFTMAX_SHIFTS = 15
 GELU_SHIFTS = 23
@@ -165,6 +166,12 @@ def inverse_scale(scale: Array) -> Array:
 
 def shiftmax_units(x: Array, inverse: Array, *, bits: int) -> Array:
     """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole numbers in units of 2**-(bits-1)."""
+    if is_integer(x):
+        return sealed(functools.partial(_shiftmax, bits=bits), x, inverse)
+    return _shiftmax(x, inverse, bits)
+
+
+def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     inverse = jnp.minimum(inverse, 2**15)
     exponentials = shift_exp(x - x.max(-1, keepdims=True), inverse, SOFTMAX_SHIFTS)
     if not is_integer(x):
@@ -198,6 +205,10 @@ def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Arra
 
 def shift_gelu_units(x: Array, inverse: Array) -> Array:
     """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole numbers in units of scale * 2**-7."""
+    return sealed(_shift_gelu, x, inverse) if is_integer(x) else _shift_gelu(x, inverse)
+
+
+def _shift_gelu(x: Array, inverse: Array) -> Array:
     top = x.max(-1, keepdims=True)
     shifts = jnp.minimum(GELU_SHIFTS, 31 - _bit_length(inverse))
     numerator, other = shift_exp(x - top, inverse, shifts), shift_exp(-top, inverse, shifts)
@@ -261,6 +272,10 @@ def layer_norm_units(x: Array, bias_int: Array, halvings: Array) -> Array:
         centred = x - jnp.round(x.mean(-1, keepdims=True))
         root = jnp.maximum(jnp.floor(jnp.sqrt(jnp.square(centred).sum(-1, keepdims=True))), _SMALLEST_ROOT)
         return jnp.floor(centred * jnp.floor(_ONE / root) * _power_of_two(-1 - halvings)) + bias_int
+    return sealed(_layer_norm_int, x, bias_int, halvings)
+
+
+def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
     width = x.shape[-1]
     total = x.sum(-1, keepdims=True, dtype=jnp.int32)
     mean = total // width
@@ -339,6 +354,11 @@ def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits
 
 def requantize_int(branches: list[tuple[Array, Array, Array]], bits: int) -> Array:
     """The sum of round(x * multiplier / 2**shift) over (x int32, multiplier int32, shift int32), clamped to `bits` bits: int32."""
+    flat = [array for branch in branches for array in branch]
+    return sealed(lambda *arrays: _requantize([arrays[i : i + 3] for i in range(0, len(arrays), 3)], bits), *flat)
+
+
+def _requantize(branches: list[Any], bits: int) -> Array:
     # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot overflow.
     return clamp(sum((jnp.clip(wide.multiply_shift(*b), -(2**29), 2**29) for b in branches), jnp.int32(0)), bits)
 

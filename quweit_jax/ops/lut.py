@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from jaxtyping import Float, Int, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.ops.mapping import even_inverse
+from quweit_jax.ops.sealing import sealed
 
 MAX_LUT_INPUTS = 8
 DECAYS = ("exponential", "harmonic")
@@ -232,23 +233,6 @@ def lut_lookup(
     return values.reshape(*bits.shape[:-1], tables.shape[0])
 
 
-def _sealed(function: Callable[..., Any], bits_FT: Array, *operands: Any) -> Any:
-    """function(bits_FT, *operands), on CPU behind a branch that is always taken.
-
-    XLA fuses the transposes around a look-up into its select tree, which then walks memory column by column and takes 20 times
-    longer; nothing is fused across a branch (optimization_barrier is dropped before fusion there).
-    """
-    if not bits_FT.size:
-        return function(bits_FT, *operands)
-
-    def branch(*arguments: Any) -> Any:
-        shapes = jax.eval_shape(function, *arguments)
-        always = bits_FT[0, 0].astype(jnp.int32) > -(2**30)
-        return jax.lax.cond(always, function, lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), *arguments)
-
-    return jax.lax.platform_dependent(bits_FT, *operands, cpu=branch, default=function)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _lookup_tokens(bits_TF: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD) -> Array:
     return _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting)[0]
@@ -256,7 +240,7 @@ def _lookup_tokens(bits_TF: Array, mapping_Ln: Array, inverse_FK: Array | None, 
 
 def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting):
     bits_FT = (bits_TF != 0).T
-    values_LT = _sealed(lambda b, m, t: _lookup(b, m, None, t, weighting), bits_FT, mapping_Ln, tables_LA)
+    values_LT = sealed(lambda b, m, t: _lookup(b, m, None, t, weighting), bits_FT, mapping_Ln, tables_LA)
     return values_LT.T, (bits_FT, jnp.zeros((0,), bits_TF.dtype), mapping_Ln, inverse_FK, tables_LA)
 
 
@@ -267,7 +251,7 @@ def _lookup_tokens_backward(weighting, saved, grad_TL):
         grad_bits, _, _, grad_tables = _lookup_backward(weighting, (bits_FT, bits_like, *operands), grad_LT)
         return grad_bits, grad_tables
 
-    grad_bits, grad_tables = _sealed(backward, bits_FT, grad_TL.T, *operands)
+    grad_bits, grad_tables = sealed(backward, bits_FT, grad_TL.T, *operands)
     return None if grad_bits is None else grad_bits.T, None, None, grad_tables
 
 

@@ -88,7 +88,7 @@ def test_wrong_tensors_are_named(copy):
 
 
 def test_wrong_files_are_named(copy, tmp_path):
-    with pytest.raises(InputError, match=r"expected one of \['nanogpt'\], found 'nanogtp'.* Did you mean 'nanogpt'"):
+    with pytest.raises(InputError, match=r"expected one of .*'nanogpt'.*, found 'nanogtp'.* Did you mean 'nanogpt'"):
         pretrained.load(copy, "nanogtp")
     with pytest.raises(InputError, match="no such folder"):
         pretrained.load(tmp_path / "nowhere", "nanogpt")
