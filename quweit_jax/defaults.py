@@ -11,6 +11,7 @@ from quweit_jax.configs import Config
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.models.dwn import DWNConfig
 from quweit_jax.models.gpt import GPTConfig
+from quweit_jax.models.vit import ViTConfig
 from quweit_jax.training.optimizers import OptimizerConfig
 from quweit_jax.training.sharding import MeshConfig
 
@@ -31,6 +32,7 @@ def base_config() -> Config:
             "keep": 2,
             "prefetch": 4,
             "sample_tokens": 200,
+            "init_from": "",  # a run directory or a published checkpoint to begin from
             "data": dataclasses.asdict(DataConfig()),
             "optimizer": dataclasses.asdict(OptimizerConfig()),
             "mesh": dataclasses.asdict(MeshConfig()),
@@ -49,6 +51,11 @@ def gpt_defaults() -> Config:
 def dwn_defaults() -> Config:
     """`config.model` of a DWN classifier, complete but for the classes, which the data decides."""
     return _model_defaults("dwn", DWNConfig(num_classes=1), "num_classes")
+
+
+def vit_defaults() -> Config:
+    """`config.model` of a ViT, complete but for the classes, which the data decides."""
+    return _model_defaults("vit", ViTConfig(num_classes=1), "num_classes")
 
 
 def _model_defaults(name: str, defaults: Any, decided_by_data: str) -> Config:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser.epilog = "--config.PATH=VALUE sets any key of the config, such as --config.steps=500 or --config.model.width=256."
     args = parser.parse_args(rest)
     workdir = Path(args.workdir)
-    from quweit_jax import summary
+    from quweit_jax import initial, summary
     from quweit_jax.training import loop, run
 
     if args.config is None and not (workdir / "config.json").exists():
@@ -28,8 +28,9 @@ def main(argv: Sequence[str]) -> int:
     for path, text in overrides.items():
         configs.set_value(config, path, text)
     cli.join_processes()
+    begin = initial.reader(config.get("init_from") or "")
     summary.announce(config, workdir)
-    result = loop.fit(config, workdir, progress={"auto": None, "on": True, "off": False}[args.progress])
+    result = loop.fit(config, workdir, progress={"auto": None, "on": True, "off": False}[args.progress], initial=begin)
     summary.summarise(result, workdir)
     return 0
 

@@ -58,6 +58,7 @@ class DWN(nn.Module):
     """Inputs (B, ...) of any shape -> class scores (B, num_classes). Initialising it fits the thermometer to the given inputs."""
 
     config: DWNConfig
+    fits_inputs = True  # initialise it on a good share of the training inputs
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> Array:

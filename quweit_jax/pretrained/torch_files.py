@@ -87,8 +87,27 @@ class _Refused(InputError):
     """What a pickle asked for; the file's name is put in front of it."""
 
 
+class _Sealed:
+    """What a pickle gets but cannot change."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError(f"{type(self).__name__} with a state")
+
+
+class _Call(_Sealed):
+    """A function, without the attributes a function has."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
     """Where a tensor's numbers are: `key` names them in the file."""
 
     dtype: str
@@ -97,7 +116,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(_Sealed):
     """A tensor as the pickle describes it, unchecked; offset and strides count numbers."""
 
     storage: Any
@@ -113,6 +132,22 @@ class _Dict(dict):
         pass
 
 
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Dict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Call(_parameter),
+}
+
+
 class _StandIn:
     """In place of an object that is no weight: takes anything, does nothing."""
 
@@ -126,43 +161,33 @@ class _StandIn:
         pass
 
 
-class _Reader(pickle.Unpickler):
+# Python's own unpickler, not the faster one in C, which a few bytes (an index of 2**30) make allocate gigabytes.
+class _Reader(pickle._Unpickler):
     """An unpickler that knows tensors, dicts and stand-ins, and notes the storages it meets."""
 
     def __init__(self, file: Any):
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if module_name == "torch" and global_name in _STORAGES:
-            return _STORAGES[global_name]
-        if (module_name, global_name) in _STAND_INS:
+    def find_class(self, module: str, name: str, /) -> Any:
+        """What a pickle gets for a function or class it names."""
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) in _STAND_INS:
             return _StandIn
-        known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): _Dict,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-        }
-        if (module_name, global_name) not in known:
+        if (module, name) not in _KNOWN:
             raise _Refused(
-                f"wants to run {module_name}.{global_name}; this is no plain state dict; refused. If you trust the file, save the weights "
+                f"wants to run {module}.{name}; this is no plain state dict; refused. If you trust the file, save the weights "
                 "alone with torch: torch.save(model.state_dict(), 'weights.pth')."
             )
-        return known[module_name, global_name]
+        return _KNOWN[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any, /) -> _Storage:
+        """What a pickle gets for a storage it names."""
         kind, dtype, key, _, count, *view = pid
         if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(key, str) or type(count) is not int or view not in ([], [None]):
             raise ValueError(f"no storage: {pid!r:.200}")
         return self.storages.setdefault(key, _Storage(dtype, key, count))
-
-    # Bound methods, because a pickle cannot set attributes on them.
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-        return _Tensor(storage, offset, shape, strides)
-
-    def _parameter(self, tensor: Any, *_: Any) -> Any:
-        return tensor
 
 
 # Reads one storage's bytes; whether they are little-endian.

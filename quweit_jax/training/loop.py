@@ -136,23 +136,33 @@ def evaluate(eval_step: Any, variables: Any, parts: run.Parts, limit: int) -> di
     return state.mean_of_sums([eval_step(variables, sharding.put_batch(batch, where)) for batch in batches])
 
 
-def fit(config: configs.Config, workdir: str | Path, *, progress: bool | None = None, on_step: Callable[[int], None] | None = None) -> Result:
+def fit(
+    config: configs.Config,
+    workdir: str | Path,
+    *,
+    progress: bool | None = None,
+    on_step: Callable[[int], None] | None = None,
+    initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in `workdir` ends.
 
     Args:
       progress: show a bar; None: on a terminal. on_step: called after each step with its number (for tests and notebooks).
+      initial: makes the variables a new run begins with from its freshly drawn ones (see `quweit_jax.initial`); needed for init_from.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
       RunError: the loss stopped being finite, or a checkpoint could not be written.
     """
     workdir = Path(workdir).absolute()
+    if config.get("init_from") and initial is None:
+        raise InputError("init_from: loop.fit needs initial=quweit_jax.initial.reader(config.init_from, ...), as the train command gives it.")
     parts = run.assemble(config, run.prepare(workdir, config))
     checkpoints: Checkpoints | None = None
     try:
         run.record(workdir, parts)
         checkpoints = Checkpoints(workdir, config.keep)
-        result = _fit(parts, workdir, checkpoints, progress, on_step)
+        result = _fit(parts, checkpoints, progress, on_step, workdir, initial)
         checkpoints.close()
         return result
     except OSError as error:
@@ -167,10 +177,17 @@ def fit(config: configs.Config, workdir: str | Path, *, progress: bool | None = 
         raise
 
 
-def _fit(parts: run.Parts, workdir: Path, checkpoints: Checkpoints, progress: bool | None, on_step: Callable[[int], None] | None) -> Result:
+def _fit(
+    parts: run.Parts,
+    checkpoints: Checkpoints,
+    progress: bool | None,
+    on_step: Callable[[int], None] | None,
+    workdir: Path,
+    initial: Callable[[dict[str, Any]], dict[str, Any]] | None,
+) -> Result:
     config, leader = parts.config, jax.process_index() == 0
     restored = checkpoints.restore(parts.abstract_state())
-    current, saved, start = restored if restored is not None else (parts.init_state(), {}, 0)
+    current, saved, start = restored if restored is not None else (parts.init_state(initial), {}, 0)
     if start > config.steps:
         raise InputError(
             f"steps: {workdir} is already at step {start}, past the {config.steps} asked for; raise --config.steps or use a new --workdir."
@@ -208,7 +225,13 @@ def _steps(
     config, where = parts.config, sharding.batch_sharding(parts.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, current)
     train_step = state.make_train_step(
-        parts.model, parts.optimizer, ema=config.optimizer.ema, grad_accum=config.grad_accum, state_shardings=shardings, mesh=parts.mesh
+        parts.model,
+        parts.optimizer,
+        ema=config.optimizer.ema,
+        grad_accum=config.grad_accum,
+        state_shardings=shardings,
+        mesh=parts.mesh,
+        augment=parts.data_config.augment if parts.dataset.image_shape is not None else None,
     )
     eval_step = state.make_eval_step(parts.model.apply)
     running: tuple[int, Sums] | None = None

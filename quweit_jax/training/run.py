@@ -30,7 +30,7 @@ from quweit_jax.training.checkpoints import Checkpoints
 
 # What may change when a run goes on; anything else makes it another run.
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "eval_batch_size", "checkpoint_every", "keep", "prefetch", "sample_tokens")
-MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.download")
+MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.download", "data.threads", "data.cache_megabytes")
 FORMAT = 1
 
 
@@ -45,6 +45,7 @@ class Parts:
     optimizer_config: optimizers.OptimizerConfig
     optimizer: Any
     mesh: Mesh
+    data_config: DataConfig
 
     @property
     def dataset(self) -> pipeline.Dataset:
@@ -54,12 +55,17 @@ class Parts:
 
     @functools.cached_property
     def init_inputs(self) -> np.ndarray:
-        """What the model is initialised on; read once, as images have to be decoded."""
-        return np.zeros((1, self.config.model.context), np.int32) if self.tokenizer is not None else self.dataset.fit_batch()
+        """What the model is initialised on; read once, as images have to be decoded. Models with nothing to fit get zeros."""
+        if self.tokenizer is not None:
+            return np.zeros((1, self.config.model.context), np.int32)
+        if self.dataset.image_shape is not None and not getattr(self.model, "fits_inputs", False):
+            return np.zeros((1, *self.dataset.image_shape), np.float32)
+        return self.dataset.fit_batch()
 
-    def init_state(self) -> state.TrainState:
-        """A first state on the mesh."""
-        return self._state(state.init_state)
+    def init_state(self, initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> state.TrainState:
+        """A first state on the mesh; `initial` may replace its freshly drawn variables, {'params': ..., 'wiring': ...}, by others."""
+        fresh = self._state(state.init_state)
+        return fresh if initial is None else state.replace_variables(fresh, initial(fresh.variables()))
 
     def abstract_state(self) -> state.TrainState:
         """Its shapes and shardings."""
@@ -105,7 +111,7 @@ def assemble(config: configs.Config, tokenizer: tokenizers.Tokenizer | None = No
     tokenizer = data.tokenizer if data is not None else tokenizer
     outputs = data.outputs if data is not None else tokenizer.vocab_size  # type: ignore[union-attr]
     optimizer = optimizers.make_optimizer(optimizer_config, config.steps)
-    return Parts(config, data, tokenizer, models.build(model_config, outputs), optimizer_config, optimizer, mesh)
+    return Parts(config, data, tokenizer, models.build(model_config, outputs), optimizer_config, optimizer, mesh, data_config)
 
 
 def eval_batch_size(config: configs.Config, mesh: Mesh) -> int:

@@ -17,14 +17,18 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from quweit_jax.training import losses, optimizers, sharding
+from quweit_jax.data.augment import AugmentConfig
+from quweit_jax.training import losses, mixing, optimizers, sharding
+
+# Collections that a model moves on itself while it is trained: the running ranges of integer models.
+MOVING = ("ranges",)
 
 
 @flax.struct.dataclass
 class TrainState:
     """Everything that is trained or needed to go on bit for bit (the data iterator's state is saved beside it).
 
-    constants: the model's collections other than params (wiring). ema: averaged parameters, or None. rng: uint32 key data.
+    constants: the model's collections other than params (wiring, and ranges, which training moves on). ema: averaged parameters, or None. rng: uint32 key data.
     """
 
     step: Array
@@ -75,6 +79,18 @@ def abstract_state(
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
+def replace_variables(state: TrainState, variables: dict[str, Any]) -> TrainState:
+    """The state with other variables of the same shapes, placed as the old ones are; the optimizer's state stays."""
+
+    def place(old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda o, n: jax.device_put(jnp.asarray(n, o.dtype), o.sharding), old, new)
+
+    params = place(state.params, variables["params"])
+    constants = {name: place(old, variables[name]) for name, old in state.constants.items()}
+    ema = None if state.ema is None else place(state.ema, variables["params"])
+    return state.replace(params=params, constants=constants, ema=ema)  # type: ignore[attr-defined]
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -83,24 +99,34 @@ def make_train_step(
     grad_accum: int = 1,
     state_shardings: Any = None,
     mesh: Mesh | None = None,
+    augment: AugmentConfig | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused (donated).
+
+    augment: for classifiers, how batches are mixed and labels smoothed.
 
     metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm', 'grad_norm/<group>' and 'update_norm/<group>', float32
     scalars. Finite metrics mean a finite new state.
     """
 
-    def loss_fn(params: Any, constants: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        logits = model.apply({"params": params, **constants}, batch["inputs"], train=True, rngs={"dropout": key})
-        sums = losses.cross_entropy(logits, batch["targets"])  # type: ignore[arg-type]
-        return sums["loss"] / sums["count"], {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+    def loss_fn(params: Any, constants: Any, batch: dict[str, Array], key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        inputs, targets = batch["inputs"], batch["targets"]
+        if augment is not None and mixing.mixes(augment):
+            key, mix_key = jax.random.split(key)
+            inputs, targets = mixing.mix(inputs, targets, model.config.num_classes, augment, mix_key)  # type: ignore[attr-defined]
+        moving = [name for name in MOVING if name in constants]
+        logits, moved = model.apply({"params": params, **constants}, inputs, train=True, mutable=moving, rngs={"dropout": key})
+        sums = losses.cross_entropy(logits, targets)  # type: ignore[arg-type]
+        metrics = {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+        return metrics["loss"], (metrics, moved)
 
-    def gradients(state: TrainState, batch: dict[str, Array], key: Array) -> tuple[Any, dict[str, Array]]:
+    def gradients(state: TrainState, batch: dict[str, Array], key: Array) -> tuple[Any, tuple[dict[str, Array], Any]]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if grad_accum == 1:
             return grad_fn(state.params, state.constants, batch, key)
         micro = {k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
+        # Means over the parts, of the ranges too: each part moves them on from where the step began.
         def add(total: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
             return jax.tree.map(lambda t, g: t + g / grad_accum, total, grad_fn(state.params, state.constants, *part)), None
 
@@ -110,14 +136,15 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, metrics = gradients(state, batch, key)
+        grads, (metrics, moved) = gradients(state, batch, key)
         norms = optimizers.group_norms(grads)
         metrics |= {"grad_norm": jnp.sqrt(sum(n**2 for n in norms.values()))} | {f"grad_norm/{g}": n for g, n in norms.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {f"update_norm/{g}": n for g, n in optimizers.group_norms(updates).items()}
         params = optimizers.project(optax.apply_updates(state.params, updates))
         average = None if state.ema is None else jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average), metrics  # type: ignore[attr-defined]
+        constants = {**state.constants, **moved}
+        return state.replace(step=state.step + 1, params=params, constants=constants, opt_state=opt_state, ema=average), metrics  # type: ignore[attr-defined]
 
     placed: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}  # type: ignore[arg-type]
     return jax.jit(step, donate_argnums=0, **placed)

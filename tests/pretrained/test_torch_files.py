@@ -83,14 +83,26 @@ def test_harm_is_refused(tmp_path, legacy):
     assert not victim.exists()
 
 
+def archive_of(path, pickled):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + pickled + b".")
+    return path
+
+
 def test_what_is_allowed_cannot_be_changed(tmp_path):
     """A pickle that sets attributes of the functions and classes it gets changes nothing that outlives the file."""
+    attribute = b"}X\x05\x00\x00\x00stateK\x01s"
     for found in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n", b"ctorch\nSize\n"):
-        path = tmp_path / "a.pth"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", b"\x80\x02" + found + b"N}X\x05\x00\x00\x00stateK\x01s\x86b.")
-        with pytest.raises(InputError, match="damaged"):
-            read_torch(path)
+        for state in (attribute, b"N" + attribute + b"\x86"):
+            with pytest.raises(InputError, match="damaged"):
+                read_torch(archive_of(tmp_path / "a.pth", found + state + b"b"))
+
+
+def test_few_bytes_take_little_memory(tmp_path):
+    """Sizes and indices a pickle only claims are not allocated."""
+    for pickled in (b"}r\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 6 + b"\x00\x00"):
+        with pytest.raises(InputError):
+            read_torch(archive_of(tmp_path / "a.pth", pickled))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
