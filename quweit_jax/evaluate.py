@@ -17,23 +17,31 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument("--step", type=int, help="a checkpoint's step (default: the one of lowest validation loss)")
     parser.add_argument("--batches", type=int, default=0, help="only so many batches, spread over the split (0: all)")
-    parser.add_argument("--packed", action="store_true", help="evaluate weightless blocks as deployed: 1-bit tables, int8 sums in int32")
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="evaluate as deployed: weightless blocks on 1-bit tables and int8 sums; integer models in integers alone",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(rest)
     cli.join_processes()
     import jax
 
-    from quweit_jax.inference import packed
+    from quweit_jax.inference import integer, packed
     from quweit_jax.training import loop, run, state
 
     opened = run.open_run(Path(args.workdir), args.step, overrides)
     model, variables = opened.parts.model, opened.variables
     result: dict = {"step": opened.step, "split": "validation"}
-    if args.packed:
+    apply = model.apply
+    if args.packed and integer.is_integer(model):
+        variables = integer.pack(model, variables, opened.parts.dataset.image_shape)  # type: ignore[arg-type]
+        result |= {"form": "integer", "model_bytes": integer.packed_bytes(variables)}
+    elif args.packed:
         variables = packed.pack(jax.device_get(variables))
         blocks = variables["blocks"].values()
         result |= {"block_bytes": sum(map(packed.block_bytes, blocks)), "dense_mlp_bytes_int8": sum(map(packed.dense_bytes, blocks))}
-    apply = functools.partial(packed.apply, model) if args.packed else model.apply
+        apply = functools.partial(packed.apply, model)
     result |= loop.evaluate(state.make_eval_step(apply), variables, opened.parts, args.batches)
     if args.json:
         print(json.dumps(result))
