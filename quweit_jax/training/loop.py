@@ -223,16 +223,7 @@ def _steps(
     on_step: Callable[[int], None] | None,
 ) -> Result:
     config, where = parts.config, sharding.batch_sharding(parts.mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, current)
-    train_step = state.make_train_step(
-        parts.model,
-        parts.optimizer,
-        ema=config.optimizer.ema,
-        grad_accum=config.grad_accum,
-        state_shardings=shardings,
-        mesh=parts.mesh,
-        augment=parts.data_config.augment if parts.dataset.image_shape is not None else None,
-    )
+    train_step = parts.train_step(jax.tree.map(lambda x: x.sharding, current))
     eval_step = state.make_eval_step(parts.model.apply)
     running: tuple[int, Sums] | None = None
     last_good, step, stopping = start, start, False

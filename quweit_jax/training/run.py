@@ -71,6 +71,17 @@ class Parts:
         """Its shapes and shardings."""
         return self._state(state.abstract_state)
 
+    def train_step(self, shardings: Any) -> Callable[..., Any]:
+        """The jitted training step for a state that lies as `shardings` say."""
+        augment = self.data_config.augment if self.dataset.image_shape is not None else None
+        settings = {"ema": self.optimizer_config.ema, "grad_accum": self.config.grad_accum, "augment": augment}
+        return state.make_train_step(self.model, self.optimizer, state_shardings=shardings, mesh=self.mesh, **settings)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a training batch."""
+        example, where = self.dataset.train[0], sharding.batch_sharding(self.mesh)
+        return {k: jax.ShapeDtypeStruct((self.config.batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=where) for k, v in example.items()}
+
     def _state(self, make: Callable[..., state.TrainState]) -> state.TrainState:
         ema, size_limit = self.optimizer_config.ema > 0, self.config.mesh.fsdp_size_limit
         return make(self.model, self.optimizer, self.config.seed, self.init_inputs, self.mesh, ema=ema, size_limit=size_limit)
