@@ -32,7 +32,7 @@ def get_config(argument: str | None = None):
     variant, shortcuts = configs.parse_argument(argument, VARIANTS, default="quick")
     config = defaults.base_config()
     config.model = defaults.vit_defaults()
-    config.data.update(source="tfds", name="cifar10", validation_split="test", normalize="cifar10", image_size=32)
+    config.data.update(source="tfds", name="cifar10", normalize="cifar10", image_size=32)
     config.data.augment.flip = True
     if variant == "quick":
         config.model.update(variant="Mi/4", width=96)

@@ -106,7 +106,7 @@ def write_results(results: dict[str, dict[int, dict[str, Any]]], root: Path, out
     for kind, by_seed in results.items():
         runs = list(by_seed.values())
         mean = statistics.mean(r["accuracy"] for r in runs)
-        each = f" ({', '.join(f'{r["accuracy"]:.2%}' for r in runs)})" if len(runs) > 1 else ""
+        each = " (" + ", ".join(f"{r['accuracy']:.2%}" for r in runs) + ")" if len(runs) > 1 else ""
         deployed = f"{statistics.mean(r['accuracy_deployed'] for r in runs):.2%}" if "accuracy_deployed" in runs[0] else "-"
         differ = ", ".join(str(len(r["images_decided_differently"])) for r in runs) if "accuracy_deployed" in runs[0] else "-"
         lines.append(f"| {kind.replace('_', ' + ')} | {mean:.2%}{each} | {deployed} | {differ} | {runs[0]['parameters']:,} |")

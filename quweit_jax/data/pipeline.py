@@ -157,11 +157,10 @@ def eval_batches(examples: Sequence[Any], batch_size: int, limit: int = 0, *, pr
     count = min(len(examples), limit * batch_size) if limit else len(examples)
     chosen = [i * len(examples) // count for i in range(count)]
     local = batch_size // process_count
-    threads = _threads(examples)
-    each = ThreadPoolExecutor(threads).map if threads > 1 else map
-    for start in range(0, count, batch_size):
-        places = range(start + process_index * local, start + (process_index + 1) * local)
-        found = list(each(lambda p: _example(examples, chosen[min(p, count - 1)]), places))
-        rows = [examples.blank() if row is None else row for row in found]  # type: ignore[attr-defined]
-        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        yield batch | {"weights": np.asarray([p < count and row is not None for p, row in zip(places, found)], np.float32)}
+    with ThreadPoolExecutor(_threads(examples)) as pool:
+        for start in range(0, count, batch_size):
+            places = range(start + process_index * local, start + (process_index + 1) * local)
+            found = list(pool.map(lambda p: _example(examples, chosen[min(p, count - 1)]), places))
+            rows = [examples.blank() if row is None else row for row in found]  # type: ignore[attr-defined]
+            batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+            yield batch | {"weights": np.asarray([p < count and row is not None for p, row in zip(places, found)], np.float32)}
