@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,11 @@ def main(argv: Sequence[str]) -> int:
     for path, text in overrides.items():
         configs.set_value(config, path, text)
     result = compile_step(config, args.topology)
-    print(
-        json.dumps(result)
-        if args.json
-        else "\n".join(f"{key:>28}: {value:,}" if value is not None else f"{key:>28}: -" for key, value in result.items())
-    )
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:>28}: {value:,.0f}" if isinstance(value, int | float) else f"{key:>28}: {value}")
     return 0
 
 
@@ -59,12 +60,14 @@ def compile_step(config: configs.Config, topology: str) -> dict[str, Any]:
     sharding.check_batch(config.batch_size, parts.mesh)
     state, batch = parts.abstract_state(), parts.abstract_batch()
     step = parts.train_step(jax.tree.map(lambda leaf: leaf.sharding, state))
+    since = time.monotonic()
     compiled = step.lower(state, batch).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return {
         "topology": topology,
         "chips": len(devices),
         "batch_size": config.batch_size,
+        "compile_seconds": round(time.monotonic() - since),
         "parameters": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
         "argument_bytes_per_chip": memory.argument_size_in_bytes,  # type: ignore[union-attr]
         "temporary_bytes_per_chip": memory.temp_size_in_bytes,  # type: ignore[union-attr]

@@ -19,6 +19,7 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
 
 from quweit_jax.errors import InputError
+from quweit_jax.layers.integer import ACTIVATION_BITS, RESIDUAL_BITS
 from quweit_jax.models.vit import SIZES, ViT, ViTConfig
 from quweit_jax.pretrained.tensors import Tensors, read_config, read_weights
 
@@ -47,6 +48,8 @@ _BLOCK_RANGES = {
 # What I-ViT computes from the weights and ranges and saves all the same, and quantisers whose range nothing depends on.
 _DERIVED = re.compile(r".*(_scaling_factor|\.weight_integer|\.bias_integer)|.*\.int_softmax\..*")
 _UNUSED = re.compile(r"act_out\..*|blocks\.\d+\.attn\.qact_softmax\..*")
+_SCALE = ".act_scaling_factor"
+_RESIDUAL = ("quant_patches", "quant_position", "quant_embedding", "quant_attention", "quant_mlp", "quant_proj", "quant_down")
 _QUANTIZER = re.compile(r".*\.(min_val|max_val|act_scaling_factor)")
 
 
@@ -238,13 +241,18 @@ def _params(tensors: Tensors, s: _Sizes) -> dict[str, Any]:
 
 
 def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
-    """Each quantiser's {min, max}; zeros for all, and a warning, if there are none."""
+    """Each quantiser's {min, max}; zeros for all, and a warning, if there are none.
+
+    The published program forgets min_val and max_val when it saves, but keeps each quantiser's last scale, which says as much.
+    """
+    scales = {n.removesuffix(_SCALE): float(np.max(tensors.peek(n))) for n in tensors.names() if n.endswith(_SCALE) and np.size(tensors.peek(n))}
     tensors.drop(*(name for name in tensors.names() if _DERIVED.fullmatch(name) or _UNUSED.fullmatch(name)))
     quantizers = dict(_RANGES)
     for i in range(depth):
         quantizers |= {f"blocks.{i}.{theirs}": f"block_{i}/{ours}" for theirs, ours in _BLOCK_RANGES.items()}
     unset = not any(name.endswith((".min_val", ".max_val")) for name in tensors.names())
-    if unset:
+    from_scales = unset and all(scales.get(theirs, 0) > 0 for theirs in quantizers)
+    if unset and not from_scales:
         logging.warning(
             "%s",
             f"{tensors.where} has no ranges; every batch is quantised by its own until they are set; "
@@ -253,6 +261,9 @@ def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
     ranges: dict[tuple[str, ...], np.ndarray] = {}
     for theirs, ours in quantizers.items():
         low, high = (np.zeros((), np.float32) if unset else _scalar(tensors, f"{theirs}.{end}") for end in ("min_val", "max_val"))
+        if from_scales:
+            high = np.float32(scales[theirs] * (2 ** ((RESIDUAL_BITS if ours.split("/")[-1] in _RESIDUAL else ACTIVATION_BITS) - 1) - 1))
+            low = -high
         if not low <= high:  # also if one is not a number
             raise InputError(f"pretrained: {theirs}: expected min_val <= max_val, found {low} and {high}.")
         ranges |= {(*ours.split("/"), "min"): low, (*ours.split("/"), "max"): high}

@@ -2,6 +2,7 @@
 
 import json
 import logging as standard_logging
+import re
 import shutil
 
 import jax
@@ -154,6 +155,21 @@ def test_ranges(tmp_path):
         changed = {key: new for key, new in (tensors | ranges | {name: value}).items() if new is not None}
         with pytest.raises(InputError, match=message):
             pretrained.load(save_torch(tmp_path / "b.pth", {k: np.asarray(v) for k, v in changed.items()}), "ivit")
+
+
+def test_ranges_from_the_scales_the_published_program_does_save(tmp_path):
+    tensors = weights()
+    ranges, _ = ivit_names(tensors)
+    limits = {name.removesuffix(".max_val"): max(-ranges[name.replace("max_val", "min_val")], value) for name, value in ranges.items() if "max_val" in name}
+    residual = re.compile(r"patch_embed\.qact|qact_pos|qact1|blocks\.0\.(qact2|qact4|attn\.qact3|mlp\.qact2)")
+    scales = {f"{n}.act_scaling_factor": np.reshape(v / (32767 if residual.fullmatch(n) else 127), (1,)) for n, v in limits.items()}
+    save_file(tensors | {name: value.astype(np.float32) for name, value in scales.items()}, tmp_path / "a.safetensors")
+    (_, variables), said = warnings_of(lambda: pretrained.load(tmp_path / "a.safetensors", "ivit"))
+    assert not said
+    expected = {"quant_patches": limits["patch_embed.qact"], "quant_embedding": limits["qact1"], "quant_final": limits["qact2"]}
+    for name, limit in expected.items():
+        np.testing.assert_allclose(list(variables["ranges"][name].values()), [-limit.item(), limit.item()], rtol=1e-5)
+    np.testing.assert_allclose(variables["ranges"]["block_0"]["mlp"]["quant_down"]["max"], limits["blocks.0.mlp.qact2"], rtol=1e-5)
 
 
 def warnings_of(call):
