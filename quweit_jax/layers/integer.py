@@ -68,9 +68,9 @@ class IntegerModule(nn.Module):
 
 
 class ActivationQuantizer(IntegerModule):
-    """Requantises to `bits` bits with a running symmetric range; optionally adds a residual branch (ALGORITHMS: requantise).
+    """Requantises to `bits` bits with a running symmetric range (momentum 0.95), adding a residual branch if there is one.
 
-    `x` may also be a real array (the image, the positional embedding), which is rounded.
+    `from_real` does the same for a real array (the image, the positional embedding), which is rounded.
     """
 
     bits: int = ACTIVATION_BITS
