@@ -82,7 +82,8 @@ class ActivationQuantizer(IntegerModule):
         branches = [x] if identity is None else [x, identity]
         if x.packed:
             factors = self.read(*names)
-            out = integer.requantize_int([(b.ints.astype(jnp.int32), *factors[2 * i : 2 * i + 2]) for i, b in enumerate(branches)], self.bits)
+            pairs = zip(branches, factors[::2], factors[1::2])
+            out = integer.requantize_int([(b.ints.astype(jnp.int32), multiplier, shift) for b, multiplier, shift in pairs], self.bits)
             return Quantized(out.astype(jnp.int8) if self.bits <= 8 else out)
         real = x.real if identity is None else x.real + identity.real
         scale = self.running_scale(real, train)

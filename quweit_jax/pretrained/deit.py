@@ -245,7 +245,8 @@ def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
 
     The published program forgets min_val and max_val when it saves, but keeps each quantiser's last scale, which says as much.
     """
-    scales = {n.removesuffix(_SCALE): float(np.max(tensors.peek(n))) for n in tensors.names() if n.endswith(_SCALE) and np.size(tensors.peek(n))}
+    saved = {name.removesuffix(_SCALE): tensors.peek(name) for name in tensors.names() if name.endswith(_SCALE)}
+    scales = {name: float(np.max(scale)) for name, scale in saved.items() if scale is not None and scale.size}
     tensors.drop(*(name for name in tensors.names() if _DERIVED.fullmatch(name) or _UNUSED.fullmatch(name)))
     quantizers = dict(_RANGES)
     for i in range(depth):
@@ -262,8 +263,8 @@ def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
     for theirs, ours in quantizers.items():
         low, high = (np.zeros((), np.float32) if unset else _scalar(tensors, f"{theirs}.{end}") for end in ("min_val", "max_val"))
         if from_scales:
-            high = np.float32(scales[theirs] * (2 ** ((RESIDUAL_BITS if ours.split("/")[-1] in _RESIDUAL else ACTIVATION_BITS) - 1) - 1))
-            low = -high
+            high = np.asarray(scales[theirs] * (2 ** ((RESIDUAL_BITS if ours.split("/")[-1] in _RESIDUAL else ACTIVATION_BITS) - 1) - 1), np.float32)
+            low = np.negative(high)
         if not low <= high:  # also if one is not a number
             raise InputError(f"pretrained: {theirs}: expected min_val <= max_val, found {low} and {high}.")
         ranges |= {(*ours.split("/"), "min"): low, (*ours.split("/"), "max"): high}
