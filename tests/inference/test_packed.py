@@ -98,16 +98,6 @@ def test_packing_leaves_no_block_behind():
     assert block["vectors"].dtype == np.int8 and [t.dtype for t in block["tables"]] == [np.uint8] and [w.dtype for w in block["wiring"]] == [np.uint8]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
-def test_tables_round_trip_through_bits(n):
-    tables = np.random.default_rng(n).normal(size=(5, 2**n)).astype(np.float32)
-    tables[0, 0] = 0  # not above zero: the bit is 0
-    bits = packed.pack_tables(tables)
-    assert bits.dtype == np.uint8 and bits.shape == (5, max(1, 2**n // 8))
-    every = np.tile(np.arange(2**n, dtype=np.int32), (5, 1))
-    np.testing.assert_array_equal(packed.read_packed(jnp.asarray(bits), jnp.asarray(every)), tables > 0)
-
-
 def test_wiring_of_many_inputs_takes_wider_integers():
     x = np.zeros((1, 150), np.float32)
     block = WeightlessBlock(4, num_luts=200, lut_inputs=3, thermometer_bits=2)

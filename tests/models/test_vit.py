@@ -147,6 +147,7 @@ def primitives(jaxpr, found=None):
 # How an image becomes integers, the head's scale, and the branch that keeps XLA on CPU from fusing (see ops.sealing).
 FLOATS_ALLOWED = {
     "reshape",
+    "broadcast_in_dim",
     "transpose",
     "div",
     "round",

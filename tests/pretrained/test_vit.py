@@ -160,7 +160,9 @@ def test_ranges(tmp_path):
 def test_ranges_from_the_scales_the_published_program_does_save(tmp_path):
     tensors = weights()
     ranges, _ = ivit_names(tensors)
-    limits = {name.removesuffix(".max_val"): max(-ranges[name.replace("max_val", "min_val")], value) for name, value in ranges.items() if "max_val" in name}
+    limits = {
+        name.removesuffix(".max_val"): max(-ranges[name.replace("max_val", "min_val")], value) for name, value in ranges.items() if "max_val" in name
+    }
     residual = re.compile(r"patch_embed\.qact|qact_pos|qact1|blocks\.0\.(qact2|qact4|attn\.qact3|mlp\.qact2)")
     scales = {f"{n}.act_scaling_factor": np.reshape(v / (32767 if residual.fullmatch(n) else 127), (1,)) for n, v in limits.items()}
     save_file(tensors | {name: value.astype(np.float32) for name, value in scales.items()}, tmp_path / "a.safetensors")
