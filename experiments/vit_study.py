@@ -1,6 +1,6 @@
 """Five forms of the same ViT on CIFAR-10: dense, weightless and no MLPs in floats; dense and weightless MLPs in integers.
 
-    python experiments/vit_study.py --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds dense weightless ...] [--out=experiments/results]
+    python -m experiments.vit_study --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds dense weightless ...] [--out=experiments/results]
 
 Same data, batches, steps and seeds. Runs go into runs/vit_cifar/KIND-SEED; finished ones are read, not repeated, and interrupted ones
 go on. Accuracy is that of the last checkpoint on all test images; integer models are also evaluated as deployed, in integers alone,
@@ -135,7 +135,7 @@ def main() -> None:
         for kind in args.kinds:
             results[kind][seed] = score(train(kind, seed, args.variant, args.data_dir, args.runs, args.steps), kind)
             print(f"{kind} seed {seed}: {json.dumps(results[kind][seed])[:400]}", flush=True)
-    write_results(results, args.runs, args.out, args.name)
+    write_results({kind: results[kind] for kind in KINDS if kind in results}, args.runs, args.out, args.name)
 
 
 if __name__ == "__main__":

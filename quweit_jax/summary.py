@@ -18,7 +18,7 @@ def announce(config: configs.Config, workdir: Path) -> None:
     if jax.process_index() == 0:
         mlp = f", mlp {config.model.mlp}" if "mlp" in config.model else ""
         mlp += ", integer-only" if config.model.get("integer") else ""
-        name = config.data.name or config.data.source
+        name = config.data.name if config.data.source == "tfds" else config.data.path or config.data.source
         print(
             f"training {config.model.name}{mlp} on {name}: {config.steps} steps of {config.batch_size}, {jax.device_count()} {jax.default_backend()} device(s), into {workdir}",
             flush=True,
