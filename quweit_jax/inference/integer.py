@@ -10,8 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from quweit_jax.errors import InputError
 
@@ -31,22 +31,16 @@ def pack(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -
     """
     if not is_integer(model):
         raise InputError("pack: this model computes in floats; train it with --config.model.integer=True to deploy it in integers.")
-    unset = [name for name, high in _ranges(jax.device_get(variables.get("ranges", {}))) if not high]
-    if unset or "ranges" not in variables:
+    ranges = flatten_dict(jax.device_get(variables.get("ranges", {})))
+    unset = ["/".join(path[:-1]) for path, low in ranges.items() if path[-1] == "min" and low == ranges[(*path[:-1], "max")]]
+    if unset or not ranges:
         raise InputError(
             f"pack: {len(unset) or 'all'} activation ranges were never set{f' ({unset[0]}, ...)' if unset else ''}; train a few steps, or calibrate the "
             "model with pretrained.calibrate(model, variables, batches)."
         )
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    constants = jax.jit(lambda v, x: model.apply(v, x, mutable=["packed"])[1])(variables, np.zeros(images.shape, np.float32))
+    images = np.zeros((1, *image_shape), np.float32)
+    constants = jax.jit(lambda v, x: model.apply(v, x, mutable=["packed"])[1])(variables, images)
     return jax.device_get(constants)
-
-
-def _ranges(tree: Tree, path: tuple[str, ...] = ()) -> list[tuple[str, bool]]:
-    """('path/of/quantiser', whether its range is set) of every quantiser."""
-    if "min" in tree and not isinstance(tree["min"], dict):
-        return [("/".join(path), bool(tree["min"] != tree["max"]))]
-    return [found for key, child in tree.items() for found in _ranges(child, (*path, key))]
 
 
 def packed_bytes(packed: Tree) -> int:

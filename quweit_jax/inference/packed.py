@@ -15,22 +15,11 @@ import numpy as np
 from jax import Array
 
 from quweit_jax.errors import InputError
-from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.ops import mapping, packed_lut
+from quweit_jax.layers.weightless import WeightlessBlock, wiring_of
+from quweit_jax.ops import packed_lut
 from quweit_jax.ops.reductions import quantize_int8
 
 Tree = dict[str, Any]
-
-
-def _wiring(params: Tree, constants: Tree) -> np.ndarray:
-    """The inputs each slot reads, (L, n), whatever the kind of mapping, in the smallest integer type."""
-    num_luts, entries = params["tables"].shape
-    if "mapping" in constants:
-        wiring = np.asarray(constants["mapping"])
-    else:
-        wiring = np.asarray(mapping.strongest(params["scores"], constants.get("candidates")))
-    wiring = wiring.reshape(num_luts, entries.bit_length() - 1)
-    return wiring.astype(np.min_scalar_type(max(1, int(wiring.max()))))
 
 
 def pack_block(params: Tree, constants: Tree) -> Tree:
@@ -39,7 +28,7 @@ def pack_block(params: Tree, constants: Tree) -> Tree:
     vectors, scale = quantize_int8(jnp.asarray(params["vectors"]), axis=0)
     packed: Tree = {
         "tables": [np.asarray(packed_lut.pack_tables(params[k]["tables"])) for k in layers],
-        "wiring": [_wiring(params[k], constants.get(k, {})) for k in layers],
+        "wiring": [_smallest(np.asarray(wiring_of(params[k], constants.get(k, {})))) for k in layers],
         "thresholds": np.asarray(params["thresholds"] if "thresholds" in params else constants["thresholds"], np.float32),
         "vectors": np.asarray(vectors),
         "scale": np.asarray(scale, np.float32).reshape(-1),
@@ -48,6 +37,10 @@ def pack_block(params: Tree, constants: Tree) -> Tree:
     if "norm" in params:
         packed["norm"] = {k: np.asarray(v, np.float32) for k, v in params["norm"].items()}
     return packed
+
+
+def _smallest(places: np.ndarray) -> np.ndarray:
+    return places.astype(np.min_scalar_type(max(1, int(places.max()))))
 
 
 def _blocks(params: Tree, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

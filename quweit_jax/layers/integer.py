@@ -195,13 +195,13 @@ class ShiftGELU(IntegerModule):
         return Quantized(out, scale, integer.attach(out * scale, integer.gelu_shadow(x.real)))
 
 
-def _einsum_units(subscripts: str, a: Quantized, b: Quantized) -> Array:
-    """A product of whole numbers: in int32 (packed), or in float32 with every partial sum below 2**24, which is exact too."""
+def _product(subscripts: str, a: Quantized, b: Quantized, factor: float = 1.0) -> Quantized:
+    """An einsum of two quantised arrays, times a real factor that only the scale takes."""
+    ints = integer.einsum_units(subscripts, a.ints, b.ints)
     if a.packed:
-        b_ints = b.ints if a.ints.dtype == b.ints.dtype else b.ints.astype(a.ints.dtype)
-        return jnp.einsum(subscripts, a.ints, b_ints, preferred_element_type=jnp.int32)
-    floats = (a.ints.astype(jnp.float32), b.ints.astype(jnp.float32))
-    return jnp.einsum(subscripts, *floats, precision=jax.lax.Precision.HIGHEST).astype(a.ints.dtype)
+        return Quantized(ints)
+    scale = a.scale * b.scale * factor
+    return Quantized(ints, scale, integer.attach(ints * scale, jnp.einsum(subscripts, a.real, b.real) * factor))
 
 
 class IntegerAttention(nn.Module):
@@ -221,19 +221,9 @@ class IntegerAttention(nn.Module):
         head = width // self.num_heads
         qkv = ActivationQuantizer(name="quant_qkv")(IntegerDense(3 * width, name="qkv")(x), train=train)
         q, k, v = (qkv.map(lambda a, i=i: a.reshape(batch, tokens, 3, self.num_heads, head)[:, :, i]) for i in range(3))
-        ints, subscripts = _einsum_units("bqhk,bshk->bhqs", q, k), "bqhk,bshk->bhqs"
-        if x.packed:
-            scores = Quantized(ints)
-        else:
-            scale = q.scale * k.scale * head**-0.5
-            scores = Quantized(ints, scale, integer.attach(ints * scale, jnp.einsum(subscripts, q.real, k.real) * head**-0.5))
+        scores = _product("bqhk,bshk->bhqs", q, k, head**-0.5)
         weights = Shiftmax(name="shiftmax")(ActivationQuantizer(name="quant_scores")(scores, train=train))
-        ints, subscripts = _einsum_units("bhqs,bshk->bqhk", weights, v), "bhqs,bshk->bqhk"
-        if x.packed:
-            mixed = Quantized(ints)
-        else:
-            scale = weights.scale * v.scale
-            mixed = Quantized(ints, scale, integer.attach(ints * scale, jnp.einsum(subscripts, weights.real, v.real)))
+        mixed = _product("bhqs,bshk->bqhk", weights, v)
         mixed = ActivationQuantizer(name="quant_mixed")(mixed.map(lambda a: a.reshape(batch, tokens, width)), train=train)
         out = IntegerDense(width, self.output_std, name="proj")(mixed)
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_proj")(out, train=train)
@@ -255,7 +245,7 @@ class IntegerMLP(nn.Module):
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
 
 
-class IntegerWeightlessBlock(WeightlessBlock):
+class IntegerWeightlessBlock(WeightlessBlock, IntegerModule):
     """A weightless block on integers (QuWeiT on I-ViT): 8-bit integers are compared, 1-bit tables read, int8 vectors added in int32.
 
     From the integers that come in to the int32 sums that go out there is no multiplication in packed form. Takes the arguments of
@@ -269,7 +259,7 @@ class IntegerWeightlessBlock(WeightlessBlock):
         lead, width = x.ints.shape[:-1], x.ints.shape[-1]
         flat = x.map(lambda a: a.reshape(-1, width).T)
         if x.packed:
-            thresholds, vectors, bias = (jnp.asarray(self.get_variable("packed", name)) for name in ("thresholds", "vectors", "bias"))
+            thresholds, vectors, bias = self.read("thresholds", "vectors", "bias")
             bits_FT = (flat.ints[:, None, :] > thresholds[:, :, None]).reshape(-1, flat.ints.shape[1])
             return Quantized((self._add(self._look_up(bits_FT), vectors) + bias).reshape(*lead, self.features))
         real = self._thresholds(width)
@@ -280,8 +270,7 @@ class IntegerWeightlessBlock(WeightlessBlock):
         vectors, bias = self._vectors(bits_LT.shape[0])
         out, scale = self._integer_sum(bits_LT, vectors, bias)
         out = out.astype(x.ints.dtype)
-        if packing(self):
-            self.put_variable("packed", "thresholds", jnp.clip(thresholds, -129, 127).astype(jnp.int16))
+        self.constant("thresholds", jnp.clip(thresholds, -129, 127).astype(jnp.int16))
         shadow = self._sum(bits_LT, vectors, bias)
         return Quantized(out, scale, integer.attach(out * scale, shadow)).map(lambda a: a.reshape(*lead, self.features))
 
@@ -293,13 +282,12 @@ class IntegerWeightlessBlock(WeightlessBlock):
         bias_int = integer.quantize_bias(bias, scale)
         if self.signed:  # sum (2 bit - 1) v = sum bit 2v - sum v
             bias_int = bias_int - self._per_feature(vectors_int.astype(jnp.int32)).sum(0)
-        if packing(self):
-            self.put_variable("packed", "vectors", vectors_int)
-            self.put_variable("packed", "bias", bias_int)
+        self.constant("vectors", vectors_int)
+        self.constant("bias", bias_int)
         if self.sum == "dense":
             total = reductions.conditional_sum_feature_major(bits_LT, vectors_int.astype(jnp.float32))
         else:
-            total = reductions.conditional_sum(bits_LT.T, self._per_feature(vectors_int).T.reshape(-1).astype(jnp.float32), jnp.zeros_like(scale))
+            total = reductions.conditional_sum(bits_LT.T, vectors_int.reshape(-1).astype(jnp.float32), jnp.zeros_like(scale))
         return (1 + self.signed) * total + bias_int, scale
 
     def _per_feature(self, vectors: Array) -> Array:

@@ -10,7 +10,7 @@ integer-only model needs at inference is in `packed` (see `layers.integer`): giv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +44,13 @@ def residual_tables(scale: float = 1.0) -> Callable[..., Array]:
 def packing(module: nn.Module) -> bool:
     """Whether the constants of the packed form are being written down: `model.apply(variables, ..., mutable=['packed'])`."""
     return module.is_mutable_collection("packed") and not module.is_initializing()
+
+
+def wiring_of(params: Mapping[str, Any], constants: Mapping[str, Any]) -> Array:
+    """The input each slot of a look-up layer reads, (L, n), whatever the kind of mapping, from its `params` and its `wiring`."""
+    num_luts, entries = params["tables"].shape
+    wiring = constants["mapping"] if "mapping" in constants else mapping.strongest(params["scores"], constants.get("candidates"))
+    return jnp.asarray(wiring).reshape(num_luts, entries.bit_length() - 1)
 
 
 class LUTLayer(nn.Module):
@@ -91,7 +98,8 @@ class LUTLayer(nn.Module):
         bits_FT, wiring, inverse = self._wire(bits_FT, num_inputs, slots)
         if packing(self):
             self.put_variable("packed", "tables", packed_lut.pack_tables(tables))
-            self.put_variable("packed", "wiring", self._chosen_inputs(num_inputs))
+            dtype = jnp.uint8 if num_inputs <= 2**8 else jnp.uint16 if num_inputs <= 2**16 else jnp.int32
+            self.put_variable("packed", "wiring", wiring_of(self.variables["params"], self.variables.get("wiring", {})).astype(dtype))
         values = lut.lut_lookup_feature_major(bits_FT, wiring, tables, decay=self.decay, alpha=self.alpha, beta=self.beta, inverse=inverse)
         return lut.binarize(values) if self.binary else values
 
@@ -114,17 +122,6 @@ class LUTLayer(nn.Module):
             chosen_MT = mapping.sparse_mapping_feature_major(bits_FT, scores, candidates, tau=self.tau)
         straight = mapping.arange_mapping(slots, self.num_luts, self.lut_inputs)
         return chosen_MT, straight, mapping.invert_mapping(straight, slots)
-
-    def _chosen_inputs(self, num_inputs: int) -> Array:
-        """The input each slot reads now, whatever the kind of mapping: (num_luts, lut_inputs), of the smallest integer type."""
-        if self.mapping in ("random", "arange"):
-            wiring = self.get_variable("wiring", "mapping")
-        else:
-            scores = self.get_variable("params", "scores")
-            candidates = self.get_variable("wiring", "candidates") if self.mapping == "candidates" else None
-            wiring = mapping.strongest(scores, candidates)
-        dtype = jnp.uint8 if num_inputs <= 2**8 else jnp.uint16 if num_inputs <= 2**16 else jnp.int32
-        return wiring.reshape(self.num_luts, self.lut_inputs).astype(dtype)
 
     def _fixed_mapping(self, shape: tuple[int, int, int]) -> Array:
         return mapping.random_mapping(self.make_rng("params"), *shape) if self.mapping == "random" else mapping.arange_mapping(*shape)

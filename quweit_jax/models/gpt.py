@@ -16,7 +16,7 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.transformer import ATTENTIONS, GELUS, MLP, CausalSelfAttention, LayerNorm, normal
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import WeightlessOptions, kinds_of_mlp
+from quweit_jax.models.options import DTYPES, WeightlessOptions, kinds_of_mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
-        check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.gelu", self.gelu, GELUS)
         check_choice("model.attention", self.attention, ATTENTIONS)
         self.mlps()

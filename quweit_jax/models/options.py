@@ -36,6 +36,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") 
 
 
 MLPS = ("dense", "weightless", "none")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def kinds_of_mlp(mlp: str | Sequence[str], blocks: int) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from quweit_jax.layers import integer as layers
 from quweit_jax.layers.integer import ActivationQuantizer, IntegerModule, Quantized
 from quweit_jax.layers.transformer import ATTENTIONS, MLP, LayerNorm, SelfAttention
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import WeightlessOptions, kinds_of_mlp
+from quweit_jax.models.options import DTYPES, WeightlessOptions, kinds_of_mlp
+from quweit_jax.ops.integer import attach
 
 # Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests and for two cores).
 SIZES = {
@@ -36,6 +37,7 @@ SIZES = {
     "L": (1024, 24, 16),
 }
 POOLS = ("cls", "mean")
+trunc_normal = nn.initializers.truncated_normal  # cut at two standard deviations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ class ViTConfig:
         if self.integer and self.dtype != "float32":
             raise InputError(f"model.dtype: an integer model trains beside float32, found {self.dtype}; leave it at float32.")
         check_choice("model.pool", self.pool, ("cls",) if self.integer else POOLS)
-        check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
         self.mlps()
 
@@ -106,38 +108,21 @@ class ViTConfig:
         return [self.drop_path * i / max(1, depth - 1) for i in range(depth)]
 
 
-def trunc_normal(std: float) -> nn.initializers.Initializer:
-    """Normal, cut at two standard deviations."""
-    return nn.initializers.truncated_normal(std)
-
-
 class DropPath(nn.Module):
-    """Leaves a branch out for a share `rate` of the examples while training, and scales up the others."""
+    """Leaves a branch out for a share `rate` of the examples while training, and scales up the others; whole numbers stay whole."""
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        """x (B, ...) -> the same."""
+    def __call__(self, x: Any, train: bool) -> Any:
+        """x, (B, ...) array or Quantized -> the same."""
         if not train or self.rate == 0:
             return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+        shape = x.ints.shape if isinstance(x, Quantized) else x.shape
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (shape[0],) + (1,) * (len(shape) - 1))
+        if isinstance(x, Quantized):
+            return Quantized(jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0), x.scale, jnp.where(kept, x.real / (1 - self.rate), 0))
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
-
-
-class DropPathQuantized(nn.Module):
-    """`DropPath` of integers and their shadow alike."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Quantized, train: bool) -> Quantized:
-        """x (B, ...) -> the same."""
-        if not train or self.rate == 0:
-            return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.ints.shape[0],) + (1,) * (x.ints.ndim - 1))
-        ints = jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0).astype(x.ints.dtype)
-        return Quantized(ints, x.scale, jnp.where(kept, x.real / (1 - self.rate), 0))
 
 
 class ViTBlock(nn.Module):
@@ -175,7 +160,7 @@ class IntegerViTBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Quantized, train: bool = False) -> Quantized:
         """x (B, T, d) at 16 bits -> (B, T, d) at 16 bits."""
-        drop = DropPathQuantized(self.drop_path, name="drop_path")
+        drop = DropPath(self.drop_path, name="drop_path")
         y = ActivationQuantizer(name="quant_attention_norm")(layers.IntegerLayerNorm(name="attention_norm")(x), train=train)
         y = layers.IntegerAttention(self.config.sizes()[2], name="attention")(y, train=train)
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(drop(y, train), x, train=train)
@@ -234,7 +219,7 @@ class ViT(IntegerModule):
         else:
             token = self.param("cls_token", trunc_normal(0.02), (1, 1, width), jnp.float32)
             cls_int = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
-            cls = Quantized(cls_int, x.scale, layers.integer.attach(cls_int * x.scale, token))
+            cls = Quantized(cls_int, x.scale, attach(cls_int * x.scale, token))
             quantizer = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_position")
             position = quantizer.from_real(self._positions(shape, width), train=train)
             self.constant("cls_token", cls_int.astype(jnp.int32))

@@ -37,7 +37,7 @@ GELU_BITS = 8
 GELU_SLOPE = 1.702
 LAYER_NORM_ITERATIONS = 10
 _SMALLEST_SCALE = 1e-8
-_ONE = 2.0**31  # the published 2**31 - 1, which is this in the float32 it is computed in
+_DIVIDEND = 2.0**31  # the published 2**31 - 1, which is this in the float32 it is computed in
 _SMALLEST_ROOT = 64.0  # where ten Newton steps from 2**16 end for a tiny variance
 
 
@@ -84,15 +84,20 @@ def saturate(x: Array) -> Array:
 
 
 def matmul_units(x: Array, weight_int: Array) -> Array:
-    """(..., I) @ (I, O) of whole numbers: (..., O).
+    """(..., I) @ (I, O) of whole numbers: (..., O). See `einsum_units`."""
+    return einsum_units("...i,io->...o", x, weight_int)
 
-    int8 operands use int8 products summed in int32. Others are multiplied in float32, which matrix units do fast and which is exact
-    while every partial sum stays below 2**24; the result has x's representation, int32 or float32.
+
+def einsum_units(subscripts: str, a: Array, b: Array) -> Array:
+    """A product of two arrays of whole numbers, in the representation of the first.
+
+    Integer operands, which may differ in width, are multiplied as they are and summed in int32. For a float32 one the other is
+    taken to float32 too, which matrix units do fast and which is exact while every partial sum stays below 2**24.
     """
-    if x.dtype == jnp.int8 and weight_int.dtype == jnp.int8:
-        return jax.lax.dot_general(x, weight_int, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    product = jnp.matmul(x.astype(jnp.float32), weight_int.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return product.astype(jnp.int32) if is_integer(x) else product
+    if is_integer(a):
+        common = jnp.promote_types(a.dtype, b.dtype)
+        return jnp.einsum(subscripts, a.astype(common), b.astype(common), preferred_element_type=jnp.int32)
+    return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def int_linear(x_int: Array, scale: Array, weight: Array, bias: Array | None = None, *, bits: int = 8) -> tuple[Array, Array]:
@@ -108,13 +113,14 @@ def int_linear(x_int: Array, scale: Array, weight: Array, bias: Array | None = N
     weight_int, weight_scale = quantize_weights(weight, bits=bits)
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = weight_scale * scale
-    total = matmul_units(_as_int(x_int), weight_int)
+    total = matmul_units(x_int if is_integer(x_int) else jnp.round(jax.lax.stop_gradient(x_int)), weight_int)
     if bias is not None:
         total = total + quantize_bias(bias, out_scale)
-    if is_integer(x_int):
-        return total, out_scale
-    shadow = jnp.matmul(x_int * scale, attach(weight_int * weight_scale, weight)) + (0.0 if bias is None else bias)
-    return attach(total * out_scale, shadow), out_scale
+
+    def shadow() -> Array:
+        return jnp.matmul(x_int * scale, attach(weight_int * weight_scale, weight)) + (0.0 if bias is None else bias)
+
+    return _out(x_int, total, out_scale, shadow)
 
 
 def shift_exp(x: Array, inverse: Array, shifts: Array | int) -> Array:
@@ -175,13 +181,13 @@ def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     inverse = jnp.minimum(inverse, 2**15)
     exponentials = shift_exp(x - x.max(-1, keepdims=True), inverse, SOFTMAX_SHIFTS)
     if not is_integer(x):
-        total = jnp.minimum(exponentials.sum(-1, keepdims=True), _ONE)
-        return jnp.floor(exponentials * jnp.floor(_ONE / total) / 2.0 ** (32 - bits))
+        total = jnp.minimum(exponentials.sum(-1, keepdims=True), _DIVIDEND)
+        return jnp.floor(exponentials * jnp.floor(_DIVIDEND / total) / 2.0 ** (32 - bits))
     # The sum has to fit 32 bits; scales so small that it might not lose the last of their many bits.
     spare = _bit_length(inverse) + SOFTMAX_SHIFTS + math.ceil(math.log2(max(1, x.shape[-1]))) - 32
     exponentials = exponentials >> jnp.maximum(0, spare).astype(jnp.uint32)
     total = jnp.clip(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), 1, wide.INT32_MAX)
-    return ((exponentials * (jnp.uint32(2**31) // total)) >> (32 - bits)).astype(jnp.int32)
+    return ((exponentials * (jnp.uint32(_DIVIDEND) // total)) >> (32 - bits)).astype(jnp.int32)
 
 
 def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Array]:
@@ -197,10 +203,8 @@ def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Arra
         raise InputError(f"shiftmax: bits must be 2 to 31, found {bits}.")
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = jnp.full((1,), 2.0 ** (1 - bits))
-    if is_integer(x_int):
-        return shiftmax_units(_as_int(x_int), inverse_scale(scale), bits=bits), out_scale
     out = shiftmax_units(_published_grid(x_int, scale), inverse_scale(scale), bits=bits)
-    return attach(out * out_scale, jax.nn.softmax(x_int * scale, axis=-1)), out_scale
+    return _out(x_int, out, out_scale, lambda: jax.nn.softmax(x_int * scale, axis=-1))
 
 
 def shift_gelu_units(x: Array, inverse: Array) -> Array:
@@ -213,10 +217,10 @@ def _shift_gelu(x: Array, inverse: Array) -> Array:
     shifts = jnp.minimum(GELU_SHIFTS, 31 - _bit_length(inverse))
     numerator, other = shift_exp(x - top, inverse, shifts), shift_exp(-top, inverse, shifts)
     if not is_integer(x):
-        total = jnp.minimum(numerator + other, _ONE)
-        return x * jnp.floor(numerator * jnp.floor(_ONE / total) / 2.0 ** (32 - GELU_BITS))
+        total = jnp.minimum(numerator + other, _DIVIDEND)
+        return x * jnp.floor(numerator * jnp.floor(_DIVIDEND / total) / 2.0 ** (32 - GELU_BITS))
     total = jnp.clip(numerator + other, 1, wide.INT32_MAX)
-    return x * ((numerator * (jnp.uint32(2**31) // total)) >> (32 - GELU_BITS)).astype(jnp.int32)
+    return x * ((numerator * (jnp.uint32(_DIVIDEND) // total)) >> (32 - GELU_BITS)).astype(jnp.int32)
 
 
 def shift_gelu(x_int: Array, scale: Array) -> tuple[Array, Array]:
@@ -230,10 +234,8 @@ def shift_gelu(x_int: Array, scale: Array) -> tuple[Array, Array]:
     """
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = jnp.reshape(scale * 2.0 ** (1 - GELU_BITS), (-1,))
-    if is_integer(x_int):
-        return shift_gelu_units(_as_int(x_int), inverse_scale(scale * GELU_SLOPE)), out_scale
     out = shift_gelu_units(_published_grid(x_int, scale), inverse_scale(scale * GELU_SLOPE))
-    return attach(out * out_scale, gelu_shadow(x_int * scale)), out_scale
+    return _out(x_int, out, out_scale, lambda: gelu_shadow(x_int * scale))
 
 
 def gelu_shadow(x: Array) -> Array:
@@ -242,7 +244,9 @@ def gelu_shadow(x: Array) -> Array:
 
 
 def _published_grid(x_int: Array, scale: Array) -> Array:
-    """x / scale for the real x = x_int * scale, each rounded to float32 as the published program does."""
+    """Integers as they are; of floats, x / scale for the real x = x_int * scale, each rounded to float32 as the published program does."""
+    if is_integer(x_int):
+        return x_int.astype(jnp.int32)
     x_int = jax.lax.stop_gradient(x_int)
     # The barriers keep the product from being cancelled, and the division from becoming a product with 1 / scale.
     scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x_int.shape))
@@ -271,7 +275,7 @@ def layer_norm_units(x: Array, bias_int: Array, halvings: Array) -> Array:
     if not is_integer(x):
         centred = x - jnp.round(x.mean(-1, keepdims=True))
         root = jnp.maximum(jnp.floor(jnp.sqrt(jnp.square(centred).sum(-1, keepdims=True))), _SMALLEST_ROOT)
-        return jnp.floor(centred * jnp.floor(_ONE / root) * _power_of_two(-1 - halvings)) + bias_int
+        return jnp.floor(centred * jnp.floor(_DIVIDEND / root) * _power_of_two(-1 - halvings)) + bias_int
     return sealed(_layer_norm_int, x, bias_int, halvings)
 
 
@@ -288,7 +292,7 @@ def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
         return (root + wide.divide(high, low, root)) >> 1
 
     root = jax.lax.fori_loop(0, LAYER_NORM_ITERATIONS, newton, jnp.full_like(low, 2**16))
-    factor = (jnp.uint32(2**31) // root).astype(jnp.int32)
+    factor = (jnp.uint32(_DIVIDEND) // root).astype(jnp.int32)
     return ((centred * factor) >> (1 + halvings)) + bias_int
 
 
