@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -46,7 +45,7 @@ def compile_step(config: configs.Config, topology: str) -> dict[str, Any]:
     import numpy as np
     from jax.experimental import topologies
 
-    from quweit_jax.training import run, sharding
+    from quweit_jax.training import run
 
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -55,9 +54,7 @@ def compile_step(config: configs.Config, topology: str) -> dict[str, Any]:
         raise InputError(
             f"--topology: cannot compile for TPU topology '{topology}' ({reason}); pip install libtpu, or give one such as v5e:2x4."
         ) from None
-    parts = run.assemble(config, training=False)
-    parts = dataclasses.replace(parts, mesh=sharding.make_mesh(sharding.MeshConfig(**config.mesh.to_dict()), devices))
-    sharding.check_batch(config.batch_size, parts.mesh)
+    parts = run.assemble(config, devices=devices)
     state, batch = parts.abstract_state(), parts.abstract_batch()
     step = parts.train_step(jax.tree.map(lambda leaf: leaf.sharding, state))
     since = time.monotonic()

@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     cli.join_processes()
     import jax
 
+    from quweit_jax.data import pipeline
     from quweit_jax.inference import integer, packed
     from quweit_jax.training import loop, run, state
 
@@ -43,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
         result |= {"block_bytes": sum(map(packed.block_bytes, blocks)), "dense_mlp_bytes_int8": sum(map(packed.dense_bytes, blocks))}
         apply = functools.partial(packed.apply, model)
     result |= loop.evaluate(state.make_eval_step(apply), variables, opened.parts, args.batches)
-    if getattr(opened.parts.dataset.validation, "bad", None):
-        result["images_left_out"] = len(opened.parts.dataset.validation.bad)  # type: ignore[attr-defined]
+    if bad := pipeline.left_out(opened.parts.dataset.validation):
+        result["images_left_out"] = len(bad)
     if args.json:
         print(json.dumps(result))
     else:

@@ -13,18 +13,19 @@ from quweit_jax.pretrained import transfer
 from quweit_jax.training import run
 
 
-def reader(path: str) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+def reader(path: str, workdir: Path) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
     """A function from a new run's variables to those it begins with: what fits is taken from `path`, the rest stays, and both are told.
 
     path: a run directory (its best checkpoint is taken), or a published checkpoint (see `pretrained.transfer.read_source`); '' for none.
+    workdir: of the run; one that already has checkpoints goes on from those, and the source need not be there any more.
 
     Raises:
-      InputError: there is nothing at `path`.
+      InputError: there is nothing at `path`, and the run is a new one.
     """
     if not path:
         return None
     place = Path(path).expanduser()
-    if not place.exists():
+    if not place.exists() and not run.has_checkpoints(workdir):
         raise InputError(f"init_from: nothing at {path}; give a run directory, a folder with a published checkpoint, or its weights file.")
 
     def initial(fresh: dict[str, Any]) -> dict[str, Any]:

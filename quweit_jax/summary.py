@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from quweit_jax import configs
+from quweit_jax.data import pipeline
 from quweit_jax.inference import generation, packed
 from quweit_jax.training.loop import Result
 
@@ -37,9 +38,9 @@ def summarise(result: Result, workdir: Path) -> None:
         accuracy = f", accuracy {result.validation['accuracy']:.2%}" if result.parts.dataset.tokenizer is None else ""
         print(f"step {result.step}: validation loss {result.validation['loss']:.4f}{accuracy}")
     for name, examples in (("training", result.parts.dataset.train), ("validation", result.parts.dataset.validation)):
-        if getattr(examples, "bad", None):
-            index, reason = min(examples.bad.items())  # type: ignore[attr-defined]
-            print(f"left out: {len(examples.bad)} {name} image(s) that cannot be used, such as index {index} ({reason})")  # type: ignore[attr-defined]
+        if bad := pipeline.left_out(examples):
+            index, reason = min(bad.items())
+            print(f"left out: {len(bad)} {name} image(s) that cannot be used, such as index {index} ({reason})")
     if jax.process_count() > 1:
         return  # the parameters are spread over processes; the commands below read them from the checkpoint
     config, variables = result.parts.config, jax.device_get(result.state.variables())

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     for path, text in overrides.items():
         configs.set_value(config, path, text)
     cli.join_processes()
-    begin = initial.reader(config.get("init_from") or "")
+    begin = initial.reader(config.get("init_from") or "", workdir)
     summary.announce(config, workdir)
     result = loop.fit(config, workdir, progress={"auto": None, "on": True, "off": False}[args.progress], initial=begin)
     summary.summarise(result, workdir)

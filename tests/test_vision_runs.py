@@ -1,6 +1,7 @@
 """Vision runs from the command line, on a folder of made-up images: train, go on, evaluate, deploy, fine-tune, compile."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -132,6 +133,16 @@ def test_init_from_errors(folder, tmp_path):
     config = run.read_config(_written_config(folder, tmp_path))
     with pytest.raises(InputError, match=r"init_from: loop\.fit needs initial="):
         loop.fit(config, tmp_path / "y")
+
+
+def test_a_run_goes_on_without_its_source(folder, tmp_path):
+    """What a run began from is only needed to begin it."""
+    source, workdir = tmp_path / "source", tmp_path / "run"
+    assert train.main(arguments(folder, source, variant="quick,mlp=none,steps=1")) == 0
+    assert train.main(arguments(folder, workdir, f"--config.init_from={source}", variant="quick,mlp=none,steps=1")) == 0
+    shutil.rmtree(source)
+    assert train.main(["--workdir", str(workdir), "--config.steps=2"]) == 0
+    assert loop.fit(run.read_config(workdir), workdir).step == 2
 
 
 def _written_config(folder, tmp_path):

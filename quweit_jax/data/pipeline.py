@@ -114,6 +114,11 @@ def _example(examples: Sequence[Any], index: int) -> dict[str, np.ndarray] | Non
     return examples.get(index) if isinstance(examples, ImageExamples) else examples[index]
 
 
+def left_out(examples: Sequence[Any]) -> dict[int, str]:
+    """Why images could not be used, by index, so far (data.skip_bad); nothing for other examples."""
+    return examples.bad if isinstance(examples, ImageExamples) else {}
+
+
 def train_batches(
     examples: Sequence[Any], batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1, prefetch: int = 4
 ) -> grain.DatasetIterator:
@@ -157,10 +162,12 @@ def eval_batches(examples: Sequence[Any], batch_size: int, limit: int = 0, *, pr
     count = min(len(examples), limit * batch_size) if limit else len(examples)
     chosen = [i * len(examples) // count for i in range(count)]
     local = batch_size // process_count
-    with ThreadPoolExecutor(_threads(examples)) as pool:
+    threads = _threads(examples)
+    with ThreadPoolExecutor(threads) as pool:
+        each: Any = pool.map if threads > 1 else map
         for start in range(0, count, batch_size):
             places = range(start + process_index * local, start + (process_index + 1) * local)
-            found = list(pool.map(lambda p: _example(examples, chosen[min(p, count - 1)]), places))
+            found = list(each(lambda p: _example(examples, chosen[min(p, count - 1)]), places))
             rows = [examples.blank() if row is None else row for row in found]  # type: ignore[attr-defined]
             batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
             yield batch | {"weights": np.asarray([p < count and row is not None for p, row in zip(places, found)], np.float32)}

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from quweit_jax.layers.transformer import normal
+from quweit_jax.layers.transformer import Initializer, normal
 from quweit_jax.layers.weightless import WeightlessBlock, packing
 from quweit_jax.ops import integer, packed_lut, reductions, thermometer, wide
 
@@ -122,7 +122,7 @@ class IntegerDense(IntegerModule):
     """A linear layer with int8 weights (a scale an output) and an int32 bias; `scale` is that of its int32 results."""
 
     features: int
-    kernel_std: float = 0.02
+    kernel_init: Initializer = normal(0.02)
 
     @nn.compact
     def __call__(self, x: Quantized) -> Quantized:
@@ -130,7 +130,7 @@ class IntegerDense(IntegerModule):
         if x.packed:
             kernel, bias = self.read("kernel", "bias")
             return Quantized(integer.matmul_units(x.ints, kernel) + bias)
-        kernel = self.param("kernel", normal(self.kernel_std), (x.ints.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (x.ints.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel_int, kernel_scale = integer.quantize_weights(kernel)
         scale = kernel_scale * x.scale
@@ -208,24 +208,25 @@ class IntegerAttention(nn.Module):
     """I-ViT's attention: 8-bit queries, keys, values and scores, Shiftmax at 16 bits, 16 bits out.
 
     Args:
-      num_heads: H. output_std: initial standard deviation of the output projection.
+      num_heads: H. kernel_init, output_init: of the queries, keys and values, and of the output projection.
     """
 
     num_heads: int
-    output_std: float = 0.02
+    kernel_init: Initializer = normal(0.02)
+    output_init: Initializer = normal(0.02)
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
         """x (B, T, d) at 8 bits -> (B, T, d) at 16 bits."""
         batch, tokens, width = x.ints.shape
         head = width // self.num_heads
-        qkv = ActivationQuantizer(name="quant_qkv")(IntegerDense(3 * width, name="qkv")(x), train=train)
+        qkv = ActivationQuantizer(name="quant_qkv")(IntegerDense(3 * width, self.kernel_init, name="qkv")(x), train=train)
         q, k, v = (qkv.map(lambda a, i=i: a.reshape(batch, tokens, 3, self.num_heads, head)[:, :, i]) for i in range(3))
         scores = _product("bqhk,bshk->bhqs", q, k, head**-0.5)
         weights = Shiftmax(name="shiftmax")(ActivationQuantizer(name="quant_scores")(scores, train=train))
         mixed = _product("bhqs,bshk->bqhk", weights, v)
         mixed = ActivationQuantizer(name="quant_mixed")(mixed.map(lambda a: a.reshape(batch, tokens, width)), train=train)
-        out = IntegerDense(width, self.output_std, name="proj")(mixed)
+        out = IntegerDense(width, self.output_init, name="proj")(mixed)
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_proj")(out, train=train)
 
 
@@ -233,15 +234,16 @@ class IntegerMLP(nn.Module):
     """Linear, ShiftGELU, linear: 8 bits in, 16 bits out; the hidden layer `ratio` times wider."""
 
     ratio: int = 4
-    output_std: float = 0.02
+    kernel_init: Initializer = normal(0.02)
+    output_init: Initializer = normal(0.02)
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
         """x (..., d) at 8 bits -> (..., d) at 16 bits."""
         width = x.ints.shape[-1]
-        hidden = ActivationQuantizer(name="quant_up")(IntegerDense(self.ratio * width, name="up")(x), train=train)
+        hidden = ActivationQuantizer(name="quant_up")(IntegerDense(self.ratio * width, self.kernel_init, name="up")(x), train=train)
         hidden = ActivationQuantizer(name="quant_gelu")(ShiftGELU(name="gelu")(hidden), train=train)
-        out = IntegerDense(width, self.output_std, name="down")(hidden)
+        out = IntegerDense(width, self.output_init, name="down")(hidden)
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
 
 

@@ -16,9 +16,10 @@ from quweit_jax.errors import check_choice
 
 ATTENTIONS = ("auto", "xla", "cudnn")
 GELUS = ("exact", "tanh")
+Initializer = nn.initializers.Initializer
 
 
-def normal(std: float) -> nn.initializers.Initializer:
+def normal(std: float) -> Initializer:
     """Normal initialiser with the given standard deviation."""
     return nn.initializers.normal(std)
 
@@ -50,7 +51,7 @@ class CausalSelfAttention(nn.Module):
 
     Args:
       num_heads: H. context: the cache's length. dropout: of attention weights and of the output.
-      use_bias: biases of both projections. output_std: initial standard deviation of the output projection.
+      use_bias: biases of both projections. kernel_init, output_init: of the queries, keys and values, and of the output projection.
       implementation: 'auto', 'xla' or 'cudnn' (flash attention on NVIDIA GPUs, half precision).
     """
 
@@ -58,7 +59,8 @@ class CausalSelfAttention(nn.Module):
     context: int
     dropout: float = 0.0
     use_bias: bool = False
-    output_std: float = 0.02
+    kernel_init: Initializer = normal(0.02)
+    output_init: Initializer = normal(0.02)
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
@@ -67,7 +69,7 @@ class CausalSelfAttention(nn.Module):
         """x (B, T, d) -> (B, T, d)."""
         batch, tokens, width = x.shape
         dense = {"use_bias": self.use_bias, "dtype": self.dtype}
-        qkv = nn.Dense(3 * width, kernel_init=normal(0.02), name="qkv", **dense)(x)
+        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, name="qkv", **dense)(x)
         q, k, v = jnp.split(qkv.reshape(batch, tokens, 3 * self.num_heads, -1), 3, axis=2)
         mask = None
         if decode:
@@ -77,7 +79,7 @@ class CausalSelfAttention(nn.Module):
             mixed = self._attend_with_dropout(q, k, v)
         else:
             mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=not decode, implementation=implementation)
-        out = nn.Dense(width, kernel_init=normal(self.output_std), name="proj", **dense)(mixed.reshape(batch, tokens, width))
+        out = nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(mixed.reshape(batch, tokens, width))
         return nn.Dropout(self.dropout, deterministic=not train)(out)
 
     def _attend_with_dropout(self, q: Array, k: Array, v: Array) -> Array:
@@ -107,13 +109,14 @@ class SelfAttention(nn.Module):
     """Multi-head attention of every token to every token, as in an encoder.
 
     Args:
-      num_heads: H. use_bias: biases of both projections. output_std: initial standard deviation of the output projection.
+      num_heads: H. use_bias: biases of both projections. kernel_init, output_init: of the queries, keys and values, and of the output projection.
       implementation: 'auto', 'xla' or 'cudnn', see `CausalSelfAttention`.
     """
 
     num_heads: int
     use_bias: bool = True
-    output_std: float = 0.02
+    kernel_init: Initializer = normal(0.02)
+    output_init: Initializer = normal(0.02)
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
@@ -122,20 +125,24 @@ class SelfAttention(nn.Module):
         """x (B, T, d) -> (B, T, d)."""
         batch, tokens, width = x.shape
         dense = {"use_bias": self.use_bias, "dtype": self.dtype}
-        qkv = nn.Dense(3 * width, kernel_init=normal(0.02), name="qkv", **dense)(x)
+        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, name="qkv", **dense)(x)
         q, k, v = jnp.split(qkv.reshape(batch, tokens, 3 * self.num_heads, -1), 3, axis=2)
         implementation: Any = pick_attention(self.implementation, self.dtype)
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        return nn.Dense(width, kernel_init=normal(self.output_std), name="proj", **dense)(mixed.reshape(batch, tokens, width))
+        return nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(mixed.reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):
-    """Dense -> GELU -> Dense, the hidden layer `ratio` times wider; gelu is 'exact' or the 'tanh' approximation."""
+    """Dense -> GELU -> Dense, the hidden layer `ratio` times wider; gelu is 'exact' or the 'tanh' approximation.
+
+    kernel_init, output_init: of the first and the second kernel.
+    """
 
     ratio: int = 4
     dropout: float = 0.0
     use_bias: bool = False
-    output_std: float = 0.02
+    kernel_init: Initializer = normal(0.02)
+    output_init: Initializer = normal(0.02)
     gelu: str = "exact"
     dtype: Any = jnp.float32
 
@@ -143,6 +150,6 @@ class MLP(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """x (..., d) -> (..., d)."""
         dense = {"use_bias": self.use_bias, "dtype": self.dtype}
-        hidden = nn.gelu(nn.Dense(self.ratio * x.shape[-1], kernel_init=normal(0.02), name="up", **dense)(x), approximate=self.gelu == "tanh")
-        out = nn.Dense(x.shape[-1], kernel_init=normal(self.output_std), name="down", **dense)(hidden)
+        hidden = nn.gelu(nn.Dense(self.ratio * x.shape[-1], kernel_init=self.kernel_init, name="up", **dense)(x), approximate=self.gelu == "tanh")
+        out = nn.Dense(x.shape[-1], kernel_init=self.output_init, name="down", **dense)(hidden)
         return nn.Dropout(self.dropout, deterministic=not train)(out)

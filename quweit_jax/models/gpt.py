@@ -71,8 +71,8 @@ class GPTBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False, decode: bool = False) -> Array:
         """x (B, T, d) -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        output_std = 0.02 / math.sqrt(2 * c.layers)
-        shared: dict[str, Any] = {"dropout": c.dropout, "use_bias": c.bias, "output_std": output_std, "dtype": dtype}
+        output_init = normal(0.02 / math.sqrt(2 * c.layers))
+        shared: dict[str, Any] = {"dropout": c.dropout, "use_bias": c.bias, "output_init": output_init, "dtype": dtype}
         attention = CausalSelfAttention(c.heads, c.context, implementation=c.attention, name="attention", **shared)
         x = x + attention(LayerNorm(c.bias, dtype, name="attention_norm")(x), train=train, decode=decode)
         if self.mlp == "dense":

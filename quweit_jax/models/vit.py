@@ -37,7 +37,9 @@ SIZES = {
     "L": (1024, 24, 16),
 }
 POOLS = ("cls", "mean")
-trunc_normal = nn.initializers.truncated_normal  # cut at two standard deviations
+# Kernels start at the scale their number of inputs asks for: DeiT's 0.02 for all, made for wide models and long training, keeps small
+# ones from learning for hundreds of steps. The outputs of residual branches start smaller, so that their sum has the branches' scale.
+KERNEL_INIT = nn.initializers.lecun_normal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,11 @@ class ViTConfig:
         """The kind of each block's MLP."""
         return kinds_of_mlp(self.mlp, self.sizes()[1])
 
+    def initializers(self) -> dict[str, Any]:
+        """Of the kernels within a block: `kernel_init`, and of those whose results are added to the residual stream `output_init`."""
+        output_init = nn.initializers.variance_scaling(1 / (2 * self.sizes()[1]), "fan_in", "truncated_normal")
+        return {"kernel_init": KERNEL_INIT, "output_init": output_init}
+
     def drop_paths(self) -> list[float]:
         """The share each block leaves out."""
         depth = self.sizes()[1]
@@ -138,13 +145,13 @@ class ViTBlock(nn.Module):
         c, dtype, heads = self.config, jnp.dtype(self.config.dtype), self.config.sizes()[2]
         norm: Any = {"use_bias": True, "dtype": dtype, "epsilon": 1e-6}
         drop = DropPath(self.drop_path, name="drop_path")
-        attention = SelfAttention(heads, implementation=c.attention, dtype=dtype, name="attention")
+        attention = SelfAttention(heads, implementation=c.attention, dtype=dtype, name="attention", **c.initializers())
         x = x + drop(attention(LayerNorm(name="attention_norm", **norm)(x)), train)
         if self.mlp == "none":
             return x
         y = LayerNorm(name="mlp_norm", **norm)(x)
         if self.mlp == "dense":
-            y = MLP(c.mlp_ratio, use_bias=True, dtype=dtype, name="mlp")(y, train=train)
+            y = MLP(c.mlp_ratio, use_bias=True, dtype=dtype, name="mlp", **c.initializers())(y, train=train)
         else:
             y = WeightlessBlock(x.shape[-1], use_norm=False, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(y)
         return x + drop(y, train)
@@ -162,13 +169,13 @@ class IntegerViTBlock(nn.Module):
         """x (B, T, d) at 16 bits -> (B, T, d) at 16 bits."""
         drop = DropPath(self.drop_path, name="drop_path")
         y = ActivationQuantizer(name="quant_attention_norm")(layers.IntegerLayerNorm(name="attention_norm")(x), train=train)
-        y = layers.IntegerAttention(self.config.sizes()[2], name="attention")(y, train=train)
+        y = layers.IntegerAttention(self.config.sizes()[2], name="attention", **self.config.initializers())(y, train=train)
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(drop(y, train), x, train=train)
         if self.mlp == "none":
             return x
         y = ActivationQuantizer(name="quant_mlp_norm")(layers.IntegerLayerNorm(name="mlp_norm")(x), train=train)
         if self.mlp == "dense":
-            y = layers.IntegerMLP(self.config.mlp_ratio, name="mlp")(y, train=train)
+            y = layers.IntegerMLP(self.config.mlp_ratio, name="mlp", **self.config.initializers())(y, train=train)
         else:
             options: dict[str, Any] = dataclasses.asdict(self.config.weightless)
             y = layers.IntegerWeightlessBlock(x.ints.shape[-1], use_norm=False, name="mlp", **options)(y)
@@ -197,9 +204,9 @@ class ViT(IntegerModule):
         if c.integer:
             return self._integer(patches, images.shape, train)
         dtype = jnp.dtype(c.dtype)
-        x = nn.Dense(width, kernel_init=trunc_normal(0.02), dtype=dtype, name="patch_embed")(patches)
+        x = nn.Dense(width, kernel_init=KERNEL_INIT, dtype=dtype, name="patch_embed")(patches)
         if c.pool == "cls":
-            cls = self.param("cls_token", trunc_normal(0.02), (1, 1, width), jnp.float32)
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width), jnp.float32)
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, width)).astype(dtype), x], 1)
         x = x + self._positions(images.shape, width).astype(dtype)
         block = nn.remat(ViTBlock, static_argnums=(2,)) if c.remat else ViTBlock
@@ -207,17 +214,19 @@ class ViT(IntegerModule):
             x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
         x = LayerNorm(True, dtype, 1e-6, name="final_norm")(x)
         x = x[:, 0] if c.pool == "cls" else x.mean(1)
-        return nn.Dense(c.num_classes, kernel_init=trunc_normal(0.02), dtype=dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(c.num_classes, kernel_init=KERNEL_INIT, dtype=dtype, name="head")(x).astype(jnp.float32)
 
     def _integer(self, patches: Array, shape: Sequence[int], train: bool) -> Array:
         c, width = self.config, self.config.sizes()[0]
         x = ActivationQuantizer(name="quant_input").from_real(patches, train=train)
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_patches")(layers.IntegerDense(width, name="patch_embed")(x), train=train)
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_patches")(
+            layers.IntegerDense(width, KERNEL_INIT, name="patch_embed")(x), train=train
+        )
         if x.packed:
             cls_int, position_int = self.read("cls_token", "position_embedding")
             cls, position = Quantized(cls_int), Quantized(position_int)
         else:
-            token = self.param("cls_token", trunc_normal(0.02), (1, 1, width), jnp.float32)
+            token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width), jnp.float32)
             cls_int = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
             cls = Quantized(cls_int, x.scale, attach(cls_int * x.scale, token))
             quantizer = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_position")
@@ -232,7 +241,7 @@ class ViT(IntegerModule):
             x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
         x = layers.IntegerLayerNorm(name="final_norm")(x.map(lambda a: a[:, 0]))
         x = ActivationQuantizer(name="quant_final")(x, train=train)
-        logits = layers.IntegerDense(c.num_classes, name="head")(x)
+        logits = layers.IntegerDense(c.num_classes, KERNEL_INIT, name="head")(x)
         if logits.packed:
             return logits.ints * self.read("logit_scale")[0]
         self.constant("logit_scale", logits.scale)
@@ -243,7 +252,7 @@ class ViT(IntegerModule):
         grid, extra = (shape[1] // self.config.patch, shape[2] // self.config.patch), int(self.config.pool == "cls")
         if self.has_variable("params", "position_embedding"):
             return resample_positions(self.get_variable("params", "position_embedding"), grid, extra)
-        return self.param("position_embedding", trunc_normal(0.02), (1, math.prod(grid) + extra, width), jnp.float32)
+        return self.param("position_embedding", nn.initializers.normal(width**-0.5), (1, math.prod(grid) + extra, width), jnp.float32)
 
 
 def cut_patches(images: Array, patch: int) -> Array:

@@ -27,6 +27,7 @@ from quweit_jax.training import metrics, optimizers, run, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 
 Sums = dict[str, jax.Array]
+_NEEDS_INITIAL = "init_from: loop.fit needs initial=quweit_jax.initial.reader(config.init_from, workdir), as the train command gives it."
 
 
 @dataclasses.dataclass
@@ -155,8 +156,8 @@ def fit(
       RunError: the loss stopped being finite, or a checkpoint could not be written.
     """
     workdir = Path(workdir).absolute()
-    if config.get("init_from") and initial is None:
-        raise InputError("init_from: loop.fit needs initial=quweit_jax.initial.reader(config.init_from, ...), as the train command gives it.")
+    if config.get("init_from") and initial is None and not run.has_checkpoints(workdir):
+        raise InputError(_NEEDS_INITIAL)
     parts = run.assemble(config, run.prepare(workdir, config))
     checkpoints: Checkpoints | None = None
     try:
@@ -187,6 +188,8 @@ def _fit(
 ) -> Result:
     config, leader = parts.config, jax.process_index() == 0
     restored = checkpoints.restore(parts.abstract_state())
+    if restored is None and config.get("init_from") and initial is None:  # there were checkpoints, but no whole one
+        raise InputError(_NEEDS_INITIAL)
     current, saved, start = restored if restored is not None else (parts.init_state(initial), {}, 0)
     if start > config.steps:
         raise InputError(

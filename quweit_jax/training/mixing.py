@@ -17,9 +17,9 @@ from jax import Array
 from quweit_jax.data.augment import AugmentConfig
 
 
-def mixes(config: AugmentConfig | None) -> bool:
+def mixes(config: AugmentConfig) -> bool:
     """Whether there is anything to do."""
-    return config is not None and (config.mixup > 0 or config.cutmix > 0 or config.label_smoothing > 0)
+    return config.mixup > 0 or config.cutmix > 0 or config.label_smoothing > 0
 
 
 def mix(inputs: Array, targets: Array, num_classes: int, config: AugmentConfig, key: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import functools
 import json
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,18 @@ class Parts:
         return make(self.model, self.optimizer, self.config.seed, self.init_inputs, self.mesh, ema=ema, size_limit=size_limit)
 
 
-def assemble(config: configs.Config, tokenizer: tokenizers.Tokenizer | None = None, *, read_data: bool = True, training: bool = True) -> Parts:
+def assemble(
+    config: configs.Config,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    *,
+    read_data: bool = True,
+    training: bool = True,
+    devices: Sequence[Any] | None = None,
+) -> Parts:
     """Makes the parts; every mistake in the config shows here, before any work.
 
     tokenizer: a trained run's; without data it decides the vocabulary. training: False leaves the training batch unchecked, which
-    need not divide over the devices a trained run is read back on.
+    need not divide over the devices a trained run is read back on. devices: other ones than this process's, to compile for.
 
     Raises:
       InputError: see the parts.
@@ -105,7 +112,7 @@ def assemble(config: configs.Config, tokenizer: tokenizers.Tokenizer | None = No
     if not 0 <= config.seed < 2**32:
         raise InputError(f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}.")
     optimizer_config = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
-    mesh = sharding.make_mesh(from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"))
+    mesh = sharding.make_mesh(from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"), devices)
     if config.batch_size % config.grad_accum:
         raise InputError(f"grad_accum: batch_size {config.batch_size} cannot be cut into {config.grad_accum} equal parts.")
     if training:
@@ -206,6 +213,12 @@ def read_config(workdir: Path) -> configs.Config:
         return configs.from_dict(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise InputError(f"--workdir: {path} is damaged ({error}).") from None
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run has saved anything yet."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def check_same(saved: configs.Config, config: configs.Config, workdir: Path) -> None:

@@ -19,7 +19,7 @@ def normal(*shape, seed=0):
 
 
 def attention(**options):
-    return CausalSelfAttention(HEADS, context=TOKENS, output_std=0.3, **options)
+    return CausalSelfAttention(HEADS, context=TOKENS, output_init=jax.nn.initializers.normal(0.3), **options)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_picking_an_implementation():
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_norm_and_mlp_are_their_formulas(use_bias):
     x = 3 * normal(4, WIDTH) + 1
-    norm, mlp = LayerNorm(use_bias), MLP(ratio=2, use_bias=use_bias, output_std=0.3)
+    norm, mlp = LayerNorm(use_bias), MLP(ratio=2, use_bias=use_bias, output_init=jax.nn.initializers.normal(0.3))
     scale, bias = normal(WIDTH, seed=1), normal(WIDTH, seed=2)
     found = norm.apply({"params": {"norm": {"scale": scale} | ({"bias": bias} if use_bias else {})}}, x)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
