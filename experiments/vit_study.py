@@ -9,8 +9,6 @@ and every image on which the two forms decide differently is listed.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from quweit_jax import configs
+from experiments import studies
 from quweit_jax.data import pipeline
 from quweit_jax.inference import integer, packed
-from quweit_jax.training import loop, metrics, run
+from quweit_jax.training import metrics, run
 
-HERE = Path(__file__).parent
 KINDS = {
     "dense": "mlp=dense",
     "weightless": "mlp=weightless",
@@ -31,18 +28,6 @@ KINDS = {
     "integer": "mlp=dense,integer=True",
     "integer_weightless": "mlp=weightless,integer=True",
 }
-
-
-def train(kind: str, seed: int, variant: str, data_dir: str | None, root: Path, steps: int) -> Path:
-    """Trains one model, or goes on with it, or finds it finished."""
-    workdir = root / f"{kind}-{seed}"
-    config = configs.load_file(f"{HERE / 'vit_cifar.py'}:{variant},{KINDS[kind]},seed={seed}" + (f",steps={steps}" if steps else ""))
-    with config.unlocked():
-        config.data.data_dir = data_dir
-    rows = metrics.read_rows(workdir / "metrics.jsonl")
-    if not any(row["split"] == "validation" and row["step"] == config.steps for row in rows) and not loop.fit(config, workdir).complete:
-        raise SystemExit("stopped; the same command goes on")
-    return workdir
 
 
 def all_logits(parts: run.Parts, variables: Any, batch_size: int = 100) -> tuple[np.ndarray, np.ndarray]:
@@ -98,44 +83,25 @@ def margin(logits: np.ndarray) -> float:
     return float(first - second)
 
 
-def write_results(results: dict[str, dict[int, dict[str, Any]]], root: Path, out: Path, name: str) -> None:
-    """NAME.json, NAME.md and NAME.png."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = ["| model | test accuracy | as deployed, in integers | images decided differently | parameters |", "|---|---|---|---|---|"]
-    curves = {}
-    for kind, by_seed in results.items():
-        runs = list(by_seed.values())
-        mean = statistics.mean(r["accuracy"] for r in runs)
-        each = " (" + ", ".join(f"{r['accuracy']:.2%}" for r in runs) + ")" if len(runs) > 1 else ""
-        deployed = f"{statistics.mean(r['accuracy_deployed'] for r in runs):.2%}" if "accuracy_deployed" in runs[0] else "-"
-        differ = ", ".join(str(len(r["images_decided_differently"])) for r in runs) if "accuracy_deployed" in runs[0] else "-"
-        lines.append(f"| {kind.replace('_', ' + ')} | {mean:.2%}{each} | {deployed} | {differ} | {runs[0]['parameters']:,} |")
-        rows = [[r for r in metrics.read_rows(root / f"{kind}-{s}" / "metrics.jsonl") if r["split"] == "validation"] for s in by_seed]
-        curves[kind] = [{"step": r[0]["step"], "split": "validation", "loss": statistics.mean(x["loss"] for x in r)} for r in zip(*rows)]
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (out / f"{name}.json").write_text(json.dumps({"results": results, "environment": run.describe_environment()["versions"]}, indent=1) + "\n")
-    metrics.plot_losses(curves, out / f"{name}.png", f"CIFAR-10 validation loss, {len(next(iter(results.values())))} seed(s)", unit="nats")
-    print("\n".join(lines))
+def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
+    """A kind's row of the table."""
+
+    def mean(key: str) -> str:
+        each = " (" + ", ".join(f"{r[key]:.2%}" for r in runs) + ")" if len(runs) > 1 else ""
+        return f"{statistics.mean(r[key] for r in runs):.2%}{each}"
+
+    deployed, differ = "-", "-"
+    if "accuracy_deployed" in runs[0]:
+        deployed, differ = mean("accuracy_deployed"), ", ".join(str(len(r["images_decided_differently"])) for r in runs)
+    return [kind.replace("_", " + "), mean("accuracy"), deployed, differ, f"{runs[0]['parameters']:,}"]
 
 
 def main() -> None:
     """Trains what is missing, then writes table and curves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", help="where TFDS finds cifar10")
-    parser.add_argument("--variant", default="quick")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=0, help="0: the variant's")
-    parser.add_argument("--runs", type=Path, default=Path("runs/vit_cifar"))
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--name", default="vit_quick_cifar10")
-    args = parser.parse_args()
-    results: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in args.kinds}
-    for seed in args.seeds:
-        for kind in args.kinds:
-            results[kind][seed] = score(train(kind, seed, args.variant, args.data_dir, args.runs, args.steps), kind)
-            print(f"{kind} seed {seed}: {json.dumps(results[kind][seed])[:400]}", flush=True)
-    write_results({kind: results[kind] for kind in KINDS if kind in results}, args.runs, args.out, args.name)
+    args = studies.arguments(__doc__, variant="quick", kinds=list(KINDS), seeds=[0], runs="vit_cifar", name="vit_quick_cifar10")
+    results = studies.conduct(args, lambda kind: f"vit_cifar.py:{args.variant},{KINDS[kind]}", score)
+    header = ["model", "test accuracy", "as deployed, in integers", "images decided differently", "parameters"]
+    studies.write(args, results, header, row, "CIFAR-10 validation loss")
 
 
 if __name__ == "__main__":
