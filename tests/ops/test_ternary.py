@@ -1,0 +1,128 @@
+"""`ops.ternary`: the fused BitLinear against its plain composition and NumPy, packing there and back, the packed product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quweit_jax.errors import InputError
+from quweit_jax.ops import ternary
+
+
+def arrays(lead, inputs, outputs, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=(*lead, inputs)), rng.normal(size=(inputs, outputs)) * 0.02
+    return [jnp.asarray(a, dtype) for a in (x, w, rng.normal(1, 0.2, inputs), rng.normal(size=(*lead, outputs)))]
+
+
+def test_quantizers_follow_the_published_formulas():
+    x, w, _, _ = arrays((3, 5), 17, 6)
+    x = x.at[0, 0].set(0).at[0, 1, 0].set(1e-9)
+    x_int, x_scale = ternary.quantize_activations(x)
+    w_int, w_scale = ternary.quantize_weights(w)
+    x, w = np.asarray(x, np.float32), np.asarray(w, np.float32)
+    s = np.float32(127) / np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
+    np.testing.assert_array_equal(x_int, np.clip(np.round(x * s), -128, 127))
+    np.testing.assert_allclose(x_int * x_scale, np.round(x * s) / s, rtol=1e-6)
+    s = 1 / np.abs(w).mean()
+    np.testing.assert_array_equal(w_int, np.clip(np.round(w * s), -1, 1))
+    np.testing.assert_allclose(w_scale, np.abs(w).mean(), rtol=1e-6)
+    assert x_int.dtype == w_int.dtype == jnp.int8 and x_scale.shape == (3, 5, 1) and w_scale.shape == ()
+    assert set(np.unique(w_int)) == {-1, 0, 1} and not np.any(x_int[0, 0])
+
+
+def test_a_matrix_of_zeros_and_ties():
+    w_int, scale = ternary.quantize_weights(jnp.zeros((3, 4)))
+    assert not np.any(w_int) and np.isfinite(scale)
+    x_int, _ = ternary.quantize_activations(jnp.asarray([[127.0, 0.5, 1.5, -2.5, -127.0]]))
+    np.testing.assert_array_equal(x_int, [[127, 0, 2, -2, -127]])
+
+
+@pytest.mark.parametrize("lead, inputs, outputs", [((2, 5), 33, 7), ((1,), 1, 1), ((), 8, 3), ((4, 0), 6, 5), ((3,), 256, 64)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_fused_equals_plain(lead, inputs, outputs, dtype):
+    """Values and every gradient; in half precision to its rounding."""
+    x, w, scale, gradient = arrays(lead, inputs, outputs, dtype=dtype)
+    w, scale = w.astype(jnp.float32), scale.astype(jnp.float32)
+    results = []
+    for function in (ternary.bit_linear, ternary.bit_linear_reference):
+        out, pull = jax.vjp(jax.jit(function), x, w, scale)
+        results.append((out, *pull(gradient)))
+    limit = 1e-5 if dtype == jnp.float32 else 2e-2
+    for fused, plain in zip(*results, strict=True):
+        assert fused.dtype == plain.dtype and fused.shape == plain.shape
+        fused, plain = np.asarray(fused, np.float32), np.asarray(plain, np.float32)
+        np.testing.assert_allclose(fused, plain, atol=limit * max(np.abs(plain).max(initial=0), 1e-3), rtol=0)
+
+
+def test_norm_gradient_is_exact():
+    """The straight-through gradient is that of the function with both quantisers left out and the quantised values put in."""
+    x, w, scale, gradient = arrays((4,), 9, 5, seed=3)
+    _, pull = jax.vjp(ternary.bit_linear, x, w, scale)
+    w_int, w_scale = ternary.quantize_weights(w)
+    _, pull_plain = jax.vjp(lambda x, scale: ternary.rms_norm(x, scale) @ (w_int * w_scale), x, scale)
+    d_x, d_w, d_scale = pull(gradient)
+    for found, expected in zip((d_x, d_scale), pull_plain(gradient)):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    y_int, y_scale = ternary.quantize_activations(ternary.rms_norm(x, scale))
+    np.testing.assert_allclose(d_w, np.asarray(y_int * y_scale).T @ np.asarray(gradient), atol=1e-5)
+
+
+def test_fused_keeps_only_the_input():
+    """What lies between forward and backward pass: x, weight and scale, which were there, and one number a token."""
+    x, w, scale, _ = arrays((4, 16), 64, 32)
+    kept = jax.tree.leaves(jax.vjp(ternary.bit_linear, x, w, scale)[1])
+    sizes = sorted(a.size for a in kept if hasattr(a, "size"))
+    assert sum(sizes) <= x.size + w.size + scale.size + 4 * 16
+
+
+@pytest.mark.parametrize("inputs", [0, 1, 3, 4, 5, 63, 130])
+@pytest.mark.parametrize("outputs", [1, 3, 64])
+def test_packing_there_and_back(inputs, outputs):
+    w = np.random.default_rng(0).integers(-1, 2, (inputs, outputs)).astype(np.int8)
+    packed = ternary.pack_ternary(w)
+    assert packed.dtype == np.uint8 and packed.shape == (-(-inputs // 4), outputs)
+    np.testing.assert_array_equal(ternary.unpack_ternary(packed, inputs), w)
+    on_device = ternary.pack_ternary(jnp.asarray(w))
+    np.testing.assert_array_equal(on_device, packed)
+    np.testing.assert_array_equal(ternary.unpack_ternary(on_device, inputs), w)
+
+
+def test_layout_of_a_byte():
+    w = np.asarray([[1], [-1], [0], [1], [1]], np.int8)
+    np.testing.assert_array_equal(ternary.pack_ternary(w), [[2 + (0 << 2) + (1 << 4) + (2 << 6)], [2 + (1 << 2) + (1 << 4) + (1 << 6)]])
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (0,), (5,)])
+@pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 5), (64, 33)])
+def test_packed_product_is_exact(lead, inputs, outputs, monkeypatch):
+    rng = np.random.default_rng(1)
+    x, w = rng.integers(-128, 128, (*lead, inputs)).astype(np.int8), rng.integers(-1, 2, (inputs, outputs)).astype(np.int8)
+    expected = x.astype(np.int64) @ w.astype(np.int64)
+    for tile in (ternary._TILE_BYTES, 2 * inputs):  # the second: tiles of two columns, the last one overlapping
+        monkeypatch.setattr(ternary, "_TILE_BYTES", tile)
+        found = jax.jit(lambda x, p: ternary.packed_matmul(x, p, 0.5))(x, ternary.pack_ternary(w))
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, expected * 0.5)
+
+
+def test_packed_product_makes_no_whole_matrix():
+    """Compiled temporaries stay far below the unpacked matrix, for one token and for many."""
+    packed = jax.ShapeDtypeStruct((2048, 4096), jnp.uint8)  # 32 MiB unpacked to int8
+    for tokens in (1, 16):
+        x = jax.ShapeDtypeStruct((tokens, 8192), jnp.int8)
+        memory = jax.jit(ternary.packed_matmul).lower(x, packed).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 8192 * 4096 / 4, (tokens, memory.temp_size_in_bytes)
+
+
+def test_errors():
+    with pytest.raises(InputError, match=r"bit_linear: expected .* found \[2, 3\], \[4, 3\] and \[3\]; published weights are"):
+        ternary.bit_linear(jnp.zeros((2, 3)), jnp.zeros((4, 3)), jnp.zeros(3))
+    with pytest.raises(InputError, match=r"pack_ternary: expected a matrix"):
+        ternary.pack_ternary(np.zeros(3, np.int8))
+    with pytest.raises(InputError, match=r"expected weights of -1, 0 and 1, found 0 to 2"):
+        ternary.pack_ternary(np.asarray([[0, 2]], np.int8))
+    with pytest.raises(InputError, match=r"unpack_ternary: 9 inputs take 3 rows of bytes, found 2"):
+        ternary.unpack_ternary(np.zeros((2, 3), np.uint8), 9)
+    with pytest.raises(InputError, match=r"packed_matmul: activations of 9 inputs need 3 rows"):
+        ternary.packed_matmul(jnp.zeros((1, 9), jnp.int8), jnp.zeros((2, 3), jnp.uint8))
