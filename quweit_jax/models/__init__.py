@@ -10,13 +10,17 @@ import flax.linen as nn
 from quweit_jax.errors import check_choice
 from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.models.gpt import GPT, GPTConfig
+from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
 from quweit_jax.models.options import from_mapping
+from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
 from quweit_jax.models.vit import ViT, ViTConfig
 
 # name -> (module, config, the config's field for the number of outputs)
 MODELS: dict[str, tuple[Any, Any, str]] = {
     "gpt": (GPT, GPTConfig, "vocab_size"),
     "dwn": (DWN, DWNConfig, "num_classes"),
+    "matmulfree": (MatMulFree, MatMulFreeConfig, "vocab_size"),
+    "transformer_pp": (TransformerPP, TransformerPPConfig, "vocab_size"),
     "vit": (ViT, ViTConfig, "num_classes"),
 }
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.transformer import ATTENTIONS, GELUS, MLP, CausalSelfAttention, LayerNorm, normal
+from quweit_jax.layers.transformer import ATTENTIONS, GELUS, MLP, CausalSelfAttention, LayerNorm, normal, token_positions
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.options import DTYPES, WeightlessOptions, kinds_of_mlp
 
@@ -68,13 +68,13 @@ class GPTBlock(nn.Module):
     mlp: str
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False, decode: bool = False) -> Array:
-        """x (B, T, d) -> (B, T, d)."""
+    def __call__(self, x: Array, valid: Array | None = None, train: bool = False, decode: bool = False) -> Array:
+        """x (B, T, d), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         output_init = normal(0.02 / math.sqrt(2 * c.layers))
         shared: dict[str, Any] = {"dropout": c.dropout, "use_bias": c.bias, "output_init": output_init, "dtype": dtype}
         attention = CausalSelfAttention(c.heads, c.context, implementation=c.attention, name="attention", **shared)
-        x = x + attention(LayerNorm(c.bias, dtype, name="attention_norm")(x), train=train, decode=decode)
+        x = x + attention(LayerNorm(c.bias, dtype, name="attention_norm")(x), valid, train=train, decode=decode)
         if self.mlp == "dense":
             x = x + MLP(gelu=c.gelu, name="mlp", **shared)(LayerNorm(c.bias, dtype, name="mlp_norm")(x), train=train)
         elif self.mlp == "weightless":
@@ -89,8 +89,8 @@ class GPT(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, *, train: bool = False, decode: bool = False) -> Array:
-        """tokens (B, T) int -> logits (B, T, V) float32.
+    def __call__(self, tokens: Array, valid: Array | None = None, *, train: bool = False, decode: bool = False) -> Array:
+        """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits (B, T, V) float32.
 
         With decode=True and a mutable 'cache' collection, T new tokens are read behind what the cache holds.
         """
@@ -99,21 +99,14 @@ class GPT(nn.Module):
             raise InputError(f"GPT: {tokens.shape[1]} tokens do not fit its context of {c.context}; pass the last {c.context}.")
         embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding")
         positions = self.param("position_embedding", normal(0.02), (c.context, c.width), jnp.float32)
-        x = embed(tokens) + self._positions(positions, tokens.shape[1], decode).astype(dtype)
+        if decode or valid is not None:
+            positions = jnp.take(positions, token_positions(self, tokens.shape, valid, decode), axis=0, mode="clip")
+        x = embed(tokens) + positions[..., : tokens.shape[1], :].astype(dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
-        block = nn.remat(GPTBlock, static_argnums=(2, 3)) if c.remat and not decode else GPTBlock
+        block = nn.remat(GPTBlock, static_argnums=(3, 4)) if c.remat and not decode else GPTBlock
         for i, kind in enumerate(c.mlps()):
-            x = block(c, kind, name=f"block_{i}")(x, train, decode)
+            x = block(c, kind, name=f"block_{i}")(x, valid, train, decode)
         x = LayerNorm(c.bias, dtype, name="final_norm")(x)
         if c.tie_embeddings:
             return embed.attend(x).astype(jnp.float32)
         return nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head")(x).astype(jnp.float32)
-
-    def _positions(self, positions: Array, tokens: int, decode: bool) -> Array:
-        if not decode:
-            return positions[:tokens]
-        length = self.variable("cache", "length", lambda: jnp.zeros((), jnp.int32))
-        start = length.value
-        if not self.is_initializing():
-            length.value = start + tokens
-        return jnp.take(positions, start + jnp.arange(tokens), axis=0, mode="clip")

@@ -39,6 +39,30 @@ MLPS = ("dense", "weightless", "none")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+# Width, layers and heads of language models, as MatMul-free LM names and sizes them ('tiny' is for tests and for two cores).
+LM_SIZES = {
+    "tiny": (128, 4, 4),
+    "370m": (1024, 24, 16),
+    "1.3b": (2048, 24, 32),
+    "2.7b": (2560, 32, 32),
+    "13b": (5120, 40, 40),
+}
+
+
+def size_of(size: str) -> tuple[int, int, int]:
+    """Width, layers and heads of a language model of a named size."""
+    check_choice("model.size", size, LM_SIZES)
+    return LM_SIZES[size]
+
+
+def check_positive(config: Any, *names: str, zero: str = "") -> None:
+    """Raises InputError unless these fields are at least 1, or 0 if that means something."""
+    for name in names:
+        if getattr(config, name) < (0 if zero else 1):
+            expected = f"a positive number, or 0 for {zero}" if zero else "at least 1"
+            raise InputError(f"model.{name}: expected {expected}, found {getattr(config, name)}.")
+
+
 def kinds_of_mlp(mlp: str | Sequence[str], blocks: int) -> tuple[str, ...]:
     """The kind of each block's MLP, from one kind for all or one for each, joined by '+' ('dense+weightless').
 

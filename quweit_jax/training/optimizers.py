@@ -64,7 +64,7 @@ def group_of(path: tuple[Any, ...], leaf: Any) -> str:
     name = str(getattr(path[-1], "key", path[-1]))
     if name in NAMED_GROUPS:
         return name
-    return "decay" if len(leaf.shape) >= 2 else "no_decay"
+    return "decay" if len(leaf.shape) >= 2 and name != "lower_bounds" else "no_decay"
 
 
 def groups_of(params: Any) -> Any:
