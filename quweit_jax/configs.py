@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -107,8 +108,8 @@ def _expected(current: Any, optional: bool) -> str:
     return f"{kind} such as {current!r}"
 
 
-def load_file(spec: str) -> Config:
-    """'experiments/gpt_char.py:nanogpt_cpu,mlp=weightless' -> its config, locked."""
+def load_module(spec: str) -> tuple[Any, str]:
+    """'experiments/gpt_char.py:nanogpt_cpu,mlp=weightless' -> (the experiment file as a module, what is behind the colon)."""
     path, _, argument = spec.partition(":")
     file = Path(path)
     if not file.is_file():
@@ -117,9 +118,19 @@ def load_file(spec: str) -> Config:
     module_spec = importlib.util.spec_from_file_location(f"quweit_experiment_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    # Experiment files may build on one another, `from experiments import x`, wherever the command was started.
+    beside = str(file.resolve().parent.parent)
+    if beside not in sys.path:
+        sys.path.append(beside)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"--config: {path} has no get_config(argument).")
+    return module, argument
+
+
+def load_file(spec: str) -> Config:
+    """'experiments/gpt_char.py:nanogpt_cpu,mlp=weightless' -> its config, locked."""
+    module, argument = load_module(spec)
     return module.get_config(argument or None).lock()
 
 

@@ -11,6 +11,8 @@ from quweit_jax.configs import Config
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.models.dwn import DWNConfig
 from quweit_jax.models.gpt import GPTConfig
+from quweit_jax.models.matmulfree import MatMulFreeConfig
+from quweit_jax.models.transformer_pp import TransformerPPConfig
 from quweit_jax.models.vit import ViTConfig
 from quweit_jax.training.optimizers import OptimizerConfig
 from quweit_jax.training.sharding import MeshConfig
@@ -46,6 +48,16 @@ def base_config() -> Config:
 def gpt_defaults() -> Config:
     """`config.model` of a GPT, complete but for the vocabulary, which the data decides."""
     return _model_defaults("gpt", GPTConfig(vocab_size=1), "vocab_size")
+
+
+def matmulfree_defaults() -> Config:
+    """`config.model` of a MatMul-free language model, complete but for the vocabulary, which the data decides."""
+    return _model_defaults("matmulfree", MatMulFreeConfig(vocab_size=1), "vocab_size")
+
+
+def transformer_pp_defaults() -> Config:
+    """`config.model` of a Transformer++, complete but for the vocabulary, which the data decides."""
+    return _model_defaults("transformer_pp", TransformerPPConfig(vocab_size=1), "vocab_size")
 
 
 def dwn_defaults() -> Config:

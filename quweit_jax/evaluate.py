@@ -40,8 +40,9 @@ def main(argv: Sequence[str]) -> int:
         result |= {"form": "integer", "model_bytes": integer.packed_bytes(variables)}
     elif args.packed:
         variables = packed.pack(jax.device_get(variables))
-        blocks = variables["blocks"].values()
-        result |= {"block_bytes": sum(map(packed.block_bytes, blocks)), "dense_mlp_bytes_int8": sum(map(packed.dense_bytes, blocks))}
+        if blocks := variables["blocks"].values():
+            result |= {"block_bytes": sum(map(packed.block_bytes, blocks)), "dense_mlp_bytes_int8": sum(map(packed.dense_bytes, blocks))}
+        result["model_bytes"] = packed.block_bytes(variables)
         apply = functools.partial(packed.apply, model)
     result |= loop.evaluate(state.make_eval_step(apply), variables, opened.parts, args.batches)
     if bad := pipeline.left_out(opened.parts.dataset.validation):

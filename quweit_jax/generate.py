@@ -1,4 +1,4 @@
-"""python -m quweit_jax.generate --workdir=runs/x --prompt="To be" [--temperature=0.8] [--top_k=0] [--seed=0] [--max_tokens=300]"""
+"""python -m quweit_jax.generate --workdir=runs/x --prompt="To be" [--temperature=0.8] [--top_k=0] [--seed=0] [--max_tokens=300] [--packed]"""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest tokens only (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--step", type=int, help="a checkpoint's step (default: the one of lowest validation loss)")
+    parser.add_argument("--packed", action="store_true", help="as deployed: weightless blocks on 1-bit tables, ternary weights at 2 bits")
     args = parser.parse_args(rest)
-    from quweit_jax.inference import generation
+    import jax
+
+    from quweit_jax.inference import generation, packed
     from quweit_jax.training import run
 
     generation.check_sampling(args.temperature, args.top_k, args.max_tokens)
@@ -33,8 +36,9 @@ def main(argv: Sequence[str]) -> int:
     prompt = tokenizer.encode(args.prompt)
     if not len(prompt):
         raise InputError("--prompt: expected at least one character, found none.")
+    variables = packed.pack(jax.device_get(opened.variables)) if args.packed else opened.variables
     tokens = generation.generate_tokens(
-        opened.parts.model, opened.variables, prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed
+        opened.parts.model, variables, prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed
     )
     sys.stdout.write(args.prompt)
     for piece in generation.stream_text(tokenizer, tokens):

@@ -6,6 +6,7 @@ Dimensions: B batch (1 here), T tokens, V vocabulary, C context.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from quweit_jax.errors import InputError
+from quweit_jax.inference import packed
 
 
 def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
@@ -40,8 +42,8 @@ def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_step(model: nn.Module, variables: dict[str, Any], cache: Any, tokens: Array) -> tuple[Array, Any]:
-    """Reads tokens (B, T) behind the cache: (logits (B, T, V), the new cache)."""
-    logits, changed = model.apply({**variables, "cache": cache}, tokens, decode=True, mutable=["cache"])
+    """Reads tokens (B, T) behind the cache: (logits (B, T, V), the new cache). The variables may be packed."""
+    logits, changed = packed.apply(model, {**variables, "cache": cache}, tokens, decode=True, mutable=["cache"])
     return logits, changed["cache"]  # type: ignore[return-value]
 
 
@@ -65,17 +67,42 @@ def prefill(model: nn.Module, variables: dict[str, Any], tokens: np.ndarray) -> 
 def generate_tokens(
     model: Any, variables: dict[str, Any], prompt: np.ndarray, max_tokens: int, *, temperature: float = 0.8, top_k: int = 0, seed: int = 0
 ) -> Iterator[int]:
-    """Yields up to `max_tokens` new token ids after a prompt (T,) of at least one.
+    """Yields up to `max_tokens` new token ids after a prompt (T,) of at least one; variables may be packed.
 
-    When the context is full, the newer half of it is read again into an empty cache and generation goes on behind that.
+    When the context is full, the newer half of it is read again into an empty cache and generation goes on behind that; a model that
+    carries a state has no limit.
+
+    Raises:
+      InputError: settings that cannot be sampled with, or a prompt that is empty, too long or of unknown tokens.
     """
     check_sampling(temperature, top_k, max_tokens)
+    limited = getattr(model, "limited_context", True)
+    check_prompt(prompt, model.config.vocab_size, model.config.context if limited else None)
+    return _generate(model, variables, prompt, max_tokens, temperature, top_k, seed, model.config.context if limited else math.inf)
+
+
+def check_prompt(prompt: np.ndarray, vocab_size: int, context: int | None) -> None:
+    """Raises InputError for a prompt (T,) that is empty, longer than the context (None: no limit) or of ids outside the vocabulary."""
     if len(prompt) < 1:
         raise InputError("generate: the prompt has no tokens; give at least one character.")
-    context = model.config.context
+    if context is not None and len(prompt) > context:
+        raise InputError(
+            f"generate: the prompt has {len(prompt)} tokens, but this model reads at most {context} at a time; give its last {context}, or a "
+            "model trained with a larger --config.model.context."
+        )
+    wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
+    if wrong:
+        raise InputError(
+            f"generate: expected token ids from 0 to {vocab_size - 1}, found {wrong[0]}; encode the prompt with the tokenizer the model was trained with."
+        )
+
+
+def _generate(
+    model: Any, variables: dict[str, Any], prompt: np.ndarray, max_tokens: int, temperature: float, top_k: int, seed: int, context: float
+) -> Iterator[int]:
     text = [int(t) for t in prompt]
-    held = min(len(text), context)
-    logits, cache = prefill(model, variables, np.asarray(text[-held:]))
+    held = len(text)
+    logits, cache = prefill(model, variables, np.asarray(text))
     key = jax.random.key(seed)
     pick = jax.jit(functools.partial(sample_logits, temperature=temperature, top_k=top_k))
     for i in range(max_tokens):
@@ -83,7 +110,7 @@ def generate_tokens(
         yield token
         text.append(token)
         if held == context:
-            held = max(1, context // 2)
+            held = max(1, int(context) // 2)
             logits, cache = prefill(model, variables, np.asarray(text[-held:]))
         else:
             out, cache = decode_step(model, variables, cache, jnp.asarray([[token]], jnp.int32))

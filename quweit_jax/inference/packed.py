@@ -1,4 +1,4 @@
-"""The deployed form of weightless blocks: tables at 1 bit an entry, int8 sums added in int32, and evaluation in that form.
+"""The deployed form of weightless blocks (tables at 1 bit an entry, int8 sums added in int32) and of ternary layers (2 bits a weight).
 
 Dimensions: T tokens, F input bits, L tables, n inputs a table, A = 2**n entries, d features, z thermometer bits.
 """
@@ -16,7 +16,7 @@ from jax import Array
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.weightless import WeightlessBlock, wiring_of
-from quweit_jax.ops import packed_lut
+from quweit_jax.ops import packed_lut, ternary
 from quweit_jax.ops.reductions import quantize_int8
 
 Tree = dict[str, Any]
@@ -66,18 +66,48 @@ def _without(tree: Tree, paths: list[tuple[str, ...]]) -> Tree:
     }
 
 
+def pack_ternary_layer(params: Tree) -> Tree:
+    """A trained BitLinear's parameters -> what inference needs: kernel uint8 (ceil(I / 4), O), its scale (), norm_scale (I,)."""
+    kernel, scale = ternary.quantize_weights(jnp.asarray(params["kernel"]))
+    packed = {"kernel": ternary.pack_ternary(kernel), "scale": scale, "norm_scale": jnp.asarray(params["norm_scale"], jnp.float32)}
+    return jax.device_get(packed)
+
+
+def _is_ternary(params: Tree) -> bool:
+    return params.keys() == {"kernel", "norm_scale"}
+
+
+def _pack_ternary(params: Tree) -> tuple[Tree, Tree]:
+    """(what is not in ternary layers, the ternary layers packed), both as trees of the same paths; one layer at a time."""
+    rest, packed = {}, {}
+    for key, child in params.items():
+        if not isinstance(child, dict):
+            rest[key] = jax.device_get(child)
+        elif _is_ternary(child):
+            packed[key] = pack_ternary_layer(child)
+        else:
+            inner_rest, inner = _pack_ternary(child)
+            rest |= {key: inner_rest} if inner_rest else {}
+            packed |= {key: inner} if inner else {}
+    return rest, packed
+
+
 def pack(variables: Tree) -> Tree:
-    """{'params': everything dense, 'blocks': {'path/of/block': packed block}} for `apply`.
+    """The deployed form of a trained model's variables, for `apply`.
+
+    Returns:
+      'params': what stays as it is; 'blocks': {'path/of/block': packed weightless block}; 'packed': ternary layers, four weights a byte.
 
     Raises:
-      InputError: the model has no weightless block.
+      InputError: the model has neither weightless blocks nor ternary layers.
     """
-    params = jax.device_get(variables["params"])
+    params = variables["params"]
     constants = jax.device_get(variables.get("wiring", {}))
     paths = _blocks(params)
-    if not paths:
-        raise InputError("pack: this model has no weightless block, so there is nothing to pack.")
-    return {"params": _without(params, paths), "blocks": {"/".join(p): pack_block(_at(params, p), _at(constants, p)) for p in paths}}
+    dense, packed = _pack_ternary(_without(params, paths))
+    if not paths and not packed:
+        raise InputError("pack: this model has no weightless block and no ternary layer, so there is nothing to pack.")
+    return {"params": dense, "blocks": {"/".join(p): pack_block(_at(params, p), _at(constants, p)) for p in paths}, "packed": packed}
 
 
 def apply_block(packed: Tree, x: Array, *, signed: bool) -> Array:
@@ -100,18 +130,21 @@ def apply_block(packed: Tree, x: Array, *, signed: bool) -> Array:
     return (total * packed["scale"] + packed["bias"]).reshape(*lead, -1)
 
 
-def apply(model: nn.Module, packed: Tree, inputs: Array, **kwargs: Any) -> Any:
-    """`model.apply` with every weightless block evaluated from its packed form."""
+def apply(model: nn.Module, variables: Tree, *args: Any, **kwargs: Any) -> Any:
+    """`model.apply` of variables that may be packed (other collections, such as a cache, may be beside them)."""
+    if "blocks" not in variables:
+        return model.apply(variables, *args, **kwargs)
+    blocks = variables["blocks"]
 
     def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if isinstance(module, WeightlessBlock) and context.method_name == "__call__":
-            out = apply_block(packed["blocks"]["/".join(module.path)], args[0].astype(jnp.float32), signed=module.signed)
+            out = apply_block(blocks["/".join(module.path)], args[0].astype(jnp.float32), signed=module.signed)
             return out.astype(module.dtype)
         return next_method(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-        return model.apply({"params": packed["params"]}, inputs, **kwargs)
+        return model.apply({name: tree for name, tree in variables.items() if name != "blocks"}, *args, **kwargs)
 
 
 def block_bytes(block: Tree) -> int:
@@ -125,11 +158,19 @@ def dense_bytes(block: Tree, bytes_per_weight: int = 1) -> int:
 
 
 def describe(variables: Tree) -> list[str]:
-    """What the weightless blocks take at inference beside the MLPs they replace; nothing if there are none."""
-    if not _blocks(variables["params"]):
+    """What weightless blocks and ternary layers take at inference beside what they replace; nothing if there are none."""
+    try:
+        packed = pack(variables)
+    except InputError:
         return []
-    blocks = pack(variables)["blocks"].values()
-    ours, dense = sum(map(block_bytes, blocks)), sum(map(dense_bytes, blocks))
-    return [
-        f"weightless blocks at inference: {ours:,} bytes (1-bit tables, int8 sums, wiring); the MLPs they replace: {dense:,} in int8, {4 * dense:,} in float32"
-    ]
+    lines, blocks = [], packed["blocks"].values()
+    if blocks:
+        ours, dense = sum(map(block_bytes, blocks)), sum(map(dense_bytes, blocks))
+        lines.append(
+            f"weightless blocks at inference: {ours:,} bytes (1-bit tables, int8 sums, wiring); the MLPs they replace: {dense:,} in int8, {4 * dense:,} in float32"
+        )
+    if packed["packed"]:
+        ours, kernels = block_bytes(packed["packed"]), [leaf for leaf in jax.tree.leaves(packed["packed"]) if leaf.dtype == np.uint8]
+        weights = ternary.WEIGHTS_PER_BYTE * sum(leaf.size for leaf in kernels)
+        lines.append(f"ternary layers at inference: {ours:,} bytes (2 bits a weight, norms); their weights in bfloat16: {2 * weights:,}")
+    return lines

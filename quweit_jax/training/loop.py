@@ -23,7 +23,7 @@ from tqdm import tqdm
 from quweit_jax import configs
 from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError, RunError
-from quweit_jax.training import metrics, optimizers, run, sharding, state
+from quweit_jax.training import files, metrics, optimizers, run, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 
 Sums = dict[str, jax.Array]
@@ -162,9 +162,10 @@ def fit(
     checkpoints: Checkpoints | None = None
     try:
         run.record(workdir, parts)
-        checkpoints = Checkpoints(workdir, config.keep)
-        result = _fit(parts, checkpoints, progress, on_step, workdir, initial)
-        checkpoints.close()
+        with files.sole_user(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+            checkpoints = Checkpoints(workdir, config.keep)
+            result = _fit(parts, checkpoints, progress, on_step, workdir, initial)
+            checkpoints.close()
         return result
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)

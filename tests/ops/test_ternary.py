@@ -55,6 +55,22 @@ def test_fused_equals_plain(lead, inputs, outputs, dtype):
         np.testing.assert_allclose(fused, plain, atol=limit * max(np.abs(plain).max(initial=0), 1e-3), rtol=0)
 
 
+@pytest.mark.parametrize("width", [1, 5, 32, 128, 1000, 13824])
+def test_mean_square_does_not_depend_on_the_shape_around_it(width):
+    """Equal bits for one row and many, and as good as a float sum."""
+    rng = np.random.default_rng(width)
+    x = (rng.normal(size=(2, 65, width)) * np.exp(rng.normal(size=(2, 65, 1)) * 5)).astype(np.float32)
+    x[0, 0], x[0, 1, 0], x[0, 2] = 0, 1e10, 1e-20
+    mean_square = jax.jit(ternary.mean_square)
+    whole = mean_square(x)
+    for size in (1, 3):
+        np.testing.assert_array_equal(jnp.concatenate([mean_square(x[:, i : i + size]) for i in range(0, 65, size)], 1), whole)
+    np.testing.assert_array_equal(jnp.stack([mean_square(row) for row in x.reshape(-1, width)]), whole.reshape(-1, 1))
+    expected = np.square(x.astype(np.float64)).mean(-1, keepdims=True)
+    np.testing.assert_allclose(whole, expected, rtol=3e-7, atol=1e-30)
+    assert np.isnan(jax.jit(ternary.rms_norm)(jnp.asarray([1.0, np.nan, 2.0]), jnp.ones(3))).any()
+
+
 def test_norm_gradient_is_exact():
     """The straight-through gradient is that of the function with both quantisers left out and the quantised values put in."""
     x, w, scale, gradient = arrays((4,), 9, 5, seed=3)

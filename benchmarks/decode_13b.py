@@ -1,0 +1,116 @@
+"""A packed 13B MatMul-free model (random weights) built and decoding tokens, with the peak of resident memory: python benchmarks/decode_13b.py
+
+Beside it, in a process of its own, Transformer++ in bfloat16 with --baseline=SIZE (the largest whose weights fit; a KV cache of --context).
+The packed model is made directly in its packed form, matrix by matrix: its float weights, 51 GB, never exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import timing
+
+from quweit_jax.inference import generation
+from quweit_jax.models import build
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def packed_variables(model, rng: np.random.Generator):
+    """Random variables in the form `packed.pack` gives, of a model's shapes; dense ones in bfloat16."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def split(tree):
+        rest, packed = {}, {}
+        for key, child in tree.items():
+            if not isinstance(child, dict):
+                rest[key] = dense(child.shape, rng)
+            elif child.keys() == {"kernel", "norm_scale"}:
+                packed[key] = ternary_layer(child["kernel"].shape, rng)
+            else:
+                inner_rest, inner = split(child)
+                rest |= {key: inner_rest} if inner_rest else {}
+                packed |= {key: inner} if inner else {}
+        return rest, packed
+
+    rest, packed = split(shapes)
+    return {"params": rest, "blocks": {}, "packed": packed}
+
+
+def ternary_layer(shape: tuple[int, int], rng: np.random.Generator):
+    rows, outputs = -(-shape[0] // 4), shape[1]
+    # A random byte of codes 0, 1, 2: three of four codes are kept, 3 becomes 1.
+    codes = rng.integers(0, 256, (rows, outputs), np.uint8)
+    codes &= ~((codes & (codes >> 1) & 0x55) << 1)
+    return {"kernel": jnp.asarray(codes), "scale": jnp.float32(0.02), "norm_scale": jnp.ones(shape[0], jnp.float32)}
+
+
+def dense(shape: tuple[int, ...], rng: np.random.Generator):
+    if len(shape) < 2:
+        return jnp.ones(shape, jnp.float32)
+    out = np.empty(shape, ml_dtypes.bfloat16)
+    for start in range(0, shape[0], 1024):
+        out[start : start + 1024] = rng.standard_normal((len(out[start : start + 1024]), *shape[1:]), np.float32) * 0.02
+    return jnp.asarray(out)
+
+
+def dense_variables(model, rng: np.random.Generator):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return {"params": jax.tree.map(lambda leaf: dense(leaf.shape, rng), shapes)}
+
+
+def decode(name: str, model, variables, tokens: int) -> str:
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    cache = generation.empty_cache(model)
+    carried = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    seconds, token = [], jnp.zeros((1, 1), jnp.int32)
+    for _ in range(tokens + 1):
+        begun = time.perf_counter()
+        logits, cache = generation.decode_step(model, variables, cache, token)
+        token = jnp.argmax(logits[:, -1:], -1).astype(jnp.int32)
+        token.block_until_ready()
+        seconds.append(time.perf_counter() - begun)
+    assert bool(jnp.isfinite(logits).all())
+    return (
+        f"{name}: weights {weights:,} bytes, carried {carried:,}; {tokens} tokens, median {1e3 * statistics.median(seconds[1:]):,.0f} ms a token "
+        f"(first, with compiling: {seconds[0]:.0f} s); peak resident {peak_bytes():,} bytes"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="13b", help="of the packed MatMul-free model")
+    parser.add_argument("--baseline", default="", help="measure a bfloat16 Transformer++ of this size instead")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the size's, where the whole doesn't fit")
+    parser.add_argument("--context", type=int, default=2048, help="of the baseline's cache")
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="lines are added to this file")
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    shared = {"size": args.baseline or args.size, "layers": args.layers, "dtype": "bfloat16", "context": args.context}
+    if args.baseline:
+        model = build({"name": "transformer_pp", **shared}, 32000)
+        line = decode(f"Transformer++ {args.baseline}, {model.config.sizes()[1]} layers, bfloat16", model, dense_variables(model, rng), args.tokens)
+    else:
+        model = build({"name": "matmulfree", **shared}, 32000)
+        line = decode(f"MatMul-free {args.size}, {model.config.sizes()[1]} layers, packed", model, packed_variables(model, rng), args.tokens)
+    lines = [timing.machine() + f", {jax.default_backend()}", line]
+    print("\n".join(lines))
+    if args.out:
+        with args.out.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

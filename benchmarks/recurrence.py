@@ -1,0 +1,53 @@
+"""The gated recurrence's methods side by side, forward and forward + backward, by length: python benchmarks/recurrence.py [--out=FILE]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import timing
+
+from quweit_jax.ops.recurrence import METHODS, gated_recurrence, pick_method
+
+
+def contenders(steps: int, batch: int, features: int, backward: bool):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (batch, steps, features)
+    gates, candidates = jax.random.uniform(keys[0], shape), jax.random.normal(keys[1], shape)
+
+    def make(method: str):
+        def states(gates, candidates):
+            return gated_recurrence(gates, candidates, method=method)[0]
+
+        def gradient(gates, candidates):
+            return jax.grad(lambda *args: jnp.square(states(*args)).sum(), argnums=(0, 1))(gates, candidates)
+
+        compiled = jax.jit(gradient if backward else states)
+        return lambda: jax.block_until_ready(compiled(gates, candidates))
+
+    return {method: make(method) for method in METHODS if method != "auto"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 8, 64, 512, 2048])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    lines = [f"gated_recurrence, batch {args.batch}, {args.features} features, {jax.default_backend()}", timing.machine()]
+    for backward in (False, True):
+        for steps in args.lengths:
+            medians = timing.side_by_side(contenders(steps, args.batch, args.features, backward), args.rounds)
+            said = "forward + backward" if backward else "forward"
+            lines += [f"{said}, T = {steps} (auto picks {pick_method(steps)})", timing.table(medians, "sequential")]
+            print("\n".join(lines[-2:]), flush=True)
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

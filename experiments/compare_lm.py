@@ -1,0 +1,134 @@
+"""Five language models of one size on the same text, tokens and steps: GPT and QuWeiT GPT, Transformer++, MatMul-free, MatMul-free + weightless.
+
+    python -m experiments.compare_lm --data_dir=FOLDER [--variant=cpu] [--kinds gpt quweit ...] [--seeds 0]      the table and curves
+    python -m quweit_jax.sweep --config=experiments/compare_lm.py:cpu --workdir=runs/compare_lm                    every kind at every rate
+
+Variants: cpu (the default; Tiny Shakespeare by characters, 4 layers of width 128, 2,000 steps of 12 x 64 tokens), stdlib (the same models
+on 20 MB of the Python standard library in 4,096 byte pairs, 3,000 steps) and gpu (6 layers of width 384, context 256).
+
+Parameters are matched: an MLP of 4 d and a gated one of 8 d / 3 both hold 8 d^2 weights; the weightless blocks have the default number of
+tables for the width. Each kind has a learning rate of its own, the best of the sweep's (RATES), as ternary and dense weights want other ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from quweit_jax import configs, defaults
+from quweit_jax.errors import check_choice
+
+VARIANTS = ("cpu", "stdlib", "gpu")
+# kind -> (model, its mlp, learning rate)
+KINDS: dict[str, tuple[str, str, float]] = {
+    "gpt": ("gpt", "dense", 4e-3),
+    "quweit": ("gpt", "weightless", 4e-3),
+    "transformer_pp": ("transformer_pp", "dense", 4e-3),
+    "matmulfree": ("matmulfree", "dense", 4e-3),
+    "matmulfree_weightless": ("matmulfree", "weightless", 4e-3),
+}
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+ALIASES = {"data_dir": "data.data_dir", "lr": "optimizer.learning_rate", "width": "model.width", "layers": "model.layers"}
+MAKERS = {"gpt": defaults.gpt_defaults, "transformer_pp": defaults.transformer_pp_defaults, "matmulfree": defaults.matmulfree_defaults}
+
+
+def get_config(argument: str | None = None):
+    """The config of a variant and `kind=...` (gpt if not given), with shortcuts applied."""
+    variant, shortcuts = configs.parse_argument(argument, VARIANTS, default="cpu")
+    kind = shortcuts.pop("kind", "gpt")
+    check_choice("compare_lm: kind", kind, KINDS)
+    model, mlp, rate = KINDS[kind]
+    config = defaults.base_config()
+    config.model = MAKERS[model]()
+    width, layers, context = (384, 6, 256) if variant == "gpu" else (128, 4, 64)
+    config.model.update(width=width, layers=layers, context=context, mlp=mlp)
+    if model != "matmulfree":
+        config.model.heads = 6 if variant == "gpu" else 4
+    if model != "gpt":
+        config.model.hidden = 8 * width // 3
+    config.model.weightless.num_luts = 7 * width
+    config.optimizer.learning_rate = rate
+    config.data.update(source="tfds", name="tiny_shakespeare", validation_split="validation+test")
+    config.steps, config.batch_size, config.eval_every, config.checkpoint_every, config.eval_batches = 2000, 12, 250, 250, 10
+    if variant == "stdlib":
+        config.data.update(source="python_stdlib", name="", validation_split="", tokenizer="bpe", limit_bytes=20_000_000)
+        config.steps, config.eval_every = 3000, 500
+    if variant == "gpu":
+        config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 5000, 64, 250, 500
+    return configs.apply_shortcuts(config, shortcuts, ALIASES)
+
+
+def sweep(add):
+    """Every kind at every learning rate."""
+    for kind in KINDS:
+        for rate in RATES:
+            add(kind=kind, lr=rate)
+
+
+def score(workdir: Path, kind: str) -> dict[str, Any]:
+    """The last checkpoint's loss on the whole validation text, trained and deployed; parameters, bytes as deployed, training tokens a second."""
+    import jax
+
+    from quweit_jax.inference import packed
+    from quweit_jax.training import loop, run, state
+
+    opened = run.open_run(workdir, step=run.read_config(workdir).steps)
+    parts, variables = opened.parts, jax.device_get(opened.variables)
+    result: dict[str, Any] = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))}
+    result["loss_float"] = loop.evaluate(state.make_eval_step(parts.model.apply), variables, parts, 0)["loss"]
+    if packed.describe(variables):
+        variables = packed.pack(variables)
+    result["bytes_deployed"] = packed.block_bytes(variables)
+    result["loss"] = loop.evaluate(state.make_eval_step(lambda v, x: packed.apply(parts.model, v, x)), variables, parts, 0)["loss"]
+    return result | {"training_tokens_per_second": tokens_per_second(parts)}
+
+
+def tokens_per_second(parts: Any, steps: int = 12) -> float:
+    """Of the compiled training step alone, the median of `steps`, on this machine as it is."""
+    import jax
+
+    from quweit_jax.data import pipeline
+    from quweit_jax.training import sharding
+
+    state, where = parts.init_state(), sharding.batch_sharding(parts.mesh)
+    step = parts.train_step(jax.tree.map(lambda x: x.sharding, state))
+    batch = sharding.put_batch(next(pipeline.train_batches(parts.dataset.train, parts.config.batch_size, 0, prefetch=0)), where)
+    seconds = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        state, values = step(state, batch)
+        jax.block_until_ready(values)
+        seconds.append(time.perf_counter() - begun)
+    return parts.config.batch_size * parts.config.model.context / statistics.median(seconds[2:])
+
+
+def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
+    """A kind's row of the table."""
+    losses, plain = [r["loss"] for r in runs], [r["loss_float"] for r in runs]
+    speed = statistics.mean(r["training_tokens_per_second"] for r in runs)
+    each = f" ({', '.join(f'{x:.4f}' for x in losses)})" if len(runs) > 1 else ""
+    size = f"{runs[0]['bytes_deployed']:,}"
+    return [
+        kind.replace("_", " "),
+        f"{runs[0]['parameters']:,}",
+        size,
+        f"{speed:,.0f}",
+        f"{statistics.mean(plain):.4f}",
+        f"{statistics.mean(losses):.4f}{each}",
+    ]
+
+
+def main() -> None:
+    """Trains what is missing, then writes table and curves."""
+    from experiments import studies
+
+    args = studies.arguments(__doc__, variant="cpu", kinds=list(KINDS), seeds=[0], runs="compare_lm", name="compare_lm_cpu")
+    results = studies.conduct(args, lambda kind: f"compare_lm.py:{args.variant},kind={kind}", score)
+    header = ["model", "parameters", "bytes at inference", "training tokens/s", "validation loss", "as deployed"]
+    studies.write(args, results, header, row, f"compare_lm, {args.variant}: validation loss")
+
+
+if __name__ == "__main__":
+    main()
