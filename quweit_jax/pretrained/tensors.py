@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quweit_jax.errors import InputError, nearest
-from quweit_jax.pretrained import torch_files
+from quweit_jax.pretrained.stored import (
+    SAFETENSORS_INDEX,
+    TORCH_INDEX,
+    Stored,
+    open_safetensors,
+    open_torch,
+    open_torch_shards,
+    read_index,
+    read_json,
+)
+from quweit_jax.pretrained.torch_files import SUFFIXES
 
 
 def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
@@ -20,12 +29,7 @@ def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
         raise InputError(
             f"pretrained: expected {path}, found {'no such file' if folder.is_dir() else 'no such folder'}; give the folder that holds it."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"pretrained: {path} is not JSON ({error}); download it again.") from None
-    if not isinstance(config, dict):
-        raise InputError(f"pretrained: {path}: expected an object of names and values, found {type(config).__name__}.")
+    config = read_json(path)
     missing = [key for key in required if key not in config]
     if missing:
         raise InputError(f"pretrained: {path} lacks {', '.join(missing)}; is it the config of this kind of model?")
@@ -37,23 +41,27 @@ def read_safetensors(folder: Path) -> Tensors:
     files = _safetensors_in(folder)
     if not files:
         raise InputError(f"pretrained: expected model.safetensors in {folder}, found none; convert the checkpoint to safetensors first.")
-    return _load_safetensors(files, folder)
+    return Tensors(open_safetensors(files), str(folder))
 
 
 def read_weights(path: Path) -> Tensors:
-    """Every tensor of a file, or of a folder's *.safetensors or else its one *.pth, *.pt or *.bin; 'module.' is cut off names.
+    """Every tensor of a file, or of a folder's *.safetensors, else its pytorch_model*.bin, else its one *.pth, *.pt or *.bin.
+
+    Shards are those that model.safetensors.index.json or pytorch_model.bin.index.json names. 'module.' is cut off tensors' names.
 
     Raises:
-      InputError: there is no such file, or more than one that could be meant.
+      InputError: there is no such file, a shard is missing, or more than one file could be meant.
     """
     if not path.is_dir():
         tensors = _read_file(path)
     elif files := _safetensors_in(path):
-        tensors = _load_safetensors(files, path)
+        tensors = Tensors(open_safetensors(files), str(path))
+    elif (path / "pytorch_model.bin").is_file():
+        tensors = _read_file(path / "pytorch_model.bin")
+    elif (path / TORCH_INDEX).is_file():
+        tensors = Tensors(open_torch_shards(path / TORCH_INDEX), str(path))
     else:
-        files = [path / "pytorch_model.bin"]
-        if not files[0].is_file():
-            files = sorted(file for suffix in torch_files.SUFFIXES for file in path.glob(f"*{suffix}"))
+        files = sorted(file for suffix in SUFFIXES for file in path.glob(f"*{suffix}"))
         if len(files) != 1:
             found = ", ".join(file.name for file in files[:5]) or "none"
             raise InputError(
@@ -68,34 +76,23 @@ def _read_file(path: Path) -> Tensors:
     if not path.is_file():
         raise InputError(f"pretrained: expected weights at {path}, found no such file or folder.")
     if path.suffix == ".safetensors":
-        return _load_safetensors([path], path)
-    if path.suffix in torch_files.SUFFIXES:
-        return Tensors(torch_files.read_torch(path), str(path))
-    raise InputError(f"pretrained: expected a file *.safetensors, {', '.join('*' + s for s in torch_files.SUFFIXES)}, found {path}.")
+        return Tensors(open_safetensors([path]), str(path))
+    if path.suffix in SUFFIXES:
+        return Tensors(open_torch(path), str(path))
+    raise InputError(f"pretrained: expected a file *.safetensors, {', '.join('*' + s for s in SUFFIXES)}, found {path}.")
 
 
 def _safetensors_in(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def _load_safetensors(files: list[Path], where: Path) -> Tensors:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"pretrained: {file} is damaged or cut short ({error}); download it again.") from None
-    return Tensors(tensors, str(where))
+    single, index = folder / "model.safetensors", folder / SAFETENSORS_INDEX
+    if single.is_file():
+        return [single]
+    return sorted(read_index(index)) if index.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 class Tensors:
     """Named tensors; each is taken once, so that what is left over can be told. `where` they are from, for messages."""
 
-    def __init__(self, tensors: dict[str, np.ndarray], where: str):
+    def __init__(self, tensors: Mapping[str, Stored], where: str):
         self._left, self.where = dict(tensors), where
 
     def __contains__(self, name: str) -> bool:
@@ -107,16 +104,16 @@ class Tensors:
 
     def peek(self, name: str) -> np.ndarray | None:
         """The tensor as it is, left where it is; None if there is none."""
-        return self._left.get(name)
+        return self._left[name].peek() if name in self._left else None
 
     def shape(self, name: str, form: str) -> tuple[int, ...]:
         """The shape of a tensor that must be there, of as many dimensions as `form` names: 'classes, width'."""
-        found = self._left.get(name)
-        if found is None:
+        if name not in self._left:
             raise self._lacks(name, form)
-        if found.ndim != form.count(",") + 1:
-            raise InputError(f"pretrained: tensor {name}: expected shape [{form}], found {list(found.shape)}.")
-        return found.shape
+        found = self._left[name].shape()
+        if len(found) != form.count(",") + 1:
+            raise InputError(f"pretrained: tensor {name}: expected shape [{form}], found {list(found)}.")
+        return found
 
     def strip_prefix(self, prefix: str) -> None:
         """Renames 'prefix.x' to 'x'."""
@@ -128,14 +125,21 @@ class Tensors:
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor in float32, of exactly this shape."""
-        if name not in self._left:
-            raise self._lacks(name, ", ".join(map(str, shape)))
-        value = self._left.pop(name)
-        if value.shape != shape:
-            raise InputError(
-                f"pretrained: tensor {name}: expected shape {list(shape)}, found {list(value.shape)}; do config.json and the weights belong together?"
-            )
-        return np.asarray(value, np.float32)
+        self._check(name, shape)
+        return self._left.pop(name).take()
+
+    def take_stacked(self, rows: Mapping[str, int], columns: int) -> np.ndarray:
+        """Matrices (rows[name], columns) below each other, in float32, with little beside the result in memory."""
+        if len(rows) == 1:
+            ((name, count),) = rows.items()
+            return self.take(name, (count, columns))
+        for name, count in rows.items():
+            self._check(name, (count, columns))  # before making room for them
+        stacked, start = np.empty((sum(rows.values()), columns), np.float32), 0
+        for name, count in rows.items():
+            self._left.pop(name).fill(stacked[start : start + count])
+            start += count
+        return stacked
 
     def finish(self) -> None:
         """Raises InputError if a tensor was never asked for."""
@@ -143,6 +147,15 @@ class Tensors:
             names = sorted(self._left)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise InputError(f"pretrained: {self.where} holds tensors this model does not have: {', '.join(names[:5])}{more}.")
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._left:
+            raise self._lacks(name, ", ".join(map(str, shape)))
+        found = self._left[name].shape()
+        if found != shape:
+            raise InputError(
+                f"pretrained: tensor {name}: expected shape {list(shape)}, found {list(found)}; do config.json and the weights belong together?"
+            )
 
     def _lacks(self, name: str, form: str) -> InputError:
         return InputError(f"pretrained: {self.where} lacks the tensor {name} [{form}].{_near(name, self._left)}")
