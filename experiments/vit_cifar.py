@@ -37,10 +37,11 @@ def get_config(argument: str | None = None):
     if variant == "quick":
         # Three epochs are too few to profit from crops. The vectors' slow rate is what matters most to weightless blocks here: vit_notes.md.
         config.model.variant = "Mi/8"
-        config.model.weightless.num_luts = 768
+        config.model.weightless.num_luts = 1024  # 8 d, as published
         config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 2500, 64, 250, 250
         config.eval_batches = 16  # `evaluate` reads all test images
-        config.optimizer.update(learning_rate=1e-3, weight_decay=0.05, vectors_learning_rate=1.5e-4, tables_learning_rate=1e-2)
+        config.optimizer.update(learning_rate=1e-3, weight_decay=0.05)
+        config.optimizer.update(vectors_learning_rate=1.2e-4, tables_learning_rate=1e-2, tables_min_ratio=0.0)
     if variant == "gpu":
         epochs, config.batch_size = 200, 512
         config.model.update(variant="Ti/4", heads=6, drop_path=0.1, dtype="bfloat16")

@@ -14,7 +14,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from quweit_jax.data import sources, tokenizers
+from quweit_jax.data import documents, sources, tokenizers
+from quweit_jax.data.documents import DocumentSplits, PackedDocuments
 from quweit_jax.data.images import ImageExamples
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.errors import InputError
@@ -88,10 +89,12 @@ def load(config: DataConfig, context: int | None = None, tokenizer: tokenizers.T
         return Dataset(splits.train, splits.validation, splits.num_classes, fingerprint, labels=splits.labels, image_shape=splits.image_shape)
     if context is None:
         raise InputError(f"data.source: {config.source} is text, which the model of this config does not read.")
+    if isinstance(splits, DocumentSplits):
+        return _documents(config, splits, context, tokenizer)
     if tokenizer is None:
         # Characters of the validation text belong to the vocabulary too, as in nanoGPT.
         corpus = splits.train + (splits.validation if config.tokenizer == "char" else "")
-        tokenizer = tokenizers.train(config.tokenizer, corpus, bpe_vocab_size=config.bpe_vocab_size)
+        tokenizer = tokenizers.train(config.tokenizer, corpus, bpe_vocab_size=config.bpe_vocab_size, path=config.tokenizer_path)
     train, validation = tokenizer.encode(splits.train), tokenizer.encode(splits.validation)
     return Dataset(
         TokenWindows(train, context, "training text"),
@@ -100,6 +103,25 @@ def load(config: DataConfig, context: int | None = None, tokenizer: tokenizers.T
         _digest(train, validation),
         tokenizer,
     )
+
+
+def _documents(config: DataConfig, splits: DocumentSplits, context: int, tokenizer: tokenizers.Tokenizer | None) -> Dataset:
+    if config.validation_tokens < context + 1:
+        raise InputError(
+            f"data.validation_tokens: expected at least {context + 1} for a context of {context} and one to predict, found {config.validation_tokens}."
+        )
+    if tokenizer is None:
+        if config.tokenizer == "char":
+            raise InputError(
+                f"data.tokenizer: expected byte, bpe or file for {splits.train.place}, found char: documents that have not been read may hold "
+                "characters it would not know; use --config.data.tokenizer=byte or bpe."
+            )
+        corpus = documents.first_text(splits.train, config.limit_bytes) if config.tokenizer == "bpe" else ""
+        tokenizer = tokenizers.train(config.tokenizer, corpus, bpe_vocab_size=config.bpe_vocab_size, path=config.tokenizer_path)
+    held_out, count = documents.held_out(splits, tokenizer, config.validation_tokens, config.validation_fraction)
+    train = PackedDocuments(splits.train, tokenizer, context, count, config.threads)
+    validation = TokenWindows(held_out, context, f"validation text ({(splits.validation or splits.train).place})")
+    return Dataset(train, validation, tokenizer.vocab_size, _digest(np.frombuffer(train.content(), np.uint8)), tokenizer)
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -126,12 +148,14 @@ def train_batches(
 
     An epoch visits every example once, in an order drawn from (seed, epoch); token windows are also shifted per epoch, so that
     another epoch cuts the text elsewhere; images are varied anew each time, by draws from (seed, place in the stream). All processes
-    together see the same global batches whatever their number.
+    together see the same global batches whatever their number. The state is fit for JSON; see `join_states` for that of several.
     """
     if batch_size % process_count:
         raise InputError(f"batch_size: {batch_size} cannot be shared equally by {process_count} processes; use a multiple.")
     if not len(examples):
         raise InputError("data: the training split is empty.")
+    if isinstance(examples, PackedDocuments):
+        return examples.batches(batch_size, seed, process_index, process_count, prefetch)
     number = len(examples)
 
     def read(index: int, example: int) -> dict[str, np.ndarray]:
@@ -148,6 +172,15 @@ def train_batches(
     threads = _threads(examples) if prefetch else 0
     # Each thread makes whole batches, which Grain hands on in their order; fewer places than threads would leave some idle.
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))))
+
+
+def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state out of those of all processes after the same batch; it can be set in each of any number of processes.
+
+    Streams of documents have a place for each row of the batch, and a process knows its own rows'; all other states are alike.
+    """
+    rows = {row: place for state in states for row, place in state.get("rows", {}).items()}
+    return {"rows": rows} if rows else states[0]
 
 
 def _threads(examples: Sequence[Any]) -> int:

@@ -1,6 +1,6 @@
 """Where examples come from: the standard library's text, a user's file or folder of images, TFDS, scikit-learn's digits.
 
-A text source gives one string a split; a labelled source gives random-access examples. No TensorFlow at run time.
+A text source gives one string a split; large sets give documents, labelled sources examples, by index. No TensorFlow at run time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from quweit_jax.data.augment import check_number
+from quweit_jax.data.documents import DocumentSplits, TFDSDocuments, document_folder
 from quweit_jax.data.images import ImageConfig, ImageExamples, ImageSource
 from quweit_jax.errors import InputError, check_choice, nearest
 
-SOURCES = ("python_stdlib", "text_file", "tfds", "digits", "image_folder")
+SOURCES = ("python_stdlib", "text_file", "document_folder", "tfds", "digits", "image_folder")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _VALIDATION_FOLDERS = ("validation", "val", "test")
 
@@ -28,11 +29,15 @@ _VALIDATION_FOLDERS = ("validation", "val", "test")
 class DataConfig(ImageConfig):
     """What to read; of images, how (see ImageConfig).
 
-    source: 'python_stdlib', 'text_file' (path), 'tfds' (name, data_dir), 'digits' or 'image_folder' (path).
-    limit_bytes: of python_stdlib and text_file, 0 for all. validation_fraction: the end of a text, or the share of an image folder,
-    without splits of its own. validation_split: TFDS splits to validate on, joined by '+', or the folder of images;
-    '' for 'validation' (of folders also 'val') or else 'test'.
-    tokenizer: 'char', 'byte' or 'bpe' (bpe_vocab_size pieces). download: let TFDS fetch and prepare a set that isn't there.
+    source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; .txt and .jsonl files), 'tfds' (name, data_dir), 'digits' or
+    'image_folder' (path).
+    limit_bytes: of python_stdlib and text_file, 0 for all; of documents, what a 'bpe' tokenizer is trained on, 0 for 20 MB.
+    validation_fraction: the end of a text, or the share of an image folder, without splits of its own; of documents, at most that share.
+    validation_split: TFDS splits to validate on, joined by '+', or the folder of images or documents;
+    '' for 'validation' (of folders also 'val') or else 'test'. validation_tokens: of the first validation documents; without
+    a validation split, of the last documents, which are then not trained on.
+    tokenizer: 'char', 'byte', 'bpe' (bpe_vocab_size pieces) or 'file' (tokenizer_path: a tokenizer.json of Hugging Face's tokenizers, or
+    its folder; needed only to begin a run). download: let TFDS fetch and prepare a set that isn't there.
     split_seed: of the stratified split of digits and of image folders; test_fraction: its share of digits.
     """
 
@@ -43,7 +48,9 @@ class DataConfig(ImageConfig):
     limit_bytes: int = 2_000_000
     validation_fraction: float = 0.1
     validation_split: str = ""
+    validation_tokens: int = 1_000_000
     tokenizer: str = "char"
+    tokenizer_path: str = ""
     bpe_vocab_size: int = 4096
     download: bool = True
     split_seed: int = 0
@@ -53,6 +60,7 @@ class DataConfig(ImageConfig):
         super().__post_init__()
         check_choice("data.source", self.source, SOURCES)
         check_number("data.limit_bytes", self.limit_bytes, 0, whole=True)
+        check_number("data.validation_tokens", self.validation_tokens, 2, whole=True)
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"data.validation_fraction: expected a share between 0 and 1, found {self.validation_fraction}.")
 
@@ -78,8 +86,10 @@ class LabelledSplits:
     image_shape: tuple[int, int, int] | None = None
 
 
-def load(config: DataConfig) -> TextSplits | LabelledSplits:
-    """Reads the configured source."""
+def load(config: DataConfig) -> TextSplits | DocumentSplits | LabelledSplits:
+    """Reads the configured source; documents and images are not read yet."""
+    if config.source == "document_folder":
+        return document_folder(config.path, config.validation_split)
     if config.source == "digits":
         return digits(config.split_seed, config.test_fraction)
     if config.source == "tfds":
@@ -305,8 +315,9 @@ def _held_out(files: list[tuple[str, int]], num_classes: int, fraction: float, s
     return [f for f in files if f[0] not in chosen], [f for f in files if f[0] in chosen]
 
 
-def tfds_splits(config: DataConfig) -> TextSplits | LabelledSplits:
-    """A TFDS set by name, read with `tfds.data_source`: text sets give their text, sets with image and label are classified."""
+def tfds_splits(config: DataConfig) -> TextSplits | DocumentSplits | LabelledSplits:
+    """A TFDS set by name, read with `tfds.data_source`: sets with image and label are classified, a text set whose training
+    split is one example is that text, and other text sets are documents."""
     import tensorflow_datasets as tfds
 
     if not config.name:
@@ -317,11 +328,17 @@ def tfds_splits(config: DataConfig) -> TextSplits | LabelledSplits:
     splits = list(builder.info.splits)
     features = builder.info.features or {}
     validation = config.validation_split or ("validation" if "validation" in splits else "test")
+    is_text = "text" in features and isinstance(features["text"], tfds.features.Text)
+    documents = is_text and "train" in splits and builder.info.splits["train"].num_examples != 1
+    if documents and not config.validation_split and validation not in splits:
+        return DocumentSplits(TFDSDocuments(builder, config.name, "train"), None)
     wanted = {"train": ["train"], "validation": validation.split("+")}
     for split in [*wanted["train"], *wanted["validation"]]:
         if split not in splits:
             raise InputError(f"data.validation_split: {config.name} has no split '{split}'; it has {', '.join(splits)}.")
-    if "text" in features:
+    if documents:
+        return DocumentSplits(*(TFDSDocuments(builder, config.name, split) for split in ("train", validation)))
+    if is_text:
         read = {split: builder.as_data_source(split=split) for group in wanted.values() for split in group}
         joined = {k: "".join(_text(x["text"]) for split in group for x in read[split]) for k, group in wanted.items()}
         return TextSplits(joined["train"], joined["validation"])
@@ -331,7 +348,9 @@ def tfds_splits(config: DataConfig) -> TextSplits | LabelledSplits:
         train, held_out = (TFDSImages(builder, config.name, split) for split in ("train", wanted["validation"][0]))
         test = TFDSImages(builder, config.name, "test") if "test" in splits and wanted["validation"] != ["test"] else None
         return image_splits(train, held_out, test, train.labels, config)
-    raise InputError(f"data.name: {config.name} has features {sorted(features)}; expected 'text', or 'image' and 'label'.")
+    raise InputError(
+        f"data.name: {config.name} has features {sorted(features)}; expected a text named 'text', or 'image' and 'label'; use another set."
+    )
 
 
 def _tfds_builder(tfds: Any, config: DataConfig) -> Any:

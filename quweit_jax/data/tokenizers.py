@@ -1,4 +1,4 @@
-"""Text <-> token ids: characters, bytes, or byte-pair encoding trained on the corpus (Hugging Face `tokenizers`)."""
+"""Text <-> token ids: characters, bytes, byte-pair encoding trained on the corpus, or a file of Hugging Face's `tokenizers`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 
 from quweit_jax.errors import InputError, check_choice
 
-KINDS = ("char", "byte", "bpe")
+KINDS = ("char", "byte", "bpe")  # made from a corpus
+CHOICES = (*KINDS, "file")
+_END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 
 
 class Tokenizer(Protocol):
@@ -22,6 +24,11 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """The number of ids."""
+        ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that ends a document; None where there is none. No text is encoded as it."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -41,6 +48,7 @@ class CharTokenizer:
     """One id a character, in code-point order."""
 
     kind = "char"
+    end_of_text = None
 
     def __init__(self, vocabulary: str):
         self.vocabulary = vocabulary
@@ -82,6 +90,7 @@ class ByteTokenizer:
 
     kind = "byte"
     vocab_size = 256
+    end_of_text = None
 
     def encode(self, text: str) -> np.ndarray:
         """(N,) int32, one id a byte."""
@@ -96,16 +105,46 @@ class ByteTokenizer:
         return {"kind": self.kind}
 
 
-class BPETokenizer:
+class _HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` library, from its own serialisation."""
+
+    kind = ""
+
+    def __init__(self, serialized: str, end_of_text: int | None = None):
+        import tokenizers
+
+        self._serialized, self.end_of_text = serialized, end_of_text
+        self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        # Files may ask for texts to be cut or filled up to a length; here every text is wanted whole, and no longer.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that happens to hold "</s>" (a closing tag, say) has not ended there: text never becomes a special token.
+        self._tokenizer.encode_special_tokens = True
+        self._vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id and one."""
+        return self._vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """(N,) int32."""
+        # Unlike `encode`, `encode_batch_fast` lets other threads run: the one that trains, and others that read.
+        return np.asarray(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of the ids."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def to_json(self) -> dict:
+        """Kind and the library's own serialisation."""
+        return {"kind": self.kind, "tokenizer": json.loads(self._serialized)}
+
+
+class BPETokenizer(_HuggingFaceTokenizer):
     """Byte-level byte-pair encoding: spells any text."""
 
     kind = "bpe"
-
-    def __init__(self, serialized: str):
-        import tokenizers
-
-        self._serialized = serialized
-        self._bpe = tokenizers.Tokenizer.from_str(serialized)
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> BPETokenizer:
@@ -124,37 +163,78 @@ class BPETokenizer:
         bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
         return cls(bpe.to_str())
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of pieces."""
-        return self._bpe.get_vocab_size()
 
-    def encode(self, text: str) -> np.ndarray:
-        """(N,) int32."""
-        return np.asarray(self._bpe.encode(text).ids, np.int32)
+class FileTokenizer(_HuggingFaceTokenizer):
+    """A tokenizer that someone else has trained. Whether it spells any text, and gives it back unchanged, is the file's own affair."""
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids."""
-        return self._bpe.decode([int(i) for i in ids], skip_special_tokens=False)
+    kind = "file"
+
+    @classmethod
+    def read(cls, path: str) -> FileTokenizer:
+        """Reads a tokenizer.json, or a folder that holds one.
+
+        Its end of text is the `eos_token` of a tokenizer_config.json beside it or, without that, a special token named </s>,
+        <|endoftext|> or <|end_of_text|>.
+
+        Raises:
+          InputError: no such file, or one that is no tokenizer; an eos_token that the tokenizer has not.
+        """
+        if not path:
+            raise InputError(
+                "data.tokenizer_path: expected a tokenizer.json or its folder for data.tokenizer=file, found nothing; "
+                "add --config.data.tokenizer_path=FOLDER."
+            )
+        file = Path(path).expanduser()
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise InputError(f"data.tokenizer_path: no file at {file}; give a tokenizer.json of Hugging Face's tokenizers, or its folder.")
+        try:
+            found = cls(file.read_text(encoding="utf-8"))
+        except Exception as error:  # the library's own are plain Exceptions
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"data.tokenizer_path: expected a tokenizer of Hugging Face's tokenizers in {file}, found another file ({reason})."
+            ) from None
+        found.end_of_text = found._find_end_of_text(file.with_name("tokenizer_config.json"))
+        return found
+
+    def _find_end_of_text(self, config: Path) -> int | None:
+        try:
+            name = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"data.tokenizer_path: {config} is damaged ({error}); mend it or take it away.") from None
+        if name:
+            name = name["content"] if isinstance(name, dict) else name
+            if (token := self._tokenizer.token_to_id(name)) is None:
+                raise InputError(
+                    f"data.tokenizer_path: {config} names the eos_token {name!r}, which the tokenizer.json beside it has not; mend one of them."
+                )
+            return token
+        special = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        return next((special[name] for name in _END_OF_TEXT if name in special), None)
 
     def to_json(self) -> dict:
-        """Kind and the library's own serialisation."""
-        return {"kind": self.kind, "tokenizer": json.loads(self._serialized)}
+        """Kind, the file's content and the end of text."""
+        return super().to_json() | {"end_of_text": self.end_of_text}
 
 
-def train(kind: str, text: str, *, bpe_vocab_size: int = 4096) -> Tokenizer:
-    """Makes the tokenizer of a kind for a corpus."""
-    check_choice("data.tokenizer", kind, KINDS)
+def train(kind: str, text: str, *, bpe_vocab_size: int = 4096, path: str = "") -> Tokenizer:
+    """Makes the tokenizer of a kind for a corpus; a 'file' is read from `path` whatever the corpus."""
+    check_choice("data.tokenizer", kind, CHOICES)
     if kind == "char":
         return CharTokenizer.train(text)
+    if kind == "file":
+        return FileTokenizer.read(path)
     return ByteTokenizer() if kind == "byte" else BPETokenizer.train(text, bpe_vocab_size)
 
 
 def from_json(saved: dict) -> Tokenizer:
     """The inverse of `to_json`."""
-    check_choice("tokenizer.json: kind", saved.get("kind"), KINDS)
+    check_choice("tokenizer.json: kind", saved.get("kind"), CHOICES)
     if saved["kind"] == "char":
         return CharTokenizer(saved["vocabulary"])
+    if saved["kind"] == "file":
+        return FileTokenizer(json.dumps(saved["tokenizer"]), saved["end_of_text"])
     return ByteTokenizer() if saved["kind"] == "byte" else BPETokenizer(json.dumps(saved["tokenizer"]))
 
 

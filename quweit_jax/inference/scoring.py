@@ -154,9 +154,9 @@ def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0, eval
       InputError: the harness isn't installed, or knows no such task.
     """
     try:
-        from lm_eval import evaluator as harness
-        from lm_eval.api.model import LM
-        from lm_eval.tasks import TaskManager
+        from lm_eval import evaluator as harness  # type: ignore[import-not-found]
+        from lm_eval.api.model import LM  # type: ignore[import-not-found]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ImportError:
         raise InputError("--tasks: needs lm-evaluation-harness; pip install 'quweit_jax[harness]'.") from None
 

@@ -344,9 +344,7 @@ def requantize(
     scale_in, scale_out = jnp.asarray(scale_in, jnp.float32), jax.lax.stop_gradient(jnp.asarray(scale_out, jnp.float32))
     branches = [(x, scale_in)] + ([] if identity is None else [(identity, jnp.asarray(identity_scale, jnp.float32))])
     out = requantize_units([(_as_int(v if is_integer(v) else v / scale), scale) for v, scale in branches], scale_out, bits)
-    if is_integer(x):
-        return out
-    return attach(out * scale_out, clip_shadow(x if identity is None else x + identity, scale_out, bits))
+    return out if is_integer(x) else attach(out * scale_out, clip_shadow(x if identity is None else x + identity, scale_out, bits))
 
 
 def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits: int) -> Array:

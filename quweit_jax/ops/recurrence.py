@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def gated_recurrence(forget_gate: Array, candidate: Array, initial_state: Array 
     start = jnp.zeros((batch, features), exact) if initial_state is None else initial_state.astype(exact)
     if candidate.shape[1] == 0:
         return candidate, start
-    states = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, pick_method(candidate.shape[1], method))
+    states: Any = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, pick_method(candidate.shape[1], method))
     return states.astype(candidate.dtype), states[:, -1]
 
 

@@ -9,6 +9,7 @@ Dimensions: I inputs, O outputs, leading dimensions (...) are tokens.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def quantize_weights(weight: Array) -> tuple[Array, Array]:
 def rms_norm(x: Array, scale: Array, *, eps: float = EPSILON) -> Array:
     """x / sqrt(mean(x**2) + eps) * scale over the last axis, computed in float32: x (..., I), scale (I,) -> x's dtype."""
     wide = x.astype(jnp.float32)
-    return (wide * _inverse_rms(wide, eps) * scale).astype(x.dtype)
+    inverse: Any = _inverse_rms(wide, eps)
+    return (wide * inverse * scale).astype(x.dtype)
 
 
 def mean_square(x: Array) -> Array:
@@ -64,12 +66,12 @@ def mean_square(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _inverse_rms(x: Array, eps: float) -> Array:
+def _inverse_rms(x: Array, eps: float) -> Any:
     return jax.lax.rsqrt(mean_square(x) + eps)
 
 
-def _inverse_rms_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
-    inverse = _inverse_rms(x, eps)
+def _inverse_rms_forward(x: Array, eps: float) -> Any:
+    inverse: Any = _inverse_rms(x, eps)
     return inverse, (x, inverse)
 
 
@@ -145,7 +147,7 @@ def _bit_linear(x: Array, weight: Array, norm_scale: Array, eps: float) -> Array
 
 
 def _bit_linear_forward(x: Array, weight: Array, norm_scale: Array, eps: float):
-    inverse_rms = _inverse_rms(x.astype(jnp.float32), eps)
+    inverse_rms: Any = _inverse_rms(x.astype(jnp.float32), eps)
     y_int, y_scale = quantize_activations(_normalized(x, inverse_rms, norm_scale))
     w_int, w_scale = quantize_weights(weight)
     out = (int_matmul(y_int, w_int) * (y_scale * w_scale)).astype(x.dtype)
@@ -183,7 +185,7 @@ def pack_ternary(w_int: Array) -> Array:
     """
     if w_int.ndim != 2:
         raise InputError(f"pack_ternary: expected a matrix (inputs, outputs), found shape {list(w_int.shape)}.")
-    xp = np if isinstance(w_int, np.ndarray) else jnp
+    xp: Any = np if isinstance(w_int, np.ndarray) else jnp
     if xp is np and w_int.size and not np.isin(w_int, (-1, 0, 1)).all():
         raise InputError(f"pack_ternary: expected weights of -1, 0 and 1, found {w_int.min()} to {w_int.max()}; quantize_weights makes them.")
     spare = -w_int.shape[0] % WEIGHTS_PER_BYTE
@@ -202,7 +204,7 @@ def unpack_ternary(packed: Array, num_inputs: int | None = None) -> Array:
     num_inputs = rows * WEIGHTS_PER_BYTE if num_inputs is None else num_inputs
     if -(-num_inputs // WEIGHTS_PER_BYTE) != rows:
         raise InputError(f"unpack_ternary: {num_inputs} inputs take {-(-num_inputs // WEIGHTS_PER_BYTE)} rows of bytes, found {rows}.")
-    xp = np if isinstance(packed, np.ndarray) else jnp
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
     codes = (packed[:, None, :] >> xp.arange(0, 8, 2, dtype=xp.uint8)[None, :, None]) & 3
     return (codes.astype(xp.int8) - 1).reshape(rows * WEIGHTS_PER_BYTE, outputs)[:num_inputs]
 

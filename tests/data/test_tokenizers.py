@@ -60,6 +60,73 @@ def test_unknown_characters():
         tokenizer.encode("abcdefghij")
 
 
+@pytest.fixture
+def published(tmp_path):
+    """What lies beside a published model: byte-level pieces, a beginning of text before everything, texts cut and filled up to 4 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, show_progress=False, initial_alphabet=alphabet, special_tokens=["<s>", "</s>", "<|other|>"])
+    made.train_from_iterator(TEXT.split(), trainer)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.enable_truncation(4)
+    made.enable_padding(length=4)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_tokenizer_from_a_folder(published, tmp_path):
+    tokenizer = tokenizers.train("file", "", path=str(published))
+    assert (tokenizer.kind, tokenizer.end_of_text, tokenizer.vocab_size) == ("file", 1, 270)
+    tokenizers.save(tokenizer, tmp_path / "saved.json")
+    (published / "tokenizer.json").unlink()  # the run has it now
+    again = tokenizers.load(tmp_path / "saved.json")
+    assert (again.kind, again.end_of_text, again.vocab_size) == ("file", 1, 270) and again.to_json() == tokenizer.to_json()
+    for text in (TEXT, "", "</s>", "a </s> tag, <s> and <|other|> are text"):
+        tokens = tokenizer.encode(text)
+        assert tokens.dtype == np.int32 and not {0, 1, 2} & set(tokens.tolist())  # nothing before it, nor made of it, nor to fill it up
+        np.testing.assert_array_equal(again.encode(text), tokens)
+        assert again.decode(tokens) == text
+    assert tokenizer.decode([1, *tokenizer.encode("next")]) == "</s>next"
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, 1), ("", 1), ("<|other|>", 2), ({"content": "<|other|>", "lstrip": False}, 2), ("<s>", 0)])
+def test_the_end_of_text_is_the_one_named(published, eos, expected):
+    (published / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    for path in (published, published / "tokenizer.json"):
+        assert tokenizers.FileTokenizer.read(str(path)).end_of_text == expected
+
+
+def test_tokenizers_that_have_no_end_of_text(published):
+    saved = json.loads((published / "tokenizer.json").read_text())
+    for token in saved["added_tokens"]:
+        token["special"] = False  # a piece that happens to be spelled </s>
+    (published / "tokenizer.json").write_text(json.dumps(saved))
+    assert tokenizers.FileTokenizer.read(str(published)).end_of_text is None
+    assert tokenizers.train("bpe", TEXT, bpe_vocab_size=260).end_of_text is tokenizers.ByteTokenizer().end_of_text is None
+
+
+def test_files_that_are_no_tokenizers(published):
+    def fails(message, path=published):
+        with pytest.raises(InputError, match=message):
+            tokenizers.train("file", "", path=str(path))
+
+    fails(r"data\.tokenizer_path: expected a tokenizer\.json or its folder .*found nothing; add --config\.data\.tokenizer_path", path="")
+    fails(r"data\.tokenizer_path: no file at .*nowhere; give a tokenizer\.json", path=published / "nowhere")
+    (published / "tokenizer_config.json").write_text('{"eos_token": "<missing>"}')
+    fails(r"tokenizer_config\.json names the eos_token '<missing>', which the tokenizer\.json beside it has not")
+    for damaged in ("{", "[]"):
+        (published / "tokenizer_config.json").write_text(damaged)
+        fails(r"data\.tokenizer_path: .*tokenizer_config\.json is damaged")
+    (published / "tokenizer.json").write_text("{}")
+    fails(r"data\.tokenizer_path: expected a tokenizer of .* in .*tokenizer\.json, found another file")
+
+
 def test_errors(tmp_path):
     with pytest.raises(InputError, match=r"data\.tokenizer: .*Did you mean 'char'\?"):
         tokenizers.train("chars", "abc")
