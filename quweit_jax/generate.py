@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         opened.parts.model, variables, prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed
     )
     sys.stdout.write(args.prompt)
-    for piece in generation.stream_text(tokenizer, tokens):
+    for piece in generation.stream_text(tokenizer, tokens, prompt):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()

@@ -60,4 +60,4 @@ def sample(result: Result, variables: Any) -> str:
     assert parts.dataset.tokenizer is not None
     prompt = np.asarray(parts.dataset.validation[0]["inputs"][:16])
     tokens = generation.generate_tokens(parts.model, variables, prompt, parts.config.sample_tokens, temperature=0.8, seed=parts.config.seed)
-    return parts.dataset.tokenizer.decode(prompt) + "".join(generation.stream_text(parts.dataset.tokenizer, tokens))
+    return parts.dataset.tokenizer.decode(prompt) + "".join(generation.stream_text(parts.dataset.tokenizer, tokens, prompt))

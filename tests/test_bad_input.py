@@ -85,7 +85,7 @@ VALUES = [
     ("data.path", "missing.txt", "data.path: no file at missing.txt"),
     ("data.path", "", "data.path: expected the path of a text file for data.source=text_file, found nothing; add --config.data.path=FILE"),
     ("data.validation_fraction", "1.5", "data.validation_fraction: expected a share between 0 and 1, found 1.5"),
-    ("data.tokenizer", "words", r"data.tokenizer: expected one of \['char', 'byte', 'bpe'\], found 'words'"),
+    ("data.tokenizer", "words", r"data.tokenizer: expected one of \['char', 'byte', 'bpe', 'file'\], found 'words'"),
 ]
 
 

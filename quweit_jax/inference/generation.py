@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,8 @@ from jax import Array
 
 from quweit_jax.errors import InputError
 from quweit_jax.inference import packed
+
+_KNOWN = 16  # tokens before a piece that are decoded with it
 
 
 def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
@@ -41,9 +43,12 @@ def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decode_step(model: nn.Module, variables: dict[str, Any], cache: Any, tokens: Array) -> tuple[Array, Any]:
-    """Reads tokens (B, T) behind the cache: (logits (B, T, V), the new cache). The variables may be packed."""
-    logits, changed = packed.apply(model, {**variables, "cache": cache}, tokens, decode=True, mutable=["cache"])
+def decode_step(model: nn.Module, variables: dict[str, Any], cache: Any, tokens: Array, valid: Array | None = None) -> tuple[Array, Any]:
+    """Reads tokens (B, T), of which valid (B, T) are not padding, behind the cache: (logits (B, T, V), the new cache).
+
+    The variables may be packed.
+    """
+    logits, changed = packed.apply(model, {**variables, "cache": cache}, tokens, valid, decode=True, mutable=["cache"])
     return logits, changed["cache"]  # type: ignore[return-value]
 
 
@@ -117,17 +122,23 @@ def _generate(
             logits, held = out[0, -1], held + 1
 
 
-def stream_text(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """Decodes tokens as they come, holding back pieces that aren't whole characters yet."""
-    ids: list[int] = []
-    shown = ""
+def stream_text(tokenizer: Any, tokens: Iterator[int], after: Sequence[int] | np.ndarray = ()) -> Iterator[str]:
+    """Decodes tokens as they come, holding back pieces that aren't whole characters yet.
+
+    after: ids before them (the prompt's), without which some tokenizers take the first token for the beginning of a text.
+    """
+    known, ids, shown = [int(i) for i in after][-_KNOWN:], [], ""
+    before = tokenizer.decode(known) if known else ""
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(known + ids)[len(before) :]
         # Only the last U+FFFD can be a character that isn't whole yet.
         whole = text[:-1] if text.endswith("\ufffd") else text
         if len(whole) > len(shown):
             yield whole[len(shown) :]
-        ids, shown = ([], "") if whole == text else (ids, whole)
+            shown = whole
+        if whole == text:
+            known, ids, shown = ids[-_KNOWN:], [], ""
+            before = tokenizer.decode(known)
     if ids:
-        yield tokenizer.decode(ids)[len(shown) :]
+        yield tokenizer.decode(known + ids)[len(before) + len(shown) :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import sys
@@ -260,7 +261,7 @@ def _steps(
         if step % config.checkpoint_every == 0 or last or stopping:
             read()
             log.writer.sync()
-            loop = {"data": batches.get_state(), "validation": validation, **log.state()}
+            loop = {"data": _joined_state(batches), "validation": validation, **log.state()}
             checkpoints.save(step, current, loop, score)
             last_good = step
         if stopping:
@@ -272,6 +273,19 @@ def _steps(
         unit = "nats per token" if parts.tokenizer is not None else "nats"
         metrics.plot_losses({"": rows}, log.writer.path.parent / "plots" / "loss.png", unit=unit)
     return Result(step, step >= config.steps, current, parts, validation)
+
+
+def _joined_state(batches: Any) -> dict[str, Any]:
+    """The data iterator's state, of all processes together: what one of them saves."""
+    state = batches.get_state()
+    if jax.process_count() == 1:
+        return state
+    from jax.experimental import multihost_utils
+
+    raw = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.asarray(raw.size))))
+    gathered = multihost_utils.process_allgather(np.pad(raw, (0, longest - raw.size), constant_values=ord(" ")))
+    return pipeline.join_states([json.loads(bytes(row)) for row in np.asarray(gathered)])
 
 
 def _bar(parts: run.Parts, start: int, show: bool, asked: bool | None) -> Any:

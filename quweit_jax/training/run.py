@@ -30,7 +30,7 @@ from quweit_jax.training.checkpoints import Checkpoints
 
 # What may change when a run goes on; anything else makes it another run.
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "eval_batch_size", "checkpoint_every", "keep", "prefetch", "sample_tokens")
-MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.download", "data.threads", "data.cache_megabytes")
+MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.tokenizer_path", "data.download", "data.threads", "data.cache_megabytes")
 FORMAT = 1
 
 
