@@ -1,4 +1,4 @@
-"""python -m quweit_jax.evaluate --workdir=runs/x [--step=N] [--packed] [--json] [--config.data.data_dir=...]"""
+"""python -m quweit_jax.evaluate --workdir=runs/x [--step=N] [--packed] [--tasks=...] [--json] [--config.data.data_dir=...]"""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="evaluate as deployed: weightless blocks on 1-bit tables and int8 sums; integer models in integers alone",
     )
+    parser.add_argument("--tasks", default="", help="zero-shot tasks of lm-evaluation-harness instead, joined by commas: arc_easy,piqa")
+    parser.add_argument("--limit", type=int, default=0, help="of the tasks, only so many examples each (0: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(rest)
     cli.join_processes()
     import jax
 
     from quweit_jax.data import pipeline
-    from quweit_jax.inference import integer, packed
+    from quweit_jax.errors import InputError
+    from quweit_jax.inference import integer, packed, scoring
     from quweit_jax.training import loop, run, state
 
     opened = run.open_run(Path(args.workdir), args.step, overrides)
@@ -44,7 +47,13 @@ def main(argv: Sequence[str]) -> int:
             result |= {"block_bytes": sum(map(packed.block_bytes, blocks)), "dense_mlp_bytes_int8": sum(map(packed.dense_bytes, blocks))}
         result["model_bytes"] = packed.block_bytes(variables)
         apply = functools.partial(packed.apply, model)
-    result |= loop.evaluate(state.make_eval_step(apply), variables, opened.parts, args.batches)
+    if args.tasks:
+        if opened.parts.tokenizer is None:
+            raise InputError(f"--tasks: {args.workdir} is a run of a classifier; the tasks are texts.")
+        result["split"] = "test"
+        result |= scoring.evaluate_tasks(scoring.Scorer(model, variables, opened.parts.tokenizer), args.tasks.split(","), limit=args.limit)
+    else:
+        result |= loop.evaluate(state.make_eval_step(apply), variables, opened.parts, args.batches)
     if bad := pipeline.left_out(opened.parts.dataset.validation):
         result["images_left_out"] = len(bad)
     if args.json:
