@@ -160,24 +160,23 @@ def fit(
     if config.get("init_from") and initial is None and not run.has_checkpoints(workdir):
         raise InputError(_NEEDS_INITIAL)
     parts = run.assemble(config, run.prepare(workdir, config))
-    checkpoints: Checkpoints | None = None
     try:
         run.record(workdir, parts)
         with files.sole_user(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
             checkpoints = Checkpoints(workdir, config.keep)
-            result = _fit(parts, checkpoints, progress, on_step, workdir, initial)
+            try:
+                result = _fit(parts, checkpoints, progress, on_step, workdir, initial)
+            except Exception:
+                with contextlib.suppress(Exception):  # the first trouble is the one to tell; a checkpoint begun before it is still finished
+                    checkpoints.close()
+                raise
             checkpoints.close()
-        return result
+            return result
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)
         raise RunError(
             f"cannot go on in {workdir} ({reason}); the last checkpoint is whole. Free some space or mend the folder, and run the same command again."
         ) from error
-    except (InputError, RunError):
-        if checkpoints is not None:
-            with contextlib.suppress(Exception):  # the first trouble is the one to tell; a checkpoint begun before it is still finished
-                checkpoints.close()
-        raise
 
 
 def _fit(

@@ -108,8 +108,8 @@ def test_killed_half_way_ends_with_the_same_table(experiment, tmp_path):
 
 
 def test_a_failing_point_does_not_stop_the_others(experiment, tmp_path):
-    file = experiment("    add(seed=0, lr=1e30)\n    add(seed=1)\n")
+    file = experiment("    add({'mesh.data': 3})\n    add(seed=1)\n")
     done = subprocess.run(command(file, tmp_path / "sweep"), env=environment(), capture_output=True, text=True, timeout=300)
     table = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
-    assert done.returncode == 1 and "failed: seed=0,lr=1e+30: error: step" in done.stdout
+    assert done.returncode == 1 and "failed: mesh.data=3: error: mesh" in done.stdout
     assert "| failed |" in table[2] and "| finished |" in table[3] and "1 of 2 points finished" in done.stdout
