@@ -1,4 +1,4 @@
-"""A packed 13B MatMul-free model (random weights) built and decoding tokens, with the peak of resident memory: python benchmarks/decode_13b.py
+"""A packed 13B MatMul-free model (random weights) built and decoding tokens, with the peak of resident memory: PYTHONPATH=. python benchmarks/decode_13b.py
 
 Beside it, in a process of its own, Transformer++ in bfloat16 with --baseline=SIZE (the largest whose weights fit; a KV cache of --context).
 The packed model is made directly in its packed form, matrix by matrix: its float weights, 51 GB, never exist.
