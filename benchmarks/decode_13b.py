@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import timing
 
-from quweit_jax.inference import generation
+from quweit_jax.inference import generation, packed
 from quweit_jax.models import build
 
 
@@ -31,21 +31,8 @@ def packed_variables(model, rng: np.random.Generator):
     """Random variables in the form `packed.pack` gives, of a model's shapes; dense ones in bfloat16."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def split(tree):
-        rest, packed = {}, {}
-        for key, child in tree.items():
-            if not isinstance(child, dict):
-                rest[key] = dense(child.shape, rng)
-            elif child.keys() == {"kernel", "norm_scale"}:
-                packed[key] = ternary_layer(child["kernel"].shape, rng)
-            else:
-                inner_rest, inner = split(child)
-                rest |= {key: inner_rest} if inner_rest else {}
-                packed |= {key: inner} if inner else {}
-        return rest, packed
-
-    rest, packed = split(shapes)
-    return {"params": rest, "blocks": {}, "packed": packed}
+    rest, layers = packed.split_ternary(shapes, lambda layer: ternary_layer(layer["kernel"].shape, rng), lambda leaf: dense(leaf.shape, rng))
+    return {"params": rest, "blocks": {}, "packed": layers}
 
 
 def ternary_layer(shape: tuple[int, int], rng: np.random.Generator):

@@ -7,7 +7,8 @@ Variants: cpu (the default; Tiny Shakespeare by characters, 4 layers of width 12
 on 20 MB of the Python standard library in 4,096 byte pairs, 3,000 steps) and gpu (6 layers of width 384, context 256).
 
 Parameters are matched: an MLP of 4 d and a gated one of 8 d / 3 both hold 8 d^2 weights; the weightless blocks have the default number of
-tables for the width. Each kind has a learning rate of its own, the best of the sweep's (RATES), as ternary and dense weights want other ones.
+tables for the width. Each kind has a learning rate of its own in KINDS, as ternary and dense weights want other ones; until the sweep over RATES has been run they
+are all the same.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Variants:
   tiny   (the default) minutes on 2 cores, text of the Python standard library, no download: 4 layers of width 128.
   370m, 1.3b, 2.7b   the published sizes and budgets (15, 100 and 100 billion tokens of 2,048; arXiv 2406.02528, section 4), on TFDS c4
-         with a tokenizer of one's own; add --config.data.tokenizer_path=FOLDER for the published one.
+         with a tokenizer of one's own; add --config.data.tokenizer=file --config.data.tokenizer_path=FOLDER
+         for the published one.
   13b    the size of the paper's inference measurements.
 
 Shortcuts: mlp (dense, weightless, none), width, layers, steps, seed, lr, luts, dataset, data_dir.

@@ -38,8 +38,7 @@ def arguments(description: str | None, *, variant: str, kinds: Sequence[str], se
 
 def finish(config: configs.Config, workdir: Path) -> Path:
     """Trains a model, or goes on with it, or finds it finished."""
-    rows = metrics.read_rows(workdir / "metrics.jsonl")
-    if not any(row["split"] == "validation" and row["step"] == config.steps for row in rows) and not loop.fit(config, workdir).complete:
+    if not any(row["step"] == config.steps for row in metrics.evaluations(workdir)) and not loop.fit(config, workdir).complete:
         raise SystemExit("stopped; the same command goes on")
     return workdir
 
@@ -72,7 +71,7 @@ def write(args: argparse.Namespace, results: Results, header: Sequence[str], row
     (args.out / f"{args.name}.json").write_text(json.dumps({"results": results, "environment": environment}, indent=1) + "\n")
     curves = {}
     for kind, by_seed in results.items():
-        each = [[r for r in metrics.read_rows(args.runs / f"{kind}-{s}" / "metrics.jsonl") if r["split"] == "validation"] for s in by_seed]
+        each = [metrics.evaluations(args.runs / f"{kind}-{s}") for s in by_seed]
         curves[kind] = [{"step": rows[0]["step"], "split": "validation", "loss": statistics.mean(r["loss"] for r in rows)} for rows in zip(*each)]
     metrics.plot_losses(curves, args.out / f"{args.name}.png", f"{title}, {len(args.seeds)} seed(s)", unit="nats")
     print("\n".join(lines))

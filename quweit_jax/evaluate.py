@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
 
     opened = run.open_run(Path(args.workdir), args.step, overrides)
     model, variables = opened.parts.model, opened.variables
+    if args.tasks and opened.parts.tokenizer is None:
+        raise InputError(f"--tasks: {args.workdir} is a run of a classifier; the tasks are texts.")
     result: dict = {"step": opened.step, "split": "validation"}
     apply = model.apply
     if args.packed and integer.is_integer(model):
@@ -48,8 +50,6 @@ def main(argv: Sequence[str]) -> int:
         result["model_bytes"] = packed.block_bytes(variables)
         apply = functools.partial(packed.apply, model)
     if args.tasks:
-        if opened.parts.tokenizer is None:
-            raise InputError(f"--tasks: {args.workdir} is a run of a classifier; the tasks are texts.")
         result["split"] = "test"
         result |= scoring.evaluate_tasks(scoring.Scorer(model, variables, opened.parts.tokenizer), args.tasks.split(","), limit=args.limit)
     else:

@@ -27,7 +27,7 @@ from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError
 
 _SUFFIXES = (".txt", ".jsonl")
-_VALIDATION_FOLDERS = ("validation", "val", "test")
+VALIDATION_FOLDERS = ("validation", "val", "test")
 # What a tokenizer is trained on where data.limit_bytes sets no limit; more text hardly changes its pieces.
 _TOKENIZER_BYTES = 20_000_000
 _FINGERPRINTED = 4
@@ -157,9 +157,9 @@ def document_folder(path: str, validation: str = "") -> DocumentSplits:
         if validation:
             raise InputError(f"data.validation_split: {root} has no folder 'train' beside '{validation}'; give it one, or leave the split out.")
         return DocumentSplits(FolderDocuments(root), None)
-    beside = [name for name in ([validation] if validation else _VALIDATION_FOLDERS) if (root / name).is_dir()]
+    beside = [name for name in ([validation] if validation else VALIDATION_FOLDERS) if (root / name).is_dir()]
     if validation and not beside:
-        raise InputError(f"data.validation_split: no folder '{validation}' in {root}; leave it out for {', '.join(_VALIDATION_FOLDERS)}.")
+        raise InputError(f"data.validation_split: no folder '{validation}' in {root}; leave it out for {', '.join(VALIDATION_FOLDERS)}.")
     return DocumentSplits(FolderDocuments(root / "train"), FolderDocuments(root / beside[0]) if beside else None)
 
 

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from quweit_jax.data.augment import check_number
-from quweit_jax.data.documents import DocumentSplits, TFDSDocuments, document_folder
+from quweit_jax.data.documents import VALIDATION_FOLDERS, DocumentSplits, TFDSDocuments, document_folder
 from quweit_jax.data.images import ImageConfig, ImageExamples, ImageSource
 from quweit_jax.errors import InputError, check_choice, nearest
 
 SOURCES = ("python_stdlib", "text_file", "document_folder", "tfds", "digits", "image_folder")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_VALIDATION_FOLDERS = ("validation", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,13 +255,13 @@ def image_folder(config: DataConfig) -> LabelledSplits:
     if not root.is_dir():
         raise InputError(f"data.path: no folder at {config.path}; check the path.")
     top = "train" if (root / "train").is_dir() else ""
-    candidates = (config.validation_split,) if config.validation_split else _VALIDATION_FOLDERS
+    candidates = (config.validation_split,) if config.validation_split else VALIDATION_FOLDERS
     beside = [name for name in candidates if (root / name).is_dir()]
     if beside and not top:
         raise InputError(f"data.path: {config.path} has a folder '{beside[0]}' but none named 'train'; give it one, with a folder for each class.")
     if config.validation_split and not beside:
         raise InputError(
-            f"data.validation_split: no folder '{config.validation_split}' in {config.path}; leave it out for {', '.join(_VALIDATION_FOLDERS)}."
+            f"data.validation_split: no folder '{config.validation_split}' in {config.path}; leave it out for {', '.join(VALIDATION_FOLDERS)}."
         )
     labels, train = _class_files(root, top)
     if len(labels) < 2:

@@ -6,7 +6,6 @@ Dimensions: B batch (1 here), T tokens, V vocabulary, C context.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,9 +80,13 @@ def generate_tokens(
       InputError: settings that cannot be sampled with, or a prompt that is empty, too long or of unknown tokens.
     """
     check_sampling(temperature, top_k, max_tokens)
-    limited = getattr(model, "limited_context", True)
-    check_prompt(prompt, model.config.vocab_size, model.config.context if limited else None)
-    return _generate(model, variables, prompt, max_tokens, temperature, top_k, seed, model.config.context if limited else math.inf)
+    check_prompt(prompt, model.config.vocab_size, context_of(model))
+    return _generate(model, variables, prompt, max_tokens, temperature, top_k, seed)
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens a language model reads at a time; None for no limit."""
+    return model.config.context if getattr(model, "limited_context", True) else None
 
 
 def check_prompt(prompt: np.ndarray, vocab_size: int, context: int | None) -> None:
@@ -102,10 +105,8 @@ def check_prompt(prompt: np.ndarray, vocab_size: int, context: int | None) -> No
         )
 
 
-def _generate(
-    model: Any, variables: dict[str, Any], prompt: np.ndarray, max_tokens: int, temperature: float, top_k: int, seed: int, context: float
-) -> Iterator[int]:
-    text = [int(t) for t in prompt]
+def _generate(model: Any, variables: dict[str, Any], prompt: np.ndarray, max_tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
+    text, context = [int(t) for t in prompt], context_of(model)
     held = len(text)
     logits, cache = prefill(model, variables, np.asarray(text))
     key = jax.random.key(seed)
@@ -114,8 +115,8 @@ def _generate(
         token = int(pick(jax.random.fold_in(key, i), logits))
         yield token
         text.append(token)
-        if held == context:
-            held = max(1, int(context) // 2)
+        if context is not None and held == context:
+            held = max(1, context // 2)
             logits, cache = prefill(model, variables, np.asarray(text[-held:]))
         else:
             out, cache = decode_step(model, variables, cache, jnp.asarray([[token]], jnp.int32))

@@ -6,6 +6,7 @@ Dimensions: T tokens, F input bits, L tables, n inputs a table, A = 2**n entries
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -73,20 +74,16 @@ def pack_ternary_layer(params: Tree) -> Tree:
     return jax.device_get(packed)
 
 
-def _is_ternary(params: Tree) -> bool:
-    return params.keys() == {"kernel", "norm_scale"}
-
-
-def _pack_ternary(params: Tree) -> tuple[Tree, Tree]:
-    """(what is not in ternary layers, the ternary layers packed), both as trees of the same paths; one layer at a time."""
+def split_ternary(params: Tree, pack_layer: Callable[[Tree], Any], keep: Callable[[Any], Any]) -> tuple[Tree, Tree]:
+    """(`keep` of what is not in ternary layers, `pack_layer` of those), both as trees of the same paths; one layer at a time."""
     rest, packed = {}, {}
     for key, child in params.items():
         if not isinstance(child, dict):
-            rest[key] = jax.device_get(child)
-        elif _is_ternary(child):
-            packed[key] = pack_ternary_layer(child)
+            rest[key] = keep(child)
+        elif child.keys() == {"kernel", "norm_scale"}:
+            packed[key] = pack_layer(child)
         else:
-            inner_rest, inner = _pack_ternary(child)
+            inner_rest, inner = split_ternary(child, pack_layer, keep)
             rest |= {key: inner_rest} if inner_rest else {}
             packed |= {key: inner} if inner else {}
     return rest, packed
@@ -104,7 +101,7 @@ def pack(variables: Tree) -> Tree:
     params = variables["params"]
     constants = jax.device_get(variables.get("wiring", {}))
     paths = _blocks(params)
-    dense, packed = _pack_ternary(_without(params, paths))
+    dense, packed = split_ternary(_without(params, paths), pack_ternary_layer, jax.device_get)
     if not paths and not packed:
         raise InputError("pack: this model has no weightless block and no ternary layer, so there is nothing to pack.")
     return {"params": dense, "blocks": {"/".join(p): pack_block(_at(params, p), _at(constants, p)) for p in paths}, "packed": packed}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -39,8 +39,7 @@ class Scorer:
     @property
     def context(self) -> int | None:
         """The most tokens the model reads at a time; None for no limit."""
-        limited = getattr(self.model, "limited_context", True)
-        return self.model.config.context if limited else None  # type: ignore[attr-defined]
+        return generation.context_of(self.model)
 
     def start_token(self) -> int:
         """See `start`."""
@@ -145,10 +144,10 @@ def _token_scores(model: nn.Module, variables: dict[str, Any], tokens: Array) ->
     return chosen, logits.argmax(-1) == tokens[:, 1:]
 
 
-def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0, evaluator: Callable[..., Any] | None = None) -> dict[str, Any]:
+def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0) -> dict[str, Any]:
     """Zero-shot results of lm-evaluation-harness's tasks: {task: {metric: value}}.
 
-    limit: only so many examples of each (0: all). evaluator: instead of the harness's `simple_evaluate`, for tests.
+    limit: only so many examples of each (0: all).
 
     Raises:
       InputError: the harness isn't installed, or knows no such task.
@@ -179,5 +178,4 @@ def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0, eval
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise InputError(f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval --tasks list` shows them.")
-    run = harness.simple_evaluate if evaluator is None else evaluator
-    return run(model=Served(), tasks=list(tasks), limit=limit or None, task_manager=manager)["results"]
+    return harness.simple_evaluate(model=Served(), tasks=list(tasks), limit=limit or None, task_manager=manager)["results"]

@@ -116,16 +116,16 @@ class CausalSelfAttention(nn.Module):
             mask = (valid[:, None, :] | jnp.eye(tokens, dtype=bool))[:, None]
         implementation: Any = "xla" if mask is not None else pick_attention(self.implementation, self.dtype)
         if train and self.dropout > 0:
-            mixed = self._attend_with_dropout(q, k, v)
+            mixed = self._attend_with_dropout(q, k, v, mask)
         else:
             mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=not decode, implementation=implementation)
         out = nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(mixed.reshape(batch, tokens, heads * head))
         return nn.Dropout(self.dropout, deterministic=not train)(out)
 
-    def _attend_with_dropout(self, q: Array, k: Array, v: Array) -> Array:
+    def _attend_with_dropout(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
-        causal = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores.astype(jnp.float32), -jnp.inf), axis=-1).astype(q.dtype)
+        visible = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool)) & (True if mask is None else mask)
+        weights = jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -jnp.inf), axis=-1).astype(q.dtype)
         weights = nn.Dropout(self.dropout, deterministic=False)(weights)
         return jnp.einsum("bhqs,bshk->bqhk", weights, v)
 

@@ -16,7 +16,7 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.transformer import ATTENTIONS, GELUS, MLP, CausalSelfAttention, LayerNorm, normal, token_positions
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import DTYPES, WeightlessOptions, kinds_of_mlp
+from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,7 @@ class GPTConfig:
     weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
 
     def __post_init__(self):
-        for name in ("vocab_size", "context", "layers", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: expected at least 1, found {getattr(self, name)}.")
+        check_positive(self, "vocab_size", "context", "layers", "heads", "width")
         if self.width % self.heads:
             raise InputError(
                 f"model.width: {self.width} is not a multiple of model.heads = {self.heads}; use {self.heads * -(-self.width // self.heads)}."

@@ -20,7 +20,7 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear, RMSNorm
 from quweit_jax.layers.transformer import normal
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp, size_of
+from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, glu_width, kinds_of_mlp, size_of
 from quweit_jax.ops.recurrence import METHODS
 
 
@@ -63,11 +63,6 @@ class MatMulFreeConfig:
     def hidden_width(self) -> int:
         """Of the GLU."""
         return self.hidden or glu_width(self.sizes()[0])
-
-
-def glu_width(width: int) -> int:
-    """The hidden width of a gated linear unit with about the parameters of an MLP four times as wide: 8 d / 3, in multiples of 256."""
-    return 256 * math.ceil(int(8 * width / 3) / 256)
 
 
 def lower_bounds(parameters: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -53,6 +54,11 @@ def size_of(size: str) -> tuple[int, int, int]:
     """Width, layers and heads of a language model of a named size."""
     check_choice("model.size", size, LM_SIZES)
     return LM_SIZES[size]
+
+
+def glu_width(width: int) -> int:
+    """The hidden width of a gated linear unit with about the parameters of an MLP four times as wide: 8 d / 3, in multiples of 256."""
+    return 256 * math.ceil(int(8 * width / 3) / 256)
 
 
 def check_positive(config: Any, *names: str, zero: str = "") -> None:

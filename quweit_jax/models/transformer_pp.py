@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.ternary import RMSNorm
 from quweit_jax.layers.transformer import ATTENTIONS, CausalSelfAttention, Initializer, normal, token_positions
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.matmulfree import glu_width
-from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp, size_of
+from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, glu_width, kinds_of_mlp, size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +110,10 @@ class TransformerPPBlock(nn.Module):
             rotary=c.rope_theta,
             name="mixer",
         )
-        x = x + attention(RMSNorm(c.epsilon, dtype, name="mixer_norm")(x), valid, positions=positions, decode=decode)
+        x = x + attention(nn.RMSNorm(c.epsilon, dtype, name="mixer_norm")(x), valid, positions=positions, decode=decode)
         if self.mlp == "dense":
             mlp = SwiGLU(c.hidden_width(), output_init, dtype, name="mlp")
-            x = x + mlp(RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
+            x = x + mlp(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
         elif self.mlp == "weightless":
             x = x + WeightlessBlock(width, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(x)
         return x
@@ -141,5 +139,5 @@ class TransformerPP(nn.Module):
         block = nn.remat(TransformerPPBlock, static_argnums=(4,)) if c.remat and not decode else TransformerPPBlock
         for i, kind in enumerate(kinds_of_mlp(c.mlp, layers)):
             x = block(c, kind, name=f"block_{i}")(x, positions, valid, decode)
-        x = RMSNorm(c.epsilon, dtype, name="final_norm")(x)
+        x = nn.RMSNorm(c.epsilon, dtype, name="final_norm")(x)
         return nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head")(x).astype(jnp.float32)

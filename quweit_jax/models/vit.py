@@ -23,7 +23,7 @@ from quweit_jax.layers import integer as layers
 from quweit_jax.layers.integer import ActivationQuantizer, IntegerModule, Quantized
 from quweit_jax.layers.transformer import ATTENTIONS, MLP, LayerNorm, SelfAttention
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import DTYPES, WeightlessOptions, kinds_of_mlp
+from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp
 from quweit_jax.ops.integer import attach
 
 # Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests and for two cores).
@@ -71,12 +71,8 @@ class ViTConfig:
         match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", self.variant)
         if not match or match[1] not in SIZES:
             raise InputError(f"model.variant: expected SIZE/PATCH such as Ti/16, with SIZE one of {', '.join(SIZES)}; found '{self.variant}'.")
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 0:
-                raise InputError(f"model.{name}: expected a positive number, or 0 for the variant's own, found {getattr(self, name)}.")
-        for name in ("num_classes", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: expected at least 1, found {getattr(self, name)}.")
+        check_positive(self, "width", "depth", "heads", zero="the variant's own")
+        check_positive(self, "num_classes", "mlp_ratio")
         width, _, heads = self.sizes()
         if width % heads:
             raise InputError(

@@ -20,7 +20,7 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 
 METHODS = ("auto", "sequential", "associative", "chunked")
-# From benchmarks/results/recurrence_*.txt: on a CPU the loop over time is the fastest from two steps on.
+# See benchmarks/recurrence.py and its results.
 _SHORT = 16
 
 

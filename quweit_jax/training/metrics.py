@@ -26,6 +26,11 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def evaluations(workdir: Path) -> list[Row]:
+    """A run's evaluations on the validation split, in order; the run is finished if the last one is of its last step."""
+    return [row for row in read_rows(workdir / "metrics.jsonl") if row["split"] == "validation"]
+
+
 class MetricsWriter:
     """Appends rows {"step", "split", ...} to metrics.jsonl; opening it drops every row after `step`, so a resume repeats none."""
 

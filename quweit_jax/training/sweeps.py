@@ -83,7 +83,7 @@ def _point(spec: str, argument: str, root: Path, overrides: Mapping[str, str], s
 
 def result_of(point: Point) -> dict[str, Any]:
     """What its run directory says: state ('new', 'unfinished', 'finished'), step, and losses and accuracy of its evaluations."""
-    rows = [row for row in metrics.read_rows(point.workdir / "metrics.jsonl") if row["split"] == "validation"]
+    rows = metrics.evaluations(point.workdir)
     if not rows:
         return {"state": "unfinished" if (point.workdir / "config.json").exists() else "new", "step": 0}
     last, best = rows[-1], min(rows, key=lambda row: row["loss"])
