@@ -5,6 +5,7 @@ Dimensions: T tokens, F input bits, L tables, n inputs a table, A = 2**n entries
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -107,15 +108,27 @@ def pack(variables: Tree) -> Tree:
     return {"params": dense, "blocks": {"/".join(p): pack_block(_at(params, p), _at(constants, p)) for p in paths}, "packed": packed}
 
 
-def apply_block(packed: Tree, x: Array, *, signed: bool) -> Array:
-    """The block on packed values: x (..., d_in) -> (..., d). Bits, table reads and int32 sums; floats only around them."""
+def block_bits(packed: Tree, x_DT: Array) -> list[Array]:
+    """The bits within a block for its normalised input x (d_in, T): the thermometer's (F, T), then each look-up layer's (L, T)."""
+    bits = [(x_DT[:, None, :] > packed["thresholds"][:, :, None]).reshape(-1, x_DT.shape[1])]
+    for tables, wiring in zip(packed["tables"], packed["wiring"]):
+        bits.append(packed_lut.look_up(bits[-1], wiring, tables))
+    return bits
+
+
+def apply_block(packed: Tree, x: Array, *, signed: bool, observe: Callable[[list[Array]], None] | None = None) -> Array:
+    """The block on packed values: x (..., d_in) -> (..., d). Bits, table reads and int32 sums; floats only around them.
+
+    observe: called with the look-up layers' bits, each (L, T) bool, tokens in the order of x. A block may have an `offset`, int32 (d,),
+    where its sums begin instead of 0.
+    """
     if "norm" in packed:
         x = nn.LayerNorm(epsilon=1e-5, use_bias="bias" in packed["norm"]).apply({"params": packed["norm"]}, x)  # type: ignore[assignment]
     lead, width = x.shape[:-1], x.shape[-1]
-    x_DT = x.reshape(math.prod(lead), width).T
-    bits = (x_DT[:, None, :] > packed["thresholds"][:, :, None]).reshape(-1, x_DT.shape[1])
-    for tables, wiring in zip(packed["tables"], packed["wiring"]):
-        bits = packed_lut.look_up(bits, wiring, tables)
+    layers = block_bits(packed, x.reshape(math.prod(lead), width).T)[1:]
+    if observe is not None:
+        observe(layers)
+    bits = layers[-1]
     counted = 2 * bits.astype(jnp.int8) - 1 if signed else bits.astype(jnp.int8)
     vectors = jnp.asarray(packed["vectors"])
     if vectors.ndim == 2:
@@ -124,11 +137,16 @@ def apply_block(packed: Tree, x: Array, *, signed: bool) -> Array:
         outputs = packed["bias"].shape[0]
         products = counted.astype(jnp.int32) * vectors.astype(jnp.int32)[:, None]
         total = products.reshape(outputs, -1, products.shape[1]).sum(1).T
+    if "offset" in packed:
+        total = total + packed["offset"]
     return (total * packed["scale"] + packed["bias"]).reshape(*lead, -1)
 
 
-def apply(model: nn.Module, variables: Tree, *args: Any, **kwargs: Any) -> Any:
-    """`model.apply` of variables that may be packed (other collections, such as a cache, may be beside them)."""
+def apply(model: nn.Module, variables: Tree, *args: Any, observe: Callable[[WeightlessBlock, list[Array]], None] | None = None, **kwargs: Any) -> Any:
+    """`model.apply` of variables that may be packed (other collections, such as a cache, may be beside them).
+
+    observe: called within each packed weightless block with its module and its look-up layers' bits, as `apply_block` gives them.
+    """
     if "blocks" not in variables:
         return model.apply(variables, *args, **kwargs)
     blocks = variables["blocks"]
@@ -136,7 +154,8 @@ def apply(model: nn.Module, variables: Tree, *args: Any, **kwargs: Any) -> Any:
     def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if isinstance(module, WeightlessBlock) and context.method_name == "__call__":
-            out = apply_block(blocks["/".join(module.path)], args[0].astype(jnp.float32), signed=module.signed)
+            watch = None if observe is None else functools.partial(observe, module)
+            out = apply_block(blocks["/".join(module.path)], args[0].astype(jnp.float32), signed=module.signed, observe=watch)
             return out.astype(module.dtype)
         return next_method(*args, **kwargs)
 
