@@ -37,9 +37,8 @@ def main(argv: Sequence[str]) -> int:
     if not len(prompt):
         raise InputError("--prompt: expected at least one character, found none.")
     variables = packed.pack(jax.device_get(opened.variables)) if args.packed else opened.variables
-    tokens = generation.generate_tokens(
-        opened.parts.model, variables, prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed
-    )
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed, "end_of_text": tokenizer.end_of_text}
+    tokens = generation.generate_tokens(opened.parts.model, variables, prompt, args.max_tokens, **sampling)
     sys.stdout.write(args.prompt)
     for piece in generation.stream_text(tokenizer, tokens, prompt):
         sys.stdout.write(piece)

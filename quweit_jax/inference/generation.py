@@ -6,6 +6,7 @@ Dimensions: B batch (1 here), T tokens, V vocabulary, C context.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,11 +70,19 @@ def prefill(model: nn.Module, variables: dict[str, Any], tokens: np.ndarray) -> 
 
 
 def generate_tokens(
-    model: Any, variables: dict[str, Any], prompt: np.ndarray, max_tokens: int, *, temperature: float = 0.8, top_k: int = 0, seed: int = 0
+    model: Any,
+    variables: dict[str, Any],
+    prompt: np.ndarray,
+    max_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+    end_of_text: int | None = None,
 ) -> Iterator[int]:
     """Yields up to `max_tokens` new token ids after a prompt (T,) of at least one; variables may be packed.
 
-    When the context is full, the newer half of it is read again into an empty cache and generation goes on behind that; a model that
+    Stops before `end_of_text`, the tokenizer's token of that meaning, if there is one. When the context is full, the newer half of it is read again into an empty cache and generation goes on behind that; a model that
     carries a state has no limit.
 
     Raises:
@@ -81,7 +90,7 @@ def generate_tokens(
     """
     check_sampling(temperature, top_k, max_tokens)
     check_prompt(prompt, model.config.vocab_size, context_of(model))
-    return _generate(model, variables, prompt, max_tokens, temperature, top_k, seed)
+    return itertools.takewhile(lambda token: token != end_of_text, _generate(model, variables, prompt, max_tokens, temperature, top_k, seed))
 
 
 def context_of(model: Any) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -80,14 +81,13 @@ class Scorer:
         tokens = self.tokenizer.encode(prompt) if prompt else np.asarray([self.start_token()])
         if self.context is not None:
             tokens = tokens[-self.context :]
-        text = ""
-        for piece in generation.stream_text(
-            self.tokenizer, generation.generate_tokens(self.model, self.variables, tokens, max_tokens, temperature=0)
-        ):
+        text, end = "", getattr(self.tokenizer, "end_of_text", None)
+        found = generation.generate_tokens(self.model, self.variables, tokens, max_tokens, temperature=0, end_of_text=end)
+        for piece in generation.stream_text(self.tokenizer, found):
             text += piece
-            found = [text.index(stop) for stop in stops if stop and stop in text]
-            if found:
-                return text[: min(found)]
+            stopped = [text.index(stop) for stop in stops if stop and stop in text]
+            if stopped:
+                return text[: min(stopped)]
         return text
 
     def _split(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
@@ -147,6 +147,7 @@ def _token_scores(model: nn.Module, variables: dict[str, Any], tokens: Array) ->
 def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0) -> dict[str, Any]:
     """Zero-shot results of lm-evaluation-harness's tasks: {task: {metric: value}}.
 
+    tasks: names of tasks; also folders of your own task files (.yaml, as the harness describes them), of which all are taken.
     limit: only so many examples of each (0: all).
 
     Raises:
@@ -174,8 +175,13 @@ def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0) -> d
                 for prompt, options in (r.args for r in requests)
             ]
 
-    manager = TaskManager()
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    folders = [task for task in tasks if Path(task).is_dir()]
+    manager, names = TaskManager(include_path=folders or None), [task for task in tasks if task not in folders]
+    unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        raise InputError(f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval --tasks list` shows them.")
-    return harness.simple_evaluate(model=Served(), tasks=list(tasks), limit=limit or None, task_manager=manager)["results"]
+        raise InputError(
+            f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` shows them, and a folder of your own .yaml files does, too."
+        )
+    if folders:
+        names += TaskManager(include_path=folders, include_defaults=False).all_subtasks
+    return harness.simple_evaluate(model=Served(), tasks=names, limit=limit or None, task_manager=manager)["results"]

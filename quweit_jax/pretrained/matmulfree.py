@@ -24,7 +24,7 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, Any]]:
     """
     config = PublishedConfig(folder, "hgrn_bit", _REQUIRED)
     config.only("hidden_act", "swish", "silu")
-    for key, supported in (("use_lower_bound", True), ("use_short_conv", False), ("expand_ratio", 1), ("num_heads", 1)):
+    for key, supported in (("use_lower_bound", True), ("use_short_conv", False), ("expand_ratio", 1)):  # heads only group elements
         config.only(key, supported)
     width = config.whole("hidden_size")
     about = int(width * config.positive("hidden_ratio", 4) * 2 / 3)

@@ -151,3 +151,11 @@ def test_each_character_is_streamed_as_soon_as_it_is_whole():
 def test_streaming_bytes_that_are_not_text(data):
     tokenizer = tokenizers.ByteTokenizer()
     assert "".join(generation.stream_text(tokenizer, iter(data))) == tokenizer.decode(list(data))
+
+
+def test_generation_stops_at_the_end_of_text(variables):
+    prompt = np.asarray([1, 2])
+    whole = list(generation.generate_tokens(MODEL, variables, prompt, 12, temperature=1.0, seed=3))
+    end = whole[5]
+    short = list(generation.generate_tokens(MODEL, variables, prompt, 12, temperature=1.0, seed=3, end_of_text=end))
+    assert short == whole[: whole.index(end)]

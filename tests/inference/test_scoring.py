@@ -1,5 +1,7 @@
 """Log-likelihoods against a plain loop over tokens, for a model with a fixed context and for one without."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,3 +88,24 @@ def test_errors(scorer):
     if scorer.context is not None:
         with pytest.raises(InputError, match="a continuation of 30 tokens doesn't fit the model's context of 24"):
             scorer.log_likelihoods([("the", "x" * 30)])
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_the_harness_on_tasks_of_our_own(scorer, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'quweit_jax[harness]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [("the quick", ["fox", "dog"], 1), ("over the", ["lazy", "azyl", "zzz"], 0)]  # the harness puts a space before each
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t, "choices": c, "answer": a}) + "\n" for t, c, a in rows))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test\n"
+    choice = 'output_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+    rolling = 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n'
+    (tmp_path / "choice.yaml").write_text(f"task: own_choice\n{common}{choice}metric_list:\n  - metric: acc\n")
+    (tmp_path / "rolling.yaml").write_text(f"task: own_rolling\n{common}{rolling}")
+    results = scoring.evaluate_tasks(scorer, [str(tmp_path)])
+    best = [int(np.argmax([scorer.log_likelihoods([(text, " " + choice)])[0][0] for choice in choices])) for text, choices, _ in rows]
+    assert results["own_choice"]["acc,none"] == np.mean([b == answer for b, (_, _, answer) in zip(best, rows)])
+    nats = -sum(scorer.rolling_log_likelihoods([text for text, _, _ in rows]))
+    assert results["own_rolling"]["bits_per_byte,none"] == pytest.approx(nats / np.log(2) / sum(len(text) for text, _, _ in rows))
+    with pytest.raises(InputError, match="has no task no_such_task"):
+        scoring.evaluate_tasks(scorer, ["no_such_task"])
