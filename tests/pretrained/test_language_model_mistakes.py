@@ -27,7 +27,6 @@ def test_wrong_configs_are_named(tmp_path):
         ("use_lower_bound", False, "true, found false; the model here cannot do otherwise"),
         ("use_short_conv", True, "false, found true"),
         ("expand_ratio", 2, "1, found 2"),
-        ("num_heads", 2, "1, found 2"),
         ("hidden_act", "gelu", '"swish" or "silu", found "gelu"'),
         ("hidden_size", 24.5, "a whole number from 1 to .*, found 24.5"),
         ("num_hidden_layers", 10**9, "a whole number from 1 to 10000, found 1000000000"),
