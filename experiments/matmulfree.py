@@ -46,7 +46,7 @@ def language_model(model: configs.Config, variant: str, *, learning_rate: float)
         config.batch_size, config.model.context = 12, 64
         config.optimizer.learning_rate = learning_rate
         return config
-    config.data.update(source="tfds", name="c4/en", tokenizer="bpe", bpe_vocab_size=32_000)
+    config.data.update(source="tfds", name="c4/en", tokenizer="bpe", bpe_vocab_size=32_000, limit_bytes=100_000_000)
     config.model.update(context=2048, dtype="bfloat16", remat=True)
     config.batch_size, config.eval_batch_size = 256, 64
     config.steps = int(TOKENS[variant] / (config.batch_size * config.model.context))
