@@ -8,6 +8,7 @@ a block: 60.0 % without the head and 59.9 % with it, which is counted here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.models import MODELS
 from quweit_jax.models.options import LM_SIZES, from_mapping
 
-__all__ = ["Costs", "Elementwise", "LayerCosts", "baseline", "count", "multiplications_replaced", "of_config"]
+__all__ = ["Costs", "DataShape", "Elementwise", "LayerCosts", "baseline", "count", "data_shape", "multiplications_replaced", "of_config"]
 
 # Classes and channels of image sets, characters of texts, by TFDS name (of 'digits', by source).
 CLASSES = {
@@ -30,7 +31,11 @@ CLASSES = {
     "svhn_cropped": (10, 3),
 }
 SIDES = {"cifar10": 32, "cifar100": 32, "digits": 8, "fashion_mnist": 28, "mnist": 28, "svhn_cropped": 32}
-CHARACTERS = {"tiny_shakespeare": 65}
+CHARACTERS = {"tiny_shakespeare": 65, "python_stdlib": 128}
+CHARACTERS_ARE = {
+    "tiny_shakespeare": "the characters of tiny_shakespeare",
+    "python_stdlib": "about the characters of the first 2 MB of the standard library, which differ with the Python; --outputs=N sets it",
+}
 
 
 def count(
@@ -106,6 +111,16 @@ def baseline(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], str] | No
     return dense, "Transformer++ of the same width and layers"
 
 
+@dataclasses.dataclass(frozen=True)
+class DataShape:
+    """What the data decides of a model: outputs, and of images their side and channels. assumptions: where that came from, in sentences."""
+
+    outputs: int
+    image_size: int | None
+    channels: int
+    assumptions: tuple[str, ...]
+
+
 def of_config(
     config: Any,
     *,
@@ -127,19 +142,30 @@ def of_config(
     Raises:
       InputError: see `count`; or the table doesn't know the data.
     """
-    data, values = _plain(config["data"]), dict(_plain(config["model"]) if model is None else model)
-    name, assumptions, channels = data.get("name") if data.get("source") == "tfds" else data.get("source"), [], 3
+    values = _plain(config["model"]) if model is None else model
+    data = data_shape(config, outputs=outputs, image_size=image_size)
+    costs = count(values, data.outputs, image_size=data.image_size, channels=data.channels, context=context, precision=precision)
+    return dataclasses.replace(costs, assumptions=data.assumptions)
+
+
+def data_shape(config: Any, *, outputs: int | None = None, image_size: int | None = None) -> DataShape:
+    """What is known of a config's data without reading them; `outputs` and `image_size` overrule the table.
+
+    Raises:
+      InputError: the data are not in the table, naming what to give.
+    """
+    data, images, assumptions, channels = _plain(config["data"]), config["model"].get("name") in ("vit", "dwn"), [], 3
+    name = str(data.get("name") if data.get("source") == "tfds" else data.get("source"))
     if outputs is None:
-        outputs, assumed = _outputs(values, data, str(name))
+        outputs, assumed = _classes(name) if images else _vocabulary(data, name)
         assumptions.append(assumed)
-    if values.get("name") in ("vit", "dwn"):
-        channels = 3 if data.get("to_rgb") else CLASSES.get(str(name), (0, 3))[1]
-        image_size = image_size or data.get("image_size") or SIDES.get(str(name))
+    if images:
+        channels = 3 if data.get("to_rgb") else CLASSES.get(name, (0, 3))[1]
+        image_size = image_size or data.get("image_size") or SIDES.get(name)
         if image_size is None:
-            raise InputError(f"image_size: the side of {name}'s images is not known without reading them; give --config.data.image_size=SIZE.")
+            raise InputError(f"image_size: the side of the images of {name} is not known without reading them; give --config.data.image_size=SIZE.")
         assumptions.append(f"images of {image_size} x {image_size} pixels and {channels} channel{'s' if channels > 1 else ''}")
-    costs = count(values, outputs, image_size=image_size, channels=channels, context=context, precision=precision)
-    return Costs(costs.layers, costs.unit, costs.context, tuple(assumptions))
+    return DataShape(outputs, image_size, channels, tuple(assumptions))
 
 
 def _plain(values: Any) -> dict[str, Any]:
@@ -147,16 +173,18 @@ def _plain(values: Any) -> dict[str, Any]:
     return values.to_dict() if hasattr(values, "to_dict") else dict(values)
 
 
-def _outputs(model: Mapping[str, Any], data: Mapping[str, Any], name: str) -> tuple[int, str]:
-    if model.get("name") in ("vit", "dwn"):
-        if name not in CLASSES:
-            raise InputError(f"outputs: the classes of {name} are not known without reading it; give --outputs=N. Known: {', '.join(sorted(CLASSES))}.")
-        return CLASSES[name][0], f"{CLASSES[name][0]} classes of {name}"
+def _classes(name: str) -> tuple[int, str]:
+    if name not in CLASSES:
+        raise InputError(f"outputs: the classes of {name} are not known without reading it; give --outputs=N. Known: {', '.join(sorted(CLASSES))}.")
+    return CLASSES[name][0], f"{CLASSES[name][0]} classes of {name}"
+
+
+def _vocabulary(data: Mapping[str, Any], name: str) -> tuple[int, str]:
     tokenizer = data.get("tokenizer")
     if tokenizer == "byte":
         return 256, "a vocabulary of 256 bytes"
     if tokenizer == "bpe":
         return data["bpe_vocab_size"], f"a vocabulary of {data['bpe_vocab_size']:,} byte pairs, the most the tokenizer may have"
     if tokenizer == "char" and name in CHARACTERS:
-        return CHARACTERS[name], f"a vocabulary of {CHARACTERS[name]}, the characters of {name}"
+        return CHARACTERS[name], f"a vocabulary of {CHARACTERS[name]}, {CHARACTERS_ARE[name]}"
     raise InputError(f"outputs: the vocabulary of {name} with tokenizer '{tokenizer}' is not known without reading it; give --outputs=N.")

@@ -173,9 +173,7 @@ def activation(name: str, values: int, function: str) -> LayerCosts:
 
 def residual(name: str, values: int, activations: str) -> LayerCosts:
     """A branch's result added to the stream, which is read."""
-    return LayerCosts(
-        name, "residual", elementwise=Elementwise({}, {activations: values}), bytes_moved={"activations": values * BYTES[activations]}
-    )
+    return LayerCosts(name, "residual", elementwise=Elementwise({}, {activations: values}), bytes_moved={"activations": values * BYTES[activations]})
 
 
 def weightless_block(

@@ -1,0 +1,93 @@
+"""Bytes of memory: of a training step, from its compiled program, and of inference, from counted costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from quweit_jax.analysis.ledger import Costs
+from quweit_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device while a training step runs.
+
+    parameters; constants: wiring and ranges; optimizer: its moments; average: of parameters, where there is one; batch: the inputs and targets.
+    working: what the compiled step holds beside them at its peak: activations kept for the backward pass, gradients, workspace.
+    """
+
+    parameters: int
+    constants: int
+    optimizer: int
+    average: int
+    batch: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes of inference. weights: as deployed. state: of all texts' caches or recurrent states. activations: what the busiest layer reads and writes."""
+
+    weights: int
+    state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.state + self.activations
+
+
+def tree_bytes(tree: Any) -> int:
+    """Of all arrays (or shapes and dtypes of arrays) in a tree; of those spread over devices one device's part."""
+
+    def one(leaf: Any) -> int:
+        where = getattr(leaf, "sharding", None)
+        shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def of_training(state: Any, batch: Any, compiled: Any) -> TrainingMemory:
+    """What a compiled training step needs.
+
+    Args:
+      state: a training state (or its shapes) with `params`, `constants`, `opt_state` and `ema`. batch: what the step reads.
+      compiled: the step, `jit(step).lower(state, batch).compile()`.
+
+    Raises:
+      InputError: the platform's compiler doesn't tell.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise InputError("memory: this platform's compiler does not tell what a program needs; try JAX_PLATFORMS=cpu.")
+    return TrainingMemory(
+        parameters=tree_bytes(state.params),
+        constants=tree_bytes(state.constants),
+        optimizer=tree_bytes(state.opt_state),
+        average=tree_bytes(state.ema),
+        batch=tree_bytes(batch),
+        working=int(analysis.temp_size_in_bytes),
+    )
+
+
+def of_inference(costs: Costs, batch: int = 1) -> InferenceMemory:
+    """What inference of `batch` images, or of one more token of `batch` texts, needs.
+
+    Raises:
+      InputError: a batch of nothing.
+    """
+    if batch < 1:
+        raise InputError(f"batch: expected at least 1, found {batch}.")
+    largest = max(layer.bytes_moved.get("activations", 0) for layer in costs.layers)
+    return InferenceMemory(sum(costs.bytes_stored.values()), batch * costs.state_bytes, batch * largest)
