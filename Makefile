@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quick
 CONFIG ?= experiments/gpt_char.py:quick
 
-.PHONY: train test lint format types clean
+.PHONY: train test lint format types docs colabs clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -20,6 +20,11 @@ $(VENV)/.runtime: requirements.txt | $(BIN)/python
 $(VENV)/.development: requirements-dev.txt $(VENV)/.runtime
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt | $(BIN)/python
+	@echo "installing requirements-docs.txt into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 # Goes on with an interrupted run; a finished one says how to train longer.
@@ -39,6 +44,14 @@ format: $(VENV)/.development
 
 types: $(VENV)/.development
 	$(BIN)/pyright
+
+# The notebooks at a small size, from a wheel in a fresh environment.
+colabs: $(VENV)/.runtime
+	$(BIN)/python colabs/check.py
+
+# build/docs/index.html; every warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # The environment and what tools leave behind; runs are kept.
 clean:

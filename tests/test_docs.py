@@ -1,0 +1,69 @@
+"""What the documentation shows is true: its Python runs, its commands are taken, and its pictures are there in both schemes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from quweit_jax import cli, configs
+from tests.conftest import REPOSITORY
+
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "api")
+# A fenced block and the line above it, where a reason may stand for not running it.
+_BLOCK = re.compile(r"^(?P<above>[^\n]*)\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page that are meant to be run."""
+    found = _BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [match["code"] for match in found if match["language"] == language and not match["above"].startswith("<!-- not run: ")]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every `python -m quweit_jax.NAME ...` of a page, as its words from NAME on."""
+    found = []
+    for text in blocks(page, "sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            for call in re.findall(r"python -m quweit_jax\.([^\"|#]*)", line):
+                found.append(shlex.split(call))
+    return found
+
+
+def test_blocks_are_found():
+    assert len([code for page in PAGES for code in blocks(page, "python")]) > 10
+    assert len([call for page in PAGES for call in commands(page)]) > 20
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page, one after another, as a reader would."""
+    monkeypatch.chdir(tmp_path)
+    code = "\n\n".join(blocks(page, "python"))
+    exec(compile(code, str(page), "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_commands_are_taken(page, monkeypatch):
+    """Each names a command and options that are there; its config is made, with its shortcuts and overrides."""
+    monkeypatch.chdir(REPOSITORY)
+    for name, *arguments in commands(page):
+        source = (REPOSITORY / "quweit_jax" / f"{name}.py").read_text(encoding="utf-8")
+        rest, overrides = cli.split_overrides(arguments)
+        for argument in (argument.partition("=")[0] for argument in rest if argument.startswith("--")):
+            assert f'"{argument}"' in source, f"{page.name}: {name} has no {argument}"
+        spec = next((argument.partition("=")[2] for argument in rest if argument.startswith("--config=")), None)
+        config = configs.load_file(spec or "experiments/gpt_char.py:quick")
+        for path, value in overrides.items():
+            configs.set_value(config, path, value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pictures_have_both_schemes(page):
+    for path, scheme in re.findall(r"\]\(([^)]*\.svg)#only-(light|dark)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / path).is_file() and path.endswith("-dark.svg") == (scheme == "dark"), path
+        other = path.replace("-dark.svg", ".svg") if scheme == "dark" else path.replace(".svg", "-dark.svg")
+        assert other in page.read_text(encoding="utf-8")
