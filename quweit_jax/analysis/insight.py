@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 from quweit_jax.errors import InputError
 
 # Kinds of functions, each table in the first that fits.
-KINDS = ("constant", "copy", "threshold", "other")
+KINDS: tuple[str, ...] = ("constant", "copy", "threshold", "other")
 # A linear-threshold function of n <= 8 inputs has integer weights of at most 77 (Muroga 1971: 2**-n (n + 1)**((n + 1) / 2)), so that with
 # weights in [-1, 1] the two sides are at least 1 / 154 away from some plane between them; for all other functions it is 0.
 _LEAST_MARGIN = 1e-4

@@ -35,7 +35,7 @@ CASES = {
     "gpt": lambda: gpt(DEEP),
     "gpt, grouped": lambda: gpt(dataclasses.replace(SMALL, sum="grouped", signed=False)),
     "matmulfree": lambda: (
-        MatMulFree(MatMulFreeConfig(11, context=9, width=8, layers=2, heads=2, mlp="weightless", weightless=SMALL)),
+        MatMulFree(MatMulFreeConfig(11, context=9, width=8, layers=2, mlp="weightless", weightless=SMALL)),
         TOKENS,
     ),
     "vit": lambda: vit(SMALL, False),

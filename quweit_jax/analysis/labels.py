@@ -1,0 +1,81 @@
+"""Labels beside points that overlap neither one another nor the points: places are tried in a fixed order, the first free one is taken.
+
+Where a name fits nowhere a shorter one is tried. Unlike pushing labels apart, this leaves no two on top of each other while there is a
+free place, and gives the same picture every time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.transforms import Bbox
+
+_ANGLES = (45, 135, -45, -135, 0, 180, 90, -90)
+_DISTANCES = (7, 14, 23, 33, 45, 58)  # points
+_MARKER = 5.0  # half a marker's side, points
+_SIZE = 9.5  # of the letters, points
+
+
+class _Place(NamedTuple):
+    covered: float  # pixels of what else is there
+    offset: tuple[float, float]
+    alignment: tuple[str, str]
+    box: Bbox
+
+
+def place(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[Sequence[str]], colours: Sequence[str]) -> list[Any]:
+    """Writes a label beside each point, with a line to it where it stands far off.
+
+    Args:
+      axes: of a figure whose layout is fixed, as labels are placed in pixels. points: in data coordinates.
+      names: for each point what may be written, the most wanted first. colours: of each point's label.
+
+    Returns:
+      The labels, in the points' order. Where nothing fits, the shortest name stands where it covers least.
+    """
+    scale = axes.figure.dpi / 72
+    pixels = [tuple(axes.transData.transform(point)) for point in points]
+    reach = _MARKER * scale
+    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in pixels]
+    labels: dict[int, Any] = {}
+    # Points with many neighbours choose first: the others have more room.
+    for i in sorted(range(len(points)), key=lambda i: -sum(math.dist(pixels[i], other) < 90 * scale for other in pixels)):
+        for name in names[i]:
+            found = _search(axes, points[i], name, taken)
+            if not found.covered:
+                break
+        across, along = found.alignment
+        line = {"arrowstyle": "-", "color": colours[i], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if math.hypot(*found.offset) > 10 else None
+        shared: dict[str, Any] = {"xytext": found.offset, "textcoords": "offset points", "fontsize": _SIZE, "annotation_clip": False}
+        labels[i] = axes.annotate(name, points[i], ha=across, va=along, color=colours[i], arrowprops=line, **shared)
+        taken.append(found.box)
+    return [labels[i] for i in range(len(points))]
+
+
+def _search(axes: Any, point: tuple[float, float], name: str, taken: Sequence[Bbox]) -> _Place:
+    """The first place beside a point where a name covers nothing and stays within the plot, or where it covers least."""
+    renderer, inside = axes.figure.canvas.get_renderer(), axes.get_window_extent()
+    label = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", fontsize=_SIZE, annotation_clip=False)
+    best = _Place(math.inf, (0, 0), ("center", "center"), Bbox.null())
+    for distance in _DISTANCES:
+        for angle in _ANGLES:
+            x, y = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+            alignment = "left" if x > 1 else "right" if x < -1 else "center", "bottom" if y > 1 else "top" if y < -1 else "center"
+            label.set(position=(x, y), ha=alignment[0], va=alignment[1])
+            box = label.get_window_extent(renderer).padded(1.5)
+            covered = sum(overlap(box, other) for other in taken) + max(0.0, box.width * box.height - overlap(box, inside))
+            if covered < best.covered - 1e-6:
+                best = _Place(covered if covered > 1e-6 else 0.0, (x, y), alignment, box)
+            if not best.covered:
+                label.remove()
+                return best
+    label.remove()
+    return best
+
+
+def overlap(a: Bbox, b: Bbox) -> float:
+    """The area that two boxes share."""
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height)

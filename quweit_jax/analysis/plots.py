@@ -1,0 +1,275 @@
+"""The plots of a report: loss curves, accuracy against energy, loss against memory, energy by layer, and what tables learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from quweit_jax.analysis import figures
+from quweit_jax.analysis.figures import GRID, INK, MUTED, SERIES, Picture
+from quweit_jax.analysis.insight import KINDS, Insight, LayerInsight
+from quweit_jax.analysis.labels import place
+from quweit_jax.analysis.records import Group, Record
+
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LONGEST = 24  # letters of a name in a plot; tables have it whole
+KIND_WORDS = {"constant": "constant", "copy": "copies one input", "threshold": "linear threshold", "other": "any other"}
+
+
+def shortened(text: str, longest: int = _LONGEST) -> str:
+    """At most so many letters, the middle left out."""
+    return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
+
+
+def _look(record: Record) -> dict[str, Any]:
+    """Colour, line and marker of a run, the same in every plot."""
+    i = record.number - 1
+    return {"color": SERIES[i % len(SERIES)], "linestyle": _LINES[i // len(SERIES) % len(_LINES)], "marker": _MARKERS[i % len(_MARKERS)]}
+
+
+def loss_curves(group: Group, name: str) -> Picture | None:
+    """Training losses (thin) and validation losses (marked) of all runs of a group; None where nothing was noted yet."""
+    shown = [record for record in group.records if record.rows]
+    if not shown:
+        return None
+    rows = -(-len(shown) // 2)
+    with figures.style():
+        figure, axes = figures.new(3.4 + 0.2 * rows)
+        seen = []
+        for record in shown:
+            look = _look(record)
+            for split in ("train", "validation"):
+                points = [(row["step"], row["loss"]) for row in record.rows if row["split"] == split]
+                steps, losses = [p[0] for p in points], [p[1] for p in points]
+                if split == "train":
+                    axes.plot(steps, losses, color=look["color"], linewidth=0.8, alpha=0.35)
+                    seen += losses[len(losses) // 20 :]
+                else:
+                    axes.plot(steps, losses, markersize=3.5, linewidth=1.5, markevery=max(1, len(steps) // 12), label=shortened(record.label), **look)
+                    seen += losses
+        finite = sorted(value for value in seen if math.isfinite(value))
+        if finite:  # the first steps of a run are far above all that matters
+            low, high = finite[0], finite[min(len(finite) - 1, int(0.97 * len(finite)))]
+            axes.set_ylim(low - 0.04 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
+        axes.set(xlabel="step", ylabel=f"loss ({unit(group)})")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.legend(loc="outside lower center", ncols=1 if len(shown) == 1 else 2, handlelength=1.6, columnspacing=1.0)
+        best = "; ".join(f"{r.label}: {r.best['loss']:.3f} at step {r.best['step']}" for r in shown if r.best)
+        return figures.picture(figure, name, "Loss", f"Training and validation loss by step. Lowest validation losses: {best or 'none yet'}.")
+
+
+def unit(group: Group) -> str:
+    """Of losses."""
+    return "nats per token" if group.language else "nats per example"
+
+
+def front(points: Sequence[tuple[float, float]], larger_is_better: bool) -> list[int]:
+    """The points (cost, quality) that no other beats: none is at most as dear and at least as good, and better in one; by rising cost."""
+    sign = -1 if larger_is_better else 1
+    found: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
+        if not found or sign * points[i][1] < sign * points[found[-1]][1] or points[i] == points[found[-1]]:
+            found.append(i)
+    return found
+
+
+def pareto(group: Group, name: str, *, title: str, cost: Callable[[Record], float | None], label: str, accuracy: bool) -> Picture | None:
+    """Quality against a cost, every run a labelled point, those that no other beats joined by a line; None without any.
+
+    accuracy: accuracy (larger is better) instead of the validation loss, both of the evaluation of lowest loss.
+    """
+    found = [(record, cost(record), record.best) for record in group.records]
+    known = [(record, float(x), float(best["accuracy" if accuracy else "loss"])) for record, x, best in found if x and best]
+    if not known:
+        return None
+    points = [(x, y) for _, x, y in known]
+    best = front(points, accuracy)
+    with figures.style():
+        figure, axes = figures.new(3.9)
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        if max(xs) > 8 * min(xs):
+            axes.set_xscale("log")
+        axes.plot([xs[i] for i in best], [ys[i] for i in best], color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
+        for i, (record, x, y) in enumerate(known):
+            look, on_front = _look(record), i in best
+            face = look["color"] if record.state == "finished" else "none"
+            axes.plot(x, y, look["marker"], color=look["color"], markerfacecolor=face, markersize=7, zorder=3)
+            if on_front:
+                axes.plot(x, y, "o", color=INK, markerfacecolor="none", markersize=12, markeredgewidth=1.1, zorder=2)
+        _margins(axes, xs, ys)
+        quality = "accuracy" if accuracy else f"validation loss ({unit(group)})"
+        axes.set(xlabel=label, ylabel=quality)
+        if accuracy:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if axes.get_xscale() == "linear":
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        figure.canvas.draw()
+        figure.set_layout_engine("none")
+        names = [[shortened(record.label, 28), shortened(record.label, 16), str(record.number)] for record, _, _ in known]
+        place(axes, points, names, [_look(record)["color"] for record, _, _ in known])
+        on_front = ", ".join(known[i][0].label for i in best)
+        text = f"{len(known)} runs, {quality} against {label}. On the front, beaten by no other: {on_front}."
+        return figures.picture(figure, name, title, text)
+
+
+def _margins(axes: Any, xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Room around the points for their labels."""
+    low, high = min(ys), max(ys)
+    pad = 0.15 * (high - low) or 0.05 * abs(high) or 0.05
+    axes.set_ylim(low - pad, high + pad)
+    if axes.get_xscale() == "log":
+        axes.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
+    else:
+        pad = 0.25 * (max(xs) - min(xs)) or 0.5 * max(xs)
+        axes.set_xlim(max(0.0, min(xs) - pad), max(xs) + pad)
+
+
+def number(value: float) -> str:
+    """1234567 -> '1.23 M'."""
+    for factor, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def energy_by_kind(group: Group, name: str) -> Picture | None:
+    """Energy of one inference by kind of layer, a bar a run, arithmetic plain and memory hatched; None without any."""
+    shown = [(record, record.energy) for record in group.records if record.energy is not None]
+    if not shown:
+        return None
+    kinds = list(dict.fromkeys(kind for _, energy in shown for kind in energy.by_kind))
+    kinds = [kind for kind in kinds if any(energy.by_kind.get(kind) for _, energy in shown)]
+    with figures.style():
+        figure, axes = figures.new(1.5 + 0.34 * len(shown) + 0.22 * -(-len(kinds) // 3))
+        largest = max(energy.total_pj for _, energy in shown)
+        for row, (_, energy) in enumerate(shown):
+            left = 0.0
+            for parts, hatch in ((energy.arithmetic_by_kind, None), (energy.memory_by_kind, "/////")):
+                for kind, value in parts.items():
+                    if kind in kinds:
+                        colour = SERIES[kinds.index(kind) % len(SERIES)]
+                        fill = {"color": colour} if hatch is None else {"facecolor": "none", "edgecolor": colour, "hatch": hatch, "linewidth": 0.8}
+                        axes.barh(row, value / 1e6, left=left / 1e6, height=0.62, **fill)
+                        left += value
+            axes.annotate(
+                number(left * 1e-12) if left >= 1e12 else f"{left / 1e6:.3g}",
+                (left / 1e6, row),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+            )
+        axes.set_yticks(range(len(shown)), [shortened(record.label, 18) for record, _ in shown])
+        axes.invert_yaxis()
+        axes.set_xlim(0, largest / 1e6 * 1.16)
+        axes.set_xlabel(f"µJ per {shown[0][0].costs.unit if shown[0][0].costs else 'inference'} at {shown[0][1].technology}")
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        handles = [axes.barh(0, 0, color=SERIES[i % len(SERIES)], label=kind.replace("_", " ")) for i, kind in enumerate(kinds)]
+        handles += [
+            axes.barh(0, 0, color=MUTED, label="plain: arithmetic"),
+            axes.barh(0, 0, facecolor="none", edgecolor=MUTED, hatch="/////", label="hatched: memory"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.2, columnspacing=0.9, fontsize=9.5)
+        totals = "; ".join(f"{r.label}: {e.total_pj / 1e6:.3g} µJ, of it memory {e.memory_pj / e.total_pj:.0%}" for r, e in shown if e.total_pj)
+        return figures.picture(figure, name, "Energy by kind of layer", f"Stacked bars of energy by kind of layer, arithmetic and memory. {totals}.")
+
+
+def insight_pictures(insight: Insight, name: str) -> list[Picture]:
+    """Kinds of functions, reads of inputs, and, where there was data, balance of bits and tables that could be dropped."""
+    pictures = [_kinds(insight.layers, f"{name}-kinds"), _reads(insight.layers, f"{name}-reads")]
+    if any(layer.thresholds > 1 for layer in insight.layers):
+        pictures.append(_thresholds([layer for layer in insight.layers if layer.thresholds > 1], f"{name}-thresholds"))
+    watched = [layer for layer in insight.layers if layer.balance is not None]
+    if watched:
+        pictures += [_balance(watched, f"{name}-balance"), _kept(watched, f"{name}-kept")]
+    return pictures
+
+
+def _bars(layers: Sequence[LayerInsight], parts: Sequence[tuple[str, str, Sequence[float]]]) -> Any:
+    """Stacked bars from 0 to 100 %, one a layer; parts: (name, colour, share of each layer)."""
+    figure, axes = figures.new(1.35 + 0.3 * len(layers))
+    left = np.zeros(len(layers))
+    for label, colour, shares in parts:
+        widths = 100 * np.asarray(shares, float)
+        axes.barh(range(len(layers)), widths, left=left, height=0.66, color=colour, label=label)
+        left += widths
+    axes.set_yticks(range(len(layers)), [shortened(layer.name, 20) for layer in layers])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="% of the tables")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=2, handlelength=1.2, columnspacing=1.0)
+    return figure
+
+
+def _kinds(layers: Sequence[LayerInsight], name: str) -> Picture:
+    with figures.style():
+        colours = (MUTED, SERIES[0], SERIES[1], GRID)
+        figure = _bars(layers, [(KIND_WORDS[k], colours[i], [layer.kinds[k] / layer.tables for layer in layers]) for i, k in enumerate(KINDS)])
+        total = sum(layer.tables for layer in layers)
+        shares = ", ".join(f"{KIND_WORDS[kind]} {sum(layer.kinds[kind] for layer in layers) / total:.1%}" for kind in KINDS)
+        return figures.picture(figure, name, "Functions the tables compute", f"Of {total} tables: {shares}. By layer in the table.")
+
+
+def _reads(layers: Sequence[LayerInsight], name: str) -> Picture:
+    """How many inputs are read so many times, one line a layer."""
+    with figures.style():
+        figure, axes = figures.new(3.2 + 0.2 * -(-len(layers) // 2))
+        most = max(int(layer.reads.max()) for layer in layers)
+        edges = np.arange(most + 2) if most <= 30 else np.linspace(0, most + 1, 31)
+        for i, layer in enumerate(layers):
+            shares, _ = np.histogram(layer.reads, edges)
+            look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": _LINES[i // len(SERIES) % len(_LINES)]}
+            axes.stairs(100 * shares / len(layer.reads), edges - 0.5, label=shortened(layer.name, 22), linewidth=1.5, **look)
+        axes.set(xlabel="times an input is read", ylabel="% of the inputs")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
+        said = "; ".join(f"{r.name}: {int((r.reads == 0).sum())} of {len(r.reads)} inputs never, at most {int(r.reads.max())} times" for r in layers)
+        return figures.picture(figure, name, "How often inputs are read", f"Histogram of how many slots read an input. {said}.")
+
+
+def _thresholds(layers: Sequence[LayerInsight], name: str) -> Picture:
+    """Which threshold of the thermometer is read how often, as a share of an even use."""
+    with figures.style():
+        figure, axes = figures.new(2.8 + 0.2 * -(-len(layers) // 2))
+        for i, layer in enumerate(layers):
+            by_threshold = layer.reads.reshape(-1, layer.thresholds).mean(0)
+            look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": _LINES[i // len(SERIES) % len(_LINES)]}
+            places = np.arange(1, layer.thresholds + 1)
+            axes.plot(places, by_threshold, marker=_MARKERS[i % len(_MARKERS)], markersize=5, label=shortened(layer.name, 22), **look)
+        axes.set(xlabel="threshold, from the lowest", ylabel="mean reads of its bits")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
+        said = "; ".join(f"{r.name}: " + ", ".join(f"{v:.2f}" for v in r.reads.reshape(-1, r.thresholds).mean(0)) for r in layers)
+        return figures.picture(figure, name, "Which thresholds are read", f"Mean number of reads of each threshold's bits, from the lowest. {said}.")
+
+
+def _balance(layers: Sequence[LayerInsight], name: str) -> Picture:
+    with figures.style():
+        figure, axes = figures.new(3.2 + 0.2 * -(-len(layers) // 2))
+        edges = np.linspace(0, 1, 21)
+        for i, layer in enumerate(layers):
+            assert layer.balance is not None
+            counts, _ = np.histogram(layer.balance, edges)
+            look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": _LINES[i // len(SERIES) % len(_LINES)]}
+            axes.stairs(100 * counts / layer.tables, edges, label=shortened(layer.name, 22), linewidth=1.5, **look)
+        axes.set(xlabel="share of tokens for which a table gives 1", ylabel="% of the tables", xlim=(0, 1))
+        figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
+        said = "; ".join(f"{r.name}: median {np.median(r.balance):.2f}" for r in layers if r.balance is not None)
+        return figures.picture(figure, name, "Balance of the tables' bits", f"Histogram of the share of tokens for which a table gives 1. {said}.")
+
+
+def _kept(layers: Sequence[LayerInsight], name: str) -> Picture:
+    with figures.style():
+        kept = [(layer.kept or 0) / layer.tables for layer in layers]
+        figure = _bars(layers, [("needed", SERIES[2], kept), ("could be dropped", SERIES[6], [1 - share for share in kept])])
+        said = "; ".join(f"{r.name}: {r.tables - (r.kept or 0)} of {r.tables}" for r in layers)
+        return figures.picture(figure, name, "Tables that could be dropped", f"Tables without which no output on the evaluated data changes. {said}.")
