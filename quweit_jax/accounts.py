@@ -14,7 +14,7 @@ from quweit_jax.analysis import costs, memory
 from quweit_jax.data import tokenizers
 from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.models.options import from_mapping
-from quweit_jax.training import optimizers, run, sharding, state
+from quweit_jax.training import losses, optimizers, run, sharding, state
 
 
 def of_run(workdir: str, outputs: int | None = None) -> tuple[configs.Config, int | None]:
@@ -28,20 +28,25 @@ def of_run(workdir: str, outputs: int | None = None) -> tuple[configs.Config, in
     return config, tokenizers.load(tokenizer).vocab_size if outputs is None and tokenizer.exists() else outputs
 
 
-def training_memory(config: configs.Config, outputs: int | None = None) -> dict[str, dict[str, int]]:
+def training_memory(config: configs.Config, outputs: int | None = None, compiler_options: dict[str, Any] | None = None) -> dict[str, dict[str, int]]:
     """Bytes of a training step on this machine's first device: {'without remat': {'parameters': ..., 'total': ...}, 'with remat': ...}.
 
-    A model that has no remat has one entry, 'as configured'. outputs: see `costs.data_shape`.
+    See `analysis.memory.TrainingMemory`. XLA for a CPU doesn't order what is computed again so that memory is saved: there only 'activations' tells
+    what remat is worth. A model without remat has one entry, 'as configured'. outputs: see `costs.data_shape`.
     """
     data, values = costs.data_shape(config, outputs=outputs), config.model.to_dict()
     shape = None if data.image_size is None else (data.image_size, data.image_size, data.channels)
-    if "remat" not in values:
-        return {"as configured": _bytes(config, values, data.outputs, shape)}
-    forms = {"without remat": False, "with remat": True}
-    return {name: _bytes(config, {**values, "remat": remat}, data.outputs, shape) for name, remat in forms.items()}
+    forms = {"without remat": {"remat": False}, "with remat": {"remat": True}} if "remat" in values else {"as configured": {}}
+    return {name: _bytes(config, {**values, **form}, data.outputs, shape, compiler_options) for name, form in forms.items()}
 
 
-def _bytes(config: configs.Config, model_config: dict[str, Any], outputs: int, image_shape: tuple[int, ...] | None) -> dict[str, int]:
+def _bytes(
+    config: configs.Config,
+    model_config: dict[str, Any],
+    outputs: int,
+    image_shape: tuple[int, ...] | None,
+    compiler_options: dict[str, Any] | None,
+) -> dict[str, int]:
     model = models.build(model_config, outputs)
     options = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
     optimizer = optimizers.make_optimizer(options, config.steps)
@@ -65,5 +70,19 @@ def _bytes(config: configs.Config, model_config: dict[str, Any], outputs: int, i
         mesh=mesh,
         augment=augment,
     )
-    needed = memory.of_training(before, batch, step.lower(before, batch).compile())  # type: ignore[attr-defined]
+    compiled = step.lower(before, batch).compile(compiler_options=compiler_options)  # type: ignore[attr-defined]
+    needed = memory.of_training(before, batch, compiled, _activations(model, before, batch, config.grad_accum))
     return dataclasses.asdict(needed) | {"total": needed.total}
+
+
+def _activations(model: Any, before: state.TrainState, batch: dict[str, Any], parts: int) -> int:
+    """Of one of the `parts` that a batch is read in."""
+    part = {k: jax.ShapeDtypeStruct((leaf.shape[0] // parts, *leaf.shape[1:]), leaf.dtype) for k, leaf in batch.items()}
+    moving = [name for name in state.MOVING if name in before.constants]
+
+    def loss(params: Any, constants: Any, batch: Any, key: Any) -> Any:
+        variables, rngs = {"params": params, **constants}, {"dropout": jax.random.wrap_key_data(key)}
+        logits, _ = model.apply(variables, batch["inputs"], train=True, mutable=moving, rngs=rngs)
+        return losses.cross_entropy(logits, batch["targets"])["loss"]
+
+    return memory.kept_for_backward(loss, before.params, before.constants, part, before.rng)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from quweit_jax import configs
+from quweit_jax import accounts, configs
 from quweit_jax import costs as command
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
@@ -86,7 +86,16 @@ def test_mistakes_are_named(arguments, said):
         command.main(arguments)
 
 
-def test_memory_of_training_beside_it(capsys):
-    tiny = ["--config.model.width=16", "--config.model.layers=1", "--config.model.heads=2", "--config.model.context=8", "--config.batch_size=2"]
-    text = ask(capsys, NANOGPT, *tiny, "--config.model.weightless.num_luts=16", "--memory")
-    assert "bytes of a training step, without remat: " in text and "with remat: " in text
+def test_memory_of_training_beside_it(capsys, monkeypatch):
+    """What is measured is tested in tests/analysis/test_memory.py; here, that it is asked for with the config's values, and shown."""
+    asked = []
+
+    def measured(config, outputs):
+        asked.append((config.model.width, outputs))
+        return {"with remat": {"parameters": 1234, "total": 5678}}
+
+    monkeypatch.setattr(accounts, "training_memory", measured)
+    tiny = ["--config.model.width=12", "--outputs=7", "--memory"]
+    assert "bytes of a training step, with remat: 5,678 (parameters 1,234)" in ask(capsys, NANOGPT, *tiny)
+    assert json.loads(ask(capsys, NANOGPT, *tiny, "--json"))["training_memory"]["with remat"]["total"] == 5678
+    assert asked == 2 * [(12, 7)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
 
 from quweit_jax.analysis.ledger import Costs
 from quweit_jax.errors import InputError
@@ -17,7 +19,8 @@ class TrainingMemory:
     """Bytes on one device while a training step runs.
 
     parameters; constants: wiring and ranges; optimizer: its moments; average: of parameters, where there is one; batch: the inputs and targets.
-    working: what the compiled step holds beside them at its peak: activations kept for the backward pass, gradients, workspace.
+    working: what the compiled step holds beside them at its peak: activations, gradients, workspace. activations: what the backward pass needs of
+    the forward pass, as traced, before a compiler changes it; a part of `working`, or more than it where the compiler saved some.
     """
 
     parameters: int
@@ -26,11 +29,12 @@ class TrainingMemory:
     average: int
     batch: int
     working: int
+    activations: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
+        """All of it, the activations as a part of what works."""
+        return self.parameters + self.constants + self.optimizer + self.average + self.batch + self.working
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +62,29 @@ def tree_bytes(tree: Any) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
-def of_training(state: Any, batch: Any, compiled: Any) -> TrainingMemory:
+def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> int:
+    """Bytes of what the gradient of loss(params, *inputs) keeps from the forward to the backward pass, parameters and inputs not counted.
+
+    Traced only, so that shapes will do, and the same on every platform. With rematerialisation it is what the policy keeps.
+    """
+
+    def forward(params: Any, *inputs: Any) -> list[Any]:
+        return jax.tree.leaves(jax.vjp(lambda p: loss(p, *inputs), params)[1])
+
+    jaxpr = jax.make_jaxpr(forward)(params, *inputs).jaxpr
+    given = {id(variable) for variable in jaxpr.invars}
+    kept = {
+        id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given and not hasattr(variable, "val")
+    }  # constants have one
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())  # type: ignore[attr-defined]
+
+
+def of_training(state: Any, batch: Any, compiled: Any, activations: int) -> TrainingMemory:
     """What a compiled training step needs.
 
     Args:
       state: a training state (or its shapes) with `params`, `constants`, `opt_state` and `ema`. batch: what the step reads.
-      compiled: the step, `jit(step).lower(state, batch).compile()`.
+      compiled: the step, `jit(step).lower(state, batch).compile()`. activations: see `kept_for_backward`.
 
     Raises:
       InputError: the platform's compiler doesn't tell.
@@ -78,6 +99,7 @@ def of_training(state: Any, batch: Any, compiled: Any) -> TrainingMemory:
         average=tree_bytes(state.ema),
         batch=tree_bytes(batch),
         working=int(analysis.temp_size_in_bytes),
+        activations=activations,
     )
 
 

@@ -77,7 +77,13 @@ def test_quweit_on_integers_by_hand():
     assert not blocks.multiplications and not blocks.elementwise.multiplications
     assert blocks.additions == {"int32": 12 * 197 * 1536 * 192}
     # A block: 16 entries a table at one bit, 4 wires to 768 bits in 16-bit numbers, int16 thresholds, int8 vectors, an int32 bias.
-    assert blocks.bytes_stored == {"1-bit": 12 * 1536 * 2, "wiring": 12 * 1536 * 4 * 2, "int16": 12 * 768 * 2, "int8": 12 * 1536 * 192, "int32": 12 * 768}
+    assert blocks.bytes_stored == {
+        "1-bit": 12 * 1536 * 2,
+        "wiring": 12 * 1536 * 4 * 2,
+        "int16": 12 * 768 * 2,
+        "int8": 12 * 1536 * 192,
+        "int32": 12 * 768,
+    }
     grouped = costs.count(model | {"weightless": LUTS | {"sum": "grouped"}}, 10, image_size=224).of_kind("conditional_sum")
     assert grouped.additions == {"int32": 12 * 197 * 1536} and grouped.bytes_stored["int8"] == 12 * 1536
 

@@ -114,7 +114,12 @@ def test_published_energy_ratios(technology):
 def test_tables_are_those_published():
     assert TECHNOLOGIES["45nm"].multiply == {"int8": 0.2, "int32": 3.1, "float16": 1.1, "float32": 3.7}
     assert TECHNOLOGIES["45nm"].add == {"int8": 0.03, "int32": 0.1, "float16": 0.4, "float32": 0.9}
-    assert {k: v for k, v in TECHNOLOGIES["7nm"].multiply.items() if k != "bfloat16"} == {"int8": 0.07, "int32": 1.48, "float16": 0.34, "float32": 1.31}
+    assert {k: v for k, v in TECHNOLOGIES["7nm"].multiply.items() if k != "bfloat16"} == {
+        "int8": 0.07,
+        "int32": 1.48,
+        "float16": 0.34,
+        "float32": 1.31,
+    }
 
 
 @pytest.mark.parametrize(
