@@ -279,8 +279,8 @@ def integer_functions(colours: Colours) -> Figure:
 
 def integer_block(colours: Colours) -> Figure:
     """One block of the integer-only ViT: every requantisation (Q) and its bits, with both kinds of MLP."""
-    figure, (axis,) = canvas(colours, 7.2, 7.4)
-    bare(axis, 14.4, 14.8)
+    figure, (axis,) = canvas(colours, 8.2, 7.3)
+    bare(axis, 16.4, 14.8)
     left = [
         ("residual stream, 16 bits", "plain"),
         ("I-LayerNorm -> int32", "fill"),
@@ -317,10 +317,10 @@ def integer_block(colours: Colours) -> Figure:
     top = column(11.3, 13.8, rows, 5.0)
     first, end, half = top[-1] - 1.9, 1.08, 0.38
     for x, rows, name in ((9.1, dense, "dense"), (13.5, table, "weightless")):
-        axis.text(x, first + 0.62, name, ha="center", fontsize=9, color=colours["quiet"])
+        axis.text(x, first + 0.52, name, ha="center", fontsize=9, color=colours["quiet"])
         last = column(x, first, [(text, "one" if text.startswith("Q") else "fill") for text in rows], 4.1)[-1]
         side = 0.8 if x > 11.3 else -0.8
-        arrow(axis, (11.3 + side, top[-1] - half), (x, first + 0.9), colours)
+        arrow(axis, (11.3 + side, top[-1] - half), (x, first + 1.0), colours)
         arrow(axis, (x, last - half), (11.3 + side, end + half), colours)
     box(axis, 11.3, end, 5.0, 0.72, "Q16  quant_mlp  (+ residual)", colours, colour="two", size=8)
     for side, start, finish in ((5.0, (5.3, places[0]), (5.95, places[-1])), (0, (13.2, top[0]), (13.85, end))):

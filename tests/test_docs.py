@@ -67,3 +67,13 @@ def test_pictures_have_both_schemes(page):
         assert (page.parent / path).is_file() and path.endswith("-dark.svg") == (scheme == "dark"), path
         other = path.replace("-dark.svg", ".svg") if scheme == "dark" else path.replace(".svg", "-dark.svg")
         assert other in page.read_text(encoding="utf-8")
+
+
+def test_every_module_is_in_the_reference():
+    modules = {
+        "quweit_jax." + file.relative_to(REPOSITORY / "quweit_jax").with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        for file in (REPOSITORY / "quweit_jax").rglob("*.py")
+        if file.name != "__init__.py" or re.search(r"^def ", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    listed = [name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert sorted(listed) == sorted(modules), "docs/api lists each module once"
