@@ -14,7 +14,8 @@ from quweit_jax.analysis.technologies import Technology, technology_of
 from quweit_jax.errors import InputError, check_choice
 
 LUT_MODELS = ("multiplexer", "fpga")
-# Transistors of a static CMOS full adder and of a buffered two-to-one multiplexer (Weste and Harris, CMOS VLSI Design, 4th ed., chapters 11 and 1).
+# Transistors in static CMOS: the mirror full adder (24, and inverters of sum and carry), and a two-to-one multiplexer as standard cells have
+# it (two tristate inverters, 8, and inverters of the select and the output, 4). See Weste and Harris, CMOS VLSI Design.
 FULL_ADDER_TRANSISTORS = 28
 MULTIPLEXER_TRANSISTORS = 12
 # How much more dynamic power logic takes in an FPGA's tables and routing than in gates (Kuon and Rose, IEEE TCAD 26(2), 2007).

@@ -137,22 +137,30 @@ def traced_multiplications(function, *arguments):
     return of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-@pytest.mark.parametrize("name", ["gpt", "gpt_bias_untied", "transformer_pp", "vit", "vit_narrow", "ivit"])
-def test_multiplications_are_those_jax_traces(name, shapes):
-    """Language models decode one token against a cache of the whole context, as it is counted. Integer ones trace their real shadow too."""
+@pytest.mark.parametrize("name", ["gpt", "gpt_bias_untied", "gpt_weightless", "transformer_pp", "matmulfree", "vit", "vit_narrow", "ivit"])
+def test_products_are_those_jax_traces(name, shapes):
+    """Language models decode one token against a cache of the whole context, as it is counted.
+
+    While it trains, a conditional sum is a product with bits, and a ternary layer is one (traced twice, for CPUs and for others); both
+    are counted as additions alone. Integer models trace their real shadow too.
+    """
     config = MODELS[name]
-    model = models.build(config, OUTPUTS)
+    model, counted = models.build(config, OUTPUTS), count(config)
     variables, inputs = dict(shapes[name]), inputs_of(config)
+    expected = counted.total_multiplications * (2 if config.get("integer") else 1)
+    expected += sum(counted.of_kind("conditional_sum").additions.values())
+    if name == "matmulfree":
+        assert not expected
+        expected = 2 * sum(counted.additions.values())
     if config["name"] == "vit":
-        factor = 2 if config.get("integer") else 1
-        assert traced_multiplications(model.apply, variables, inputs) == factor * count(config).total_multiplications
+        assert traced_multiplications(model.apply, variables, inputs) == expected
         return
     cache = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), decode=True))["cache"]
 
     def decode(variables, tokens):
         return model.apply(variables, tokens, decode=True, mutable=["cache"])
 
-    assert traced_multiplications(decode, {**variables, "cache": cache}, inputs) == count(config).total_multiplications
+    assert traced_multiplications(decode, {**variables, "cache": cache}, inputs) == expected
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt", "transformer_pp"])
