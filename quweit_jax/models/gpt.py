@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -99,7 +100,9 @@ class GPT(nn.Module):
         positions = self.param("position_embedding", normal(0.02), (c.context, c.width), jnp.float32)
         if decode or valid is not None:
             positions = jnp.take(positions, token_positions(self, tokens.shape, valid, decode), axis=0, mode="clip")
-        x = embed(tokens) + positions[..., : tokens.shape[1], :].astype(dtype)
+        else:
+            positions = jax.lax.slice_in_dim(positions, 0, tokens.shape[1])  # unlike [:T], also of a T that is only a name (export)
+        x = embed(tokens) + positions.astype(dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
         block = nn.remat(GPTBlock, static_argnums=(3, 4)) if c.remat and not decode else GPTBlock
         for i, kind in enumerate(c.mlps()):

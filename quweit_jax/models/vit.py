@@ -203,7 +203,7 @@ class ViT(IntegerModule):
         x = nn.Dense(width, kernel_init=KERNEL_INIT, dtype=dtype, name="patch_embed")(patches)
         if c.pool == "cls":
             cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width), jnp.float32)
-            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, width)).astype(dtype), x], 1)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, width)).astype(dtype), x], 1)
         x = x + self._positions(images.shape, width).astype(dtype)
         block = nn.remat(ViTBlock, static_argnums=(2,)) if c.remat else ViTBlock
         for i, (mlp, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):

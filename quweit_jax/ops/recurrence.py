@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array
 
@@ -22,6 +23,8 @@ from quweit_jax.errors import InputError, check_choice
 METHODS = ("auto", "sequential", "associative", "chunked")
 # See benchmarks/recurrence.py and its results.
 _SHORT = 16
+# Steps of a chunk where T is only a name, as in an exported program.
+_CHUNK = 32
 
 
 def gated_recurrence(forget_gate: Array, candidate: Array, initial_state: Array | None = None, *, method: str = "auto") -> tuple[Array, Array]:
@@ -52,7 +55,7 @@ def gated_recurrence(forget_gate: Array, candidate: Array, initial_state: Array 
     start = jnp.zeros((batch, features), exact) if initial_state is None else initial_state.astype(exact)
     if candidate.shape[1] == 0:
         return candidate, start
-    states: Any = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, pick_method(candidate.shape[1], method))
+    states: Any = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, method)
     return states.astype(candidate.dtype), states[:, -1]
 
 
@@ -66,7 +69,8 @@ def pick_method(steps: int, method: str = "auto", platform: str | None = None) -
     if method != "auto":
         return method
     platform = jax.default_backend() if platform is None else platform
-    return "sequential" if platform == "cpu" or steps <= _SHORT else "chunked"
+    short = not jax.export.is_symbolic_dim(steps) and steps <= _SHORT
+    return "sequential" if platform == "cpu" or short else "chunked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -110,7 +114,7 @@ def _associative(forget_gate: Array, candidate: Array, start: Array) -> Array:
 
 def _chunked(forget_gate: Array, candidate: Array, start: Array) -> Array:
     batch, steps, features = candidate.shape
-    size = 1 << max(0, round(math.log2(steps) / 2))
+    size = _CHUNK if jax.export.is_symbolic_dim(steps) else 1 << max(0, round(math.log2(steps) / 2))
     count = -(-steps // size)
 
     def cut(x: Array) -> Array:  # (B, T, D) -> (S, N, B, D); steps past the end add nothing
@@ -131,4 +135,15 @@ def _chunked(forget_gate: Array, candidate: Array, start: Array) -> Array:
     return states.transpose(2, 1, 0, 3).reshape(batch, count * size, features)[:, :steps]
 
 
-_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {"sequential": _sequential, "associative": _associative, "chunked": _chunked}
+def _by_platform(forget_gate: Array, candidate: Array, start: Array) -> Array:
+    # Decided when it is compiled, not by the machine it is written down on: programs are compiled ahead for others.
+    on_cpu, elsewhere = (_FORMS[pick_method(candidate.shape[1], platform=platform)] for platform in ("cpu", "tpu"))
+    return jax.lax.platform_dependent(forget_gate, candidate, start, cpu=on_cpu, default=elsewhere)
+
+
+_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "auto": _by_platform,
+    "sequential": _sequential,
+    "associative": _associative,
+    "chunked": _chunked,
+}

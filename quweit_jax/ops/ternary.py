@@ -9,9 +9,11 @@ Dimensions: I inputs, O outputs, leading dimensions (...) are tokens.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -223,8 +225,9 @@ def packed_matmul(x_int8: Array, packed: Array, scale: Array | float = 1.0) -> A
             f"packed_matmul: activations of {num_inputs} inputs need {-(-num_inputs // WEIGHTS_PER_BYTE)} rows of packed weights, found {rows}."
         )
     lead = x_int8.shape[:-1]
-    x = x_int8.reshape(int(np.prod(lead)), num_inputs)
-    product = _product_of_one if len(x) <= 1 else _product_by_tiles
+    x = x_int8.reshape(math.prod(lead), num_inputs)
+    tokens = x.shape[0]
+    product = _product_by_tiles if jax.export.is_symbolic_dim(tokens) or tokens > 1 else _product_of_one
     return product(x, packed).reshape(*lead, outputs) * scale
 
 
@@ -267,5 +270,5 @@ def _product_by_tiles(x: Array, packed: Array) -> Array:
         return int_matmul(x, unpack_ternary(piece, x.shape[1]))
 
     tiles = jax.lax.map(tile, jnp.arange(count))  # (N, T, columns)
-    whole = tiles[:-1].transpose(1, 0, 2).reshape(len(x), (count - 1) * columns)
+    whole = tiles[:-1].transpose(1, 0, 2).reshape(x.shape[0], (count - 1) * columns)
     return jnp.concatenate([whole, tiles[-1][:, count * columns - outputs :]], 1)

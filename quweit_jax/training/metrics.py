@@ -94,12 +94,10 @@ def curve(rows: Sequence[Row], split: str, key: str = "loss") -> tuple[list[int]
 
 def plot_losses(runs: dict[str, Sequence[Row]], path: Path, title: str = "", unit: str = "nats per token") -> None:
     """Loss curves of one run (training and validation) or several (validation, labelled by name) as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, whose figures belong to the caller: a notebook shows its own
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
+    figure = Figure(figsize=(7, 4.2), dpi=130)
+    axes = figure.subplots()
     for i, (name, rows) in enumerate(runs.items()):
         colour = f"C{i}"
         steps, values = curve(rows, "validation")
@@ -123,4 +121,3 @@ def plot_losses(runs: dict[str, Sequence[Row]], path: Path, title: str = "", uni
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    plt.close(figure)

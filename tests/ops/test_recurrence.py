@@ -1,6 +1,9 @@
 """`ops.recurrence`: every method against a loop in double precision, values, final state and all gradients."""
 
+import functools
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -111,6 +114,22 @@ def test_backward_memory_grows_no_faster_than_time(method):
 def test_method_by_platform():
     assert pick_method(4096, platform="cpu") == "sequential" and pick_method(4096, platform="tpu") == "chunked"
     assert pick_method(1, platform="gpu") == "sequential" and pick_method(5, "associative") == "associative"
+
+
+def test_a_length_that_is_only_a_name():
+    """Exported programs have one: a TPU's recurrence in chunks, padded to whole ones, and what 'auto' compiles to here."""
+    gates, candidates, start = (jnp.asarray(a, jnp.float32) for a in case(70)[:3])
+    shapes = [jax.ShapeDtypeStruct(jax.export.symbolic_shape("2, t, 3", constraints=["t >= 1"]), jnp.float32)] * 2
+
+    def both(*given):
+        return [gated_recurrence(*given, method=method) for method in ("chunked", "auto")]
+
+    program = jax.export.export(jax.jit(both), platforms=["cpu", "tpu", "cuda"])
+    call = program(*shapes, jax.ShapeDtypeStruct((2, 3), jnp.float32)).call
+    for steps in (1, 70):
+        expected = gated_recurrence(gates[:, :steps], candidates[:, :steps], start, method="associative")
+        for found in call(gates[:, :steps], candidates[:, :steps], start):
+            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), tuple(found), expected)
 
 
 def test_errors():
