@@ -11,6 +11,7 @@ from typing import Any
 from quweit_jax import configs, defaults, inspection
 from quweit_jax.analysis import costs, energy
 from quweit_jax.analysis.records import Record
+from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest
 from quweit_jax.training import metrics, run
 
@@ -191,6 +192,9 @@ def _account(record: Record, technology: str, looked: Mapping[str, Any]) -> None
     """Costs and energy, with outputs and image size as the run's data have them where those were read."""
     try:
         given = {key: looked[key] for key in ("outputs", "image_size") if looked.get(key)}
+        saved = Path(record.path) / "tokenizer.json"
+        if record.language and "outputs" not in given and saved.exists():
+            given["outputs"] = tokenizers.load(saved).vocab_size
         record.costs = costs.of_config(record.config, **given)
         record.energy = energy.estimate(record.costs, technology)
         if (dense := costs.baseline(record.config["model"])) is not None:

@@ -158,6 +158,7 @@ def _tables(record: Record, opened: run.OpenRun, batches: int, missing: str) -> 
                     lut_inputs=wiring.shape[1],
                     kinds=insight.count_kinds(tables, wiring),
                     reads=insight.count_reads(wiring, inputs),
+                    influence=insight.influences(tables, wiring, inputs),
                     thresholds=0 if i else block.thresholds,
                     balance=counts[name].ones[i] / max(1, counts[name].tokens) if name in counts else None,
                     kept=int(folds[name].kept[i].sum()) if name in folds else None,

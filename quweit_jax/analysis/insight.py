@@ -27,7 +27,7 @@ class LayerInsight:
     """One look-up layer of one block.
 
     block: its path in the model. layer: 0 for the first. kinds: how many tables are of each of KINDS. reads: (F,), how many slots of the
-    tables read each input. thresholds: z of the thermometer whose bits the layer reads, 0 where it reads another layer's.
+    tables read each input. influence: (F,), see `influences`. thresholds: z of the thermometer whose bits the layer reads, 0 where it reads another layer's.
     balance: (L,), the share of evaluated tokens for which each table gave 1; None without data. kept: tables that cannot be dropped
     without changing an output on that data; None without data.
     """
@@ -37,6 +37,7 @@ class LayerInsight:
     lut_inputs: int
     kinds: dict[str, int]
     reads: np.ndarray
+    influence: np.ndarray
     thresholds: int = 0
     balance: np.ndarray | None = None
     kept: int | None = None
@@ -162,3 +163,15 @@ def count_kinds(tables: np.ndarray, wiring: np.ndarray) -> dict[str, int]:
 def count_reads(wiring: np.ndarray, num_inputs: int) -> np.ndarray:
     """How many slots of `wiring` (L, n) read each of the inputs: int (F,)."""
     return np.bincount(np.asarray(wiring, np.int64).ravel(), minlength=num_inputs)
+
+
+def influences(tables: np.ndarray, wiring: np.ndarray, num_inputs: int) -> np.ndarray:
+    """How much tables (L, A), bool, that read inputs `wiring` (L, n), depend on each of the inputs: float (F,).
+
+    A slot's influence is the share of the table's entries whose bit changes when the slot's input does (O'Donnell, Analysis of Boolean
+    Functions, section 2.2): 0 for an input that doesn't matter, 1 for a copy's or a parity's. Those of all slots that read an input are summed.
+    """
+    tables, wiring = np.asarray(tables).astype(bool), np.asarray(wiring, np.int64)
+    entries = np.arange(tables.shape[1])
+    each = np.stack([(tables != tables[:, entries ^ (1 << slot)]).mean(1) for slot in range(wiring.shape[1])], 1)
+    return np.bincount(wiring.ravel(), each.ravel(), minlength=num_inputs)

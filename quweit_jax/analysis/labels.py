@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from matplotlib.transforms import Bbox
 
 _ANGLES = (45, 135, -45, -135, 0, 180, 90, -90)
-_DISTANCES = (7, 14, 23, 33, 45, 58)  # points
-_MARKER = 5.0  # half a marker's side, points
+_DISTANCES = (10, 15, 23, 33, 45, 58)  # points
+_MARKER = 7.0  # half the side of a marker with its ring, points
 _SIZE = 9.5  # of the letters, points
 
 
@@ -47,7 +47,7 @@ def place(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[Sequ
             if not found.covered:
                 break
         across, along = found.alignment
-        line = {"arrowstyle": "-", "color": colours[i], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if math.hypot(*found.offset) > 10 else None
+        line = {"arrowstyle": "-", "color": colours[i], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if math.hypot(*found.offset) > 16 else None
         shared: dict[str, Any] = {"xytext": found.offset, "textcoords": "offset points", "fontsize": _SIZE, "annotation_clip": False}
         labels[i] = axes.annotate(name, points[i], ha=across, va=along, color=colours[i], arrowprops=line, **shared)
         taken.append(found.box)
@@ -56,23 +56,27 @@ def place(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[Sequ
 
 def _search(axes: Any, point: tuple[float, float], name: str, taken: Sequence[Bbox]) -> _Place:
     """The first place beside a point where a name covers nothing and stays within the plot, or where it covers least."""
-    renderer, inside = axes.figure.canvas.get_renderer(), axes.get_window_extent()
     label = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", fontsize=_SIZE, annotation_clip=False)
+    size = label.get_window_extent(axes.figure.canvas.get_renderer())
+    label.remove()
+    scale, inside, (left, low) = axes.figure.dpi / 72, axes.get_window_extent(), axes.transData.transform(point)
     best = _Place(math.inf, (0, 0), ("center", "center"), Bbox.null())
     for distance in _DISTANCES:
         for angle in _ANGLES:
             x, y = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-            alignment = "left" if x > 1 else "right" if x < -1 else "center", "bottom" if y > 1 else "top" if y < -1 else "center"
-            label.set(position=(x, y), ha=alignment[0], va=alignment[1])
-            box = label.get_window_extent(renderer).padded(1.5)
+            (across, dx), (along, dy) = _aligned(x, "left", "right"), _aligned(y, "bottom", "top")
+            box = Bbox.from_bounds(left + x * scale - dx * size.width, low + y * scale - dy * size.height, size.width, size.height).padded(1.5)
             covered = sum(overlap(box, other) for other in taken) + max(0.0, box.width * box.height - overlap(box, inside))
             if covered < best.covered - 1e-6:
-                best = _Place(covered if covered > 1e-6 else 0.0, (x, y), alignment, box)
+                best = _Place(covered if covered > 1e-6 else 0.0, (x, y), (across, along), box)
             if not best.covered:
-                label.remove()
                 return best
-    label.remove()
     return best
+
+
+def _aligned(offset: float, before: str, after: str) -> tuple[str, float]:
+    """Which side of a label faces its point, and how much of the label lies before that side."""
+    return (before, 0.0) if offset > 1 else (after, 1.0) if offset < -1 else ("center", 0.5)
 
 
 def overlap(a: Bbox, b: Bbox) -> float:

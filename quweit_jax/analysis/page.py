@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,13 +87,27 @@ def _pictures(found: Group, name: str, technology: str) -> list[Picture]:
     accuracy = not found.language
     quality, what = ("accuracy", "Accuracy") if accuracy else ("loss", "Loss")
     unit = "token" if found.language else "image"
-    energy: dict[str, Any] = {"cost": lambda r: r.energy and r.energy.total_pj / 1e6, "label": f"µJ per {unit} at {technology}", "accuracy": accuracy}
-    memory: dict[str, Any] = {"cost": lambda r: r.bytes_deployed, "label": "bytes deployed", "accuracy": False}
+
+    def microjoules(part: str) -> Callable[[Record], float | None]:
+        return lambda record: record.energy and getattr(record.energy, part) / 1e6
+
+    energy, at = f"{name}-{quality}-energy", f"µJ per {unit} at {technology}"
     made = [
         plots.loss_curves(found, f"{name}-loss"),
-        plots.pareto(found, f"{name}-{quality}-energy", title=f"{what} against energy", **energy),
-        plots.pareto(found, f"{name}-loss-memory", title="Loss against memory", **memory),
-        plots.energy_by_kind(found, f"{name}-energy"),
+        plots.pareto(found, energy, title=f"{what} against energy", cost=microjoules("total_pj"), label=at, accuracy=accuracy),
+        plots.pareto(
+            found,
+            f"{energy}-operations",
+            title=f"{what} against the energy of operations alone",
+            cost=microjoules("arithmetic_pj"),
+            label=f"{at}, memory left out",
+            accuracy=accuracy,
+        ),
+        plots.pareto(
+            found, f"{name}-loss-memory", title="Loss against memory", cost=lambda r: r.bytes_deployed, label="bytes deployed", accuracy=False
+        ),
+        plots.energy_by_kind(found, f"{name}-energy-operations", memory=False),
+        plots.energy_by_kind(found, f"{name}-energy-memory", memory=True),
     ]
     return [picture for picture in made if picture is not None]
 
@@ -171,6 +185,7 @@ def tables(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
             "feature": i // layer.thresholds if layer.thresholds else None,
             "threshold": i % layer.thresholds if layer.thresholds else None,
             "reads": int(count),
+            "influence": float(layer.influence[i]),
         }
         for r, layer in layers
         for i, count in enumerate(layer.reads)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from quweit_jax.analysis import figures
@@ -139,47 +140,48 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def energy_by_kind(group: Group, name: str) -> Picture | None:
-    """Energy of one inference by kind of layer, a bar a run, arithmetic plain and memory hatched; None without any."""
-    shown = [(record, record.energy) for record in group.records if record.energy is not None]
-    if not shown:
+def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
+    """Energy of one inference by kind of layer, a bar a run: of the bytes moved (memory), or of the operations; None without any."""
+    found = [(record, record.energy) for record in group.records if record.energy is not None]
+    if not found:
         return None
-    kinds = list(dict.fromkeys(kind for _, energy in shown for kind in energy.by_kind))
-    kinds = [kind for kind in kinds if any(energy.by_kind.get(kind) for _, energy in shown)]
+    shown = [(record, energy.memory_by_kind if memory else energy.arithmetic_by_kind) for record, energy in found]
+    totals: dict[str, float] = {}
+    for _, parts in shown:
+        for kind, value in parts.items():
+            totals[kind] = max(totals.get(kind, 0.0), value)
+    largest = max(sum(parts.values()) for _, parts in shown)
+    if not largest:
+        return None
+    # Kinds too small to be seen anywhere are shown together.
+    kinds = [kind for kind in sorted(totals, key=totals.__getitem__, reverse=True) if totals[kind] > 0.004 * largest]
+    scale, prefix = (1e6, "µJ") if largest >= 1e5 else (1e3, "nJ")
     with figures.style():
-        figure, axes = figures.new(1.5 + 0.34 * len(shown) + 0.22 * -(-len(kinds) // 3))
-        largest = max(energy.total_pj for _, energy in shown)
-        for row, (_, energy) in enumerate(shown):
+        rest = any(kind not in kinds and value for kind, value in totals.items())
+        figure, axes = figures.new(1.1 + 0.3 * len(shown) + 0.2 * -(-(len(kinds) + rest) // 3))
+        for row, (_, parts) in enumerate(shown):
             left = 0.0
-            for parts, hatch in ((energy.arithmetic_by_kind, None), (energy.memory_by_kind, "/////")):
-                for kind, value in parts.items():
-                    if kind in kinds:
-                        colour = SERIES[kinds.index(kind) % len(SERIES)]
-                        fill = {"color": colour} if hatch is None else {"facecolor": "none", "edgecolor": colour, "hatch": hatch, "linewidth": 0.8}
-                        axes.barh(row, value / 1e6, left=left / 1e6, height=0.62, **fill)
-                        left += value
-            axes.annotate(
-                number(left * 1e-12) if left >= 1e12 else f"{left / 1e6:.3g}",
-                (left / 1e6, row),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9.5,
-            )
-        axes.set_yticks(range(len(shown)), [shortened(record.label, 18) for record, _ in shown])
+            for i, kind in enumerate(kinds):
+                axes.barh(row, parts.get(kind, 0.0) / scale, left=left / scale, height=0.66, color=SERIES[i % len(SERIES)])
+                left += parts.get(kind, 0.0)
+            axes.barh(row, (sum(parts.values()) - left) / scale, left=left / scale, height=0.66, color=GRID)
+            total = sum(parts.values()) / scale
+            axes.annotate(f"{total:.3g}", (total, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9.5)
+        axes.set_yticks(range(len(shown)), [shortened(record.label, 20) for record, _ in shown])
         axes.invert_yaxis()
-        axes.set_xlim(0, largest / 1e6 * 1.16)
-        axes.set_xlabel(f"µJ per {shown[0][0].costs.unit if shown[0][0].costs else 'inference'} at {shown[0][1].technology}")
+        axes.set(xlim=(0, 1.16 * largest / scale), xlabel=f"{prefix} per {_unit(group)} at {found[0][1].technology}")
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        handles = [axes.barh(0, 0, color=SERIES[i % len(SERIES)], label=kind.replace("_", " ")) for i, kind in enumerate(kinds)]
-        handles += [
-            axes.barh(0, 0, color=MUTED, label="plain: arithmetic"),
-            axes.barh(0, 0, facecolor="none", edgecolor=MUTED, hatch="/////", label="hatched: memory"),
-        ]
+        handles = [Patch(color=SERIES[i % len(SERIES)], label=kind.replace("_", " ")) for i, kind in enumerate(kinds)]
+        handles += [Patch(color=GRID, label="all others")] * rest
         figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.2, columnspacing=0.9, fontsize=9.5)
-        totals = "; ".join(f"{r.label}: {e.total_pj / 1e6:.3g} µJ, of it memory {e.memory_pj / e.total_pj:.0%}" for r, e in shown if e.total_pj)
-        return figures.picture(figure, name, "Energy by kind of layer", f"Stacked bars of energy by kind of layer, arithmetic and memory. {totals}.")
+        said = "; ".join(f"{record.label}: {sum(parts.values()) / scale:.3g} {prefix}" for record, parts in shown)
+        what = "Energy of moving bytes" if memory else "Energy of operations"
+        return figures.picture(figure, name, what, f"Stacked bars of the energy of {what.split(' of ')[1]}, by kind of layer. {said}.")
+
+
+def _unit(group: Group) -> str:
+    return "token" if group.language else "image"
 
 
 def insight_pictures(insight: Insight, name: str) -> list[Picture]:
@@ -236,20 +238,21 @@ def _reads(layers: Sequence[LayerInsight], name: str) -> Picture:
 
 
 def _thresholds(layers: Sequence[LayerInsight], name: str) -> Picture:
-    """Which threshold of the thermometer is read how often, as a share of an even use."""
+    """How much each threshold of the thermometer matters: the influence of its bits, a mean over the features."""
     with figures.style():
         figure, axes = figures.new(2.8 + 0.2 * -(-len(layers) // 2))
-        for i, layer in enumerate(layers):
-            by_threshold = layer.reads.reshape(-1, layer.thresholds).mean(0)
+        means = [layer.influence.reshape(-1, layer.thresholds).mean(0) for layer in layers]
+        for i, (layer, mean) in enumerate(zip(layers, means)):
             look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": _LINES[i // len(SERIES) % len(_LINES)]}
             places = np.arange(1, layer.thresholds + 1)
-            axes.plot(places, by_threshold, marker=_MARKERS[i % len(_MARKERS)], markersize=5, label=shortened(layer.name, 22), **look)
-        axes.set(xlabel="threshold, from the lowest", ylabel="mean reads of its bits")
+            axes.plot(places, mean, marker=_MARKERS[i % len(_MARKERS)], markersize=5, label=shortened(layer.name, 22), **look)
+        axes.set(xlabel="threshold, from the lowest", ylabel="influence of its bits")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
-        said = "; ".join(f"{r.name}: " + ", ".join(f"{v:.2f}" for v in r.reads.reshape(-1, r.thresholds).mean(0)) for r in layers)
-        return figures.picture(figure, name, "Which thresholds are read", f"Mean number of reads of each threshold's bits, from the lowest. {said}.")
+        said = "; ".join(f"{layer.name}: " + ", ".join(f"{v:.2f}" for v in mean) for layer, mean in zip(layers, means))
+        text = f"Influence of each threshold's bits on the tables, a mean over the features, from the lowest threshold. {said}."
+        return figures.picture(figure, name, "Which thresholds matter", text)
 
 
 def _balance(layers: Sequence[LayerInsight], name: str) -> Picture:

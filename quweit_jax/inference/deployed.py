@@ -159,12 +159,16 @@ def _observed(model: nn.Module, variables: Tree, inputs: Any, observe: Callable[
         return model.apply(variables, inputs)  # type: ignore[return-value]
 
 
+def _is_lookup(path: tuple[str, ...]) -> bool:
+    return bool(path) and bool(re.fullmatch(r"luts_\d+", path[-1]))
+
+
 def _integer(model: Any, tree: Tree) -> Deployed | None:
     """Integer-only ViTs."""
     layers: dict[str, list[Tree]] = {}
-    flat: dict[Any, Any] = flatten_dict(tree, is_leaf=lambda path, _: bool(re.fullmatch(r"luts_\d+", path[-1])))
+    flat: dict[Any, Any] = flatten_dict(tree, is_leaf=lambda path, _: _is_lookup(path))
     for path in sorted(flat, key=lambda path: _natural("/".join(path))):
-        if re.fullmatch(r"luts_\d+", path[-1]):
+        if _is_lookup(path):
             layers.setdefault("/".join(path[:-1]), []).append(flat[path])
     if not layers:
         return None
