@@ -51,7 +51,7 @@ colabs: $(VENV)/.runtime
 
 # build/docs/index.html; every warning is an error.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The environment and what tools leave behind; runs are kept.
 clean:

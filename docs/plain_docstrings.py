@@ -22,7 +22,7 @@ def _escaped(lines: list[str]) -> Iterator[str]:
     code, after_empty = False, False
     for line in lines:
         indented = line.startswith("    ")
-        code = indented and (code or after_empty) or (code and not line)
+        code = (indented and (code or after_empty)) or (code and not line)
         after_empty = not line
         yield line if code else _MARKS.sub(lambda match: match[1] or (f"\\{match[2]}" if match[2] else "&lt;"), line)
 
