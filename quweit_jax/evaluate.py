@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="evaluate as deployed: weightless blocks on 1-bit tables and int8 sums; integer models in integers alone",
     )
-    parser.add_argument("--tasks", default="", help="zero-shot tasks of lm-evaluation-harness (or folders of your own) instead, joined by commas: arc_easy,piqa")
+    parser.add_argument(
+        "--tasks", default="", help="zero-shot tasks of lm-evaluation-harness (or folders of your own) instead, joined by commas: arc_easy,piqa"
+    )
     parser.add_argument("--limit", type=int, default=0, help="of the tasks, only so many examples each (0: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(rest)

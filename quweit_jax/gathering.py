@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from quweit_jax.analysis import costs, energy
 from quweit_jax.analysis.records import Record
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest
-from quweit_jax.training import metrics, run
+from quweit_jax.training import files, metrics, run
 
 _RUN_FILES = ("config.json", "metrics.jsonl", "environment.json", "checkpoints")
 _DEPTH = 4  # of folders between a given one and the runs in it
@@ -22,12 +22,12 @@ _OVERRIDABLE = ("data.", "mesh.", "eval_batch_size")
 
 
 def gather(
-    paths: Sequence[Path], overrides: Mapping[str, str], *, batches: int, technology: str = "45nm"
+    paths: Sequence[Path], overrides: Mapping[str, str], *, batches: int, technology: str = "45nm", say: Callable[[Record], None] = lambda _: None
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """The runs at and below the given paths, and the paths that hold none, with the reason.
 
     overrides: config paths to text values, of the data (data.data_dir, say), the mesh and eval_batch_size alone. batches: how much of the
-    validation data the tables are watched on (0: all of it).
+    validation data the tables are watched on (0: all of it). say: told each run when it has been read.
 
     Raises:
       InputError: no run is left, or an override or a number that makes no sense.
@@ -45,6 +45,7 @@ def gather(
     records = []
     for number, (path, name) in enumerate(zip(found, short_names(found)), 1):
         records.append(read_run(Record(number, name, str(path)), overrides, batches, technology))
+        say(records[-1])
     return records, skipped
 
 
@@ -102,16 +103,20 @@ def read_run(record: Record, overrides: Mapping[str, str], batches: int, technol
     if unknown:
         _mark(record, "older version", f"its config has keys that this version doesn't know: {_some(unknown)}")
     if missing:
-        record.notes.append(f"its config, of another version, lacks {_some(missing)}; where it is needed, this version's default is taken")
-    steps = record.config["steps"]
+        record.notes.append(f"its config, of another version, lacks {_some(missing)}")
+    steps, training = record.config["steps"], _in_use(path)
     if not any(row["split"] == "validation" and row["step"] >= steps for row in record.rows):
         noted = f"at step {record.step} of {steps}" if record.rows else f"nothing noted yet of {steps} steps"
-        _mark(record, "unfinished", noted)
+        _mark(record, "unfinished", noted + ", being trained now" * training)
     looked: dict[str, Any] = {}
     try:
         looked = inspection.look(record, overrides, batches)
     except Exception as error:  # a report of many runs does not stop for one
-        _mark(record, *inspection.explain(error, record))
+        state, reason = inspection.explain(error, record)
+        if training and state == "damaged":  # its checkpoints come and go
+            record.notes.append(f"the model was not opened while the run is being trained ({reason})")
+        else:
+            _mark(record, state, reason)
     _account(record, technology, looked)
     return record
 
@@ -124,6 +129,15 @@ def _mark(record: Record, state: str, reason: str) -> Record:
     if reason:
         record.reason = f"{record.reason}; {reason}" if record.reason else reason
     return record
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a process of this machine is training in the folder."""
+    try:
+        with files.sole_user(path, patience=0):
+            return False
+    except InputError:
+        return True
 
 
 def _object(path: Path) -> dict[str, Any]:

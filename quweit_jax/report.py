@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quweit_jax import cli
 
@@ -24,13 +25,15 @@ def main(argv: Sequence[str]) -> int:
 
     folder.check(args.out)
     technology = technologies.technology_of(args.technology).name
-    records, skipped = gathering.gather(args.runs, overrides, batches=args.batches, technology=args.technology)
+
+    def say(record: Any) -> None:
+        print(f"{record.label}: {record.state}{f' ({record.reason})' if record.reason else ''}", flush=True)
+
+    records, skipped = gathering.gather(args.runs, overrides, batches=args.batches, technology=args.technology, say=say)
     files = page.write(records, skipped, technology=technology, title=args.title)
     folder.write(args.out, files)
     for path, reason in skipped:
         print(f"no run in {path}: {reason}")
-    for record in records:
-        print(f"{record.label}: {record.state}{f' ({record.reason})' if record.reason else ''}")
     print(f"{len(records)} runs, {len(files)} files: {args.out / 'index.html'}")
     return 0
 

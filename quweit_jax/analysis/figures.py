@@ -37,7 +37,7 @@ COLOURS = {
 }
 INK, MUTED, GRID = (COLOURS[name][0] for name in ("ink", "muted", "grid"))
 SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series-")]
-_STYLE = {
+_STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.labelsize": 11,

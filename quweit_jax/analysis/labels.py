@@ -6,12 +6,14 @@ free place, and gives the same picture every time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.transforms import Bbox
 
+Point: TypeAlias = tuple[float, float]
 _ANGLES = (45, 135, -45, -135, 0, 180, 90, -90)
 _DISTANCES = (10, 15, 23, 33, 45, 58)  # points
 _MARKER = 7.0  # half the side of a marker with its ring, points
@@ -25,12 +27,19 @@ class _Place(NamedTuple):
     box: Bbox
 
 
-def place(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[Sequence[str]], colours: Sequence[str]) -> list[Any]:
+def place(
+    axes: Any,
+    points: Sequence[Point],
+    names: Sequence[Sequence[str]],
+    colours: Sequence[str],
+    lines: Sequence[Sequence[Point]] = (),
+) -> list[Any]:
     """Writes a label beside each point, with a line to it where it stands far off.
 
     Args:
       axes: of a figure whose layout is fixed, as labels are placed in pixels. points: in data coordinates.
       names: for each point what may be written, the most wanted first. colours: of each point's label.
+      lines: drawn between points, to be kept clear of too.
 
     Returns:
       The labels, in the points' order. Where nothing fits, the shortest name stands where it covers least.
@@ -39,6 +48,8 @@ def place(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[Sequ
     pixels = [tuple(axes.transData.transform(point)) for point in points]
     reach = _MARKER * scale
     taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in pixels]
+    for line in lines:
+        taken += _along([tuple(axes.transData.transform(point)) for point in line], 2.0 * scale)
     labels: dict[int, Any] = {}
     # Points with many neighbours choose first: the others have more room.
     for i in sorted(range(len(points)), key=lambda i: -sum(math.dist(pixels[i], other) < 90 * scale for other in pixels)):
@@ -54,7 +65,18 @@ def place(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[Sequ
     return [labels[i] for i in range(len(points))]
 
 
-def _search(axes: Any, point: tuple[float, float], name: str, taken: Sequence[Bbox]) -> _Place:
+def _along(line: Sequence[Point], reach: float) -> list[Bbox]:
+    """Small boxes that cover a line."""
+    boxes = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        steps = max(1, math.ceil(math.dist((x0, y0), (x1, y1)) / reach))
+        for k in range(steps + 1):
+            x, y = x0 + (x1 - x0) * k / steps, y0 + (y1 - y0) * k / steps
+            boxes.append(Bbox.from_extents(x - reach / 2, y - reach / 2, x + reach / 2, y + reach / 2))
+    return boxes
+
+
+def _search(axes: Any, point: Point, name: str, taken: Sequence[Bbox]) -> _Place:
     """The first place beside a point where a name covers nothing and stays within the plot, or where it covers least."""
     label = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", fontsize=_SIZE, annotation_clip=False)
     size = label.get_window_extent(axes.figure.canvas.get_renderer())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from quweit_jax.analysis import figures
 from quweit_jax.analysis.figures import GRID, INK, MUTED, SERIES, Picture
@@ -95,6 +95,7 @@ def pareto(group: Group, name: str, *, title: str, cost: Callable[[Record], floa
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         if max(xs) > 8 * min(xs):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if max(xs) > 100 * min(xs) else (1, 2, 5)))
         axes.plot([xs[i] for i in best], [ys[i] for i in best], color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
         for i, (record, x, y) in enumerate(known):
             look, on_front = _look(record), i in best
@@ -114,7 +115,7 @@ def pareto(group: Group, name: str, *, title: str, cost: Callable[[Record], floa
         figure.canvas.draw()
         figure.set_layout_engine("none")
         names = [[shortened(record.label, 28), shortened(record.label, 16), str(record.number)] for record, _, _ in known]
-        place(axes, points, names, [_look(record)["color"] for record, _, _ in known])
+        place(axes, points, names, [_look(record)["color"] for record, _, _ in known], lines=[[points[i] for i in best]])
         on_front = ", ".join(known[i][0].label for i in best)
         text = f"{len(known)} runs, {quality} against {label}. On the front, beaten by no other: {on_front}."
         return figures.picture(figure, name, title, text)
@@ -155,7 +156,7 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
         return None
     # Kinds too small to be seen anywhere are shown together.
     kinds = [kind for kind in sorted(totals, key=totals.__getitem__, reverse=True) if totals[kind] > 0.004 * largest]
-    scale, prefix = (1e6, "µJ") if largest >= 1e5 else (1e3, "nJ")
+    scale, prefix = energy_unit(largest)
     with figures.style():
         rest = any(kind not in kinds and value for kind, value in totals.items())
         figure, axes = figures.new(1.1 + 0.3 * len(shown) + 0.2 * -(-(len(kinds) + rest) // 3))
@@ -180,6 +181,11 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
         return figures.picture(figure, name, what, f"Stacked bars of the energy of {what.split(' of ')[1]}, by kind of layer. {said}.")
 
 
+def energy_unit(largest: float) -> tuple[float, str]:
+    """Picojoules in a unit that suits values up to so many picojoules, and its name."""
+    return (1e6, "µJ") if largest >= 1e5 else (1e3, "nJ") if largest >= 1e2 else (1.0, "pJ")
+
+
 def _unit(group: Group) -> str:
     return "token" if group.language else "image"
 
@@ -201,7 +207,7 @@ def _bars(layers: Sequence[LayerInsight], parts: Sequence[tuple[str, str, Sequen
     left = np.zeros(len(layers))
     for label, colour, shares in parts:
         widths = 100 * np.asarray(shares, float)
-        axes.barh(range(len(layers)), widths, left=left, height=0.66, color=colour, label=label)
+        axes.barh(range(len(layers)), widths, left=left, height=0.66, facecolor=colour, edgecolor=MUTED, linewidth=0.6, label=label)
         left += widths
     axes.set_yticks(range(len(layers)), [shortened(layer.name, 20) for layer in layers])
     axes.invert_yaxis()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ class Record:
     @property
     def best(self) -> dict[str, Any] | None:
         """The evaluation of lowest validation loss, {'step', 'loss', 'accuracy', ...}."""
-        return min((row for row in self.rows if row["split"] == "validation"), key=lambda row: row["loss"], default=None)
+        scored = (row for row in self.rows if row["split"] == "validation" and math.isfinite(row["loss"]) and "accuracy" in row)
+        return min(scored, key=lambda row: row["loss"], default=None)
 
     @property
     def bytes_deployed(self) -> int | None:

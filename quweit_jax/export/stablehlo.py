@@ -1,6 +1,6 @@
 """A trained model as one StableHLO file, weights inside, that plain JAX runs on CPU, TPU and GPU without this project:
 
-    import jax, numpy as np
+    import jax.export, numpy as np
     with open("model.stablehlo", "rb") as file:
         program = jax.export.deserialize(bytearray(file.read()))
     print(program.in_avals, "->", program.out_avals)
@@ -39,7 +39,7 @@ PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT_PLATFORMS = PLATFORMS[:3]
 # A serialised program is one flatbuffer, which is below 2 GiB; something is left for the program itself.
 MAX_WEIGHT_BYTES = 2**31 - 2**26
-_LOAD = """import jax, numpy as np
+_LOAD = """import jax.export, numpy as np
 with open("{file}", "rb") as file:
     program = jax.export.deserialize(bytearray(file.read()))
 print(program.in_avals, "->", program.out_avals)
@@ -88,7 +88,7 @@ def examples_input(shape: Sequence[int], meaning: str = "images (batch, height, 
 
 def portable(model: Any) -> Any:
     """The model without what only one platform has (cuDNN's attention); its variables are the same."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "attention", "xla") == "xla":
         return model
     return model.clone(config=dataclasses.replace(config, attention="xla"))
@@ -124,12 +124,12 @@ def to_step_program(apply: Apply, model: nn.Module, variables: Tree, platforms: 
 
 
 def _inside(variables: Tree) -> Tree:
-    """The variables as the program holds them: in their own types, and behind a barrier.
+    """The variables as the program holds them: in their own types, those that are used, each behind a barrier.
 
     Without it what is computed from weights alone (wiring from scores, say) would be computed by the compiler, whenever the program is
     compiled, and very slowly: 18 s for the largest of 2,048 x 256 numbers, and 0.1 s for the whole program with the barrier (XLA on a CPU).
     """
-    return jax.lax.optimization_barrier(variables)
+    return jax.tree.map(jax.lax.optimization_barrier, variables)
 
 
 def state_shapes(model: nn.Module) -> Tree:
@@ -203,7 +203,8 @@ def describe(program: jax.export.Exported, given: Input, file: str = "model.stab
     """What somebody who only has the file needs to know to call it; `state` of a step, a tree of shapes, is zeros at first."""
     arguments, _ = jax.tree.unflatten(program.in_tree, [_shape(a) for a in program.in_avals])
     results = jax.tree.unflatten(program.out_tree, [_shape(a) for a in program.out_avals])
-    example = f"np.zeros({tuple({'b': 3, 't': given.example_t}.get(d, d) for d in given.shape)}, np.{given.dtype})"
+    free: dict[int | str, int] = {"b": 3, "t": given.example_t}
+    example = f"np.zeros({tuple(free.get(d, d) for d in given.shape)}, np.{given.dtype})"
     call = f"logits = program.call({example})"
     state = arguments[1] if len(arguments) > 1 else None
     if state is not None:

@@ -118,7 +118,8 @@ def _chunked(forget_gate: Array, candidate: Array, start: Array) -> Array:
     count = -(-steps // size)
 
     def cut(x: Array) -> Array:  # (B, T, D) -> (S, N, B, D); steps past the end add nothing
-        padded = jnp.pad(x, ((0, 0), (0, count * size - steps), (0, 0)))
+        end: Any = count * size - steps  # a number, or an expression in the name of one
+        padded = jnp.pad(x, ((0, 0), (0, end), (0, 0)))
         return padded.reshape(batch, count, size, features).transpose(2, 1, 0, 3)
 
     def within(carry: tuple[Array, Array], gates: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:

@@ -42,7 +42,8 @@ def reported(trained, tmp_path_factory):
     changed(trained, root, "unfinished", config=lambda c: {**c, "steps": 9})
     changed(trained, root, "old-format", environment=lambda e: {**e, "format": run.FORMAT + 1})
     changed(trained, root, "old-keys", config=lambda c: {**c, "model": {**c["model"], "shape": 3}})
-    changed(trained, root, "less", config=lambda c: {k: v for k, v in c.items() if k != "prefetch"})
+    changed(trained, root, "less", config=lambda c: {**c, "data": {k: v for k, v in c["data"].items() if k != "threads"}})
+    changed(trained, root, "much-less", config=lambda c: {k: v for k, v in c.items() if k != "prefetch"})
     changed(trained, root, "no-config", config=None)
     changed(trained, root, "no-data", config=lambda c: {**c, "data": {**c["data"], "path": str(root / "gone.txt")}})
     broken = changed(trained, root, "broken-json")
@@ -67,6 +68,7 @@ STATES = {
     "old-format": ("older version", "written in format 2, this version reads 1"),
     "old-keys": ("older version", "model.shape"),
     "less": ("finished", ""),
+    "much-less": ("older version", "this version cannot open it (KeyError"),
     "no-config": ("damaged", "config.json: there is none"),
     "no-data": ("finished", ""),
     "broken-json": ("damaged", "config.json: not whole"),
@@ -95,7 +97,7 @@ def test_what_a_whole_run_shows(reported):
 def test_without_data_there_is_text_and_a_note(reported):
     _, html = reported
     assert "without its data" in html and "tables were not watched at work" in html
-    assert "lacks prefetch" in html
+    assert "lacks data.threads" in html and "lacks prefetch" in html
 
 
 def test_a_run_given_twice_is_one(trained):

@@ -23,6 +23,15 @@ IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
 ROWS = np.random.default_rng(0).normal(size=(6, 7)).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def cheap_compilation():
+    """Also of what is compiled within the tested functions."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def gpt(options):
     return GPT(GPTConfig(11, context=5, layers=1, heads=2, width=8, mlp="weightless", remat=True, weightless=options)), TOKENS
 
