@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -146,24 +147,21 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
     found = [(record, record.energy) for record in group.records if record.energy is not None]
     if not found:
         return None
-    shown = [(record, energy.memory_by_kind if memory else energy.arithmetic_by_kind) for record, energy in found]
-    totals: dict[str, float] = {}
-    for _, parts in shown:
-        for kind, value in parts.items():
-            totals[kind] = max(totals.get(kind, 0.0), value)
+    shown = [(record, _by_kind(energy, memory)) for record, energy in found]
     largest = max(sum(parts.values()) for _, parts in shown)
     if not largest:
         return None
-    # Kinds too small to be seen anywhere are shown together.
-    kinds = [kind for kind in sorted(totals, key=totals.__getitem__, reverse=True) if totals[kind] > 0.004 * largest]
+    # Kinds too small to be seen are shown together; a kind has one colour in both plots.
+    colours = dict(zip(_largest_first([energy for _, energy in found]), itertools.cycle(SERIES)))
+    kinds = [kind for kind in colours if any(parts.get(kind, 0.0) > 0.004 * largest for _, parts in shown)]
     scale, prefix = energy_unit(largest)
     with figures.style():
-        rest = any(kind not in kinds and value for kind, value in totals.items())
+        rest = any(value and kind not in kinds for _, parts in shown for kind, value in parts.items())
         figure, axes = figures.new(1.1 + 0.3 * len(shown) + 0.2 * -(-(len(kinds) + rest) // 3))
         for row, (_, parts) in enumerate(shown):
             left = 0.0
-            for i, kind in enumerate(kinds):
-                axes.barh(row, parts.get(kind, 0.0) / scale, left=left / scale, height=0.66, color=SERIES[i % len(SERIES)])
+            for kind in kinds:
+                axes.barh(row, parts.get(kind, 0.0) / scale, left=left / scale, height=0.66, color=colours[kind])
                 left += parts.get(kind, 0.0)
             axes.barh(row, (sum(parts.values()) - left) / scale, left=left / scale, height=0.66, color=GRID)
             total = sum(parts.values()) / scale
@@ -173,12 +171,26 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
         axes.set(xlim=(0, 1.16 * largest / scale), xlabel=f"{prefix} per {_unit(group)} at {found[0][1].technology}")
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        handles = [Patch(color=SERIES[i % len(SERIES)], label=kind.replace("_", " ")) for i, kind in enumerate(kinds)]
+        handles = [Patch(color=colours[kind], label=kind.replace("_", " ")) for kind in kinds]
         handles += [Patch(color=GRID, label="all others")] * rest
         figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.2, columnspacing=0.9, fontsize=9.5)
         said = "; ".join(f"{record.label}: {sum(parts.values()) / scale:.3g} {prefix}" for record, parts in shown)
         what = "Energy of moving bytes" if memory else "Energy of operations"
         return figures.picture(figure, name, what, f"Stacked bars of the energy of {what.split(' of ')[1]}, by kind of layer. {said}.")
+
+
+def _by_kind(energy: Any, memory: bool) -> dict[str, float]:
+    return energy.memory_by_kind if memory else energy.arithmetic_by_kind
+
+
+def _largest_first(energies: Sequence[Any]) -> list[str]:
+    """The kinds of layers, those first that are the largest share of a run's operations or of its moved bytes."""
+    shares: dict[str, float] = {}
+    for energy, memory in itertools.product(energies, (False, True)):
+        parts = _by_kind(energy, memory)
+        for kind, value in parts.items():
+            shares[kind] = max(shares.get(kind, 0.0), value / (sum(parts.values()) or 1.0))
+    return sorted(shares, key=shares.__getitem__, reverse=True)
 
 
 def energy_unit(largest: float) -> tuple[float, str]:
@@ -270,10 +282,10 @@ def _balance(layers: Sequence[LayerInsight], name: str) -> Picture:
             counts, _ = np.histogram(layer.balance, edges)
             look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": _LINES[i // len(SERIES) % len(_LINES)]}
             axes.stairs(100 * counts / layer.tables, edges, label=shortened(layer.name, 22), linewidth=1.5, **look)
-        axes.set(xlabel="share of tokens for which a table gives 1", ylabel="% of the tables", xlim=(0, 1))
+        axes.set(xlabel="how often a table gives 1", ylabel="% of the tables", xlim=(0, 1))
         figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
         said = "; ".join(f"{r.name}: median {np.median(r.balance):.2f}" for r in layers if r.balance is not None)
-        return figures.picture(figure, name, "Balance of the tables' bits", f"Histogram of the share of tokens for which a table gives 1. {said}.")
+        return figures.picture(figure, name, "Balance of the tables' bits", f"Histogram of how often a table gives 1, of all it was asked. {said}.")
 
 
 def _kept(layers: Sequence[LayerInsight], name: str) -> Picture:
