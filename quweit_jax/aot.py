@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Sequence
-from typing import Any
 
 from quweit_jax import cli, configs
-from quweit_jax.errors import InputError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,51 +22,10 @@ def main(argv: Sequence[str]) -> int:
     config = configs.load_file(args.config)
     for path, text in overrides.items():
         configs.set_value(config, path, text)
-    result = compile_step(config, args.topology)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:>28}: {value:,.0f}" if isinstance(value, int | float) else f"{key:>28}: {value}")
+    from quweit_jax.training import ahead_of_time
+
+    cli.print_facts(ahead_of_time.compile_step(config, args.topology), as_json=args.json)
     return 0
-
-
-def compile_step(config: configs.Config, topology: str) -> dict[str, Any]:
-    """Bytes and FLOPs of a chip's part of the compiled training step.
-
-    Raises:
-      InputError: libtpu isn't installed, or it knows no such topology.
-    """
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-
-    from quweit_jax.training import run
-
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        reason = str(error).split("\n")[0][:200]
-        raise InputError(
-            f"--topology: cannot compile for TPU topology '{topology}' ({reason}); pip install libtpu, or give one such as v5e:2x4."
-        ) from None
-    parts = run.assemble(config, devices=devices)
-    state, batch = parts.abstract_state(), parts.abstract_batch()
-    step = parts.train_step(jax.tree.map(lambda leaf: leaf.sharding, state))
-    since = time.monotonic()
-    compiled = step.lower(state, batch).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return {
-        "topology": topology,
-        "chips": len(devices),
-        "batch_size": config.batch_size,
-        "compile_seconds": round(time.monotonic() - since),
-        "parameters": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
-        "argument_bytes_per_chip": memory.argument_size_in_bytes,  # type: ignore[union-attr]
-        "temporary_bytes_per_chip": memory.temp_size_in_bytes,  # type: ignore[union-attr]
-        "code_bytes": memory.generated_code_size_in_bytes,  # type: ignore[union-attr]
-        "flops_per_chip": cost.get("flops") if cost else None,
-    }
 
 
 def console() -> None:

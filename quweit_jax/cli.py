@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging as standard_logging
 import os
 import sys
@@ -63,6 +64,17 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"python -m quweit_jax.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+
+def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+    """Prints names and values, a line each, or all as one JSON object."""
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if isinstance(value, float) and value >= 1e6 else value
+        print(f"{name:>{width}}: {f'{shown:.6g}' if isinstance(shown, float) else shown}")
 
 
 def join_processes() -> None:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     import jax
 
     from quweit_jax.export import stablehlo
-    from quweit_jax.inference import generation, integer, packed
+    from quweit_jax.inference import forms, generation, packed
     from quweit_jax.training import run
 
     out, platforms = Path(args.out), args.platforms.split(",")
@@ -37,26 +37,16 @@ def main(argv: Sequence[str]) -> int:
     if args.step_function and tokenizer is None:
         raise InputError(f"--step_function: {args.workdir} is a run of a classifier, which decodes no tokens.")
     if args.packed:
-        is_integer = integer.is_integer(model)
-        variables = integer.pack(model, variables, parts.dataset.image_shape) if is_integer else packed.pack(variables)  # type: ignore[arg-type]
-    apply = functools.partial(packed.apply, model)
-    if tokenizer is None:
-        given = stablehlo.examples_input(parts.init_inputs.shape[1:])
-    else:
-        given = stablehlo.tokens_input(tokenizer.vocab_size, generation.context_of(model))
+        variables, _ = forms.deploy(model, variables, parts.init_inputs.shape[1:])
+    apply, context = functools.partial(packed.apply, model), generation.context_of(model) if tokenizer else None
+    given = stablehlo.input_of(tokenizer, context, parts.init_inputs.shape[1:], one_step=args.step_function)
     if args.step_function:
-        given = stablehlo.token_input(tokenizer.vocab_size)  # type: ignore[union-attr]
         program = stablehlo.to_step_program(apply, model, variables, platforms)
     else:
         program = stablehlo.to_program(apply, variables, given, platforms)
-    about = {
-        "form": "packed" if args.packed else "trained",
-        "weight_bytes": stablehlo.weight_bytes(variables),
-        **stablehlo.about_data(tokenizer, parts.data_config.normalize, parts.data),
-        "training_step": opened.step,
-        "versions": run.describe_environment()["versions"],
-        "config": configs.to_dict(parts.config),
-    }
+    about = stablehlo.about_data(tokenizer, parts.data_config.normalize, parts.data) | {"training_step": opened.step}
+    about |= {"form": "packed" if args.packed else "trained", "weight_bytes": stablehlo.weight_bytes(variables)}
+    about |= {"versions": run.describe_environment()["versions"], "config": configs.to_dict(parts.config)}
     description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
     print(f"wrote {out}: {description['bytes']:,} bytes, of which weights {about['weight_bytes']:,}; for {', '.join(platforms)}")
     print("\n".join(description["load"]))

@@ -86,6 +86,13 @@ def examples_input(shape: Sequence[int], meaning: str = "images (batch, height, 
     return Input("images" if len(shape) == 3 else "inputs", ("b", *shape), "float32", meaning)
 
 
+def input_of(tokenizer: Any, context: int | None, shape: Sequence[int], *, one_step: bool = False) -> Input:
+    """What a model takes: tokens where it has a tokenizer, of a whole text or of one decoding step, else examples of a shape."""
+    if tokenizer is None:
+        return examples_input(shape)
+    return token_input(tokenizer.vocab_size) if one_step else tokens_input(tokenizer.vocab_size, context)
+
+
 def portable(model: Any) -> Any:
     """The model without what only one platform has (cuDNN's attention); its variables are the same."""
     config: Any = getattr(model, "config", None)
