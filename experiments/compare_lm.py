@@ -7,8 +7,7 @@ Variants: cpu (the default; Tiny Shakespeare by characters, 4 layers of width 12
 on 20 MB of the Python standard library in 4,096 byte pairs, 3,000 steps) and gpu (6 layers of width 384, context 256).
 
 Parameters are matched: an MLP of 4 d and a gated one of 8 d / 3 both hold 8 d^2 weights; the weightless blocks have the default number of
-tables for the width. Each kind has a learning rate of its own in KINDS, as ternary and dense weights want other ones; until the sweep over RATES has been run they
-are all the same.
+tables for the width. Each kind has the learning rate of RATES that was best for it at the cpu size (experiments/results/compare_lm_notes.md).
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def sweep(add):
 
 
 def score(workdir: Path, kind: str) -> dict[str, Any]:
-    """The last checkpoint's loss on the whole validation text, trained and deployed; parameters, bytes as deployed, training tokens a second."""
+    """The last checkpoint's loss on the whole validation text, trained and deployed; parameters, bytes as deployed."""
     import jax
 
     from quweit_jax.inference import packed
@@ -83,39 +82,45 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
         variables = packed.pack(variables)
     result["bytes_deployed"] = packed.block_bytes(variables)
     result["loss"] = loop.evaluate(state.make_eval_step(lambda v, x: packed.apply(parts.model, v, x)), variables, parts, 0)["loss"]
-    return result | {"training_tokens_per_second": tokens_per_second(parts)}
+    return result
 
 
-def tokens_per_second(parts: Any, steps: int = 12) -> float:
-    """Of the compiled training step alone, the median of `steps`, on this machine as it is."""
+def speeds(workdirs: dict[str, Path], rounds: int = 15) -> dict[str, float]:
+    """Tokens a second of each kind's compiled training step: all kinds take turns in one process, and the medians count."""
     import jax
 
     from quweit_jax.data import pipeline
-    from quweit_jax.training import sharding
+    from quweit_jax.training import run, sharding
 
-    state, where = parts.init_state(), sharding.batch_sharding(parts.mesh)
-    step = parts.train_step(jax.tree.map(lambda x: x.sharding, state))
-    batch = sharding.put_batch(next(pipeline.train_batches(parts.dataset.train, parts.config.batch_size, 0, prefetch=0)), where)
-    seconds = []
-    for _ in range(steps):
-        begun = time.perf_counter()
-        state, values = step(state, batch)
-        jax.block_until_ready(values)
-        seconds.append(time.perf_counter() - begun)
-    return parts.config.batch_size * parts.config.model.context / statistics.median(seconds[2:])
+    states, steps, batches, tokens = {}, {}, {}, {}
+    for kind, workdir in workdirs.items():
+        parts = run.assemble(run.read_config(workdir))
+        states[kind] = parts.init_state()
+        steps[kind] = parts.train_step(jax.tree.map(lambda x: x.sharding, states[kind]))
+        batch = next(pipeline.train_batches(parts.dataset.train, parts.config.batch_size, 0, prefetch=0))
+        batches[kind] = sharding.put_batch(batch, sharding.batch_sharding(parts.mesh))
+        tokens[kind] = parts.config.batch_size * parts.config.model.context
+    seconds: dict[str, list[float]] = {kind: [] for kind in workdirs}
+    for _ in range(2 + rounds):
+        for kind in workdirs:
+            begun = time.perf_counter()
+            states[kind], values = steps[kind](states[kind], batches[kind])
+            jax.block_until_ready((states[kind], values))
+            seconds[kind].append(time.perf_counter() - begun)
+    return {kind: tokens[kind] / statistics.median(each[2:]) for kind, each in seconds.items()}
 
 
 def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
     """A kind's row of the table."""
     losses, plain = [r["loss"] for r in runs], [r["loss_float"] for r in runs]
-    speed = statistics.mean(r["training_tokens_per_second"] for r in runs)
+    speed, relative = runs[0]["training_tokens_per_second"], runs[0]["training_speed_of_the_first_kind"]
     each = f" ({', '.join(f'{x:.4f}' for x in losses)})" if len(runs) > 1 else ""
     size = f"{runs[0]['bytes_deployed']:,}"
     return [
         kind.replace("_", " "),
         f"{runs[0]['parameters']:,}",
         size,
-        f"{speed:,.0f}",
+        f"{speed:,.0f} ({relative:.2f})",
         f"{statistics.mean(plain):.4f}",
         f"{statistics.mean(losses):.4f}{each}",
     ]
@@ -127,7 +132,12 @@ def main() -> None:
 
     args = studies.arguments(__doc__, variant="cpu", kinds=list(KINDS), seeds=[0], runs="compare_lm", name="compare_lm_cpu")
     results = studies.conduct(args, lambda kind: f"compare_lm.py:{args.variant},kind={kind}", score)
-    header = ["model", "parameters", "bytes at inference", "training tokens/s", "validation loss", "as deployed"]
+    found = speeds({kind: args.runs / f"{kind}-{args.seeds[0]}" for kind in args.kinds})
+    for kind in args.kinds:
+        for result in results[kind].values():
+            relative = found[kind] / found[args.kinds[0]]
+            result |= {"training_tokens_per_second": found[kind], "training_speed_of_the_first_kind": relative}
+    header = ["model", "parameters", "bytes at inference", "training tokens/s (of the first)", "validation loss", "as deployed"]
     studies.write(args, results, header, row, f"compare_lm, {args.variant}: validation loss")
 
 

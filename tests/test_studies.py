@@ -3,7 +3,7 @@
 import json
 import sys
 
-from experiments import weightless_vs_dense
+from experiments import compare_lm, weightless_vs_dense
 
 
 def study(monkeypatch, tmp_path, *extra):
@@ -41,3 +41,18 @@ def test_study_writes_its_results_and_reads_finished_runs(monkeypatch, tmp_path,
     study(monkeypatch, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.json*")} == before
     assert (tmp_path / "out" / "tiny.md").read_text().splitlines() == table
+
+
+def test_language_models_are_compared_as_deployed_and_take_turns(monkeypatch, tmp_path, tiny_text):
+    model = ["--config.model.width=16", "--config.model.layers=1", "--config.model.context=16", "--config.model.weightless.num_luts=16"]
+    data = ["--config.data.source=text_file", f"--config.data.path={tiny_text}", "--config.data.validation_split=", "--config.mesh.data=1"]
+    sizes = ["--config.batch_size=4", "--config.eval_batches=1", "--config.checkpoint_every=1", "--config.eval_every=1", "--steps=1"]
+    folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--name", "tiny", "--kinds", "quweit", "matmulfree"]
+    monkeypatch.setattr(sys, "argv", ["study", *model, *data, *sizes, *folders])
+    compare_lm.main()
+    results = {kind: by_seed["0"] for kind, by_seed in json.loads((tmp_path / "tiny.json").read_text())["results"].items()}
+    for result in results.values():
+        assert abs(result["loss"] - result["loss_float"]) < 1e-3 and result["bytes_deployed"] < 4 * result["parameters"]
+        assert result["training_tokens_per_second"] > 0
+    assert results["quweit"]["training_speed_of_the_first_kind"] == 1.0
+    assert len((tmp_path / "tiny.md").read_text().splitlines()) == 4
