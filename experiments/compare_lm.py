@@ -25,11 +25,11 @@ VARIANTS = ("cpu", "stdlib", "gpu")
 KINDS: dict[str, tuple[str, str, float]] = {
     "gpt": ("gpt", "dense", 4e-3),
     "quweit": ("gpt", "weightless", 4e-3),
-    "transformer_pp": ("transformer_pp", "dense", 4e-3),
-    "matmulfree": ("matmulfree", "dense", 4e-3),
+    "transformer_pp": ("transformer_pp", "dense", 1e-3),
+    "matmulfree": ("matmulfree", "dense", 1e-3),
     "matmulfree_weightless": ("matmulfree", "weightless", 4e-3),
 }
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 ALIASES = {"data_dir": "data.data_dir", "lr": "optimizer.learning_rate", "width": "model.width", "layers": "model.layers"}
 MAKERS = {"gpt": defaults.gpt_defaults, "transformer_pp": defaults.transformer_pp_defaults, "matmulfree": defaults.matmulfree_defaults}
 
