@@ -7,6 +7,8 @@ import pytest
 from quweit_jax import configs, evaluate, generate, train
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TINY = [
     "--config.model.layers=1",
     "--config.model.width=32",

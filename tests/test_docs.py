@@ -11,6 +11,8 @@ import pytest
 from quweit_jax import cli, configs
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "api")
 # A fenced block and the line above it, where a reason may stand for not running it.

@@ -3,7 +3,11 @@
 import json
 import sys
 
+import pytest
+
 from experiments import compare_lm, weightless_vs_dense
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def study(monkeypatch, tmp_path, *extra):

@@ -13,6 +13,8 @@ from quweit_jax.errors import InputError
 from quweit_jax.training import loop, run
 from tests.conftest import REPOSITORY, assert_same_checkpoint, read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CLASSES = {"blue": (30, 60, 200), "green": (40, 200, 60), "red": (220, 50, 40)}
 TINY = [
     "--config.data.source=image_folder",

@@ -10,6 +10,8 @@ from quweit_jax import gathering, report
 from quweit_jax.errors import InputError
 from quweit_jax.training import loop, run
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = {"steps": 4, "eval_every": 2, "checkpoint_every": 2, "log_every": 1, "eval_batches": 1, "model.layers": 1, "model.width": 16}
 
 

@@ -11,6 +11,8 @@ import pytest
 from quweit_jax.analysis import costs, energy, folder, insight, page, records
 from quweit_jax.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CRUEL = "<script>alert('1')</script> & \"x\""
 MODEL = {"name": "gpt", "mlp": "weightless", "layers": 1, "heads": 1, "width": 8, "context": 4, "weightless": {"num_luts": 12}}
 CONFIG = {"model": MODEL, "data": {"source": "text_file", "path": "", "tokenizer": "byte"}, "steps": 4, "note": CRUEL}

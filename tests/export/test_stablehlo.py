@@ -21,6 +21,8 @@ from quweit_jax.inference import generation, integer, packed
 from quweit_jax.training import loop, run
 from tests.compiled import quick_jit
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BATCHES = (1, 3, 5)
 VOCABULARY, CONTEXT = 11, 8
 WEIGHTLESS = {"num_luts": 16, "lut_inputs": 3, "thermometer_bits": 2, "vector_init": 0.3}

@@ -16,20 +16,13 @@ from quweit_jax.models.vit import ViT, ViTConfig
 from tests.compiled import quick_jit
 from tests.inference.test_packed import perturbed
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = WeightlessOptions(num_luts=24, lut_inputs=3, thermometer_bits=3, vector_init=0.3)
 DEEP = dataclasses.replace(SMALL, num_luts=(40, 16))
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 5)).astype(np.int32)
 IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
 ROWS = np.random.default_rng(0).normal(size=(6, 7)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def cheap_compilation():
-    """Also of what is compiled within the tested functions."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def gpt(options):

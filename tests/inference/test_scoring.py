@@ -12,6 +12,8 @@ from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from quweit_jax.inference import scoring
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TEXT = "the quick brown fox jumps over the lazy dog\n"
 TOKENIZER = tokenizers.CharTokenizer.train(TEXT)
 CONTEXT = 24

@@ -9,6 +9,8 @@ from quweit_jax import models
 from quweit_jax.errors import InputError
 from quweit_jax.inference import generation, packed
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 VOCAB, TOKENS = 31, 500
 SMALL = {"width": 32, "layers": 2, "context": 512}
 WEIGHTLESS = {"mlp": "weightless", "weightless": {"num_luts": 48}}
