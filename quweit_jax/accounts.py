@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from quweit_jax import configs, models
 from quweit_jax.analysis import costs, memory
-from quweit_jax.data import tokenizers
-from quweit_jax.data.augment import AugmentConfig
+from quweit_jax.data import pipeline, tokenizers
 from quweit_jax.models.options import from_mapping
 from quweit_jax.training import losses, optimizers, run, sharding, state
 
@@ -44,34 +43,28 @@ def _bytes(
     config: configs.Config,
     model_config: dict[str, Any],
     outputs: int,
-    image_shape: tuple[int, ...] | None,
+    image_shape: tuple[int, int, int] | None,
     compiler_options: dict[str, Any] | None,
 ) -> dict[str, int]:
-    model = models.build(model_config, outputs)
-    options = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
-    optimizer = optimizers.make_optimizer(options, config.steps)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
     shape = (model_config["context"],) if image_shape is None else image_shape
-    dtype = jnp.int32 if image_shape is None else jnp.float32
-    inputs = jax.ShapeDtypeStruct((1, *shape), dtype)
-    before = state.abstract_state(model, optimizer, config.seed, inputs, mesh, ema=options.ema > 0)
-    where = sharding.batch_sharding(mesh)
-    batch = {
-        "inputs": jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=where),
-        "targets": jax.ShapeDtypeStruct((config.batch_size, *(shape if image_shape is None else ())), jnp.int32, sharding=where),
-    }
-    augment = None if image_shape is None else from_mapping(AugmentConfig, config.data.augment.to_dict(), "data.augment")
-    step = state.make_train_step(
-        model,
-        optimizer,
-        ema=options.ema,
-        grad_accum=config.grad_accum,
-        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, before),
-        mesh=mesh,
-        augment=augment,
+    dtype, targets = (np.int32, shape) if image_shape is None else (np.float32, ())
+    example = {"inputs": np.zeros(shape, dtype), "targets": np.zeros(targets, np.int32)}
+    data = pipeline.Dataset([example], [], outputs, "", image_shape=image_shape)
+    options = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
+    parts = run.Parts(
+        config,
+        data,
+        tokenizer=None,
+        model=models.build(model_config, outputs),
+        optimizer_config=options,
+        optimizer=optimizers.make_optimizer(options, config.steps),
+        mesh=sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]),
+        data_config=from_mapping(pipeline.DataConfig, config.data.to_dict(), "data"),
     )
+    before, batch = parts.abstract_state(), parts.abstract_batch()
+    step = parts.train_step(jax.tree.map(lambda leaf: leaf.sharding, before))
     compiled = step.lower(before, batch).compile(compiler_options=compiler_options)  # type: ignore[attr-defined]
-    needed = memory.of_training(before, batch, compiled, _activations(model, before, batch, config.grad_accum))
+    needed = memory.of_training(before, batch, compiled, _activations(parts.model, before, batch, config.grad_accum))
     return dataclasses.asdict(needed) | {"total": needed.total}
 
 
