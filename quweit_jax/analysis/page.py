@@ -86,12 +86,11 @@ def write(records: Sequence[Record], skipped: Sequence[tuple[str, str]], *, tech
 def _pictures(found: Group, name: str, technology: str) -> list[Picture]:
     accuracy = not found.language
     quality, what = ("accuracy", "Accuracy") if accuracy else ("loss", "Loss")
-    unit = "token" if found.language else "image"
 
     def microjoules(part: str) -> Callable[[Record], float | None]:
         return lambda record: record.energy and getattr(record.energy, part) / 1e6
 
-    energy, at = f"{name}-{quality}-energy", f"µJ per {unit} at {technology}"
+    energy, at = f"{name}-{quality}-energy", f"µJ per {found.unit} at {technology}"
     made = [
         plots.loss_curves(found, f"{name}-loss"),
         plots.pareto(found, energy, title=f"{what} against energy", cost=microjoules("total_pj"), label=at, accuracy=accuracy),

@@ -58,15 +58,15 @@ def loss_curves(group: Group, name: str) -> Picture | None:
         if finite:  # the first steps of a run are far above all that matters
             low, high = finite[0], finite[min(len(finite) - 1, int(0.97 * len(finite)))]
             axes.set_ylim(low - 0.04 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
-        axes.set(xlabel="step", ylabel=f"loss ({unit(group)})")
+        axes.set(xlabel="step", ylabel=f"loss ({loss_unit(group)})")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         figure.legend(loc="outside lower center", ncols=1 if len(shown) == 1 else 2, handlelength=1.6, columnspacing=1.0)
         best = "; ".join(f"{r.label}: {r.best['loss']:.3f} at step {r.best['step']}" for r in shown if r.best)
         return figures.picture(figure, name, "Loss", f"Training and validation loss by step. Lowest validation losses: {best or 'none yet'}.")
 
 
-def unit(group: Group) -> str:
-    """Of losses."""
+def loss_unit(group: Group) -> str:
+    """What a loss is measured in."""
     return "nats per token" if group.language else "nats per example"
 
 
@@ -105,7 +105,7 @@ def pareto(group: Group, name: str, *, title: str, cost: Callable[[Record], floa
             if on_front:
                 axes.plot(x, y, "o", color=INK, markerfacecolor="none", markersize=12, markeredgewidth=1.1, zorder=2)
         _margins(axes, xs, ys)
-        quality = "accuracy" if accuracy else f"validation loss ({unit(group)})"
+        quality = "accuracy" if accuracy else f"validation loss ({loss_unit(group)})"
         axes.set(xlabel=label, ylabel=quality)
         if accuracy:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
@@ -168,7 +168,7 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
             axes.annotate(f"{total:.3g}", (total, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9.5)
         axes.set_yticks(range(len(shown)), [shortened(record.label, 20) for record, _ in shown])
         axes.invert_yaxis()
-        axes.set(xlim=(0, 1.16 * largest / scale), xlabel=f"{prefix} per {_unit(group)} at {found[0][1].technology}")
+        axes.set(xlim=(0, 1.16 * largest / scale), xlabel=f"{prefix} per {group.unit} at {found[0][1].technology}")
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         handles = [Patch(color=colours[kind], label=kind.replace("_", " ")) for kind in kinds]
@@ -196,10 +196,6 @@ def _largest_first(energies: Sequence[Any]) -> list[str]:
 def energy_unit(largest: float) -> tuple[float, str]:
     """Picojoules in a unit that suits values up to so many picojoules, and its name."""
     return (1e6, "µJ") if largest >= 1e5 else (1e3, "nJ") if largest >= 1e2 else (1.0, "pJ")
-
-
-def _unit(group: Group) -> str:
-    return "token" if group.language else "image"
 
 
 def insight_pictures(insight: Insight, name: str) -> list[Picture]:

@@ -95,6 +95,11 @@ class Group:
     language: bool
     records: tuple[Record, ...]
 
+    @property
+    def unit(self) -> str:
+        """What one inference is for."""
+        return "token" if self.language else "image"
+
 
 def group(records: list[Record]) -> list[Group]:
     """Runs of the same data together, in the order of their first run; those of which the data is unknown are in none."""
