@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--tasks: {args.workdir} is a run of a classifier; the tasks are texts.")
     facts: dict[str, Any] = {}
     if args.packed:
-        variables, facts = forms.deploy(model, variables, opened.parts.init_inputs.shape[1:])
+        variables, facts = forms.pack(model, variables, opened.parts.init_inputs.shape[1:])
     if args.tasks:
         scorer = scoring.Scorer(model, variables, opened.parts.tokenizer)
         found = {"split": "test"} | scoring.evaluate_tasks(scorer, args.tasks.split(","), limit=args.limit)

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if args.step_function and tokenizer is None:
         raise InputError(f"--step_function: {args.workdir} is a run of a classifier, which decodes no tokens.")
     if args.packed:
-        variables, _ = forms.deploy(model, variables, parts.init_inputs.shape[1:])
+        variables, _ = forms.pack(model, variables, parts.init_inputs.shape[1:])
     apply, context = functools.partial(packed.apply, model), generation.context_of(model) if tokenizer else None
     given = stablehlo.input_of(tokenizer, context, parts.init_inputs.shape[1:], one_step=args.step_function)
     if args.step_function:

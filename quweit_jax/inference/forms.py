@@ -1,4 +1,4 @@
-"""The deployed form of any trained model."""
+"""The deployed form of any trained model: which of the packed forms is its."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quweit_jax.inference import integer, packed
 Tree = dict[str, Any]
 
 
-def deploy(model: nn.Module, variables: Tree, input_shape: tuple[int, ...] = ()) -> tuple[Tree, dict[str, Any]]:
+def pack(model: nn.Module, variables: Tree, input_shape: tuple[int, ...] = ()) -> tuple[Tree, dict[str, Any]]:
     """Trained variables -> (those of the deployed form, for `packed.apply`; what they take, by name).
 
     Weightless blocks read 1-bit tables and add int8 vectors, ternary weights have 2 bits, integer models compute in integers alone.
