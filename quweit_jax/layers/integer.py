@@ -26,6 +26,7 @@ from jax import Array
 from quweit_jax.layers.transformer import Initializer, normal
 from quweit_jax.layers.weightless import WeightlessBlock, packing
 from quweit_jax.ops import integer, packed_lut, reductions, thermometer, wide
+from quweit_jax.ops.sealing import sealed
 
 MOMENTUM = 0.95
 ACTIVATION_BITS = 8
@@ -262,11 +263,11 @@ class IntegerWeightlessBlock(WeightlessBlock, IntegerModule):
         flat = x.map(lambda a: a.reshape(-1, width).T)
         if x.packed:
             thresholds, vectors, bias = self.read("thresholds", "vectors", "bias")
-            bits_FT = (flat.ints[:, None, :] > thresholds[:, :, None]).reshape(-1, flat.ints.shape[1])
+            bits_FT = _above(flat.ints, thresholds).reshape(-1, flat.ints.shape[1])
             return Quantized((self._add(self._look_up(bits_FT), vectors) + bias).reshape(*lead, self.features))
         real = self._thresholds(width)
         thresholds = integer.saturate(jnp.floor(jax.lax.stop_gradient(real) / x.scale))
-        bits = (flat.ints[:, None, :] > thresholds[:, :, None]).astype(jnp.float32)
+        bits = sealed(_above, flat.ints, thresholds).astype(jnp.float32)  # or each of a table's reads repeats what made the integers
         bits = integer.attach(bits, thermometer.step_ste(flat.real[:, None, :], real[:, :, None], self.window, self.window_shape))
         bits_LT = self._look_up(bits.reshape(width * self.thermometer_bits, -1))
         vectors, bias = self._vectors(bits_LT.shape[0])
@@ -304,3 +305,8 @@ class IntegerWeightlessBlock(WeightlessBlock, IntegerModule):
             chosen = jnp.where(bits_LT, vectors.astype(jnp.int32), 0)
             total = chosen.reshape(self.features, -1, chosen.shape[1]).sum(1, dtype=jnp.int32).T
         return total << int(self.signed)
+
+
+def _above(x: Array, thresholds: Array) -> Array:
+    """x (d, T) and thresholds (d, z) -> (d, z, T), whether x is above each threshold."""
+    return x[:, None, :] > thresholds[:, :, None]
