@@ -196,6 +196,13 @@ class ShiftGELU(IntegerModule):
         return Quantized(out, scale, integer.attach(out * scale, integer.gelu_shadow(x.real)))
 
 
+def mean_of_tokens(x: Quantized) -> Quantized:
+    """The mean over the tokens: x (B, T, d) at 8 bits -> (B, d) int32, the sums; that they are T times the means is the scale's affair."""
+    if x.packed:
+        return Quantized(x.ints.sum(1, dtype=jnp.int32))
+    return Quantized(x.ints.sum(1), x.scale / x.ints.shape[1], x.real.mean(1))
+
+
 def _product(subscripts: str, a: Quantized, b: Quantized, factor: float = 1.0) -> Quantized:
     """An einsum of two quantised arrays, times a real factor that only the scale takes."""
     ints = integer.einsum_units(subscripts, a.ints, b.ints)

@@ -48,7 +48,7 @@ class ViTConfig:
 
     variant: size and patch, 'Ti/16'; sizes: mu, Mi, Ti, S, M, B, L. width, depth, heads: other than the variant's (0: its own).
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+'.
-    integer: I-ViT's integer-only arithmetic instead of floats. pool: of the 'cls' token or the 'mean' of the patches.
+    integer: I-ViT's integer-only arithmetic instead of floats. pool: the 'cls' token or the 'mean' of the patches.
     drop_path: the share of examples whose last block's branches are left out in training, rising to it linearly with depth.
     """
 
@@ -82,7 +82,7 @@ class ViTConfig:
             raise InputError(f"model.drop_path: expected 0 <= drop_path < 1, found {self.drop_path}.")
         if self.integer and self.dtype != "float32":
             raise InputError(f"model.dtype: an integer model trains beside float32, found {self.dtype}; leave it at float32.")
-        check_choice("model.pool", self.pool, ("cls",) if self.integer else POOLS)
+        check_choice("model.pool", self.pool, POOLS)
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
         self.mlps()
@@ -218,30 +218,38 @@ class ViT(IntegerModule):
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_patches")(
             layers.IntegerDense(width, KERNEL_INIT, name="patch_embed")(x), train=train
         )
+        if c.pool == "cls":
+            x = self._append_class_token(x)
         if x.packed:
-            cls_int, position_int = self.read("cls_token", "position_embedding")
-            cls, position = Quantized(cls_int), Quantized(position_int)
+            position = Quantized(self.read("position_embedding")[0])
         else:
-            token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width), jnp.float32)
-            cls_int = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
-            cls = Quantized(cls_int, x.scale, attach(cls_int * x.scale, token))
             quantizer = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_position")
             position = quantizer.from_real(self._positions(shape, width), train=train)
-            self.constant("cls_token", cls_int.astype(jnp.int32))
             self.constant("position_embedding", position.ints.astype(jnp.int32))
-        x = _append(cls, x)
         position = position.map(lambda a: jnp.broadcast_to(a, x.ints.shape))
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_embedding")(x, position, train=train)
         block = nn.remat(IntegerViTBlock, static_argnums=(2,)) if c.remat else IntegerViTBlock
         for i, (mlp, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
             x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
-        x = layers.IntegerLayerNorm(name="final_norm")(x.map(lambda a: a[:, 0]))
-        x = ActivationQuantizer(name="quant_final")(x, train=train)
+        if c.pool == "cls":
+            x = x.map(lambda a: a[:, 0])
+        x = ActivationQuantizer(name="quant_final")(layers.IntegerLayerNorm(name="final_norm")(x), train=train)
+        if c.pool == "mean":
+            x = ActivationQuantizer(name="quant_pool")(layers.mean_of_tokens(x), train=train)
         logits = layers.IntegerDense(c.num_classes, KERNEL_INIT, name="head")(x)
         if logits.packed:
             return logits.ints * self.read("logit_scale")[0]
         self.constant("logit_scale", logits.scale)
         return logits.real
+
+    def _append_class_token(self, x: Quantized) -> Quantized:
+        """The class token in front of the patches, in their scale."""
+        if x.packed:
+            return _append(Quantized(self.read("cls_token")[0]), x)
+        token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, x.ints.shape[-1]), jnp.float32)
+        ints = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
+        self.constant("cls_token", ints.astype(jnp.int32))
+        return _append(Quantized(ints, x.scale, attach(ints * x.scale, token)), x)
 
     def _positions(self, shape: Sequence[int], width: int) -> Array:
         """The positional embedding for images of this shape, resampled if it was made for another."""

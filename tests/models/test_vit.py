@@ -53,8 +53,8 @@ def test_patches_are_rows_columns_channels():
 
 
 def test_one_parameter_tree_for_floats_and_integers():
-    for mlp in ("dense", "weightless", "none"):
-        trees = [jax.eval_shape(build(mlp=mlp, integer=i).init, jax.random.key(0), IMAGES)["params"] for i in (False, True)]
+    for changes in ({"mlp": "dense"}, {"mlp": "weightless"}, {"mlp": "none", "pool": "mean"}):
+        trees = [jax.eval_shape(build(**changes, integer=i).init, jax.random.key(0), IMAGES)["params"] for i in (False, True)]
         assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
         assert [leaf.shape for leaf in jax.tree.leaves(trees[0])] == [leaf.shape for leaf in jax.tree.leaves(trees[1])]
 
@@ -87,7 +87,7 @@ def test_drop_path_leaves_out_whole_examples_and_keeps_the_mean():
         ({"drop_path": 1.0}, "expected 0 <= drop_path < 1, found 1.0"),
         ({"mlp": "dense+none+none"}, "expected 1 kind or 2"),
         ({"integer": True, "dtype": "bfloat16"}, "an integer model trains beside float32"),
-        ({"integer": True, "pool": "mean"}, "model.pool"),
+        ({"pool": "max"}, "model.pool"),
         ({"depth": -1}, "model.depth: expected a positive number"),
         ({"mlp_ratio": 0}, "model.mlp_ratio: expected at least 1"),
         ({"varient": "Ti/16"}, "variant"),
@@ -113,9 +113,9 @@ def calibrated(model):
     return {**variables, **quick_jit(move)(variables, IMAGES)}
 
 
-@pytest.mark.parametrize("mlp", ["dense", "weightless"])
-def test_packed_integers_give_the_same_logits(mlp):
-    model = build(mlp=mlp, integer=True, depth=1)
+@pytest.mark.parametrize("mlp, pool", [("dense", "cls"), ("weightless", "cls"), ("none", "mean")])
+def test_packed_integers_give_the_same_logits(mlp, pool):
+    model = build(mlp=mlp, pool=pool, integer=True, depth=1)
     variables = calibrated(model)
     expected = quick_jit(model.apply)(variables, IMAGES)
     packed = deployed.pack(model, variables, (8, 8, 3))
@@ -163,9 +163,9 @@ FLOATS_ALLOWED = {
 }
 
 
-@pytest.mark.parametrize("mlp", ["dense", "weightless"])
-def test_nothing_but_integers_between_image_and_logits(mlp):
-    model = build(mlp=mlp, integer=True, depth=2)
+@pytest.mark.parametrize("mlp, pool", [("dense", "cls"), ("weightless", "mean")])
+def test_nothing_but_integers_between_image_and_logits(mlp, pool):
+    model = build(mlp=mlp, pool=pool, integer=True, depth=2)
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
     packed = jax.eval_shape(lambda v: model.apply(v, IMAGES, mutable=["packed"])[1], variables)
     used = primitives(jax.make_jaxpr(model.apply)(packed, IMAGES).jaxpr)
