@@ -48,7 +48,8 @@ class ViTConfig:
 
     variant: size and patch, 'Ti/16'; sizes: mu, Mi, Ti, S, M, B, L. width, depth, heads: other than the variant's (0: its own).
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+'.
-    integer: I-ViT's integer-only arithmetic instead of floats. pool: the 'cls' token or the 'mean' of the patches.
+    integer: I-ViT's integer-only arithmetic instead of floats.
+    pool: what the head reads, the 'cls' token or the 'mean' of the patches.
     drop_path: the share of examples whose last block's branches are left out in training, rising to it linearly with depth.
     """
 
@@ -219,7 +220,7 @@ class ViT(IntegerModule):
             layers.IntegerDense(width, KERNEL_INIT, name="patch_embed")(x), train=train
         )
         if c.pool == "cls":
-            x = self._append_class_token(x)
+            x = self._with_class_token(x)
         if x.packed:
             position = Quantized(self.read("position_embedding")[0])
         else:
@@ -242,7 +243,7 @@ class ViT(IntegerModule):
         self.constant("logit_scale", logits.scale)
         return logits.real
 
-    def _append_class_token(self, x: Quantized) -> Quantized:
+    def _with_class_token(self, x: Quantized) -> Quantized:
         """The class token in front of the patches, in their scale."""
         if x.packed:
             return _append(Quantized(self.read("cls_token")[0]), x)

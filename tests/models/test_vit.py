@@ -53,7 +53,7 @@ def test_patches_are_rows_columns_channels():
 
 
 def test_one_parameter_tree_for_floats_and_integers():
-    for changes in ({"mlp": "dense"}, {"mlp": "weightless"}, {"mlp": "none", "pool": "mean"}):
+    for changes in ({"mlp": "dense"}, {"mlp": "weightless"}, {"mlp": "none"}, {"pool": "mean"}):
         trees = [jax.eval_shape(build(**changes, integer=i).init, jax.random.key(0), IMAGES)["params"] for i in (False, True)]
         assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
         assert [leaf.shape for leaf in jax.tree.leaves(trees[0])] == [leaf.shape for leaf in jax.tree.leaves(trees[1])]
@@ -163,7 +163,7 @@ FLOATS_ALLOWED = {
 }
 
 
-@pytest.mark.parametrize("mlp, pool", [("dense", "cls"), ("weightless", "mean")])
+@pytest.mark.parametrize("mlp, pool", [("dense", "cls"), ("weightless", "cls"), ("none", "mean")])
 def test_nothing_but_integers_between_image_and_logits(mlp, pool):
     model = build(mlp=mlp, pool=pool, integer=True, depth=2)
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
