@@ -79,7 +79,7 @@ def score(capsys, *argv):
 def test_ranges_are_trained_and_saved(trained):
     saved = read_checkpoint(trained)
     ranges = {name: value for name, value in saved.items() if "/ranges/" in name}
-    assert len(ranges) == 2 * 13 and all(value != 0 for name, value in ranges.items())
+    assert len(ranges) == 2 * 14 and all(value != 0 for name, value in ranges.items())
 
 
 def test_interrupted_run_goes_on_to_the_same_bits(folder, trained, tmp_path):
