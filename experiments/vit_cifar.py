@@ -37,7 +37,7 @@ def get_config(argument: str | None = None):
     if variant == "quick":
         # Three epochs are too few to profit from crops. Pooling the mean and batches that suit fast tables and vectors are what helps: vit_notes.md.
         config.model.update(variant="Mi/8", depth=2, pool="mean")
-        config.model.weightless.update(num_luts=1024, lut_inputs=6)  # 8 d tables of 6 inputs, as published
+        config.model.weightless.update(num_luts=1024, lut_inputs=6)  # 8 d tables, 6 inputs as in the published classifiers
         config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 600, 256, 50, 100
         config.eval_batches = 16  # `evaluate` reads all test images
         config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, min_ratio=0.0, tables_min_ratio=0.0)
