@@ -35,12 +35,12 @@ def get_config(argument: str | None = None):
     config.data.update(source="tfds", name="cifar10", normalize="cifar10", image_size=32)
     config.data.augment.flip = True
     if variant == "quick":
-        # Three epochs are too few to profit from crops. Pooling the mean and batches that suit fast tables and vectors are what helps: vit_notes.md.
+        # Two epochs are too few to profit from crops. Pooling the mean and batches that suit fast tables and vectors are what helps: vit_notes.md.
         config.model.update(variant="Mi/8", depth=2, pool="mean")
-        config.model.weightless.update(num_luts=1024, lut_inputs=6)  # 8 d tables, 6 inputs as in the published classifiers
-        config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 600, 256, 50, 100
+        config.model.weightless.update(num_luts=2048, lut_inputs=6)  # 16 d tables, 6 inputs as in the published classifiers
+        config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 400, 256, 50, 100
         config.eval_batches = 16  # `evaluate` reads all test images
-        config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, min_ratio=0.0, tables_min_ratio=0.0)
+        config.optimizer.update(learning_rate=2e-3, vectors_learning_rate=2e-3, weight_decay=0.05, min_ratio=0.0, tables_min_ratio=0.0)
     if variant == "gpu":
         epochs, config.batch_size = 200, 512
         config.model.update(variant="Ti/4", heads=6, drop_path=0.1, dtype="bfloat16")
