@@ -182,6 +182,11 @@ def test_damaged_newest_checkpoint_falls_back(whole, tiny_config, tmp_path, capl
     assert losses(workdir) == losses(whole)
 
 
+# Orbax's own event loops complain from their finalisers, now and then, when a save or a load under them fails.
+orbax_gives_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@orbax_gives_up
 def test_a_checkpoint_without_checksums_is_tried(whole, tiny_config, tmp_path, caplog):
     """A kill can come between a save and its checksums: a good one is used, a bad one noticed when it is loaded."""
     workdir = tmp_path / "run"
@@ -211,10 +216,6 @@ def test_damaged_checkpoint_asked_for(whole, tmp_path):
         run.open_run(workdir, 15)
     assert run.open_run(workdir, 10).step == 10
     assert (workdir / "checkpoints" / "15").is_dir(), "reading moves nothing"
-
-
-# Orbax's own event loops complain from their finalisers, now and then, when a save under them fails.
-orbax_gives_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @contextlib.contextmanager
