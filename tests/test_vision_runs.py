@@ -178,3 +178,15 @@ def test_bad_images_are_named_or_skipped(folder, tmp_path, capsys):
     assert train.main([*arguments(damaged, tmp_path / "kept", variant="quick,mlp=none,steps=4"), "--config.data.skip_bad=True"]) == 0
     assert "left out" in capsys.readouterr().out
     assert score(capsys, f"--workdir={tmp_path / 'kept'}")["count"] == 23
+
+
+@pytest.mark.parametrize("variant", ["paper", "gpu", "gpu,mlp=weightless"])
+def test_the_large_variants_step(folder, tmp_path, capsys, variant):
+    """Everything of the configuration (pixels, width, augmentation, dtype, rates) but its depth, batches and steps."""
+    smaller = ["model.depth=1", "batch_size=2", "eval_batch_size=2", "eval_batches=1", "steps=2", "mesh.data=1"]
+    config = f"--config={REPOSITORY / 'experiments' / 'vit_cifar.py'}:{variant}"
+    source = ["--config.data.source=image_folder", f"--config.data.path={folder}"]
+    assert train.main([config, f"--workdir={tmp_path / 'run'}", *source, *(f"--config.{s}" for s in smaller)]) == 0
+    loss = float(capsys.readouterr().out.split("validation loss ")[1].split(",")[0])
+    assert 0 < loss < 20, "finite, and of the size of a guess"
+    assert score(capsys, f"--workdir={tmp_path / 'run'}")["count"] == 24
