@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import random
 import re
@@ -182,8 +183,17 @@ def test_damaged_newest_checkpoint_falls_back(whole, tiny_config, tmp_path, capl
     assert losses(workdir) == losses(whole)
 
 
-# Orbax's own event loops complain from their finalisers, now and then, when a save or a load under them fails.
-orbax_gives_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What a failed save or load leaves behind is finalised within the test that made it."""
+    yield
+    gc.collect()
+
+
+def orbax_gives_up(test):
+    """Orbax's own event loops and coroutines complain from their finalisers, now and then, when a save or a load under them fails."""
+    warnings = ("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    return pytest.mark.filterwarnings(*warnings)(pytest.mark.usefixtures("collected")(test))
 
 
 @orbax_gives_up
