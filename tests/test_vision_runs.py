@@ -17,7 +17,6 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CLASSES = {"blue": (30, 60, 200), "green": (40, 200, 60), "red": (220, 50, 40)}
 TINY = [
-    "--config.data.source=image_folder",
     "--config.data.image_size=8",
     "--config.data.normalize=half",
     "--config.model.variant=mu/4",
@@ -38,6 +37,14 @@ TINY = [
     "--config.data.augment.label_smoothing=0.1",
     "--config.data.augment.erasing=0.25",
 ]
+# Everything of a configuration (pixels, width, augmentation, dtype, rates) but its depth and batches.
+SHALLOW = [
+    "--config.model.depth=1",
+    "--config.batch_size=2",
+    "--config.eval_batch_size=2",
+    "--config.eval_batches=1",
+    "--config.mesh.data=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +60,13 @@ def folder(tmp_path_factory):
     return root
 
 
-def arguments(folder, workdir, *extra, variant="quick,mlp=weightless,integer=True,steps=8"):
+def arguments(folder, workdir, *extra, variant="quick,mlp=weightless,integer=True,steps=8", size=TINY):
     return [
         f"--config={REPOSITORY / 'experiments' / 'vit_cifar.py'}:{variant}",
         f"--workdir={workdir}",
+        "--config.data.source=image_folder",
         f"--config.data.path={folder}",
-        *TINY,
+        *size,
         *extra,
     ]
 
@@ -182,11 +190,8 @@ def test_bad_images_are_named_or_skipped(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("variant", ["paper", "gpu", "gpu,mlp=weightless"])
 def test_the_large_variants_step(folder, tmp_path, capsys, variant):
-    """Everything of the configuration (pixels, width, augmentation, dtype, rates) but its depth, batches and steps."""
-    smaller = ["model.depth=1", "batch_size=2", "eval_batch_size=2", "eval_batches=1", "steps=2", "mesh.data=1"]
-    config = f"--config={REPOSITORY / 'experiments' / 'vit_cifar.py'}:{variant}"
-    source = ["--config.data.source=image_folder", f"--config.data.path={folder}"]
-    assert train.main([config, f"--workdir={tmp_path / 'run'}", *source, *(f"--config.{s}" for s in smaller)]) == 0
+    workdir = tmp_path / "run"
+    assert train.main(arguments(folder, workdir, variant=f"{variant},steps=2", size=SHALLOW)) == 0
     loss = float(capsys.readouterr().out.split("validation loss ")[1].split(",")[0])
     assert 0 < loss < 20, "finite, and of the size of a guess"
-    assert score(capsys, f"--workdir={tmp_path / 'run'}")["count"] == 24
+    assert score(capsys, f"--workdir={workdir}")["count"] == 24
