@@ -1,10 +1,12 @@
-"""Kills a training run again and again and compares what comes out with an uninterrupted run, bit for bit.
+"""Kills a training run again and again and compares what comes out with an uninterrupted run, bit
+for bit.
 
 python benchmarks/crash_resume.py --kills=20 --seed=0
 
-Half of the kills come at a random moment, half while a checkpoint is being written (its temporary folder is there).
-Each is `kill -9`; the same command then goes on. At the end every array of the newest checkpoint (parameters, wiring, optimizer,
-average, random key), the data iterator's place and every loss of metrics.jsonl must be identical.
+Half of the kills come at a random moment, half while a checkpoint is being written (its temporary
+folder is there). Each is `kill -9`; the same command then goes on. At the end every array of the
+newest checkpoint (parameters, wiring, optimizer, average, random key), the data iterator's place
+and every loss of metrics.jsonl must be identical.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-# Dropout and the average make the random key and the second copy of the parameters part of what must come back.
+# Dropout and the average make the random key and the second copy of the parameters part of what
+# must come back.
 CONFIG = {
     "steps": 300,
     "log_every": 1,
@@ -49,8 +52,18 @@ CONFIG = {
 def start(workdir: Path) -> subprocess.Popen:
     experiment = REPOSITORY / "experiments" / "gpt_char.py"
     overrides = [f"--config.{path}={value}" for path, value in CONFIG.items()]
-    command = [sys.executable, "-m", "quweit_jax.train", f"--config={experiment}:quick", *overrides, f"--workdir={workdir}", "--progress=off"]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "quweit_jax.train",
+        f"--config={experiment}:quick",
+        *overrides,
+        f"--workdir={workdir}",
+        "--progress=off",
+    ]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -72,7 +85,10 @@ def reached(workdir: Path) -> int:
 def wait(process: subprocess.Popen, happened) -> None:
     while not happened():
         if process.poll() is not None:
-            sys.exit(f"the run ended (status {process.returncode}) before it could be killed: {process.communicate()[1]}")
+            sys.exit(
+                f"the run ended (status {process.returncode}) before it could be killed: "
+                f"{process.communicate()[1]}"
+            )
         time.sleep(0.002)
 
 
@@ -85,7 +101,9 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def kill_once(workdir: Path, draw: random.Random, while_saving: bool) -> tuple[int, bool]:
-    """Starts or goes on, kills at a moment of the wanted kind; returns the step reached and whether a save was cut off."""
+    """Starts or goes on, kills at a moment of the wanted kind; returns the step reached and whether
+    a save was cut off.
+    """
     before = reached(workdir)
     process = start(workdir)
     goal = before + draw.randint(2, 12)
@@ -108,9 +126,16 @@ def newest(workdir: Path) -> dict:
     folder = workdir / "checkpoints" / str(saved_steps(workdir)[-1])
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = ocp.checkpointables_metadata(folder).metadata["state"]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found, is_leaf=lambda x: hasattr(x, "shape"))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        found,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
     saved = ocp.load_checkpointables(folder, {"state": abstract, "loop": None})
-    leaves = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(saved["state"])}
+    leaves = {
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(saved["state"])
+    }
     return leaves | {"data": json.loads(saved["loop"]["json"].tobytes())["data"]}
 
 
@@ -121,42 +146,82 @@ def compare(interrupted: Path, uninterrupted: Path) -> dict[str, str]:
     if found.keys() != expected.keys():
         return {"arrays": f"other names: {sorted(found.keys() ^ expected.keys())[:5]}"}
     different = [name for name in arrays if found[name].tobytes() != expected[name].tobytes()]
-    losses = [{(r["step"], r["split"]): r["loss"] for r in rows(workdir)} for workdir in (interrupted, uninterrupted)]
+    losses = [
+        {(r["step"], r["split"]): r["loss"] for r in rows(workdir)}
+        for workdir in (interrupted, uninterrupted)
+    ]
     repeated = len(rows(interrupted)) - len(losses[0])
     return {
-        f"{len(arrays)} arrays, {sum(expected[n].size for n in arrays):,} numbers": "identical" if not different else f"DIFFERENT: {different[:5]}",
-        f"data iterator at {expected['data']}": "identical" if found["data"] == expected["data"] else f"DIFFERENT: {found['data']}",
-        f"{len(losses[1])} losses of metrics.jsonl": "identical" if losses[0] == losses[1] else "DIFFERENT",
-        "rows of metrics.jsonl that repeat a step": "none" if not repeated else f"DIFFERENT: {repeated}",
+        f"{len(arrays)} arrays, {sum(expected[n].size for n in arrays):,} numbers": "identical"
+        if not different
+        else f"DIFFERENT: {different[:5]}",
+        f"data iterator at {expected['data']}": "identical"
+        if found["data"] == expected["data"]
+        else f"DIFFERENT: {found['data']}",
+        f"{len(losses[1])} losses of metrics.jsonl": "identical"
+        if losses[0] == losses[1]
+        else "DIFFERENT",
+        "rows of metrics.jsonl that repeat a step": "none"
+        if not repeated
+        else f"DIFFERENT: {repeated}",
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw = random.Random(args.seed)
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    print(f"Python {platform.python_version()}, {', '.join(f'{p} {metadata.version(p)}' for p in packages)}; CPU, {time.strftime('%Y-%m-%d')}")
-    cached = ", compiled programs kept between starts (JAX_COMPILATION_CACHE_DIR)" if "JAX_COMPILATION_CACHE_DIR" in os.environ else ""
-    print(f"{CONFIG['steps']} steps, a checkpoint every {CONFIG['checkpoint_every']}, {args.kills} kills, seed {args.seed}{cached}\n")
-    print(f"{'kill':>4}  {'aimed at':<13}  {'step':>4}  {'whole checkpoints':<18}  cut off a save", flush=True)
+    print(
+        f"Python {platform.python_version()}, "
+        f"{', '.join(f'{p} {metadata.version(p)}' for p in packages)}; CPU, "
+        f"{time.strftime('%Y-%m-%d')}"
+    )
+    cached = (
+        ", compiled programs kept between starts (JAX_COMPILATION_CACHE_DIR)"
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ
+        else ""
+    )
+    print(
+        f"{CONFIG['steps']} steps, a checkpoint every {CONFIG['checkpoint_every']}, {args.kills} "
+        f"kills, seed {args.seed}{cached}\n"
+    )
+    print(
+        f"{'kill':>4}  {'aimed at':<13}  {'step':>4}  {'whole checkpoints':<18}  cut off a save",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        interrupted, uninterrupted, cut = Path(folder) / "interrupted", Path(folder) / "uninterrupted", 0
+        interrupted, uninterrupted, cut = (
+            Path(folder) / "interrupted",
+            Path(folder) / "uninterrupted",
+            0,
+        )
         for i in range(args.kills):
             while_saving = i % 2 == 1
             step, cut_off = kill_once(interrupted, draw, while_saving)
             cut += cut_off
             whole = ", ".join(map(str, saved_steps(interrupted)))
-            print(f"{i + 1:>4}  {'a save' if while_saving else 'any moment':<13}  {step:>4}  {whole:<18}  {'yes' if cut_off else 'no'}", flush=True)
+            print(
+                f"{i + 1:>4}  {'a save' if while_saving else 'any moment':<13}  {step:>4}  "
+                f"{whole:<18}  {'yes' if cut_off else 'no'}",
+                flush=True,
+            )
         finish(start(interrupted))
         finish(start(uninterrupted))
         outcome = compare(interrupted, uninterrupted)
-        print(f"\n{args.kills} kills, {cut} of them during a save; then finished and compared with an uninterrupted run:")
+        print(
+            f"\n{args.kills} kills, {cut} of them during a save; then finished and compared with "
+            "an uninterrupted run:"
+        )
         for what, result in outcome.items():
             print(f"  {what:<50} {result}")
-        left = [p.name for p in (interrupted / "checkpoints").iterdir() if not p.name.isdigit()] + [p.name for p in interrupted.glob("damaged/*")]
+        left = [p.name for p in (interrupted / "checkpoints").iterdir() if not p.name.isdigit()] + [
+            p.name for p in interrupted.glob("damaged/*")
+        ]
         print(f"  {'left over from cut-off saves':<50} {', '.join(left) or 'nothing'}")
     if any("DIFFERENT" in result or "other" in result for result in outcome.values()):
         sys.exit("the interrupted run is NOT the uninterrupted one.")

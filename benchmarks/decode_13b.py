@@ -1,7 +1,9 @@
-"""A packed 13B MatMul-free model (random weights) built and decoding tokens, with the peak of resident memory: PYTHONPATH=. python benchmarks/decode_13b.py
+"""A packed 13B MatMul-free model (random weights) built and decoding tokens, with the peak of
+resident memory: PYTHONPATH=. python benchmarks/decode_13b.py
 
-Beside it, in a process of its own, Transformer++ in bfloat16 with --baseline=SIZE (the largest whose weights fit; a KV cache of --context).
-The packed model is made directly in its packed form, matrix by matrix: its float weights, 51 GB, never exist.
+Beside it, in a process of its own, Transformer++ in bfloat16 with --baseline=SIZE (the largest
+whose weights fit; a KV cache of --context). The packed model is made directly in its packed form,
+matrix by matrix: its float weights, 51 GB, never exist.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import ml_dtypes
 import numpy as np
 import timing
 
-from quweit_jax.inference import generation, packed
+from quweit_jax.deploy import generate as generation
+from quweit_jax.deploy import packed
 from quweit_jax.models import build
 
 
@@ -28,10 +31,16 @@ def peak_bytes() -> int:
 
 
 def packed_variables(model, rng: np.random.Generator):
-    """Random variables in the form `packed.pack` gives, of a model's shapes; dense ones in bfloat16."""
+    """Random variables in the form `packed.pack` gives, of a model's shapes; dense ones in
+    bfloat16.
+    """
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
-    rest, layers = packed.split_ternary(shapes, lambda layer: ternary_layer(layer["kernel"].shape, rng), lambda leaf: dense(leaf.shape, rng))
+    rest, layers = packed.split_ternary(
+        shapes,
+        lambda layer: ternary_layer(layer["kernel"].shape, rng),
+        lambda leaf: dense(leaf.shape, rng),
+    )
     return {"params": rest, "blocks": {}, "packed": layers}
 
 
@@ -40,7 +49,11 @@ def ternary_layer(shape: tuple[int, int], rng: np.random.Generator):
     # A random byte of codes 0, 1, 2: three of four codes are kept, 3 becomes 1.
     codes = rng.integers(0, 256, (rows, outputs), np.uint8)
     codes &= ~((codes & (codes >> 1) & 0x55) << 1)
-    return {"kernel": jnp.asarray(codes), "scale": jnp.float32(0.02), "norm_scale": jnp.ones(shape[0], jnp.float32)}
+    return {
+        "kernel": jnp.asarray(codes),
+        "scale": jnp.float32(0.02),
+        "norm_scale": jnp.ones(shape[0], jnp.float32),
+    }
 
 
 def dense(shape: tuple[int, ...], rng: np.random.Generator):
@@ -48,7 +61,9 @@ def dense(shape: tuple[int, ...], rng: np.random.Generator):
         return jnp.ones(shape, jnp.float32)
     out = np.empty(shape, ml_dtypes.bfloat16)
     for start in range(0, shape[0], 1024):
-        out[start : start + 1024] = rng.standard_normal((len(out[start : start + 1024]), *shape[1:]), np.float32) * 0.02
+        out[start : start + 1024] = (
+            rng.standard_normal((len(out[start : start + 1024]), *shape[1:]), np.float32) * 0.02
+        )
     return jnp.asarray(out)
 
 
@@ -70,28 +85,53 @@ def decode(name: str, model, variables, tokens: int) -> str:
         seconds.append(time.perf_counter() - begun)
     assert bool(jnp.isfinite(logits).all())
     return (
-        f"{name}: weights {weights:,} bytes, carried {carried:,}; {tokens} tokens, median {1e3 * statistics.median(seconds[1:]):,.0f} ms a token "
+        f"{name}: weights {weights:,} bytes, carried {carried:,}; {tokens} tokens, median "
+        f"{1e3 * statistics.median(seconds[1:]):,.0f} ms a token "
         f"(first, with compiling: {seconds[0]:.0f} s); peak resident {peak_bytes():,} bytes"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="13b", help="of the packed MatMul-free model")
-    parser.add_argument("--baseline", default="", help="measure a bfloat16 Transformer++ of this size instead")
-    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the size's, where the whole doesn't fit")
+    parser.add_argument(
+        "--baseline", default="", help="measure a bfloat16 Transformer++ of this size instead"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=0,
+        help="fewer layers than the size's, where the whole doesn't fit",
+    )
     parser.add_argument("--context", type=int, default=2048, help="of the baseline's cache")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--out", type=Path, help="lines are added to this file")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    shared = {"size": args.baseline or args.size, "layers": args.layers, "dtype": "bfloat16", "context": args.context}
+    shared = {
+        "size": args.baseline or args.size,
+        "layers": args.layers,
+        "dtype": "bfloat16",
+        "context": args.context,
+    }
     if args.baseline:
         model = build({"name": "transformer_pp", **shared}, 32000)
-        line = decode(f"Transformer++ {args.baseline}, {model.config.sizes()[1]} layers, bfloat16", model, dense_variables(model, rng), args.tokens)
+        line = decode(
+            f"Transformer++ {args.baseline}, {model.config.sizes()[1]} layers, bfloat16",
+            model,
+            dense_variables(model, rng),
+            args.tokens,
+        )
     else:
         model = build({"name": "matmulfree", **shared}, 32000)
-        line = decode(f"MatMul-free {args.size}, {model.config.sizes()[1]} layers, packed", model, packed_variables(model, rng), args.tokens)
+        line = decode(
+            f"MatMul-free {args.size}, {model.config.sizes()[1]} layers, packed",
+            model,
+            packed_variables(model, rng),
+            args.tokens,
+        )
     lines = [timing.machine() + f", {jax.default_backend()}", line]
     print("\n".join(lines))
     if args.out:

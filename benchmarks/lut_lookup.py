@@ -1,7 +1,9 @@
-"""lut_lookup against the textbook formulation, forward and backward: python benchmarks/lut_lookup.py
+"""lut_lookup against the textbook formulation, forward and backward: python
+benchmarks/lut_lookup.py
 
-The textbook: tokens x tables gathers with a one-hot sum over all 2**n entries for every sample in the backward pass, as the EFD
-formula is written. Both compute the same values and gradients, which is checked before anything is timed.
+The textbook: tokens x tables gathers with a one-hot sum over all 2**n entries for every sample in
+the backward pass, as the EFD formula is written. Both compute the same values and gradients, which
+is checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from quweit_jax.ops import lut, mapping
+from quweit_jax.ops import lut
+from quweit_jax.ops import wiring as mapping
 
 
 def textbook(bits, wiring, tables):
-    """Token-major: address each table, take its entry; gradients by gather and scatter over (tokens, tables, slots)."""
-    matrix = jnp.asarray(lut.efd_matrix(wiring.shape[1], lut.efd_weighting(wiring.shape[1])), jnp.float32)
+    """Token-major: address each table, take its entry; gradients by gather and scatter over
+    (tokens, tables, slots).
+    """
+    matrix = jnp.asarray(
+        lut.efd_matrix(wiring.shape[1], lut.efd_weighting(wiring.shape[1])), jnp.float32
+    )
     return _textbook(bits, wiring, tables, matrix)
 
 
@@ -38,7 +45,9 @@ def _forward(bits, wiring, tables, matrix):
 def _backward(saved, grad):
     bits, wiring, tables, matrix = saved
     address, luts = _addresses(bits, wiring), jnp.arange(tables.shape[0])
-    grad_tables = jnp.zeros_like(tables).at[jnp.broadcast_to(luts, address.shape), address].add(grad)
+    grad_tables = (
+        jnp.zeros_like(tables).at[jnp.broadcast_to(luts, address.shape), address].add(grad)
+    )
     grad_bits = jnp.zeros_like(bits)
     differences = jnp.einsum("lra,ja->ljr", matrix, tables)
     for l in range(wiring.shape[1]):
@@ -78,14 +87,21 @@ def main() -> None:
     contenders = {
         "textbook": contender(lambda b, t: textbook(b, wiring, t), bits, tables, grad_out),
         "lut_lookup": contender(lambda b, t: lut.lut_lookup(b, wiring, t), bits, tables, grad_out),
-        "lut_lookup, inverse given": contender(lambda b, t: lut.lut_lookup(b, wiring, t, inverse=inverse), bits, tables, grad_out),
+        "lut_lookup, inverse given": contender(
+            lambda b, t: lut.lut_lookup(b, wiring, t, inverse=inverse), bits, tables, grad_out
+        ),
     }
     expected = contenders["textbook"]()
     for name, call in contenders.items():
         for ours, theirs in zip(call(), expected):
-            np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=2e-3, err_msg=name)
+            np.testing.assert_allclose(
+                np.asarray(ours), np.asarray(theirs), atol=2e-3, err_msg=name
+            )
     medians = timing.side_by_side(contenders, args.rounds, warmup=1)
-    print(f"lut_lookup forward + backward, {args.tokens} tokens, F = {args.inputs}, L = {args.luts}, n = {args.lut_inputs}, {jax.default_backend()}")
+    print(
+        f"lut_lookup forward + backward, {args.tokens} tokens, F = {args.inputs}, L = {args.luts}, "
+        f"n = {args.lut_inputs}, {jax.default_backend()}"
+    )
     print(timing.machine())
     print(timing.table(medians, "lut_lookup, inverse given"))
 

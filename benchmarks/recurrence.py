@@ -1,4 +1,6 @@
-"""The gated recurrence's methods side by side, forward and forward + backward, by length: python benchmarks/recurrence.py [--out=FILE]"""
+"""The gated recurrence's methods side by side, forward and forward + backward, by length: python
+benchmarks/recurrence.py [--out=FILE]
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def contenders(steps: int, batch: int, features: int, backward: bool):
             return gated_recurrence(gates, candidates, method=method)[0]
 
         def gradient(gates, candidates):
-            return jax.grad(lambda *args: jnp.square(states(*args)).sum(), argnums=(0, 1))(gates, candidates)
+            return jax.grad(lambda *args: jnp.square(states(*args)).sum(), argnums=(0, 1))(
+                gates, candidates
+            )
 
         compiled = jax.jit(gradient if backward else states)
         return lambda: jax.block_until_ready(compiled(gates, candidates))
@@ -38,12 +42,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    lines = [f"gated_recurrence, batch {args.batch}, {args.features} features, {jax.default_backend()}", timing.machine()]
+    lines = [
+        f"gated_recurrence, batch {args.batch}, {args.features} features, {jax.default_backend()}",
+        timing.machine(),
+    ]
     for backward in (False, True):
         for steps in args.lengths:
-            medians = timing.side_by_side(contenders(steps, args.batch, args.features, backward), args.rounds)
+            medians = timing.side_by_side(
+                contenders(steps, args.batch, args.features, backward), args.rounds
+            )
             said = "forward + backward" if backward else "forward"
-            lines += [f"{said}, T = {steps} (auto picks {pick_method(steps)})", timing.table(medians, "sequential")]
+            lines += [
+                f"{said}, T = {steps} (auto picks {pick_method(steps)})",
+                timing.table(medians, "sequential"),
+            ]
             print("\n".join(lines[-2:]), flush=True)
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")

@@ -1,9 +1,11 @@
-"""Kills a sweep of 8 points half-way, starts it again, and compares its tables with those of a sweep left alone.
+"""Kills a sweep of 8 points half-way, starts it again, and compares its tables with those of a
+sweep left alone.
 
 python benchmarks/sweep_resume.py [--workers=2] [--out=FILE]
 
-The points are small MatMul-free and dense language models. The kill is `kill -9` of the sweep, once 4 points are finished and others are
-being trained. The same command then goes on; sweep.md and sweep.csv must be the same bytes as those of the sweep that was left alone.
+The points are small MatMul-free and dense language models. The kill is `kill -9` of the sweep, once
+4 points are finished and others are being trained. The same command then goes on; sweep.md and
+sweep.csv must be the same bytes as those of the sweep that was left alone.
 """
 
 from __future__ import annotations
@@ -37,9 +39,23 @@ def sweep(add):
 
 
 def start(experiment: Path, root: Path, workers: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "quweit_jax.sweep", f"--config={experiment}:cpu", f"--workdir={root}", f"--workers={workers}"]
+    command = [
+        sys.executable,
+        "-m",
+        "quweit_jax.sweep",
+        f"--config={experiment}:cpu",
+        f"--workdir={root}",
+        f"--workers={workers}",
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -50,12 +66,18 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        alone, killed, experiment = Path(folder, "alone"), Path(folder, "killed"), Path(folder, "experiment.py")
+        alone, killed, experiment = (
+            Path(folder, "alone"),
+            Path(folder, "killed"),
+            Path(folder, "experiment.py"),
+        )
         experiment.write_text(EXPERIMENT)
         finish(start(experiment, alone, args.workers))
         process, lines = start(experiment, killed, args.workers), []
@@ -68,10 +90,24 @@ def main() -> None:
         process.kill()
         process.wait()
         said = finish(start(experiment, killed, args.workers))
-        same = {name: (alone / name).read_bytes() == (killed / name).read_bytes() for name in ("sweep.md", "sweep.csv")}
+        same = {
+            name: (alone / name).read_bytes() == (killed / name).read_bytes()
+            for name in ("sweep.md", "sweep.csv")
+        }
         table = (killed / "sweep.md").read_text()
-    report = ["before the kill -9:", *map(str.rstrip, lines), "", "the same command again:", said.rstrip(), ""]
-    report += [f"{name} {'is the same, byte for byte, as' if equal else 'DIFFERS from'} that of a sweep left alone" for name, equal in same.items()]
+    report = [
+        "before the kill -9:",
+        *map(str.rstrip, lines),
+        "",
+        "the same command again:",
+        said.rstrip(),
+        "",
+    ]
+    report += [
+        f"{name} {'is the same, byte for byte, as' if equal else 'DIFFERS from'} that of a sweep "
+        "left alone"
+        for name, equal in same.items()
+    ]
     text = "\n".join([timing.machine(), "", *report]).replace(folder, "FOLDER") + "\n"
     print(text)
     if args.out:

@@ -1,4 +1,6 @@
-"""Side-by-side timing in one process: each contender in turn, round after round, medians and ratios of medians."""
+"""Side-by-side timing in one process: each contender in turn, round after round, medians and ratios
+of medians.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 
 
-def side_by_side(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
+def side_by_side(
+    contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 3
+) -> dict[str, float]:
     """Median seconds of one call of each contender; a call must return only when its work is done."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
@@ -26,13 +30,19 @@ def table(medians: dict[str, float], baseline: str) -> str:
     """One line a contender: median milliseconds and the ratio to the baseline."""
     width = max(map(len, medians))
     lines = [f"{'':{width}}  median ms   ratio to {baseline}"]
-    lines += [f"{name:{width}}  {1e3 * value:9.2f}   {value / medians[baseline]:.3f}" for name, value in medians.items()]
+    lines += [
+        f"{name:{width}}  {1e3 * value:9.2f}   {value / medians[baseline]:.3f}"
+        for name, value in medians.items()
+    ]
     return "\n".join(lines)
 
 
 def machine(packages: Sequence[str] = ("jax", "jaxlib", "flax", "optax", "numpy")) -> str:
     """Processor, cores and versions, for the record."""
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.processor(),
+    )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, {versions}"
 

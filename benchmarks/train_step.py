@@ -1,7 +1,9 @@
-"""One training step of nanogpt_cpu, dense, weightless and without MLPs, beside the dense step in PyTorch 2: python benchmarks/train_step.py
+"""One training step of nanogpt_cpu, dense, weightless and without MLPs, beside the dense step in
+PyTorch 2: python benchmarks/train_step.py
 
-All in one process, in turn, medians. PyTorch takes part if it is installed (pip install torch); its model is written here, in the
-usual way (fused attention, AdamW with foreach, gradient clipping), with the same sizes and the same batch.
+All in one process, in turn, medians. PyTorch takes part if it is installed (pip install torch); its
+model is written here, in the usual way (fused attention, AdamW with foreach, gradient clipping),
+with the same sizes and the same batch.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import jax
 import numpy as np
 import timing
 
-from quweit_jax import configs, models
+from quweit_jax import config as configs
+from quweit_jax import models
 from quweit_jax.training import optimizers, sharding, state
 
 VOCABULARY = 65
@@ -21,9 +24,13 @@ VOCABULARY = 65
 
 def ours(mlp: str, batch: dict[str, np.ndarray]):
     """A call that runs one step of our own train loop's compiled function to the end."""
-    config = configs.load_file(f"{Path(__file__).parents[1] / 'experiments' / 'gpt_char.py'}:nanogpt_cpu,mlp={mlp}")
+    config = configs.load_file(
+        f"{Path(__file__).parents[1] / 'experiments' / 'gpt_char.py'}:nanogpt_cpu,mlp={mlp}"
+    )
     model = models.build(config.model.to_dict(), VOCABULARY)
-    optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(**config.optimizer.to_dict()), config.steps)
+    optimizer = optimizers.make_optimizer(
+        optimizers.OptimizerConfig(**config.optimizer.to_dict()), config.steps
+    )
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
     current = state.init_state(model, optimizer, 0, batch["inputs"][:1], mesh)
     shardings = jax.tree.map(lambda x: x.sharding, current)
@@ -50,12 +57,24 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-            self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-            self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+            self.norm1, self.norm2 = (
+                nn.LayerNorm(width, bias=False),
+                nn.LayerNorm(width, bias=False),
+            )
+            self.qkv, self.proj = (
+                nn.Linear(width, 3 * width, bias=False),
+                nn.Linear(width, width, bias=False),
+            )
+            self.up, self.down = (
+                nn.Linear(width, 4 * width, bias=False),
+                nn.Linear(4 * width, width, bias=False),
+            )
 
         def forward(self, x):
-            q, k, v = (part.view(*part.shape[:2], heads, width // heads).transpose(1, 2) for part in self.qkv(self.norm1(x)).split(width, dim=2))
+            q, k, v = (
+                part.view(*part.shape[:2], heads, width // heads).transpose(1, 2)
+                for part in self.qkv(self.norm1(x)).split(width, dim=2)
+            )
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
             return x + self.down(functional.gelu(self.up(self.norm2(x))))
@@ -63,8 +82,14 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
     class GPT(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(context, width)
-            self.blocks, self.norm = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(width, bias=False)
+            self.tokens, self.positions = (
+                nn.Embedding(VOCABULARY, width),
+                nn.Embedding(context, width),
+            )
+            self.blocks, self.norm = (
+                nn.ModuleList(Block() for _ in range(layers)),
+                nn.LayerNorm(width, bias=False),
+            )
 
         def forward(self, ids):
             x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
@@ -73,7 +98,9 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
             return self.norm(x) @ self.tokens.weight.T
 
     model = GPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, foreach=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, foreach=True
+    )
     inputs, targets = (torch.from_numpy(batch[k].astype(np.int64)) for k in ("inputs", "targets"))
 
     def call():
@@ -92,7 +119,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    batch = {k: rng.integers(0, VOCABULARY, (12, 64)).astype(np.int32) for k in ("inputs", "targets")}
+    batch = {
+        k: rng.integers(0, VOCABULARY, (12, 64)).astype(np.int32) for k in ("inputs", "targets")
+    }
     contenders = {f"jax {mlp}": ours(mlp, batch) for mlp in ("dense", "weightless", "none")}
     packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
     try:
@@ -101,7 +130,10 @@ def main() -> None:
     except ImportError:
         print("PyTorch is not installed: its row is left out (pip install torch).")
     medians = timing.side_by_side(contenders, args.rounds)
-    print(f"one training step of nanogpt_cpu (4 layers, width 128, 12 x 64 tokens), {jax.default_backend()}")
+    print(
+        "one training step of nanogpt_cpu (4 layers, width 128, 12 x 64 tokens), "
+        f"{jax.default_backend()}"
+    )
     print(timing.machine(packages))
     print(timing.table(medians, "jax dense"))
     if "torch dense" in medians:

@@ -1,7 +1,8 @@
-"""python colabs/check.py: the notebooks, small, in a fresh environment with nothing but this project's wheel and what it asks for.
+"""python colabs/check.py: the notebooks, small, in a fresh environment with nothing but this
+project's wheel and what it asks for.
 
-Builds the wheel, makes an environment in a temporary folder, and runs each notebook there from top to bottom. Fails on an error in a cell,
-on a notebook that shows no plot, and on an empty plot.
+Builds the wheel, makes an environment in a temporary folder, and runs each notebook there from top
+to bottom. Fails on an error in a cell, on a notebook that shows no plot, and on an empty plot.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 TOOLS = ("nbclient", "ipykernel")
-# Coloured pixels that a plot has at least: axes, ticks and labels alone are grey.
+# Colored pixels that a plot has at least: axes, ticks and labels alone are gray.
 COLOURED = 150
 
 
 def plots_of(notebook: dict[str, Any]) -> list[bytes]:
     """The PNGs that the cells show."""
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
-    return [base64.b64decode(output["data"]["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
+    return [
+        base64.b64decode(output["data"]["image/png"])
+        for output in outputs
+        if "image/png" in output.get("data", {})
+    ]
 
 
 def is_empty(png: bytes) -> bool:
@@ -49,26 +54,49 @@ def faults_of(notebook: dict[str, Any]) -> list[str]:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 faults.append(f"cell {number}: {output['ename']}: {output['evalue']}")
-    if any(cell["cell_type"] == "code" and cell["execution_count"] is None and "".join(cell["source"]).strip() for cell in notebook["cells"]):
+    if any(
+        cell["cell_type"] == "code"
+        and cell["execution_count"] is None
+        and "".join(cell["source"]).strip()
+        for cell in notebook["cells"]
+    ):
         faults.append("not every cell was run")
     plots = plots_of(notebook)
     if not plots:
         faults.append("it shows no plot")
-    return faults + [f"plot {i + 1} of {len(plots)} is empty" for i, png in enumerate(plots) if is_empty(png)]
+    return faults + [
+        f"plot {i + 1} of {len(plots)} is empty" for i, png in enumerate(plots) if is_empty(png)
+    ]
 
 
 def prepare(place: Path) -> Path:
-    """Builds the wheel and installs it with what it asks for into an environment below `place`; returns that environment's programs' folder."""
+    """Builds the wheel and installs it with what it asks for into an environment below `place`;
+    returns that environment's programs' folder.
+    """
     # From a copy: what an earlier build has left behind would be packed as well.
     source, pip = place / "source", ["-m", "pip", "--quiet", "--disable-pip-version-check"]
-    shutil.copytree(FOLDER.parent / "quweit_jax", source / "quweit_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        FOLDER.parent / "quweit_jax",
+        source / "quweit_jax",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     for name in ("pyproject.toml", "MANIFEST.in", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(FOLDER.parent / name, source)
-    files = {path.relative_to(source).as_posix() for path in (source / "quweit_jax").rglob("*") if path.is_file()}
-    subprocess.run([sys.executable, *pip, "wheel", "--no-deps", f"--wheel-dir={place}", str(source)], check=True)
+    files = {
+        path.relative_to(source).as_posix()
+        for path in (source / "quweit_jax").rglob("*")
+        if path.is_file()
+    }
+    subprocess.run(
+        [sys.executable, *pip, "wheel", "--no-deps", f"--wheel-dir={place}", str(source)],
+        check=True,
+    )
     (wheel,) = place.glob("*.whl")
     if missing := files - set(zipfile.ZipFile(wheel).namelist()):
-        sys.exit(f"the wheel lacks {', '.join(sorted(missing))}; add them to package-data in pyproject.toml")
+        sys.exit(
+            f"the wheel lacks {', '.join(sorted(missing))}; add them to package-data in "
+            "pyproject.toml"
+        )
     venv.create(place / "venv", with_pip=True)
     programs = place / "venv" / ("Scripts" if os.name == "nt" else "bin")
     subprocess.run([str(programs / "python"), *pip, "install", str(wheel), *TOOLS], check=True)
@@ -77,12 +105,18 @@ def prepare(place: Path) -> Path:
 
 def main() -> int:
     """Runs the notebooks named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="which (default: all in this folder)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "notebooks", nargs="*", type=Path, help="which (default: all in this folder)"
+    )
     parser.add_argument("--full", action="store_true", help="at their default size, minutes each")
     parser.add_argument("--out", type=Path, help="a folder to keep the executed notebooks in")
     parser.add_argument(
-        "--here", action="store_true", help="in the running environment (nbclient and ipykernel must be there), for trying things out"
+        "--here",
+        action="store_true",
+        help="in the running environment (nbclient and ipykernel must be there), for trying things out",
     )
     args = parser.parse_args()
     notebooks = args.notebooks or sorted(FOLDER.glob("*.ipynb"))
@@ -92,15 +126,28 @@ def main() -> int:
         programs = Path(sys.executable).parent if args.here else prepare(place)
         print(f"environment ready after {time.monotonic() - since:.0f} s", flush=True)
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MPLBACKEND")}
-        environment |= {"QUWEIT_COLAB_SMALL": "0" if args.full else "1", "PYTHONPATH": str(FOLDER.parent) if args.here else ""}
+        environment |= {
+            "QUWEIT_COLAB_SMALL": "0" if args.full else "1",
+            "PYTHONPATH": str(FOLDER.parent) if args.here else "",
+        }
         for notebook in notebooks:
             # A copy elsewhere: the repository is not beside it.
             copy, since = Path(shutil.copy(notebook, place)), time.monotonic()
             command = [str(programs / "jupyter-execute"), "--inplace", "--timeout=1800", copy.name]
-            result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+            result = subprocess.run(
+                command, cwd=place, env=environment, capture_output=True, text=True
+            )
             executed = json.loads(copy.read_text(encoding="utf-8"))
-            faults = ([result.stderr.strip()[-3000:]] if result.returncode else []) or faults_of(executed)
-            print(f"{notebook.name}: {time.monotonic() - since:.0f} s, {len(plots_of(executed))} plots", *faults, sep="\n  ", flush=True)
+            faults = ([result.stderr.strip()[-3000:]] if result.returncode else []) or faults_of(
+                executed
+            )
+            print(
+                f"{notebook.name}: {time.monotonic() - since:.0f} s, {len(plots_of(executed))} "
+                "plots",
+                *faults,
+                sep="\n  ",
+                flush=True,
+            )
             failed += [notebook.name] if faults else []
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Makes the pictures of the documentation from the project's own functions, each for a light and a dark page.
+"""Makes the pictures of the documentation from the project's own functions, each for a light and a
+dark page.
 
 python docs/figures.py [NAME ...]
 """
@@ -20,22 +21,57 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from quweit_jax.ops import integer, lut, packed_lut, reductions, ternary, thermometer
+from quweit_jax.ops import integer, lut, packed_lut, ternary, thermometer
+from quweit_jax.ops import sums as reductions
 
 OUT = Path(__file__).parent / "figures"
-# Ink, quiet ink, fill, two colours that tell apart without hue, and a diverging map whose middle is the page.
-LIGHT = {"ink": "#222222", "quiet": "#777777", "fill": "#e8eaf6", "one": "#3f51b5", "two": "#d9730d", "map": "RdBu_r", "page": "#ffffff"}
-DARK = {"ink": "#e2e4e9", "quiet": "#9aa0ad", "fill": "#2c3248", "one": "#8c9eff", "two": "#ffb066", "map": "quweit_dark", "page": "#1e2129"}
-matplotlib.colormaps.register(matplotlib.colors.LinearSegmentedColormap.from_list("quweit_dark", ["#4a7de0", "#1e2129", "#e0674a"]))
+# Ink, quiet ink, fill, two colors that tell apart without hue, and a diverging map whose middle is
+# the page.
+LIGHT = {
+    "ink": "#222222",
+    "quiet": "#777777",
+    "fill": "#e8eaf6",
+    "one": "#3f51b5",
+    "two": "#d9730d",
+    "map": "RdBu_r",
+    "page": "#ffffff",
+}
+DARK = {
+    "ink": "#e2e4e9",
+    "quiet": "#9aa0ad",
+    "fill": "#2c3248",
+    "one": "#8c9eff",
+    "two": "#ffb066",
+    "map": "quweit_dark",
+    "page": "#1e2129",
+}
+matplotlib.colormaps.register(
+    matplotlib.colors.LinearSegmentedColormap.from_list(
+        "quweit_dark", ["#4a7de0", "#1e2129", "#e0674a"]
+    )
+)
 
-Colours = dict[str, str]
+Colors = dict[str, str]
 Figure = plt.Figure
 
 
-def canvas(colours: Colours, width: float, height: float, columns: int = 1, **options) -> tuple[Figure, list[plt.Axes]]:
+def canvas(
+    colors: Colors, width: float, height: float, columns: int = 1, **options
+) -> tuple[Figure, list[plt.Axes]]:
     """A transparent figure in inches whose text and lines have the page's ink."""
-    ink = {key: colours["ink"] for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quweit_jax", "font.size": 10, "axes.titlesize": 10.5, **ink})
+    ink = {
+        key: colors["ink"]
+        for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    }
+    plt.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "quweit_jax",
+            "font.size": 10,
+            "axes.titlesize": 10.5,
+            **ink,
+        }
+    )
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)
     for axis in axes[0]:
         axis.set_facecolor("none")
@@ -44,20 +80,52 @@ def canvas(colours: Colours, width: float, height: float, columns: int = 1, **op
 
 
 def box(
-    axis: plt.Axes, x: float, y: float, width: float, height: float, text: str, colours: Colours, *, colour: str = "fill", size: float = 9
+    axis: plt.Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    text: str,
+    colors: Colors,
+    *,
+    color: str = "fill",
+    size: float = 9,
 ) -> None:
     """A rounded box with text in its middle; (x, y) is its middle too."""
     corner = (x - width / 2, y - height / 2)
-    edge = colours["quiet"] if colour == "fill" else colours[colour]
-    axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=colours["fill"], ec=edge, lw=1.2))
-    axis.text(x, y, text, ha="center", va="center", fontsize=size, color=colours["ink"])
+    edge = colors["quiet"] if color == "fill" else colors[color]
+    axis.add_patch(
+        FancyBboxPatch(
+            corner,
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.08",
+            fc=colors["fill"],
+            ec=edge,
+            lw=1.2,
+        )
+    )
+    axis.text(x, y, text, ha="center", va="center", fontsize=size, color=colors["ink"])
 
 
 def arrow(
-    axis: plt.Axes, start: tuple[float, float], end: tuple[float, float], colours: Colours, *, colour: str = "quiet", bend: float = 0.0
+    axis: plt.Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    colors: Colors,
+    *,
+    color: str = "quiet",
+    bend: float = 0.0,
 ) -> None:
     """An arrow from one point to another."""
-    style = {"arrowstyle": "-|>", "color": colours[colour], "lw": 1.3, "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0}
+    style = {
+        "arrowstyle": "-|>",
+        "color": colors[color],
+        "lw": 1.3,
+        "connectionstyle": f"arc3,rad={bend}",
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
     axis.annotate("", end, start, arrowprops=style)
 
 
@@ -69,62 +137,117 @@ def bare(axis: plt.Axes, width: float, height: float) -> None:
     axis.set_aspect("equal")
 
 
-def lookup(colours: Colours) -> Figure:
-    """One table of three inputs reads three of eight bits; what it returns is what `lut_lookup` returns."""
+def lookup(colors: Colors) -> Figure:
+    """One table of three inputs reads three of eight bits; what it returns is what `lut_lookup`
+    returns.
+    """
     bits = np.asarray([1, 0, 0, 1, 1, 0, 1, 0], np.float32)
     mapping = np.asarray([[4, 1, 6]])
     table = np.asarray([[-0.7, 0.2, -0.1, 0.5, -0.4, 0.8, 0.3, -0.9]], np.float32)
     value = float(lut.lut_lookup(bits, mapping, table)[0])
     address = int(sum(int(bits[m]) << l for l, m in enumerate(mapping[0])))
-    figure, (axis,) = canvas(colours, 7.2, 3.3)
+    figure, (axis,) = canvas(colors, 7.2, 3.3)
     bare(axis, 14.4, 6.6)
-    axis.text(0.2, 6.2, "input bits", color=colours["quiet"], va="center")
+    axis.text(0.2, 6.2, "input bits", color=colors["quiet"], va="center")
     for i, bit in enumerate(bits):
         read = i in mapping[0]
-        edge = colours["one"] if read else colours["quiet"]
-        axis.add_patch(Rectangle((0.4 + 0.8 * i, 5.0), 0.8, 0.8, fc=colours["fill"] if read else "none", ec=edge, lw=1.6 if read else 0.8))
-        axis.text(0.8 + 0.8 * i, 5.4, f"{bit:.0f}", ha="center", va="center", color=colours["ink"])
-        axis.text(0.8 + 0.8 * i, 4.72, str(i), ha="center", va="center", color=colours["quiet"], fontsize=8)
+        edge = colors["one"] if read else colors["quiet"]
+        axis.add_patch(
+            Rectangle(
+                (0.4 + 0.8 * i, 5.0),
+                0.8,
+                0.8,
+                fc=colors["fill"] if read else "none",
+                ec=edge,
+                lw=1.6 if read else 0.8,
+            )
+        )
+        axis.text(0.8 + 0.8 * i, 5.4, f"{bit:.0f}", ha="center", va="center", color=colors["ink"])
+        axis.text(
+            0.8 + 0.8 * i, 4.72, str(i), ha="center", va="center", color=colors["quiet"], fontsize=8
+        )
     places = {0: 5.6, 1: 3.6, 2: 1.6}  # slot 0, the least significant, on the right
     for l, m in enumerate(mapping[0]):
-        arrow(axis, (0.8 + 0.8 * m, 4.5), (places[l], 3.35), colours, colour="one")
-        axis.text(places[l], 3.0, f"{bits[m]:.0f}", ha="center", va="center", fontsize=15, color=colours["ink"])
-        axis.text(places[l], 2.35, f"slot {l}\nweight {1 << l}", ha="center", va="center", fontsize=8, color=colours["quiet"])
-    axis.text(3.6, 1.25, f"address = {' + '.join(str(1 << l) for l in (2, 1, 0) if bits[mapping[0][l]])} = {address}", ha="center", fontsize=11)
-    axis.text(9.2, 6.2, "table", color=colours["quiet"], va="center")
+        arrow(axis, (0.8 + 0.8 * m, 4.5), (places[l], 3.35), colors, color="one")
+        axis.text(
+            places[l],
+            3.0,
+            f"{bits[m]:.0f}",
+            ha="center",
+            va="center",
+            fontsize=15,
+            color=colors["ink"],
+        )
+        axis.text(
+            places[l],
+            2.35,
+            f"slot {l}\nweight {1 << l}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=colors["quiet"],
+        )
+    axis.text(
+        3.6,
+        1.25,
+        f"address = {' + '.join(str(1 << l) for l in (2, 1, 0) if bits[mapping[0][l]])} = "
+        f"{address}",
+        ha="center",
+        fontsize=11,
+    )
+    axis.text(9.2, 6.2, "table", color=colors["quiet"], va="center")
     for a, entry in enumerate(table[0]):
         y, here = 5.6 - 0.68 * a, a == address
         axis.add_patch(
             Rectangle(
-                (8.6, y - 0.32), 2.0, 0.64, fc=colours["fill"] if here else "none", ec=colours["two" if here else "quiet"], lw=1.8 if here else 0.7
+                (8.6, y - 0.32),
+                2.0,
+                0.64,
+                fc=colors["fill"] if here else "none",
+                ec=colors["two" if here else "quiet"],
+                lw=1.8 if here else 0.7,
             )
         )
-        axis.text(8.3, y, str(a), ha="right", va="center", fontsize=8.5, color=colours["quiet"])
-        axis.text(9.6, y, f"{entry:+.1f}", ha="center", va="center", color=colours["ink"])
-    arrow(axis, (5.9, 1.45), (7.75, 5.6 - 0.68 * address), colours, colour="two")
+        axis.text(8.3, y, str(a), ha="right", va="center", fontsize=8.5, color=colors["quiet"])
+        axis.text(9.6, y, f"{entry:+.1f}", ha="center", va="center", color=colors["ink"])
+    arrow(axis, (5.9, 1.45), (7.75, 5.6 - 0.68 * address), colors, color="two")
     y = 5.6 - 0.68 * address
-    arrow(axis, (10.7, y), (11.7, y), colours, colour="two")
-    axis.text(11.85, y + 0.32, f"value {value:+.1f}", va="center", color=colours["ink"])
-    axis.text(11.85, y - 0.38, f"bit {int(value > 0)} (value > 0)", va="center", color=colours["ink"])
+    arrow(axis, (10.7, y), (11.7, y), colors, color="two")
+    axis.text(11.85, y + 0.32, f"value {value:+.1f}", va="center", color=colors["ink"])
+    axis.text(
+        11.85, y - 0.38, f"bit {int(value > 0)} (value > 0)", va="center", color=colors["ink"]
+    )
     return figure
 
 
-def heat(axis: plt.Axes, values: np.ndarray, colours: Colours, limit: float) -> None:
-    """Numbers in coloured cells, rows from the top."""
-    axis.imshow(values, cmap=colours["map"], vmin=-limit, vmax=limit, aspect="auto")
+def heat(axis: plt.Axes, values: np.ndarray, colors: Colors, limit: float) -> None:
+    """Numbers in colored cells, rows from the top."""
+    axis.imshow(values, cmap=colors["map"], vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         strong = abs(value) > 0.6 * limit
-        colour = "#ffffff" if strong else colours["ink"]
-        axis.text(column, row, "0" if value == 0 else f"{value:+.2f}", ha="center", va="center", fontsize=8, color=colour)
+        color = "#ffffff" if strong else colors["ink"]
+        axis.text(
+            column,
+            row,
+            "0" if value == 0 else f"{value:+.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=color,
+        )
     axis.set_yticks([])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
 
 
-def gradient_of_and(colours: Colours) -> Figure:
-    """The gradient a table that computes AND of three inputs gives each of its inputs, at each address: three rules."""
+def gradient_of_and(colors: Colors) -> Figure:
+    """The gradient a table that computes AND of three inputs gives each of its inputs, at each
+    address: three rules.
+    """
     table = jnp.asarray([[-1.0] * 7 + [1.0]])
-    rest = np.asarray([[(a & ((1 << l) - 1)) | ((a >> (l + 1)) << l) for a in range(8)] for l in range(3)])
+    rest = np.asarray(
+        [[(a & ((1 << l) - 1)) | ((a >> (l + 1)) << l) for a in range(8)] for l in range(3)]
+    )
 
     def rule(weighting: lut.EFD) -> np.ndarray:
         differences = np.asarray(lut.finite_differences(table, weighting))[:, 0]
@@ -135,15 +258,17 @@ def gradient_of_and(colours: Colours) -> Figure:
         "extended, exponential: w = 0.28 / 3^h": lut.efd_weighting(3),
         "extended, harmonic: w = 1 / (h + 1)": lut.efd_weighting(3, "harmonic"),
     }
-    figure, axes = canvas(colours, 7.4, 5.2)
+    figure, axes = canvas(colors, 7.4, 5.2)
     plt.close(figure)
-    figure, axes = plt.subplots(4, 1, figsize=(7.2, 5.4), height_ratios=[1, 3, 3, 3], layout="constrained")
-    heat(axes[0], np.asarray(table), colours, 1.4)
+    figure, axes = plt.subplots(
+        4, 1, figsize=(7.2, 5.4), height_ratios=[1, 3, 3, 3], layout="constrained"
+    )
+    heat(axes[0], np.asarray(table), colors, 1.4)
     axes[0].set_title("the table: AND of three inputs, as -1 and +1", loc="left")
     axes[0].set_xticks(range(8), [f"{a:03b}" for a in range(8)])
     for axis, (title, weighting) in zip(axes[1:], rules.items()):
         values = rule(weighting)
-        heat(axis, values, colours, float(np.abs(values).max()) * 1.2)
+        heat(axis, values, colors, float(np.abs(values).max()) * 1.2)
         axis.set_title(title, loc="left")
         axis.set_yticks(range(3), ["bit 2", "bit 1", "bit 0"])
         axis.set_xticks(range(8), [f"{a:03b}" for a in range(8)] if axis is axes[-1] else [""] * 8)
@@ -151,18 +276,27 @@ def gradient_of_and(colours: Colours) -> Figure:
     return figure
 
 
-def weightings(colours: Colours) -> Figure:
-    """What an entry counts by its Hamming distance, and what all entries of a distance count together, n = 6."""
+def weightings(colors: Colors) -> Figure:
+    """What an entry counts by its Hamming distance, and what all entries of a distance count
+    together, n = 6.
+    """
     n = 6
     distance = np.arange(n)
     count = np.asarray([math.comb(n - 1, h) for h in distance])
-    figure, axes = canvas(colours, 7.2, 2.9, 2, layout="constrained")
-    for place, (name, colour) in enumerate((("exponential", "one"), ("harmonic", "two"))):
-        # Row 0 of the matrix belongs to input 0 and the address 0: the distance to an entry is the number of its other bits.
+    figure, axes = canvas(colors, 7.2, 2.9, 2, layout="constrained")
+    for place, (name, color) in enumerate((("exponential", "one"), ("harmonic", "two"))):
+        # Row 0 of the matrix belongs to input 0 and the address 0: the distance to an entry is the
+        # number of its other bits.
         matrix = lut.efd_matrix(n, lut.efd_weighting(n, name))[0, 0]
         weight = np.asarray([abs(matrix[((1 << h) - 1) << 1]) for h in distance])
         for axis, values in zip(axes, (weight, weight * count)):
-            axis.bar(distance + (place - 0.5) * 0.38, values / values.sum(), 0.36, color=colours[colour], label=name)
+            axis.bar(
+                distance + (place - 0.5) * 0.38,
+                values / values.sum(),
+                0.36,
+                color=colors[color],
+                label=name,
+            )
     axes[0].set_title("one entry (shares)", loc="left")
     axes[1].set_title("all entries at that distance (shares)", loc="left")
     for axis in axes:
@@ -172,24 +306,32 @@ def weightings(colours: Colours) -> Figure:
     return figure
 
 
-def surrogate(colours: Colours) -> Figure:
-    """Four thermometer bits of a normal variable, and the gradient each passes back through either window."""
+def surrogate(colors: Colors) -> Figure:
+    """Four thermometer bits of a normal variable, and the gradient each passes back through either
+    window.
+    """
     thresholds = thermometer.normal_quantiles(4)
     x = jnp.linspace(-3, 3, 601)
     bits = np.asarray(thermometer.encode(x[:, None], thresholds))[:, 0]
-    figure, axes = canvas(colours, 7.2, 2.9, 3, layout="constrained", sharex=True)
+    figure, axes = canvas(colors, 7.2, 2.9, 3, layout="constrained", sharex=True)
     for i in range(4):
-        axes[0].plot(x, bits[:, i] + 1.35 * i, color=colours["one"], lw=1.6)
-        axes[0].axhline(1.35 * i, color=colours["quiet"], lw=0.4)
+        axes[0].plot(x, bits[:, i] + 1.35 * i, color=colors["one"], lw=1.6)
+        axes[0].axhline(1.35 * i, color=colors["quiet"], lw=0.4)
     axes[0].set_yticks([1.35 * i + 0.5 for i in range(4)], [f"bit {i}" for i in range(4)])
     axes[0].tick_params(axis="y", length=0)
     axes[0].spines["left"].set_visible(False)
     axes[0].set_title("bits", loc="left")
     for axis, shape in zip(axes[1:], thermometer.WINDOWS):
         for i, threshold in enumerate(thresholds):
-            slope = jax.vmap(jax.grad(lambda v: thermometer.encode_ste(v[None], threshold[None], window=1.0, shape=shape)[0, 0]))(x)  # noqa: B023
-            axis.plot(x, slope, color=colours["one" if i % 2 else "two"], lw=1.3)
-            axis.axvline(float(threshold), color=colours["quiet"], lw=0.6, ls=":")
+            slope = jax.vmap(
+                jax.grad(
+                    lambda v, threshold=threshold, shape=shape: thermometer.encode_ste(
+                        v[None], threshold[None], window=1.0, shape=shape
+                    )[0, 0]
+                )
+            )(x)
+            axis.plot(x, slope, color=colors["one" if i % 2 else "two"], lw=1.3)
+            axis.axvline(float(threshold), color=colors["quiet"], lw=0.6, ls=":")
         axis.set_title(f"d bit / d x, {shape}", loc="left")
         axis.set_ylim(0, 1.1)
     for axis in axes:
@@ -197,16 +339,22 @@ def surrogate(colours: Colours) -> Figure:
     return figure
 
 
-def sums(colours: Colours) -> Figure:
-    """The same bits and vectors summed as 0/1 and as -1/+1: a constant, which differs from output to output, is gone."""
+def sums(colors: Colors) -> Figure:
+    """The same bits and vectors summed as 0/1 and as -1/+1: a constant, which differs from output
+    to output, is gone.
+    """
     keys = jax.random.split(jax.random.key(0))
     bits = jax.random.bernoulli(keys[0], 0.5, (400, 896)).astype(jnp.float32)
     vectors = 0.006 * jax.random.normal(keys[1], (896, 10))
-    figure, axes = canvas(colours, 7.2, 2.9, 2, layout="constrained", sharey=True)
-    for axis, counted, title in zip(axes, (bits, 2 * bits - 1), ("bits as 0 and 1", "bits as -1 and +1")):
+    figure, axes = canvas(colors, 7.2, 2.9, 2, layout="constrained", sharey=True)
+    for axis, counted, title in zip(
+        axes, (bits, 2 * bits - 1), ("bits as 0 and 1", "bits as -1 and +1")
+    ):
         out = np.asarray(reductions.conditional_sum(counted, vectors))
-        axis.axhline(0, color=colours["quiet"], lw=0.8)
-        axis.errorbar(range(10), out.mean(0), out.std(0), fmt="o", ms=4, color=colours["one"], capsize=3)
+        axis.axhline(0, color=colors["quiet"], lw=0.8)
+        axis.errorbar(
+            range(10), out.mean(0), out.std(0), fmt="o", ms=4, color=colors["one"], capsize=3
+        )
         axis.set_title(title, loc="left")
         axis.set_xlabel("output")
         axis.set_xticks(range(10))
@@ -214,62 +362,130 @@ def sums(colours: Colours) -> Figure:
     return figure
 
 
-def byte_layouts(colours: Colours) -> Figure:
-    """Where the bits lie: a 1-bit table of n = 4 in two bytes, and four ternary weights in one; both made by the packing functions."""
-    table = np.asarray([[-0.3, 0.4, 0.1, -0.8, -0.2, 0.6, -0.5, -0.1, 0.9, 0.2, -0.4, 0.3, -0.7, 0.5, 0.8, -0.6]], np.float32)
+def byte_layouts(colors: Colors) -> Figure:
+    """Where the bits lie: a 1-bit table of n = 4 in two bytes, and four ternary weights in one;
+    both made by the packing functions.
+    """
+    table = np.asarray(
+        [[-0.3, 0.4, 0.1, -0.8, -0.2, 0.6, -0.5, -0.1, 0.9, 0.2, -0.4, 0.3, -0.7, 0.5, 0.8, -0.6]],
+        np.float32,
+    )
     tables = np.asarray(packed_lut.pack_tables(jnp.asarray(table)))[0]
     weights = np.asarray([[1], [-1], [0], [1]], np.int8)
     byte = int(np.asarray(ternary.pack_ternary(weights))[0, 0])
-    figure, (axis,) = canvas(colours, 7.2, 4.2)
+    figure, (axis,) = canvas(colors, 7.2, 4.2)
     bare(axis, 14.4, 8.4)
 
-    def row(value: int, left: float, y: float, under: list[str], colour: str) -> None:
+    def row(value: int, left: float, y: float, under: list[str], color: str) -> None:
         for place in range(8):  # bit 7 on the left, as numbers are written
             bit = 7 - place
             axis.add_patch(
-                Rectangle((left + 0.75 * place, y), 0.75, 0.75, fc=colours["fill"] if value >> bit & 1 else "none", ec=colours["quiet"], lw=0.8)
+                Rectangle(
+                    (left + 0.75 * place, y),
+                    0.75,
+                    0.75,
+                    fc=colors["fill"] if value >> bit & 1 else "none",
+                    ec=colors["quiet"],
+                    lw=0.8,
+                )
             )
-            axis.text(left + 0.75 * (place + 0.5), y + 0.37, str(value >> bit & 1), ha="center", va="center")
-            axis.text(left + 0.75 * (place + 0.5), y + 0.98, str(bit), ha="center", va="center", fontsize=7.5, color=colours["quiet"])
-            axis.text(left + 0.75 * (place + 0.5), y - 0.32, under[bit], ha="center", va="center", fontsize=7.5, color=colours[colour])
-        axis.text(left + 6.1, y + 0.37, f"0x{value:02X}", va="center", fontsize=8.5, color=colours["quiet"])
+            axis.text(
+                left + 0.75 * (place + 0.5),
+                y + 0.37,
+                str(value >> bit & 1),
+                ha="center",
+                va="center",
+            )
+            axis.text(
+                left + 0.75 * (place + 0.5),
+                y + 0.98,
+                str(bit),
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color=colors["quiet"],
+            )
+            axis.text(
+                left + 0.75 * (place + 0.5),
+                y - 0.32,
+                under[bit],
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color=colors[color],
+            )
+        axis.text(
+            left + 6.1, y + 0.37, f"0x{value:02X}", va="center", fontsize=8.5, color=colors["quiet"]
+        )
 
     axis.text(0.1, 7.9, "a table of 16 entries: sign bits, entry 0 in bit 0 of byte 0", va="center")
     for i, value in enumerate(tables):
-        row(int(value), 0.1 + 7.3 * i, 5.9, [f"{table[0, 8 * i + bit]:+.1f}" for bit in range(8)], "one")
-        axis.text(0.1 + 7.3 * i, 7.2, f"byte {i}: entries {8 * i} to {8 * i + 7}", fontsize=8.5, color=colours["quiet"])
-    axis.text(0.1, 4.2, "four ternary weights of one output: two bits each, weight + 1", va="center")
+        row(
+            int(value),
+            0.1 + 7.3 * i,
+            5.9,
+            [f"{table[0, 8 * i + bit]:+.1f}" for bit in range(8)],
+            "one",
+        )
+        axis.text(
+            0.1 + 7.3 * i,
+            7.2,
+            f"byte {i}: entries {8 * i} to {8 * i + 7}",
+            fontsize=8.5,
+            color=colors["quiet"],
+        )
+    axis.text(
+        0.1, 4.2, "four ternary weights of one output: two bits each, weight + 1", va="center"
+    )
     row(byte, 0.1, 2.2, [""] * 8, "two")
-    axis.text(6.9, 1.45, "input", fontsize=8.5, color=colours["quiet"])
-    axis.text(6.9, 0.85, "weight, and the code it is kept as", fontsize=8.5, color=colours["quiet"])
+    axis.text(6.9, 1.45, "input", fontsize=8.5, color=colors["quiet"])
+    axis.text(6.9, 0.85, "weight, and the code it is kept as", fontsize=8.5, color=colors["quiet"])
     for j, weight in enumerate(weights[:, 0]):
         middle = 0.1 + 0.75 * (7 - 2 * j)
-        axis.plot([middle - 0.6, middle + 0.6], [1.95, 1.95], color=colours["two"], lw=1.6)
-        axis.text(middle, 1.45, f"4k+{j}", ha="center", fontsize=8.5, color=colours["quiet"])
-        axis.text(middle, 0.85, f"{weight:+d} as {weight + 1}" if weight else "0 as 1", ha="center", fontsize=8.5, color=colours["ink"])
+        axis.plot([middle - 0.6, middle + 0.6], [1.95, 1.95], color=colors["two"], lw=1.6)
+        axis.text(middle, 1.45, f"4k+{j}", ha="center", fontsize=8.5, color=colors["quiet"])
+        axis.text(
+            middle,
+            0.85,
+            f"{weight:+d} as {weight + 1}" if weight else "0 as 1",
+            ha="center",
+            fontsize=8.5,
+            color=colors["ink"],
+        )
     return figure
 
 
-def integer_functions(colours: Colours) -> Figure:
+def integer_functions(colors: Colors) -> Figure:
     """Softmax, GELU and the exponential by shifts, beside the real functions."""
-    figure, axes = canvas(colours, 7.2, 2.9, 3, layout="constrained")
+    figure, axes = canvas(colors, 7.2, 2.9, 3, layout="constrained")
     scale = jnp.float32(0.05)
     steps = jnp.arange(-128, 128, dtype=jnp.int32)
     x = np.asarray(steps) * float(scale)
     inverse = integer.inverse_scale(scale)
     negative = np.asarray(steps) <= 0
-    exponential = np.asarray(integer.shift_exp(steps, inverse, 15)).astype(np.float64) / (float(inverse) * 2**15)
-    axes[0].plot(x[negative], np.exp(x[negative]), color=colours["quiet"], lw=3, alpha=0.6)
-    axes[0].plot(x[negative], exponential[negative], color=colours["one"], lw=1.3)
+    exponential = np.asarray(integer.shift_exp(steps, inverse, 15)).astype(np.float64) / (
+        float(inverse) * 2**15
+    )
+    axes[0].plot(x[negative], np.exp(x[negative]), color=colors["quiet"], lw=3, alpha=0.6)
+    axes[0].plot(x[negative], exponential[negative], color=colors["one"], lw=1.3)
     axes[0].set_title("exp, shift-exp", loc="left")
     row = jnp.stack([steps, jnp.zeros_like(steps)], -1)
     out, out_scale = integer.shiftmax(row, scale)
-    axes[1].plot(x, 1 / (1 + np.exp(-x)), color=colours["quiet"], lw=3, alpha=0.6)
-    axes[1].plot(x, np.asarray(out)[:, 0] * float(out_scale[0]), color=colours["one"], lw=1.3)
+    axes[1].plot(x, 1 / (1 + np.exp(-x)), color=colors["quiet"], lw=3, alpha=0.6)
+    axes[1].plot(x, np.asarray(out)[:, 0] * float(out_scale[0]), color=colors["one"], lw=1.3)
     axes[1].set_title("softmax, Shiftmax", loc="left")
     out, out_scale = integer.shift_gelu(steps, scale)
-    axes[2].plot(x, np.asarray(jax.nn.gelu(x, approximate=False)), color=colours["quiet"], lw=3, alpha=0.6, label="real")
-    axes[2].plot(x, np.asarray(out) * float(out_scale[0]), color=colours["one"], lw=1.3, label="integers")
+    axes[2].plot(
+        x,
+        np.asarray(jax.nn.gelu(x, approximate=False)),
+        color=colors["quiet"],
+        lw=3,
+        alpha=0.6,
+        label="real",
+    )
+    axes[2].plot(
+        x, np.asarray(out) * float(out_scale[0]), color=colors["one"], lw=1.3, label="integers"
+    )
     axes[2].set_title("GELU, ShiftGELU", loc="left")
     axes[2].legend(frameon=False)
     for axis in axes:
@@ -277,9 +493,11 @@ def integer_functions(colours: Colours) -> Figure:
     return figure
 
 
-def integer_block(colours: Colours) -> Figure:
-    """One block of the integer-only ViT: every requantisation (Q) and its bits, with both kinds of MLP."""
-    figure, (axis,) = canvas(colours, 8.2, 7.3)
+def integer_block(colors: Colors) -> Figure:
+    """One block of the integer-only ViT: every requantization (Q) and its bits, with both kinds of
+    MLP.
+    """
+    figure, (axis,) = canvas(colors, 8.2, 7.3)
     bare(axis, 16.4, 14.8)
     left = [
         ("residual stream, 16 bits", "plain"),
@@ -296,42 +514,58 @@ def integer_block(colours: Colours) -> Figure:
         ("Q16  quant_proj", "one"),
         ("Q16  quant_attention  (+ residual)", "two"),
     ]
-    dense = ["up: int8 x int8 -> int32", "Q8  quant_up", "ShiftGELU -> int32", "Q8  quant_gelu", "down: int8 x int8 -> int32", "Q16  quant_down"]
+    dense = [
+        "up: int8 x int8 -> int32",
+        "Q8  quant_up",
+        "ShiftGELU -> int32",
+        "Q8  quant_gelu",
+        "down: int8 x int8 -> int32",
+        "Q16  quant_down",
+    ]
     table = ["compare: int8 > int16", "1-bit tables", "add int8 vectors -> int32"]
 
     def column(x: float, top: float, rows: list[tuple[str, str]], width: float) -> list[float]:
         places = [top - 1.06 * i for i in range(len(rows))]
-        for y, (text, colour) in zip(places, rows):
-            if colour == "plain":
-                axis.text(x, y, text, ha="center", va="center", fontsize=9, color=colours["quiet"])
+        for y, (text, color) in zip(places, rows):
+            if color == "plain":
+                axis.text(x, y, text, ha="center", va="center", fontsize=9, color=colors["quiet"])
             else:
-                box(axis, x, y, width, 0.72, text, colours, colour=colour, size=8)
+                box(axis, x, y, width, 0.72, text, colors, color=color, size=8)
         for above, below in itertools.pairwise(places):
-            arrow(axis, (x, above - 0.38), (x, below + 0.38), colours)
+            arrow(axis, (x, above - 0.38), (x, below + 0.38), colors)
         return places
 
     axis.text(3.4, 14.5, "attention", ha="center", fontsize=11)
     places = column(3.4, 13.8, left, 5.0)
     axis.text(11.3, 14.5, "MLP", ha="center", fontsize=11)
-    rows = [("residual stream, 16 bits", "plain"), ("I-LayerNorm -> int32", "fill"), ("Q8  quant_mlp_norm", "one")]
+    rows = [
+        ("residual stream, 16 bits", "plain"),
+        ("I-LayerNorm -> int32", "fill"),
+        ("Q8  quant_mlp_norm", "one"),
+    ]
     top = column(11.3, 13.8, rows, 5.0)
     first, end, half = top[-1] - 1.9, 1.08, 0.38
     for x, rows, name in ((9.1, dense, "dense"), (13.5, table, "weightless")):
-        axis.text(x, first + 0.52, name, ha="center", fontsize=9, color=colours["quiet"])
-        last = column(x, first, [(text, "one" if text.startswith("Q") else "fill") for text in rows], 4.1)[-1]
+        axis.text(x, first + 0.52, name, ha="center", fontsize=9, color=colors["quiet"])
+        last = column(
+            x, first, [(text, "one" if text.startswith("Q") else "fill") for text in rows], 4.1
+        )[-1]
         side = 0.8 if x > 11.3 else -0.8
-        arrow(axis, (11.3 + side, top[-1] - half), (x, first + 1.0), colours)
-        arrow(axis, (x, last - half), (11.3 + side, end + half), colours)
-    box(axis, 11.3, end, 5.0, 0.72, "Q16  quant_mlp  (+ residual)", colours, colour="two", size=8)
-    for side, start, finish in ((5.0, (5.3, places[0]), (5.95, places[-1])), (0, (13.2, top[0]), (13.85, end))):
+        arrow(axis, (11.3 + side, top[-1] - half), (x, first + 1.0), colors)
+        arrow(axis, (x, last - half), (11.3 + side, end + half), colors)
+    box(axis, 11.3, end, 5.0, 0.72, "Q16  quant_mlp  (+ residual)", colors, color="two", size=8)
+    for side, start, finish in (
+        (5.0, (5.3, places[0]), (5.95, places[-1])),
+        (0, (13.2, top[0]), (13.85, end)),
+    ):
         far = finish[0] + 0.5 if side else 16.0
         path = [start, (far, start[1]), (far, finish[1]), finish]
-        axis.plot(*zip(*path[:-1]), color=colours["two"], lw=1.3)
-        arrow(axis, path[-2], path[-1], colours, colour="two")
+        axis.plot(*zip(*path[:-1]), color=colors["two"], lw=1.3)
+        arrow(axis, path[-2], path[-1], colors, color="two")
     return figure
 
 
-FIGURES: dict[str, Callable[[Colours], Figure]] = {
+FIGURES: dict[str, Callable[[Colors], Figure]] = {
     "lookup": lookup,
     "gradient_of_and": gradient_of_and,
     "weightings": weightings,
@@ -347,9 +581,15 @@ def main(names: list[str]) -> None:
     """Writes NAME.svg and NAME-dark.svg for each."""
     OUT.mkdir(exist_ok=True)
     for name in names or FIGURES:
-        for suffix, colours in (("", LIGHT), ("-dark", DARK)):
-            figure = FIGURES[name](colours)
-            figure.savefig(OUT / f"{name}{suffix}.svg", transparent=True, bbox_inches="tight", pad_inches=0.08, metadata={"Date": None})
+        for suffix, colors in (("", LIGHT), ("-dark", DARK)):
+            figure = FIGURES[name](colors)
+            figure.savefig(
+                OUT / f"{name}{suffix}.svg",
+                transparent=True,
+                bbox_inches="tight",
+                pad_inches=0.08,
+                metadata={"Date": None},
+            )
             plt.close(figure)
 
 

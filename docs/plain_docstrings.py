@@ -1,4 +1,5 @@
-"""Docstrings are plain text: `2**n` is a power, not the beginning of bold type. Escapes what Markdown would take for marks.
+"""Docstrings are plain text: `2**n` is a power, not the beginning of bold type. Escapes what
+Markdown would take for marks.
 
 What is in backticks stays as it is, and so does code: lines indented by four after an empty one.
 """
@@ -9,7 +10,8 @@ from typing import Any
 
 import griffe
 
-# In order: code spans, left alone; stars, square brackets, underscores but those within names, and angle brackets, escaped.
+# In order: code spans, left alone; stars, square brackets, underscores but those within names, and
+# angle brackets, escaped.
 _MARKS = re.compile(r"(`[^`]*`)|([*\[\]]|(?<!\w)_)|(<)")
 
 
@@ -24,7 +26,13 @@ def _escaped(lines: list[str]) -> Iterator[str]:
         indented = line.startswith("    ")
         code = (indented and (code or after_empty)) or (code and not line)
         after_empty = not line
-        yield line if code else _MARKS.sub(lambda match: match[1] or (f"\\{match[2]}" if match[2] else "&lt;"), line)
+        yield (
+            line
+            if code
+            else _MARKS.sub(
+                lambda match: match[1] or (f"\\{match[2]}" if match[2] else "&lt;"), line
+            )
+        )
 
 
 class PlainDocstrings(griffe.Extension):

@@ -1,9 +1,11 @@
-"""A plain weightless classifier on scikit-learn's handwritten digits: --config=experiments/dwn_digits.py[:default][,key=value,...]
+"""A plain weightless classifier on scikit-learn's handwritten digits:
+--config=experiments/dwn_digits.py[:default][,key=value,...]
 
 Shortcuts: luts, lut_inputs, mapping, steps, seed.
 """
 
-from quweit_jax import configs, defaults
+from quweit_jax import config as configs
+from quweit_jax import defaults
 
 VARIANTS = ("default",)
 ALIASES = {
@@ -24,7 +26,16 @@ def get_config(argument: str | None = None):
     config = defaults.base_config()
     config.data.source = "digits"
     config.model = defaults.dwn_defaults()
-    config.model.update(num_luts=(500,), lut_inputs=6, mapping="learnable", thermometer="uniform", thermometer_bits=8, tau=3.3)
+    config.model.update(
+        num_luts=(500,),
+        lut_inputs=6,
+        mapping="learnable",
+        thermometer="uniform",
+        thermometer_bits=8,
+        tau=3.3,
+    )
     config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 400, 100, 100, 200
-    config.optimizer.update(learning_rate=1e-2, tables_learning_rate=1e-2, scores_learning_rate=1e-2, warmup=0, clip=0.0)
+    config.optimizer.update(
+        learning_rate=1e-2, tables_learning_rate=1e-2, scores_learning_rate=1e-2, warmup=0, clip=0.0
+    )
     return configs.apply_shortcuts(config, shortcuts, ALIASES)

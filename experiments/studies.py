@@ -1,4 +1,5 @@
-"""What the studies share: several kinds of one model, trained on the same data with the same steps and seeds, and how they compare.
+"""What the studies share: several kinds of one model, trained on the same data with the same steps
+and seeds, and how they compare.
 
 Runs go into RUNS/KIND-SEED; finished ones are read, not repeated, and interrupted ones go on.
 """
@@ -13,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from quweit_jax import cli, configs
+from quweit_jax import config as configs
+from quweit_jax.commands import cli
 from quweit_jax.training import loop, metrics, run
 
 HERE = Path(__file__).parent
@@ -21,10 +23,20 @@ HERE = Path(__file__).parent
 Results = dict[str, dict[int, dict[str, Any]]]
 
 
-def arguments(description: str | None, *, variant: str, kinds: Sequence[str], seeds: Sequence[int], runs: str, name: str) -> argparse.Namespace:
+def arguments(
+    description: str | None,
+    *,
+    variant: str,
+    kinds: Sequence[str],
+    seeds: Sequence[int],
+    runs: str,
+    name: str,
+) -> argparse.Namespace:
     """The options every study has, and `overrides`: --config.PATH=VALUE for all of its runs."""
     rest, overrides = cli.split_overrides(sys.argv[1:])
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--data_dir", help="where TFDS finds the data set")
     made.add_argument("--variant", default=variant, help="of the experiment file")
     made.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds))
@@ -38,20 +50,31 @@ def arguments(description: str | None, *, variant: str, kinds: Sequence[str], se
 
 def finish(config: configs.Config, workdir: Path) -> Path:
     """Trains a model, or goes on with it, or finds it finished."""
-    if not any(row["step"] == config.steps for row in metrics.evaluations(workdir)) and not loop.fit(config, workdir).complete:
+    if (
+        not any(row["step"] == config.steps for row in metrics.evaluations(workdir))
+        and not loop.fit(config, workdir).complete
+    ):
         raise SystemExit("stopped; the same command goes on")
     return workdir
 
 
-def conduct(args: argparse.Namespace, argument: Callable[[str], str], score: Callable[[Path, str], dict[str, Any]]) -> Results:
+def conduct(
+    args: argparse.Namespace,
+    argument: Callable[[str], str],
+    score: Callable[[Path, str], dict[str, Any]],
+) -> Results:
     """Every kind and seed, trained and scored.
 
-    argument: kind -> 'FILE.py:VARIANT,key=value' without seed and steps. score: (run directory, kind) -> what is to be known of it.
+    argument: kind -> 'FILE.py:VARIANT,key=value' without seed and steps. score: (run directory,
+    kind) -> what is to be known of it.
     """
     results: Results = {kind: {} for kind in args.kinds}
     for seed in args.seeds:
         for kind in args.kinds:
-            config = configs.load_file(f"{HERE / argument(kind)},seed={seed}" + (f",steps={args.steps}" if args.steps else ""))
+            config = configs.load_file(
+                f"{HERE / argument(kind)},seed={seed}"
+                + (f",steps={args.steps}" if args.steps else "")
+            )
             with config.unlocked():
                 config.data.data_dir, config.sample_tokens = args.data_dir, 0
             for path, text in args.overrides.items():
@@ -61,17 +84,39 @@ def conduct(args: argparse.Namespace, argument: Callable[[str], str], score: Cal
     return results
 
 
-def write(args: argparse.Namespace, results: Results, header: Sequence[str], row: Callable[[str, list[dict[str, Any]]], Sequence[str]], title: str):
-    """NAME.md, a table with a row a kind; NAME.json, everything; NAME.png, validation losses, means over seeds."""
+def write(
+    args: argparse.Namespace,
+    results: Results,
+    header: Sequence[str],
+    row: Callable[[str, list[dict[str, Any]]], Sequence[str]],
+    title: str,
+):
+    """NAME.md, a table with a row a kind; NAME.json, everything; NAME.png, validation losses, means
+    over seeds.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += ["| " + " | ".join(row(kind, list(by_seed.values()))) + " |" for kind, by_seed in results.items()]
+    lines += [
+        "| " + " | ".join(row(kind, list(by_seed.values()))) + " |"
+        for kind, by_seed in results.items()
+    ]
     (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n")
     environment = run.describe_environment()["versions"]
-    (args.out / f"{args.name}.json").write_text(json.dumps({"results": results, "environment": environment}, indent=1) + "\n")
+    (args.out / f"{args.name}.json").write_text(
+        json.dumps({"results": results, "environment": environment}, indent=1) + "\n"
+    )
     curves = {}
     for kind, by_seed in results.items():
         each = [metrics.evaluations(args.runs / f"{kind}-{s}") for s in by_seed]
-        curves[kind] = [{"step": rows[0]["step"], "split": "validation", "loss": statistics.mean(r["loss"] for r in rows)} for rows in zip(*each)]
-    metrics.plot_losses(curves, args.out / f"{args.name}.png", f"{title}, {len(args.seeds)} seed(s)", unit="nats")
+        curves[kind] = [
+            {
+                "step": rows[0]["step"],
+                "split": "validation",
+                "loss": statistics.mean(r["loss"] for r in rows),
+            }
+            for rows in zip(*each)
+        ]
+    metrics.plot_losses(
+        curves, args.out / f"{args.name}.png", f"{title}, {len(args.seeds)} seed(s)", unit="nats"
+    )
     print("\n".join(lines))

@@ -1,10 +1,13 @@
-"""Five forms of the same ViT on CIFAR-10: dense, weightless and no MLPs in floats; dense and weightless MLPs in integers.
+"""Five forms of the same ViT on CIFAR-10: dense, weightless and no MLPs in floats; dense and
+weightless MLPs in integers.
 
-    python -m experiments.vit_study --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds dense weightless ...] [--out=experiments/results]
+    python -m experiments.vit_study --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds dense
+    weightless ...] [--out=experiments/results]
 
-Same data, batches, steps and seeds. Runs go into runs/vit_cifar/KIND-SEED; finished ones are read, not repeated, and interrupted ones
-go on. Accuracy is that of the last checkpoint on all test images; integer models are also evaluated as deployed, in integers alone,
-and every image on which the two forms decide differently is listed.
+Same data, batches, steps and seeds. Runs go into runs/vit_cifar/KIND-SEED; finished ones are read,
+not repeated, and interrupted ones go on. Accuracy is that of the last checkpoint on all test
+images; integer models are also evaluated as deployed, in integers alone, and every image on which
+the two forms decide differently is listed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 
 from experiments import studies
 from quweit_jax.data import pipeline
-from quweit_jax.inference import integer, packed
+from quweit_jax.deploy import integer, packed
 from quweit_jax.training import metrics, run
 
 KINDS = {
@@ -30,7 +33,9 @@ KINDS = {
 }
 
 
-def all_logits(parts: run.Parts, variables: Any, batch_size: int = 100) -> tuple[np.ndarray, np.ndarray]:
+def all_logits(
+    parts: run.Parts, variables: Any, batch_size: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, classes) and labels (N,) of the whole validation split, in order."""
     apply = jax.jit(parts.model.apply)
     logits, labels = [], []
@@ -42,7 +47,9 @@ def all_logits(parts: run.Parts, variables: Any, batch_size: int = 100) -> tuple
 
 
 def score(workdir: Path, kind: str) -> dict[str, Any]:
-    """Accuracy of the last checkpoint on all test images, the bytes of its weights, and how the integer forms differ."""
+    """Accuracy of the last checkpoint on all test images, the bytes of its weights, and how the
+    integer forms differ.
+    """
     opened = run.open_run(workdir, step=run.read_config(workdir).steps)
     parts, variables = opened.parts, jax.device_get(opened.variables)
     logits, labels = all_logits(parts, variables)
@@ -53,7 +60,9 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
         "seconds": metrics.read_rows(workdir / "metrics.jsonl")[-1]["seconds"],
     }
     if "weightless" in kind and "integer" not in kind:
-        result["mlp_bytes"] = sum(map(packed.block_bytes, packed.pack(variables)["blocks"].values()))
+        result["mlp_bytes"] = sum(
+            map(packed.block_bytes, packed.pack(variables)["blocks"].values())
+        )
     if "integer" in kind:
         constants = integer.pack(parts.model, variables, parts.dataset.image_shape)  # type: ignore[arg-type]
         deployed, _ = all_logits(parts, constants)
@@ -92,15 +101,39 @@ def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
 
     deployed, differ = "-", "-"
     if "accuracy_deployed" in runs[0]:
-        deployed, differ = mean("accuracy_deployed"), ", ".join(str(len(r["images_decided_differently"])) for r in runs)
-    return [kind.replace("_", " + "), mean("accuracy"), deployed, differ, f"{runs[0]['parameters']:,}"]
+        deployed, differ = (
+            mean("accuracy_deployed"),
+            ", ".join(str(len(r["images_decided_differently"])) for r in runs),
+        )
+    return [
+        kind.replace("_", " + "),
+        mean("accuracy"),
+        deployed,
+        differ,
+        f"{runs[0]['parameters']:,}",
+    ]
 
 
 def main() -> None:
     """Trains what is missing, then writes table and curves."""
-    args = studies.arguments(__doc__, variant="quick", kinds=list(KINDS), seeds=[0], runs="vit_cifar", name="vit_quick_cifar10")
-    results = studies.conduct(args, lambda kind: f"vit_cifar.py:{args.variant},{KINDS[kind]}", score)
-    header = ["model", "test accuracy", "as deployed, in integers", "images decided differently", "parameters"]
+    args = studies.arguments(
+        __doc__,
+        variant="quick",
+        kinds=list(KINDS),
+        seeds=[0],
+        runs="vit_cifar",
+        name="vit_quick_cifar10",
+    )
+    results = studies.conduct(
+        args, lambda kind: f"vit_cifar.py:{args.variant},{KINDS[kind]}", score
+    )
+    header = [
+        "model",
+        "test accuracy",
+        "as deployed, in integers",
+        "images decided differently",
+        "parameters",
+    ]
     studies.write(args, results, header, row, "CIFAR-10 validation loss")
 
 

@@ -1,10 +1,13 @@
-"""Dense, weightless and no MLPs in the same GPT: same data, batches, steps and seeds. Makes the table and curves in experiments/results/.
+"""Dense, weightless and no MLPs in the same GPT: same data, batches, steps and seeds. Makes the
+table and curves in experiments/results/.
 
-    python -m experiments.weightless_vs_dense --data_dir=FOLDER [--seeds 0 1 2] [--kinds dense weightless none] [--out=experiments/results]
+    python -m experiments.weightless_vs_dense --data_dir=FOLDER [--seeds 0 1 2] [--kinds dense
+    weightless none] [--out=experiments/results]
 
-Runs go into runs/weightless_vs_dense/KIND-SEED; finished ones are read, not repeated, and interrupted ones go on. The weightless
-models are evaluated as deployed (tables at 1 bit, sums in int8 and int32), the dense ones in float32; every loss is over the whole
-validation text (nanoGPT's last 10 %).
+Runs go into runs/weightless_vs_dense/KIND-SEED; finished ones are read, not repeated, and
+interrupted ones go on. The weightless models are evaluated as deployed (tables at 1 bit, sums in
+int8 and int32), the dense ones in float32; every loss is over the whole validation text (nanoGPT's
+last 10 %).
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from typing import Any
 import jax
 
 from experiments import studies
-from quweit_jax.inference import packed
+from quweit_jax.deploy import packed
 from quweit_jax.training import loop, metrics, run, state
 
 
 def score(workdir: Path, kind: str) -> dict[str, Any]:
-    """The last checkpoint's loss on the whole validation text, as deployed, and the bytes of its MLPs."""
+    """The last checkpoint's loss on the whole validation text, as deployed, and the bytes of its
+    MLPs.
+    """
     opened = run.open_run(workdir, step=run.read_config(workdir).steps)
     apply, variables, mlp_bytes = opened.parts.model.apply, jax.device_get(opened.variables), 0
     plain = loop.evaluate(state.make_eval_step(apply), variables, opened.parts, 0)["loss"]
@@ -32,7 +37,9 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
         apply = functools.partial(packed.apply, opened.parts.model)
     elif kind == "dense":
         blocks = [v["mlp"] for k, v in variables["params"].items() if k.startswith("block_")]
-        mlp_bytes = sum(leaf.size for leaf in jax.tree.leaves(blocks))  # if every weight were one byte
+        mlp_bytes = sum(
+            leaf.size for leaf in jax.tree.leaves(blocks)
+        )  # if every weight were one byte
     loss = loop.evaluate(state.make_eval_step(apply), variables, opened.parts, 0)["loss"]
     seconds = metrics.read_rows(workdir / "metrics.jsonl")[-1]["seconds"]
     return {"loss": loss, "loss_float": plain, "mlp_bytes": mlp_bytes, "seconds": seconds}
@@ -40,17 +47,38 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
 
 def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
     """A kind's row of the table."""
-    form = {"dense": " (int8; 4x in float32)", "weightless": " (all of it: tables 1 bit, sums int8, wiring, thresholds)", "none": ""}
+    form = {
+        "dense": " (int8; 4x in float32)",
+        "weightless": " (all of it: tables 1 bit, sums int8, wiring, thresholds)",
+        "none": "",
+    }
     losses = [r["loss"] for r in runs]
-    return [kind, f"{statistics.mean(losses):.4f}", ", ".join(f"{x:.4f}" for x in losses), f"{runs[0]['mlp_bytes']:,}{form[kind]}"]
+    return [
+        kind,
+        f"{statistics.mean(losses):.4f}",
+        ", ".join(f"{x:.4f}" for x in losses),
+        f"{runs[0]['mlp_bytes']:,}{form[kind]}",
+    ]
 
 
 def main() -> None:
     """Trains what is missing, then writes table and curves."""
-    settings: dict[str, Any] = {"variant": "nanogpt_cpu", "runs": "weightless_vs_dense", "name": "nanogpt_cpu_tiny_shakespeare"}
-    args = studies.arguments(__doc__, kinds=["dense", "weightless", "none"], seeds=[0, 1, 2], **settings)
+    settings: dict[str, Any] = {
+        "variant": "nanogpt_cpu",
+        "runs": "weightless_vs_dense",
+        "name": "nanogpt_cpu_tiny_shakespeare",
+    }
+    args = studies.arguments(
+        __doc__, kinds=["dense", "weightless", "none"], seeds=[0, 1, 2], **settings
+    )
     results = studies.conduct(args, lambda kind: f"gpt_char.py:{args.variant},mlp={kind}", score)
-    studies.write(args, results, ["MLP", "validation loss, mean", "each seed", "bytes of all MLPs at inference"], row, "validation loss")
+    studies.write(
+        args,
+        results,
+        ["MLP", "validation loss, mean", "each seed", "bytes of all MLPs at inference"],
+        row,
+        "validation loss",
+    )
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
-"""Transformers without matrix multiplications, trained, compared and deployed in JAX. Start at `layers.weightless` or README.md."""
+"""Transformers without matrix multiplications, trained, compared and deployed in JAX. Start at
+`layers.weightless` or README.md.
+"""
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from quweit_jax.configs import Config
+from quweit_jax.config import Config
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.models.dwn import DWNConfig
 from quweit_jax.models.gpt import GPTConfig
@@ -51,7 +51,9 @@ def gpt_defaults() -> Config:
 
 
 def matmulfree_defaults() -> Config:
-    """`config.model` of a MatMul-free language model, complete but for the vocabulary, which the data decides."""
+    """`config.model` of a MatMul-free language model, complete but for the vocabulary, which the
+    data decides.
+    """
     return _model_defaults("matmulfree", MatMulFreeConfig(vocab_size=1), "vocab_size")
 
 

@@ -1,62 +1,8 @@
-"""python -m quweit_jax.export_model --workdir=runs/x --out=model.stablehlo [--packed] [--step=N] [--platforms=cpu,tpu,cuda]"""
+"""`python -m quweit_jax.export_model`, the same as `python -m quweit_jax export`."""
 
-from __future__ import annotations
+from quweit_jax.commands.export import console, main
 
-import functools
-from collections.abc import Sequence
-from pathlib import Path
-
-from quweit_jax import cli, configs
-from quweit_jax.errors import InputError
-
-
-def main(argv: Sequence[str]) -> int:
-    """Writes a trained run as one StableHLO file that plain JAX runs without this project."""
-    rest, overrides = cli.split_overrides(argv)
-    parser = cli.parser("export_model", "Writes a trained run as one StableHLO file, weights inside, and a description beside it.")
-    parser.add_argument("--workdir", required=True, help="the run directory")
-    parser.add_argument("--out", required=True, help="the file to write, such as model.stablehlo; model.json beside it says how to use it")
-    parser.add_argument("--packed", action="store_true", help="as deployed: 1-bit tables, int8 sums, ternary weights at 2 bits; integer models alone")
-    parser.add_argument("--step_function", action="store_true", help="of a language model one step of decoding: token, state -> logits, state")
-    parser.add_argument("--step", type=int, help="a checkpoint's step (default: the one of lowest validation loss)")
-    parser.add_argument("--platforms", default="cpu,tpu,cuda", help="what it runs on, joined by commas (default: cpu,tpu,cuda; also rocm)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    args = parser.parse_args(rest)
-    import jax
-
-    from quweit_jax.export import stablehlo
-    from quweit_jax.inference import forms, generation, packed
-    from quweit_jax.training import run
-
-    out, platforms = Path(args.out), args.platforms.split(",")
-    stablehlo.check_target(out, args.overwrite)
-    stablehlo.check({}, platforms)
-    opened = run.open_run(Path(args.workdir), args.step, overrides, data=False)
-    parts, variables = opened.parts, jax.device_get(opened.variables)
-    model, tokenizer = stablehlo.portable(parts.model), parts.tokenizer
-    if args.step_function and tokenizer is None:
-        raise InputError(f"--step_function: {args.workdir} is a run of a classifier, which decodes no tokens.")
-    if args.packed:
-        variables, _ = forms.pack(model, variables, parts.init_inputs.shape[1:])
-    apply, context = functools.partial(packed.apply, model), generation.context_of(model) if tokenizer else None
-    given = stablehlo.input_of(tokenizer, context, parts.init_inputs.shape[1:], one_step=args.step_function)
-    if args.step_function:
-        program = stablehlo.to_step_program(apply, model, variables, platforms)
-    else:
-        program = stablehlo.to_program(apply, variables, given, platforms)
-    about = stablehlo.about_data(tokenizer, parts.data_config.normalize, parts.data) | {"training_step": opened.step}
-    about |= {"form": "packed" if args.packed else "trained", "weight_bytes": stablehlo.weight_bytes(variables)}
-    about |= {"versions": run.describe_environment()["versions"], "config": configs.to_dict(parts.config)}
-    description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
-    print(f"wrote {out}: {description['bytes']:,} bytes, of which weights {about['weight_bytes']:,}; for {', '.join(platforms)}")
-    print("\n".join(description["load"]))
-    return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
+__all__ = ["console", "main"]
 
 if __name__ == "__main__":
     console()

@@ -1,4 +1,6 @@
-"""`jax.jit` for small test functions: most of a test's time is compiling, and the compiler's costly passes change no result that matters."""
+"""`jax.jit` for small test functions: most of a test's time is compiling, and the compiler's costly
+passes change no result that matters.
+"""
 
 from collections.abc import Callable
 from typing import Any

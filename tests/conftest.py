@@ -1,7 +1,7 @@
 """What the tests share: the golden files, a small text, and a run small enough to train in seconds.
 
-Tests see 8 host CPU devices, so that sharding is tested on any machine; a config must therefore say how many it takes, and
-`tiny_config` takes one.
+Tests see 8 host CPU devices, so that sharding is tested on any machine; a config must therefore say
+how many it takes, and `tiny_config` takes one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from quweit_jax import configs, defaults
+from quweit_jax import config as configs
+from quweit_jax import defaults
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -49,8 +50,13 @@ TINY = {
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What one test has compiled, the next ones (and their subprocesses) read: most of a tiny run's time is compilation."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    """What one test has compiled, the next ones (and their subprocesses) read: most of a tiny run's
+    time is compilation.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     for name, value in (settings | {"jax_persistent_cache_min_entry_size_bytes": -1}).items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
@@ -58,7 +64,9 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module")
 def compile_quickly() -> Iterator[None]:
-    """For modules that spend their time compiling: here and in the processes started from here the compiler leaves out its optimisations."""
+    """For modules that spend their time compiling: here and in the processes started from here the
+    compiler leaves out its optimizations.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -69,14 +77,20 @@ def compile_quickly() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with golden files of published models: $QUWEIT_SHARED, or `shared` beside the repository."""
+    """The folder with golden files of published models: $QUWEIT_SHARED, or `shared` beside the
+    repository.
+    """
     folder = Path(os.environ.get("QUWEIT_SHARED") or REPOSITORY.parent / "shared")
     if not folder.is_dir():
-        pytest.skip("the golden files are not there: set QUWEIT_SHARED to the folder that holds golden/")
+        pytest.skip(
+            "the golden files are not there: set QUWEIT_SHARED to the folder that holds golden/"
+        )
     return folder
 
 
-def write_text(path: Path, seed: int = 0, words: int = 800, alphabet: str = "abcdefghijklmnopqrstuvwxyz") -> Path:
+def write_text(
+    path: Path, seed: int = 0, words: int = 800, alphabet: str = "abcdefghijklmnopqrstuvwxyz"
+) -> Path:
     """A text of made-up words; the same seed gives the same text."""
     draw = random.Random(seed)
     vocabulary = ["".join(draw.choices(alphabet, k=draw.randint(2, 7))) for _ in range(60)]
@@ -98,7 +112,9 @@ def tiny_values(tiny_text: Path) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_values) -> Callable[..., Any]:
-    """`tiny_config({'model.mlp': 'dense'})`: a complete config of a tiny GPT on `tiny_text`, for `training.loop.fit`."""
+    """`tiny_config({'model.mlp': 'dense'})`: a complete config of a tiny GPT on `tiny_text`, for
+    `training.loop.fit`.
+    """
 
     def make(changes: dict[str, Any] | None = None) -> Any:
         config = defaults.base_config()
@@ -112,36 +128,57 @@ def tiny_config(tiny_values) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_arguments(tiny_values) -> Callable[..., list[str]]:
-    """`tiny_arguments({'steps': 3})`: the same run for a command line: ['--config=...:quick', '--config.steps=3', ...]."""
+    """`tiny_arguments({'steps': 3})`: the same run for a command line: ['--config=...:quick',
+    '--config.steps=3', ...].
+    """
 
     def make(changes: dict[str, Any] | None = None) -> list[str]:
         experiment = REPOSITORY / "experiments" / "gpt_char.py"
-        return [f"--config={experiment}:quick", *(f"--config.{path}={value}" for path, value in tiny_values(changes).items())]
+        return [
+            f"--config={experiment}:quick",
+            *(f"--config.{path}={value}" for path, value in tiny_values(changes).items()),
+        ]
 
     return make
 
 
 def read_checkpoint(workdir: Path, step: int | None = None) -> dict[str, Any]:
-    """A checkpoint (the newest) as it lies on disk, one array a path: 'state/params/...', and 'step', 'data' (the iterator's state)."""
+    """A checkpoint (the newest) as it lies on disk, one array a path: 'state/params/...', and
+    'step', 'data' (the iterator's state).
+    """
     from orbax.checkpoint import v1 as ocp
 
     from quweit_jax.training.sharding import path_name
 
     if step is None:
         step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    folder, here = workdir / "checkpoints" / str(step), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    folder, here = (
+        workdir / "checkpoints" / str(step),
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
     found = ocp.checkpointables_metadata(folder).metadata["state"]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found, is_leaf=lambda x: hasattr(x, "shape"))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        found,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
     saved = ocp.load_checkpointables(folder, {"state": abstract, "loop": None})
-    leaves = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path({"state": saved["state"]})}
+    leaves = {
+        path_name(p): np.asarray(x)
+        for p, x in jax.tree_util.tree_leaves_with_path({"state": saved["state"]})
+    }
     return leaves | {"step": step, "data": json.loads(saved["loop"]["json"].tobytes())["data"]}
 
 
 def assert_same_checkpoint(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Bit for bit: parameters, wiring, optimizer, average, random key, step and the data iterator's place."""
+    """Bit for bit: parameters, wiring, optimizer, average, random key, step and the data iterator's
+    place.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, np.ndarray):
-            assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), name
+            assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), (
+                name
+            )
         else:
             assert found[name] == value, name

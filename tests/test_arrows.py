@@ -9,16 +9,17 @@ import quweit_jax
 
 PACKAGE = Path(quweit_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-UPPER = ("training", "inference", "analysis", "export", "pretrained")
-# What each room may import of ours, besides itself; `data` is for whoever reads examples, but knows no model.
+UPPER = ("training", "deploy", "costs", "report", "pretrained")
+# What each room may import of ours, besides itself; `data` is for whoever reads examples, but knows
+# no model.
 BELOW = {
     "errors": set(),
-    "configs": {"errors"},
+    "config": {"errors"},
     "ops": {"errors"},
     "data": {"errors"},
     "layers": {"errors", "ops"},
     "models": {"errors", "ops", "layers"},
-    **{room: {"errors", "configs", "ops", "layers", "models", "data"} for room in UPPER},
+    **{room: {"errors", "config", "ops", "layers", "models", "data"} for room in UPPER},
 }
 
 
@@ -30,7 +31,11 @@ def room_of(module: str) -> str:
 def imported_modules(file: Path) -> set[str]:
     """Every module of ours that a file imports, wherever in the file."""
     name = "quweit_jax." + file.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
-    package = name.removesuffix(".__init__").split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    package = (
+        name.removesuffix(".__init__").split(".")
+        if file.name == "__init__.py"
+        else name.split(".")[:-1]
+    )
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -43,7 +48,10 @@ def imported_modules(file: Path) -> set[str]:
 
 
 def test_imports_are_found():
-    assert any(module.startswith("quweit_jax.ops") for module in imported_modules(PACKAGE / "layers" / "weightless.py"))
+    assert any(
+        module.startswith("quweit_jax.ops")
+        for module in imported_modules(PACKAGE / "layers" / "weightless.py")
+    )
     assert "quweit_jax.training.loop" in imported_modules(PACKAGE / "train.py")  # inside a function
 
 
@@ -52,8 +60,13 @@ def test_arrows_point_down(file):
     room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     imported = {room_of(module) for module in imported_modules(file)} - {room}
     if room in BELOW:
-        assert imported <= BELOW[room], f"{room} may import {sorted(BELOW[room])} of quweit_jax, not {sorted(imported - BELOW[room])}"
-    else:  # the command lines and what they share stand on top: no room below may import them, which the other cases check
+        assert imported <= BELOW[room], (
+            f"{room} may import {sorted(BELOW[room])} of quweit_jax, not "
+            f"{sorted(imported - BELOW[room])}"
+        )
+    # the command lines and what they share stand on top: no room below may import them, which the
+    # other cases check
+    else:
         assert file.parent == PACKAGE, f"{file}: a new room needs a line in BELOW"
 
 

@@ -1,4 +1,6 @@
-"""The notebooks as they lie in the repository; `make colabs` runs them. And that its checks find what they are for."""
+"""The notebooks as they lie in the repository; `make colabs` runs them. And that its checks find
+what they are for.
+"""
 
 import ast
 import importlib.util
@@ -16,7 +18,9 @@ NOTEBOOKS = sorted((REPOSITORY / "colabs").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def check():
-    spec = importlib.util.spec_from_file_location("colabs_check", REPOSITORY / "colabs" / "check.py")
+    spec = importlib.util.spec_from_file_location(
+        "colabs_check", REPOSITORY / "colabs" / "check.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -32,16 +36,27 @@ def source(cell):
 
 
 def test_there_are_four():
-    assert [path.stem for path in NOTEBOOKS] == ["deploy", "lm_comparison", "quickstart", "quweit_vit_cifar10"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "deploy",
+        "lm_comparison",
+        "quickstart",
+        "quweit_vit_cifar10",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_in_the_repository(path):
     cells = code_of(path)
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells), "strip the outputs"
-    assert "%pip install --quiet {QUWEIT_SOURCE}" in source(cells[0]) and 'QUWEIT_SOURCE = "' in source(cells[0])
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells), (
+        "strip the outputs"
+    )
+    assert "%pip install --quiet {QUWEIT_SOURCE}" in source(
+        cells[0]
+    ) and 'QUWEIT_SOURCE = "' in source(cells[0])
     everything = "\n".join(map(source, cells))
-    assert 'os.environ.get("QUWEIT_COLAB_SMALL") == "1"' in everything and "plt.show()" in everything
+    assert (
+        'os.environ.get("QUWEIT_COLAB_SMALL") == "1"' in everything and "plt.show()" in everything
+    )
     assert not re.search(r"""["'](/|~|\.\.)\w*""", everything), "a cell needs a path"
 
 
@@ -52,7 +67,9 @@ def test_what_a_notebook_imports_is_there(path):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("quweit_jax"):
                 for name in node.names:
                     module = importlib.import_module(node.module)
-                    assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name
+                    assert hasattr(module, name.name) or importlib.util.find_spec(
+                        f"{node.module}.{name.name}"
+                    ), name.name
 
 
 def png(draw):
@@ -71,10 +88,18 @@ def test_plots_without_anything_in_them_are_found(check):
 
 def test_faults_of_an_executed_notebook_are_found(check):
     def cell(*outputs, count=1):
-        return {"cell_type": "code", "source": ["x"], "execution_count": count, "outputs": list(outputs)}
+        return {
+            "cell_type": "code",
+            "source": ["x"],
+            "execution_count": count,
+            "outputs": list(outputs),
+        }
 
     def shown(data):
-        return {"output_type": "display_data", "data": {"image/png": check.base64.b64encode(data).decode()}}
+        return {
+            "output_type": "display_data",
+            "data": {"image/png": check.base64.b64encode(data).decode()},
+        }
 
     good, empty = shown(png(lambda axes: axes.plot([1, 2, 3]))), shown(png(lambda axes: None))
     error = {"output_type": "error", "ename": "ValueError", "evalue": "no"}

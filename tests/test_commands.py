@@ -1,10 +1,13 @@
-"""The command lines, used as a new user would: train, go on, evaluate, generate, with relative paths."""
+"""The command lines, used as a new user would: train, go on, evaluate, generate, with relative
+paths.
+"""
 
 import json
 
 import pytest
 
-from quweit_jax import configs, evaluate, generate, train
+from quweit_jax import config as configs
+from quweit_jax.commands import evaluate, generate, train
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -39,7 +42,9 @@ def test_train_ends_with_what_a_user_wants_to_know(trained, tmp_path):
     assert "sample:" in trained
     assert "python -m quweit_jax.train --workdir=runs/x --config.steps=20" in trained
     assert (tmp_path / "runs/x/plots/loss.png").read_bytes().startswith(b"\x89PNG")
-    rows = [json.loads(line) for line in (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in rows if r["split"] == "validation"] == [5, 10]
 
 
@@ -64,15 +69,41 @@ def test_generate_streams_the_same_text_for_the_same_seed(trained, capsys, tiny_
     prompt = tiny_text.read_text()[:5]
     texts = []
     for seed in (1, 1, 2):
-        assert generate.main(["--workdir=runs/x", f"--prompt={prompt}", "--max_tokens=40", f"--seed={seed}", "--top_k=5"]) == 0
+        assert (
+            generate.main(
+                [
+                    "--workdir=runs/x",
+                    f"--prompt={prompt}",
+                    "--max_tokens=40",
+                    f"--seed={seed}",
+                    "--top_k=5",
+                ]
+            )
+            == 0
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith(prompt) and len(texts[0]) == 46
 
 
-@pytest.mark.parametrize("spec", ["gpt_char.py:quick", "gpt_char.py:nanogpt_cpu,mlp=none", "gpt_char.py:nanogpt,mlp=weightless", "dwn_digits.py"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "gpt_char.py:quick",
+        "gpt_char.py:nanogpt_cpu,mlp=none",
+        "gpt_char.py:nanogpt,mlp=weightless",
+        "dwn_digits.py",
+    ],
+)
 def test_every_config_is_complete(spec):
     config = configs.load_file(str(REPOSITORY / "experiments" / spec))
     for key in ("seed", "steps", "batch_size", "eval_every", "checkpoint_every"):
         assert isinstance(config[key], int)
-    assert {"data.source", "data.name", "data.data_dir", "optimizer.learning_rate", "model.name", "mesh.data"} <= set(configs.flat(config))
+    assert {
+        "data.source",
+        "data.name",
+        "data.data_dir",
+        "optimizer.learning_rate",
+        "model.name",
+        "mesh.data",
+    } <= set(configs.flat(config))

@@ -1,11 +1,14 @@
-"""`python -m quweit_jax.costs`, as a user would: a config or a run, as text and as JSON, without any data."""
+"""`python -m quweit_jax.costs`, as a user would: a config or a run, as text and as JSON, without
+any data.
+"""
 
 import json
 
 import pytest
 
-from quweit_jax import accounts, configs
-from quweit_jax import costs as command
+from quweit_jax import config as configs
+from quweit_jax.commands import accounts
+from quweit_jax.commands import costs as command
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from tests.conftest import REPOSITORY
@@ -22,25 +25,50 @@ def ask(capsys, *arguments):
 
 def test_json_has_what_is_promised(capsys):
     found = json.loads(ask(capsys, PAPER, NOWHERE, "--json"))
-    assert {"multiplications", "additions", "lookups", "comparisons", "bytes", "energy_pj", "multiplications_replaced"} <= found.keys()
-    assert found["multiplications"]["total"] == found["multiplications"]["int8"] + found["multiplications"]["int16xint8"]
+    assert {
+        "multiplications",
+        "additions",
+        "lookups",
+        "comparisons",
+        "bytes",
+        "energy_pj",
+        "multiplications_replaced",
+    } <= found.keys()
+    assert (
+        found["multiplications"]["total"]
+        == found["multiplications"]["int8"] + found["multiplications"]["int16xint8"]
+    )
     assert found["baseline"]["multiplications"]["total"] == 1_253_493_120
     assert 0.55 < found["multiplications_replaced"] < 0.56
     assert found["lookups"] == {"total": 12 * 197 * 1536, "4": 12 * 197 * 1536}
     assert set(found["energy_pj"]) == set(found["energy_ratio"]) == {"45nm", "7nm"}
     energy = found["energy_pj"]["45nm"]
-    assert energy["total"] == pytest.approx(energy["arithmetic"] + energy["memory"]) == pytest.approx(sum(energy["by_kind"].values()))
+    assert (
+        energy["total"]
+        == pytest.approx(energy["arithmetic"] + energy["memory"])
+        == pytest.approx(sum(energy["by_kind"].values()))
+    )
     assert found["bytes"]["stored"]["total"] == found["bytes"]["inference"]["weights"]
     assert any("cifar10" in said for said in found["assumptions"]["7nm"])
 
 
 def test_text_says_what_json_says(capsys):
-    text = ask(capsys, NANOGPT, NOWHERE, "--layers", "--technology=45nm", "--lut_model=fpga", "--levels=weights=sram_1mb", "--context=128")
+    text = ask(
+        capsys,
+        NANOGPT,
+        NOWHERE,
+        "--layers",
+        "--technology=45nm",
+        "--lut_model=fpga",
+        "--levels=weights=sram_1mb",
+        "--context=128",
+    )
     found = json.loads(ask(capsys, NANOGPT, "--json", "--technology=45nm", "--context=128"))
     for said in (
         "one token at a context of 128",
         f"multiplications replaced: {found['multiplications_replaced']:.2%}",
-        f"baseline, the same model with dense MLPs: {found['baseline']['multiplications']['total']:,} multiplications",
+        "baseline, the same model with dense MLPs: "
+        f"{found['baseline']['multiplications']['total']:,} multiplications",
         "block_5/attention/qkv",
         "conditional_sum",
         "Kuon and Rose",
@@ -59,7 +87,12 @@ def test_a_run_needs_only_its_config_and_tokenizer(capsys, tmp_path, tiny_config
     found = json.loads(ask(capsys, f"--workdir={tmp_path}", "--json"))
     head = 5 * 32
     assert found["by_kind"]["head"]["multiplications"] == head
-    assert json.loads(ask(capsys, f"--workdir={tmp_path}", "--outputs=7", "--json"))["by_kind"]["head"]["multiplications"] == 7 * 32
+    assert (
+        json.loads(ask(capsys, f"--workdir={tmp_path}", "--outputs=7", "--json"))["by_kind"][
+            "head"
+        ]["multiplications"]
+        == 7 * 32
+    )
 
 
 def test_models_without_a_dense_twin(capsys):
@@ -77,7 +110,10 @@ def test_models_without_a_dense_twin(capsys):
         ([PAPER, "--levels=weights"], "level of weights"),
         ([PAPER, "--config.model.mlp=sparse"], "found 'sparse'"),
         ([NANOGPT, "--context=500"], "1 to 256 tokens, found 500"),
-        ([f"--config={REPOSITORY / 'experiments/vit_cifar.py'}:paper,dataset=flowers"], "the classes of flowers are not known"),
+        (
+            [f"--config={REPOSITORY / 'experiments/vit_cifar.py'}:paper,dataset=flowers"],
+            "the classes of flowers are not known",
+        ),
         (["--workdir=/no/such/run"], "no run in /no/such/run"),
     ],
 )
@@ -87,7 +123,9 @@ def test_mistakes_are_named(arguments, said):
 
 
 def test_memory_of_training_beside_it(capsys, monkeypatch):
-    """What is measured is tested in tests/analysis/test_memory.py; here, that it is asked for with the config's values, and shown."""
+    """What is measured is tested in tests/costs/test_memory.py; here, that it is asked for with
+    the config's values, and shown.
+    """
     asked = []
 
     def measured(config, outputs):
@@ -96,6 +134,11 @@ def test_memory_of_training_beside_it(capsys, monkeypatch):
 
     monkeypatch.setattr(accounts, "training_memory", measured)
     tiny = ["--config.model.width=12", "--outputs=7", "--memory"]
-    assert "bytes of a training step, with remat: 5,678 (parameters 1,234)" in ask(capsys, NANOGPT, *tiny)
-    assert json.loads(ask(capsys, NANOGPT, *tiny, "--json"))["training_memory"]["with remat"]["total"] == 5678
+    assert "bytes of a training step, with remat: 5,678 (parameters 1,234)" in ask(
+        capsys, NANOGPT, *tiny
+    )
+    assert (
+        json.loads(ask(capsys, NANOGPT, *tiny, "--json"))["training_memory"]["with remat"]["total"]
+        == 5678
+    )
     assert asked == 2 * [(12, 7)]

@@ -1,4 +1,6 @@
-"""What the documentation shows is true: its Python runs, its commands are taken, and its pictures are there in both schemes."""
+"""What the documentation shows is true: its Python runs, its commands are taken, and its pictures
+are there in both schemes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quweit_jax import cli, configs
+from quweit_jax import config as configs
+from quweit_jax.commands import cli
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -16,13 +19,19 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "api")
 # A fenced block and the line above it, where a reason may stand for not running it.
-_BLOCK = re.compile(r"^(?P<above>[^\n]*)\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^(?P<above>[^\n]*)\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a page that are meant to be run."""
     found = _BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [match["code"] for match in found if match["language"] == language and not match["above"].startswith("<!-- not run: ")]
+    return [
+        match["code"]
+        for match in found
+        if match["language"] == language and not match["above"].startswith("<!-- not run: ")
+    ]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -40,7 +49,9 @@ def test_blocks_are_found():
     assert len([call for page in PAGES for call in commands(page)]) > 20
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
+)
 def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page, one after another, as a reader would."""
     monkeypatch.chdir(tmp_path)
@@ -48,16 +59,25 @@ def test_python_runs(page, tmp_path, monkeypatch):
     exec(compile(code, str(page), "exec"), {"__name__": "docs"})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem
+)
 def test_commands_are_taken(page, monkeypatch):
-    """Each names a command and options that are there; its config is made, with its shortcuts and overrides."""
+    """Each names a command and options that are there; its config is made, with its shortcuts and
+    overrides.
+    """
     monkeypatch.chdir(REPOSITORY)
     for name, *arguments in commands(page):
         source = (REPOSITORY / "quweit_jax" / f"{name}.py").read_text(encoding="utf-8")
         rest, overrides = cli.split_overrides(arguments)
-        for argument in (argument.partition("=")[0] for argument in rest if argument.startswith("--")):
+        for argument in (
+            argument.partition("=")[0] for argument in rest if argument.startswith("--")
+        ):
             assert f'"{argument}"' in source, f"{page.name}: {name} has no {argument}"
-        spec = next((argument.partition("=")[2] for argument in rest if argument.startswith("--config=")), None)
+        spec = next(
+            (argument.partition("=")[2] for argument in rest if argument.startswith("--config=")),
+            None,
+        )
         config = configs.load_file(spec or "experiments/gpt_char.py:quick")
         for path, value in overrides.items():
             configs.set_value(config, path, value)
@@ -65,17 +85,35 @@ def test_commands_are_taken(page, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pictures_have_both_schemes(page):
-    for path, scheme in re.findall(r"\]\(([^)]*\.svg)#only-(light|dark)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / path).is_file() and path.endswith("-dark.svg") == (scheme == "dark"), path
-        other = path.replace("-dark.svg", ".svg") if scheme == "dark" else path.replace(".svg", "-dark.svg")
+    for path, scheme in re.findall(
+        r"\]\(([^)]*\.svg)#only-(light|dark)\)", page.read_text(encoding="utf-8")
+    ):
+        assert (page.parent / path).is_file() and path.endswith("-dark.svg") == (
+            scheme == "dark"
+        ), path
+        other = (
+            path.replace("-dark.svg", ".svg")
+            if scheme == "dark"
+            else path.replace(".svg", "-dark.svg")
+        )
         assert other in page.read_text(encoding="utf-8")
 
 
 def test_every_module_is_in_the_reference():
     modules = {
-        "quweit_jax." + file.relative_to(REPOSITORY / "quweit_jax").with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        "quweit_jax."
+        + file.relative_to(REPOSITORY / "quweit_jax")
+        .with_suffix("")
+        .as_posix()
+        .replace("/", ".")
+        .removesuffix(".__init__")
         for file in (REPOSITORY / "quweit_jax").rglob("*.py")
-        if file.name != "__init__.py" or re.search(r"^def ", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if file.name != "__init__.py"
+        or re.search(r"^def ", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    listed = [name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)]
+    listed = [
+        name
+        for page in (DOCS / "api").glob("*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
     assert sorted(listed) == sorted(modules), "docs/api lists each module once"

@@ -1,4 +1,6 @@
-"""The studies' own command: trains what is missing, finds what is finished, and writes table, figures and curves."""
+"""The studies' own command: trains what is missing, finds what is finished, and writes table,
+figures and curves.
+"""
 
 import json
 import sys
@@ -37,7 +39,12 @@ def test_study_writes_its_results_and_reads_finished_runs(monkeypatch, tmp_path,
     study(monkeypatch, tmp_path)
     table = (tmp_path / "out" / "tiny.md").read_text().splitlines()
     results = json.loads((tmp_path / "out" / "tiny.json").read_text())["results"]["none"]
-    assert len(table) == 3 and table[2].startswith("| none |") and set(results) == {"0", "1"} and results["0"] != results["1"]
+    assert (
+        len(table) == 3
+        and table[2].startswith("| none |")
+        and set(results) == {"0", "1"}
+        and results["0"] != results["1"]
+    )
     assert f"{results['0']['loss']:.4f}, {results['1']['loss']:.4f}" in table[2]
     assert (tmp_path / "out" / "tiny.png").stat().st_size > 1000
     capsys.readouterr()
@@ -48,15 +55,47 @@ def test_study_writes_its_results_and_reads_finished_runs(monkeypatch, tmp_path,
 
 
 def test_language_models_are_compared_as_deployed_and_take_turns(monkeypatch, tmp_path, tiny_text):
-    model = ["--config.model.width=16", "--config.model.layers=1", "--config.model.context=16", "--config.model.weightless.num_luts=16"]
-    data = ["--config.data.source=text_file", f"--config.data.path={tiny_text}", "--config.data.validation_split=", "--config.mesh.data=1"]
-    sizes = ["--config.batch_size=4", "--config.eval_batches=1", "--config.checkpoint_every=1", "--config.eval_every=1", "--steps=1"]
-    folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--name", "tiny", "--kinds", "quweit", "matmulfree"]
+    model = [
+        "--config.model.width=16",
+        "--config.model.layers=1",
+        "--config.model.context=16",
+        "--config.model.weightless.num_luts=16",
+    ]
+    data = [
+        "--config.data.source=text_file",
+        f"--config.data.path={tiny_text}",
+        "--config.data.validation_split=",
+        "--config.mesh.data=1",
+    ]
+    sizes = [
+        "--config.batch_size=4",
+        "--config.eval_batches=1",
+        "--config.checkpoint_every=1",
+        "--config.eval_every=1",
+        "--steps=1",
+    ]
+    folders = [
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path),
+        "--name",
+        "tiny",
+        "--kinds",
+        "quweit",
+        "matmulfree",
+    ]
     monkeypatch.setattr(sys, "argv", ["study", *model, *data, *sizes, *folders])
     compare_lm.main()
-    results = {kind: by_seed["0"] for kind, by_seed in json.loads((tmp_path / "tiny.json").read_text())["results"].items()}
+    results = {
+        kind: by_seed["0"]
+        for kind, by_seed in json.loads((tmp_path / "tiny.json").read_text())["results"].items()
+    }
     for result in results.values():
-        assert abs(result["loss"] - result["loss_float"]) < 1e-3 and result["bytes_deployed"] < 4 * result["parameters"]
+        assert (
+            abs(result["loss"] - result["loss_float"]) < 1e-3
+            and result["bytes_deployed"] < 4 * result["parameters"]
+        )
         assert result["training_tokens_per_second"] > 0
     assert results["quweit"]["training_speed_of_the_first_kind"] == 1.0
     assert len((tmp_path / "tiny.md").read_text().splitlines()) == 4

@@ -1,4 +1,6 @@
-"""Vision runs from the command line, on a folder of made-up images: train, go on, evaluate, deploy, fine-tune, compile."""
+"""Vision runs from the command line, on a folder of made-up images: train, go on, evaluate, deploy,
+fine-tune, compile.
+"""
 
 import json
 import shutil
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quweit_jax import evaluate, train
+from quweit_jax.commands import evaluate, train
 from quweit_jax.errors import InputError
 from quweit_jax.training import loop, run
 from tests.conftest import REPOSITORY, assert_same_checkpoint, read_checkpoint
@@ -37,7 +39,8 @@ TINY = [
     "--config.data.augment.label_smoothing=0.1",
     "--config.data.augment.erasing=0.25",
 ]
-# Everything of a configuration (pixels, width, augmentation, dtype, rates) but its depth and batches.
+# Everything of a configuration (pixels, width, augmentation, dtype, rates) but its depth and
+# batches.
 SHALLOW = [
     "--config.model.depth=1",
     "--config.batch_size=2",
@@ -49,18 +52,22 @@ SHALLOW = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """60 noisy images of three colours, two fifths of each class for validation."""
+    """60 noisy images of three colors, two fifths of each class for validation."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, colour in CLASSES.items():
+    for name, color in CLASSES.items():
         for split, count in (("train", 12), ("validation", 8)):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(np.asarray(colour) + rng.normal(0, 40, (8, 8, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(np.asarray(color) + rng.normal(0, 40, (8, 8, 3)), 0, 255).astype(
+                    np.uint8
+                )
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     return root
 
 
-def arguments(folder, workdir, *extra, variant="quick,mlp=weightless,integer=True,steps=8", size=TINY):
+def arguments(
+    folder, workdir, *extra, variant="quick,mlp=weightless,integer=True,steps=8", size=TINY
+):
     return [
         f"--config={REPOSITORY / 'experiments' / 'vit_cifar.py'}:{variant}",
         f"--workdir={workdir}",
@@ -91,10 +98,16 @@ def test_ranges_are_trained_and_saved(trained):
 
 
 def test_interrupted_run_goes_on_to_the_same_bits(folder, trained, tmp_path):
-    assert train.main(arguments(folder, tmp_path / "cut", variant="quick,mlp=weightless,integer=True,steps=4")) == 0
+    assert (
+        train.main(
+            arguments(folder, tmp_path / "cut", variant="quick,mlp=weightless,integer=True,steps=4")
+        )
+        == 0
+    )
     early = read_checkpoint(trained, 4)
     assert early["step"] == 4
-    # Steps decide the schedule, so the cut run is begun anew with all of them and stopped by an exception at step 6.
+    # Steps decide the schedule, so the cut run is begun anew with all of them and stopped by an
+    # exception at step 6.
     config = run.read_config(trained)
 
     class Cut(Exception):
@@ -114,12 +127,16 @@ def test_reloaded_accuracy_is_the_same_to_the_last_image(trained, capsys):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["split"] == "validation"][-1]
     found = score(capsys, f"--workdir={trained}", "--step=8")
-    assert found["accuracy"] == last["accuracy"] and found["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert found["accuracy"] == last["accuracy"] and found["loss"] == pytest.approx(
+        last["loss"], rel=1e-6
+    )
     assert found["count"] == 24
 
 
 def test_deployed_form_decides_the_same(trained, capsys):
-    plain, deployed = (score(capsys, f"--workdir={trained}", "--step=8", *extra) for extra in ((), ("--packed",)))
+    plain, deployed = (
+        score(capsys, f"--workdir={trained}", "--step=8", *extra) for extra in ((), ("--packed",))
+    )
     assert deployed["form"] == "integer" and deployed["accuracy"] == plain["accuracy"]
     assert 0 < deployed["model_bytes"] < 20_000
 
@@ -127,8 +144,18 @@ def test_deployed_form_decides_the_same(trained, capsys):
 def test_fine_tuning_from_a_float_run(folder, trained, tmp_path, capsys):
     assert train.main(arguments(folder, tmp_path / "float", variant="quick,mlp=dense,steps=4")) == 0
     capsys.readouterr()
-    tune = arguments(folder, tmp_path / "tuned", f"--config.init_from={tmp_path / 'float'}", variant="quick,mlp=dense,integer=True,steps=1")
-    assert train.main([*tune, "--config.optimizer.learning_rate=1e-12", "--config.optimizer.weight_decay=0"]) == 0
+    tune = arguments(
+        folder,
+        tmp_path / "tuned",
+        f"--config.init_from={tmp_path / 'float'}",
+        variant="quick,mlp=dense,integer=True,steps=1",
+    )
+    assert (
+        train.main(
+            [*tune, "--config.optimizer.learning_rate=1e-12", "--config.optimizer.weight_decay=0"]
+        )
+        == 0
+    )
     assert "init_from:" in capsys.readouterr().out
     before, after = read_checkpoint(tmp_path / "float"), read_checkpoint(tmp_path / "tuned")
     for name in before:
@@ -149,7 +176,14 @@ def test_a_run_goes_on_without_its_source(folder, tmp_path):
     """What a run began from is only needed to begin it."""
     source, workdir = tmp_path / "source", tmp_path / "run"
     assert train.main(arguments(folder, source, variant="quick,mlp=none,steps=1")) == 0
-    assert train.main(arguments(folder, workdir, f"--config.init_from={source}", variant="quick,mlp=none,steps=1")) == 0
+    assert (
+        train.main(
+            arguments(
+                folder, workdir, f"--config.init_from={source}", variant="quick,mlp=none,steps=1"
+            )
+        )
+        == 0
+    )
     shutil.rmtree(source)
     assert train.main(["--workdir", str(workdir), "--config.steps=2"]) == 0
     assert loop.fit(run.read_config(workdir), workdir).step == 2
@@ -183,7 +217,15 @@ def test_bad_images_are_named_or_skipped(folder, tmp_path, capsys):
     with pytest.raises(InputError, match=r"red.3\.png.*skip_bad=True"):
         train.main(arguments(damaged, tmp_path / "run", variant="quick,mlp=none,steps=4"))
     capsys.readouterr()
-    assert train.main([*arguments(damaged, tmp_path / "kept", variant="quick,mlp=none,steps=4"), "--config.data.skip_bad=True"]) == 0
+    assert (
+        train.main(
+            [
+                *arguments(damaged, tmp_path / "kept", variant="quick,mlp=none,steps=4"),
+                "--config.data.skip_bad=True",
+            ]
+        )
+        == 0
+    )
     assert "left out" in capsys.readouterr().out
     assert score(capsys, f"--workdir={tmp_path / 'kept'}")["count"] == 23
 

@@ -1,9 +1,12 @@
-"""Random changes of training images: crops, flips, RandAugment and erasing; each a function of an image and a NumPy generator.
+"""Random changes of training images: crops, flips, RandAugment and erasing; each a function of an
+image and a NumPy generator.
 
-Pillow does the pixel work. torchvision would bring PyTorch, Keras's layers TensorFlow; albumentations' successor is under the AGPL, imgaug and
-dm-pix are no longer kept up. Images are uint8 arrays (H, W, C) until they are normalised.
+Pillow does the pixel work. torchvision would bring PyTorch, Keras's layers TensorFlow;
+albumentations' successor is under the AGPL, imgaug and dm-pix are no longer kept up. Images are
+uint8 arrays (H, W, C) until they are normalized.
 
-RandAugment: Cubuk et al. 2020, with the operations and strengths of timm's 'rand-mM-inc1', which DeiT trains with. Random erasing:
+RandAugment: Cubuk et al. 2020, with the operations and strengths of timm's 'rand-mM-inc1', which
+  DeiT trains with. Random erasing:
 Zhong et al. 2020. Random resized crop: Szegedy et al. 2015.
 """
 
@@ -29,8 +32,18 @@ _APPLIED = 0.5  # how often RandAugment applies an operation that it has drawn
 _MAX_MAGNITUDE = 10
 
 
-def check_number(what: str, value: object, low: float, high: float = math.inf, *, whole: bool = False, above: bool = False) -> None:
-    """Raises InputError unless `value` is a (whole) number from `low` (with `above`: more than `low`) to `high`."""
+def check_number(
+    what: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    above: bool = False,
+) -> None:
+    """Raises InputError unless `value` is a (whole) number from `low` (with `above`: more than
+    `low`) to `high`.
+    """
     right_kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if right_kind and (low < value if above else low <= value) and value <= high:  # type: ignore[operator]
         return
@@ -52,13 +65,17 @@ def check_flag(what: str, value: object) -> None:
 class AugmentConfig:
     """How training images are varied.
 
-    crop: 'none' (the evaluation's view), 'pad' (the evaluation's view with `pad` black pixels around it, cut out at random) or 'resized'
-    (a random part of the image, `crop_scale` to 1 of its area and 3/4 to 4/3 wide to high, resized). flip: left to right, every second time.
-    randaugment_layers: operations drawn for each image, 0 for none; randaugment_magnitude: 0 to 10; randaugment_std: the magnitude's
-    standard deviation from one operation to the next. erasing: how often a rectangle of the normalised image becomes standard normal noise.
+    crop: 'none' (the evaluation's view), 'pad' (the evaluation's view with `pad` black pixels
+    around it, cut out at random) or 'resized' (a random part of the image, `crop_scale` to 1 of its
+    area and 3/4 to 4/3 wide to high, resized). flip: left to right, every second time.
+    randaugment_layers: operations drawn for each image, 0 for none; randaugment_magnitude: 0 to 10;
+      randaugment_std: the magnitude's
+    standard deviation from one operation to the next. erasing: how often a rectangle of the
+      normalized image becomes standard normal noise.
 
-    The train step mixes whole batches: mixup and cutmix are the parameters of their Beta distributions, 0 for off; mix_probability:
-    how often a batch is mixed; mix_switch: how often by cutmix when both are on; label_smoothing: the share spread over all classes.
+    The train step mixes whole batches: mixup and cutmix are the parameters of their Beta
+    distributions, 0 for off; mix_probability: how often a batch is mixed; mix_switch: how often by
+    cutmix when both are on; label_smoothing: the share spread over all classes.
     """
 
     crop: str = "none"
@@ -81,7 +98,13 @@ class AugmentConfig:
         check_number("data.augment.crop_scale", self.crop_scale, 0, 1, above=True)
         check_flag("data.augment.flip", self.flip)
         check_number("data.augment.randaugment_layers", self.randaugment_layers, 0, whole=True)
-        check_number("data.augment.randaugment_magnitude", self.randaugment_magnitude, 0, _MAX_MAGNITUDE, whole=True)
+        check_number(
+            "data.augment.randaugment_magnitude",
+            self.randaugment_magnitude,
+            0,
+            _MAX_MAGNITUDE,
+            whole=True,
+        )
         check_number("data.augment.mixup", self.mixup, 0)
         check_number("data.augment.cutmix", self.cutmix, 0)
         check_number("data.augment.randaugment_std", self.randaugment_std, 0)
@@ -101,7 +124,9 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def pad_crop(pixels: np.ndarray, pad: int, rng: np.random.Generator) -> np.ndarray:
-    """`pixels` (H, W, C) moved by up to `pad` pixels each way at random; what comes in from outside is black."""
+    """`pixels` (H, W, C) moved by up to `pad` pixels each way at random; what comes in from outside
+    is black.
+    """
     if not pad:
         return pixels
     height, width, channels = pixels.shape
@@ -112,9 +137,15 @@ def pad_crop(pixels: np.ndarray, pad: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _rectangle(
-    height: int, width: int, share: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+    height: int,
+    width: int,
+    share: tuple[float, float],
+    aspect: tuple[float, float],
+    rng: np.random.Generator,
 ) -> tuple[int, int, int, int] | None:
-    """(top, left, height, width) of a random part of an area: its share uniform, its aspect uniform in the logarithm; None if none fitted."""
+    """(top, left, height, width) of a random part of an area: its share uniform, its aspect uniform
+    in the logarithm; None if none fitted.
+    """
     for _ in range(_ATTEMPTS):
         area = height * width * rng.uniform(*share)
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -124,8 +155,12 @@ def _rectangle(
     return None
 
 
-def resized_crop(pixels: np.ndarray, size: tuple[int, int], crop_scale: float, rng: np.random.Generator) -> np.ndarray:
-    """A random part of `pixels`, resized (bicubic) to `size` (height, width); of very long images that no part fitted, the middle."""
+def resized_crop(
+    pixels: np.ndarray, size: tuple[int, int], crop_scale: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A random part of `pixels`, resized (bicubic) to `size` (height, width); of very long images
+    that no part fitted, the middle.
+    """
     height, width = pixels.shape[:2]
     part = _rectangle(height, width, (crop_scale, 1.0), _ASPECT, rng)
     if part is None:
@@ -142,16 +177,32 @@ def erase(inputs: np.ndarray, rng: np.random.Generator) -> None:
     part = _rectangle(inputs.shape[0], inputs.shape[1], _ERASED_SHARE, _ERASED_ASPECT, rng)
     if part is not None:
         top, left, h, w = part
-        inputs[top : top + h, left : left + w] = rng.standard_normal((h, w, inputs.shape[2]), np.float32)
+        inputs[top : top + h, left : left + w] = rng.standard_normal(
+            (h, w, inputs.shape[2]), np.float32
+        )
 
 
-def _warp(image: Image.Image, fill: Fill, *, x: tuple[float, float, float] = (1, 0, 0), y: tuple[float, float, float] = (0, 1, 0)) -> Image.Image:
-    """Each pixel taken from (x0 column + x1 row + x2, y0 column + y1 row + y2); `fill` from outside."""
-    return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), Image.Resampling.BICUBIC, fillcolor=fill)
+def _warp(
+    image: Image.Image,
+    fill: Fill,
+    *,
+    x: tuple[float, float, float] = (1, 0, 0),
+    y: tuple[float, float, float] = (0, 1, 0),
+) -> Image.Image:
+    """Each pixel taken from (x0 column + x1 row + x2, y0 column + y1 row + y2); `fill` from
+    outside.
+    """
+    return image.transform(
+        image.size, Image.Transform.AFFINE, (*x, *y), Image.Resampling.BICUBIC, fillcolor=fill
+    )
 
 
-def _enhanced(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable[[Image.Image, float, Fill], Image.Image]:
-    """An operation that takes away (0.1 of it is left at -1) or adds (1.9 of it at 1) what Pillow's enhancer controls."""
+def _enhanced(
+    enhancer: Callable[[Image.Image], ImageEnhance._Enhance],
+) -> Callable[[Image.Image, float, Fill], Image.Image]:
+    """An operation that takes away (0.1 of it is left at -1) or adds (1.9 of it at 1) what Pillow's
+    enhancer controls.
+    """
     return lambda image, strength, fill: enhancer(image).enhance(1 + 0.9 * strength)
 
 
@@ -165,15 +216,20 @@ def _solarize_add(image: Image.Image, strength: float, fill: Fill) -> Image.Imag
     return image.point([v + add if v < 128 else v for v in range(256)] * len(image.getbands()))
 
 
-# RandAugment's operations: (image, strength, fill) -> image of the same size and mode. The strength is the magnitude divided by 10, with a
-# random sign; operations that know no direction look at its absolute value only, the first three not at all.
+# RandAugment's operations: (image, strength, fill) -> image of the same size and mode. The strength
+# is the magnitude divided by 10, with a random sign; operations that know no direction look at its
+# absolute value only, the first three not at all.
 OPERATIONS: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
     "auto_contrast": lambda image, strength, fill: ImageOps.autocontrast(image),
     "equalize": lambda image, strength, fill: ImageOps.equalize(image),
     "invert": lambda image, strength, fill: ImageOps.invert(image),
-    "rotate": lambda image, strength, fill: image.rotate(30 * strength, Image.Resampling.BICUBIC, fillcolor=fill),
+    "rotate": lambda image, strength, fill: image.rotate(
+        30 * strength, Image.Resampling.BICUBIC, fillcolor=fill
+    ),
     "posterize": _posterize,
-    "solarize": lambda image, strength, fill: ImageOps.solarize(image, 256 - int(256 * abs(strength))),
+    "solarize": lambda image, strength, fill: ImageOps.solarize(
+        image, 256 - int(256 * abs(strength))
+    ),
     "solarize_add": _solarize_add,
     "color": _enhanced(ImageEnhance.Color),
     "contrast": _enhanced(ImageEnhance.Contrast),
@@ -181,20 +237,32 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
     "sharpness": _enhanced(ImageEnhance.Sharpness),
     "shear_x": lambda image, strength, fill: _warp(image, fill, x=(1, 0.3 * strength, 0)),
     "shear_y": lambda image, strength, fill: _warp(image, fill, y=(0.3 * strength, 1, 0)),
-    "translate_x": lambda image, strength, fill: _warp(image, fill, x=(1, 0, 0.45 * strength * image.width)),
-    "translate_y": lambda image, strength, fill: _warp(image, fill, y=(0, 1, 0.45 * strength * image.height)),
+    "translate_x": lambda image, strength, fill: _warp(
+        image, fill, x=(1, 0, 0.45 * strength * image.width)
+    ),
+    "translate_y": lambda image, strength, fill: _warp(
+        image, fill, y=(0, 1, 0.45 * strength * image.height)
+    ),
 }
 _NAMES = tuple(OPERATIONS)
 
 
-def rand_augment(pixels: np.ndarray, config: AugmentConfig, fill: Fill, rng: np.random.Generator) -> np.ndarray:
-    """`pixels` (H, W, 1 or 3) after `randaugment_layers` operations drawn with replacement, each applied every second time."""
+def rand_augment(
+    pixels: np.ndarray, config: AugmentConfig, fill: Fill, rng: np.random.Generator
+) -> np.ndarray:
+    """`pixels` (H, W, 1 or 3) after `randaugment_layers` operations drawn with replacement, each
+    applied every second time.
+    """
     image = None  # Pillow's view is made when the first operation is applied
     for _ in range(config.randaugment_layers):
         which, applied, sign = rng.random(3)
         magnitude = rng.normal(config.randaugment_magnitude, config.randaugment_std)
         if applied >= _APPLIED:
             continue
-        strength = min(max(magnitude, 0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE * (1 if sign < 0.5 else -1)
-        image = OPERATIONS[_NAMES[int(which * len(_NAMES))]](from_pixels(pixels) if image is None else image, strength, fill)
+        strength = (
+            min(max(magnitude, 0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE * (1 if sign < 0.5 else -1)
+        )
+        image = OPERATIONS[_NAMES[int(which * len(_NAMES))]](
+            from_pixels(pixels) if image is None else image, strength, fill
+        )
     return pixels if image is None else to_pixels(image)

@@ -1,12 +1,15 @@
-"""Sets of many documents as endless streams of tokens cut into windows; no document is read before it is needed.
+"""Sets of many documents as endless streams of tokens cut into windows; no document is read before
+it is needed.
 
-A stream is: separator, document, separator, document, ... The separator is the tokenizer's end of text or else a line end, so that
-each document ends with it and the next one is begun from it. Windows lie end to end and the targets are the stream one token later:
-every token of the stream is a target once.
+A stream is: separator, document, separator, document, ... The separator is the tokenizer's end of
+text or else a line end, so that each document ends with it and the next one is begun from it.
+Windows lie end to end and the targets are the stream one token later: every token of the stream is
+a target once.
 
-Each row of the global batch reads a stream of its own: row r of B takes the documents r, r + B, r + 2 B, ... of the drawn order. A long
-document therefore fills one row of many batches, not many rows of one; and any number of processes, each reading the documents of its
-own rows, make the same global batches and go on from the same state.
+Each row of the global batch reads a stream of its own: row r of B takes the documents r, r + B, r +
+2 B, ... of the drawn order. A long document therefore fills one row of many batches, not many rows
+of one; and any number of processes, each reading the documents of its own rows, make the same
+global batches and go on from the same state.
 
 Dimensions: N documents, B rows of the global batch, T context.
 """
@@ -28,7 +31,8 @@ from quweit_jax.errors import InputError
 
 _SUFFIXES = (".txt", ".jsonl")
 VALIDATION_FOLDERS = ("validation", "val", "test")
-# What a tokenizer is trained on where data.limit_bytes sets no limit; more text hardly changes its pieces.
+# What a tokenizer is trained on where data.limit_bytes sets no limit; more text hardly changes its
+# pieces.
 _TOKENIZER_BYTES = 20_000_000
 _FINGERPRINTED = 4
 
@@ -55,7 +59,9 @@ class DocumentSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DocumentSplits:
-    """Documents to train on and to validate on; without the latter, the last ones of the former are held out."""
+    """Documents to train on and to validate on; without the latter, the last ones of the former are
+    held out.
+    """
 
     train: DocumentSource
     validation: DocumentSource | None
@@ -72,13 +78,18 @@ class TFDSDocuments:
         self.place = f"{name}, split {split}"
         self._identity = f"{builder.info.full_name}, split {split}"
         if not sum(builder.info.splits[part].num_examples for part in split.split("+")):
-            raise InputError(f"data.name: expected documents in {self.place}, found none; use another set or split.")
+            raise InputError(
+                f"data.name: expected documents in {self.place}, found none; use another set or "
+                "split."
+            )
         try:
             self.records = builder.as_data_source(split=split)
         except NotImplementedError:
             raise InputError(
-                f"data.name: expected {name} as array_record files, found another format in {builder.data_dir}; add them with "
-                f"tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record."
+                f"data.name: expected {name} as array_record files, found another format in "
+                f"{builder.data_dir}; add them with "
+                f"tfds convert_format --dataset_version_dir={builder.data_dir} "
+                "--out_file_format=array_record."
             ) from None
 
     def __len__(self) -> int:
@@ -96,7 +107,8 @@ class TFDSDocuments:
 
 
 class FolderDocuments:
-    """A folder's .txt files (a document each) and .jsonl files (a document a line, {"text": ...}), in the order of their paths.
+    """A folder's .txt files (a document each) and .jsonl files (a document a line, {"text": ...}),
+    in the order of their paths.
 
     Raises:
       InputError: there are none; a line is not JSON with a text (when it is read).
@@ -105,10 +117,16 @@ class FolderDocuments:
     def __init__(self, root: Path):
         self.place, self._root = str(root), root
         self._files = sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-        self._starts = [np.asarray([0] if path.suffix == ".txt" else list(_line_starts(path)), np.int64) for path in self._files]
+        self._starts = [
+            np.asarray([0] if path.suffix == ".txt" else list(_line_starts(path)), np.int64)
+            for path in self._files
+        ]
         self._ends = np.cumsum([len(starts) for starts in self._starts])
         if not len(self):
-            raise InputError(f"data.path: expected documents (files ending in {' or '.join(_SUFFIXES)}) in {root}, found none; check the folder.")
+            raise InputError(
+                f"data.path: expected documents (files ending in {' or '.join(_SUFFIXES)}) in "
+                f"{root}, found none; check the folder."
+            )
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -135,7 +153,10 @@ class FolderDocuments:
 
     def identity(self) -> str:
         """See DocumentSource."""
-        return "\n".join(f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}" for path in self._files)
+        return "\n".join(
+            f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}"
+            for path in self._files
+        )
 
 
 def _line_starts(path: Path) -> Iterator[int]:
@@ -149,22 +170,41 @@ def _line_starts(path: Path) -> Iterator[int]:
 
 
 def document_folder(path: str, validation: str = "") -> DocumentSplits:
-    """Documents of a folder: FOLDER/train beside FOLDER/validation (or val, or test), or FOLDER alone."""
+    """Documents of a folder: FOLDER/train beside FOLDER/validation (or val, or test), or FOLDER
+    alone.
+    """
     root = Path(path).expanduser()
     if not path or not root.is_dir():
-        raise InputError(f"data.path: expected a folder of documents for data.source=document_folder, found {path or 'nothing'!r}; check the path.")
+        raise InputError(
+            "data.path: expected a folder of documents for data.source=document_folder, found "
+            f"{path or 'nothing'!r}; check the path."
+        )
     if not (root / "train").is_dir():
         if validation:
-            raise InputError(f"data.validation_split: {root} has no folder 'train' beside '{validation}'; give it one, or leave the split out.")
+            raise InputError(
+                f"data.validation_split: {root} has no folder 'train' beside '{validation}'; give "
+                "it one, or leave the split out."
+            )
         return DocumentSplits(FolderDocuments(root), None)
-    beside = [name for name in ([validation] if validation else VALIDATION_FOLDERS) if (root / name).is_dir()]
+    beside = [
+        name
+        for name in ([validation] if validation else VALIDATION_FOLDERS)
+        if (root / name).is_dir()
+    ]
     if validation and not beside:
-        raise InputError(f"data.validation_split: no folder '{validation}' in {root}; leave it out for {', '.join(VALIDATION_FOLDERS)}.")
-    return DocumentSplits(FolderDocuments(root / "train"), FolderDocuments(root / beside[0]) if beside else None)
+        raise InputError(
+            f"data.validation_split: no folder '{validation}' in {root}; leave it out for "
+            f"{', '.join(VALIDATION_FOLDERS)}."
+        )
+    return DocumentSplits(
+        FolderDocuments(root / "train"), FolderDocuments(root / beside[0]) if beside else None
+    )
 
 
 def first_text(source: DocumentSource, limit_bytes: int) -> str:
-    """The first documents, a line end between them, up to `limit_bytes` bytes (0: 20 MB); to train a tokenizer on."""
+    """The first documents, a line end between them, up to `limit_bytes` bytes (0: 20 MB); to train
+    a tokenizer on.
+    """
     pieces, left = [], limit_bytes or _TOKENIZER_BYTES
     for index in range(len(source)):
         pieces.append(source.read(index).encode("utf-8")[:left].decode("utf-8", errors="ignore"))
@@ -175,27 +215,44 @@ def first_text(source: DocumentSource, limit_bytes: int) -> str:
 
 
 def separator(tokenizer: Tokenizer) -> np.ndarray:
-    """What stands between documents, at least one token: the end of text, or the tokens of a line end."""
-    tokens = np.asarray([tokenizer.end_of_text], np.int32) if tokenizer.end_of_text is not None else tokenizer.encode("\n")
+    """What stands between documents, at least one token: the end of text, or the tokens of a line
+    end.
+    """
+    tokens = (
+        np.asarray([tokenizer.end_of_text], np.int32)
+        if tokenizer.end_of_text is not None
+        else tokenizer.encode("\n")
+    )
     if not len(tokens):
         raise InputError(
-            "data.tokenizer: expected an end-of-text token or one for line ends, to part documents with; found neither. "
-            "Name the eos_token in tokenizer_config.json beside tokenizer.json, or use another tokenizer."
+            "data.tokenizer: expected an end-of-text token or one for line ends, to part documents "
+            "with; found neither. "
+            "Name the eos_token in tokenizer_config.json beside tokenizer.json, or use another "
+            "tokenizer."
         )
     return tokens
 
 
-def held_out(splits: DocumentSplits, tokenizer: Tokenizer, limit: int, fraction: float) -> tuple[np.ndarray, int]:
-    """(`limit` tokens to validate on, or all there are; the number of documents that are left to train on).
+def held_out(
+    splits: DocumentSplits, tokenizer: Tokenizer, limit: int, fraction: float
+) -> tuple[np.ndarray, int]:
+    """(`limit` tokens to validate on, or all there are; the number of documents that are left to
+    train on).
 
-    Without a validation split these are the documents at the end of the training split, from the last one back, until they hold
-    `limit` tokens or are the `fraction` of all.
+    Without a validation split these are the documents at the end of the training split, from the
+    last one back, until they hold `limit` tokens or are the `fraction` of all.
     """
-    number, source = len(splits.train), splits.train if splits.validation is None else splits.validation
+    number, source = (
+        len(splits.train),
+        splits.train if splits.validation is None else splits.validation,
+    )
     order = range(len(source))
     if splits.validation is None:
         if number < 2:
-            raise InputError(f"data: expected two or more documents in {source.place}, which has no validation split, found {number}; add some.")
+            raise InputError(
+                f"data: expected two or more documents in {source.place}, which has no validation "
+                f"split, found {number}; add some."
+            )
         order = order[: -1 - max(1, int(number * fraction)) : -1]
     begin, pieces, total = separator(tokenizer), [], 0
     for index in order:
@@ -203,18 +260,33 @@ def held_out(splits: DocumentSplits, tokenizer: Tokenizer, limit: int, fraction:
         total += len(pieces[-1])
         if total >= limit:
             break
-    return np.concatenate(pieces)[:limit], number - (len(pieces) if splits.validation is None else 0)
+    return np.concatenate(pieces)[:limit], number - (
+        len(pieces) if splits.validation is None else 0
+    )
 
 
 class PackedDocuments(Sequence):
-    """Windows {'inputs': (T,), 'targets': (T,)}, int32, of the first `count` documents; `batches` is the way to train on them.
+    """Windows {'inputs': (T,), 'targets': (T,)}, int32, of the first `count` documents; `batches`
+    is the way to train on them.
 
-    `examples[i]` is the window that begins with document i and runs on into the next ones. threads: that read and tokenize
-    training batches; the batches do not depend on it.
+    `examples[i]` is the window that begins with document i and runs on into the next ones. threads:
+    that read and tokenize training batches; the batches do not depend on it.
     """
 
-    def __init__(self, source: DocumentSource, tokenizer: Tokenizer, context: int, count: int, threads: int = 1):
-        self.source, self.tokenizer, self.context, self.threads = source, tokenizer, context, threads
+    def __init__(
+        self,
+        source: DocumentSource,
+        tokenizer: Tokenizer,
+        context: int,
+        count: int,
+        threads: int = 1,
+    ):
+        self.source, self.tokenizer, self.context, self.threads = (
+            source,
+            tokenizer,
+            context,
+            threads,
+        )
         self._count, self._separator = count, separator(tokenizer)
 
     def __len__(self) -> int:
@@ -224,29 +296,63 @@ class PackedDocuments(Sequence):
         first, pieces = range(len(self))[index], []
         while sum(len(piece["inputs"]) for piece in pieces) < self.context:
             pieces.append(self.piece((first + len(pieces)) % len(self)))
-        return {key: np.concatenate([piece[key] for piece in pieces])[: self.context] for key in pieces[0]}
+        return {
+            key: np.concatenate([piece[key] for piece in pieces])[: self.context]
+            for key in pieces[0]
+        }
 
     def piece(self, index: int) -> Window:
-        """The part of a stream that is document `index`: inputs (separator and document), targets (the same, one token later)."""
-        tokens = np.concatenate([self._separator, self.tokenizer.encode(self.source.read(int(index))), self._separator[:1]])
+        """The part of a stream that is document `index`: inputs (separator and document), targets
+        (the same, one token later).
+        """
+        tokens = np.concatenate(
+            [
+                self._separator,
+                self.tokenizer.encode(self.source.read(int(index))),
+                self._separator[:1],
+            ]
+        )
         return {"inputs": tokens[:-1], "targets": tokens[1:]}
 
     def content(self) -> bytes:
-        """What tells these documents, as this tokenizer reads them, from others, without reading them all."""
+        """What tells these documents, as this tokenizer reads them, from others, without reading
+        them all.
+        """
         first = [self.source.read(index) for index in range(min(len(self), _FINGERPRINTED))]
-        return json.dumps([len(self), self.source.identity(), self.tokenizer.to_json(), first], sort_keys=True).encode()
+        return json.dumps(
+            [len(self), self.source.identity(), self.tokenizer.to_json(), first], sort_keys=True
+        ).encode()
 
-    def batches(self, batch_size: int, seed: int, process_index: int, process_count: int, prefetch: int) -> grain.DatasetIterator:
-        """See `pipeline.train_batches`. An epoch reads every document once, in an order drawn from (seed, epoch)."""
-        order, local = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(), batch_size // process_count
-        lengths, in_this_thread = {"inputs": self.context, "targets": self.context}, grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    def batches(
+        self, batch_size: int, seed: int, process_index: int, process_count: int, prefetch: int
+    ) -> grain.DatasetIterator:
+        """See `pipeline.train_batches`. An epoch reads every document once, in an order drawn from
+        (seed, epoch).
+        """
+        order, local = (
+            grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(),
+            batch_size // process_count,
+        )
+        lengths, in_this_thread = (
+            {"inputs": self.context, "targets": self.context},
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0),
+        )
 
         def stream(row: int) -> grain.IterDataset:
-            documents = order.slice(slice(row, None, batch_size)).map(self.piece).to_iter_dataset(in_this_thread)
+            documents = (
+                order.slice(slice(row, None, batch_size))
+                .map(self.piece)
+                .to_iter_dataset(in_this_thread)
+            )
             return grain.experimental.ConcatThenSplitIterDataset(documents, length_struct=lengths)
 
-        rows = _Rows({row: stream(row) for row in range(process_index * local, (process_index + 1) * local)}, self.threads)
-        return iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=prefetch))
+        rows = _Rows(
+            {row: stream(row) for row in range(process_index * local, (process_index + 1) * local)},
+            self.threads,
+        )
+        return iter(
+            grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=prefetch)
+        )
 
 
 class _Rows(grain.IterDataset):
@@ -280,8 +386,10 @@ class _RowsIterator(grain.DatasetIterator):
         rows = state.get("rows", {})
         if missing := [row for row in self._streams if row not in rows]:
             raise InputError(
-                f"checkpoint: expected the place in the documents of row {missing[0]} of the batch, found those of rows "
-                f"{', '.join(list(rows)[:8]) or 'none'}; states of several processes have to be joined (pipeline.join_states) before they are saved."
+                f"checkpoint: expected the place in the documents of row {missing[0]} of the "
+                "batch, found those of rows "
+                f"{', '.join(list(rows)[:8]) or 'none'}; states of several processes have to be "
+                "joined (pipeline.join_states) before they are saved."
             )
         for row, stream in self._streams.items():
             stream.set_state(_tuples(rows[row]))

@@ -1,4 +1,5 @@
-"""Labelled images as float32 examples: decoding, checking, the evaluation's view and the varied views to train on.
+"""Labelled images as float32 examples: decoding, checking, the evaluation's view and the varied
+views to train on.
 
 Dimensions: H height, W width, C channels.
 """
@@ -20,7 +21,8 @@ from quweit_jax.data import augment
 from quweit_jax.data.augment import AugmentConfig, check_flag, check_number
 from quweit_jax.errors import InputError, check_choice
 
-# (mean, standard deviation) of the channels of pixels in [0, 1]; inputs are (pixel - mean) / deviation.
+# (mean, standard deviation) of the channels of pixels in [0, 1]; inputs are (pixel - mean) /
+# deviation.
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0,), (1.0,)),
     "half": ((0.5,), (0.5,)),
@@ -30,8 +32,8 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _MODE_NAMES = {
     "1": "black and white",
-    "L": "grey",
-    "LA": "grey with transparency",
+    "L": "gray",
+    "LA": "gray with transparency",
     "P": "palette",
     "RGB": "RGB",
     "RGBA": "RGB with transparency",
@@ -48,11 +50,15 @@ Example = dict[str, Any]
 class ImageConfig:
     """How stored images become inputs.
 
-    image_size: height and width, 0 for as stored. crop_fraction: in evaluation the shorter side is resized to image_size / crop_fraction
-    (bicubic) before the middle is cut out. normalize: 'none' (values in [0, 1]), 'half' ([-1, 1]), or by the mean and standard deviation of
-    'imagenet' or 'cifar10'. to_rgb: convert grey, palette, CMYK and transparent images to RGB (transparency is dropped).
-    skip_bad: leave images out that cannot be used, instead of stopping. threads: that read training batches; the batches do not depend on it.
-    cache_megabytes: of decoded images kept in memory, per split; what does not fit is decoded each time.
+    image_size: height and width, 0 for as stored. crop_fraction: in evaluation the shorter side is
+    resized to image_size / crop_fraction (bicubic) before the middle is cut out. normalize: 'none'
+    (values in [0, 1]), 'half' ([-1, 1]), or by the mean and standard deviation of 'imagenet' or
+    'cifar10'. to_rgb: convert gray, palette, CMYK and transparent images to RGB (transparency is
+    dropped).
+    skip_bad: leave images out that cannot be used, instead of stopping. threads: that read training
+      batches; the batches do not depend on it.
+    cache_megabytes: of decoded images kept in memory, per split; what does not fit is decoded each
+    time.
     """
 
     image_size: int = 0
@@ -69,7 +75,8 @@ class ImageConfig:
         check_number("data.crop_fraction", self.crop_fraction, 0, 1, above=True)
         if self.crop_fraction < 1 and not self.image_size:
             raise InputError(
-                f"data.crop_fraction: expected 1 without data.image_size, found {self.crop_fraction}; add --config.data.image_size=SIZE."
+                "data.crop_fraction: expected 1 without data.image_size, found "
+                f"{self.crop_fraction}; add --config.data.image_size=SIZE."
             )
         check_choice("data.normalize", self.normalize, NORMALIZATIONS)
         check_flag("data.to_rgb", self.to_rgb)
@@ -89,7 +96,9 @@ class ImageSource(Protocol):
         ...
 
     def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
-        """An image file's content, or uint8 pixels (H, W), (H, W, C); and its class. Raises OSError when it cannot be read."""
+        """An image file's content, or uint8 pixels (H, W), (H, W, C); and its class. Raises OSError
+        when it cannot be read.
+        """
         ...
 
     def describe(self, index: int) -> str:
@@ -128,7 +137,9 @@ def decode(data: bytes | np.ndarray, mode: str, to_rgb: bool) -> np.ndarray:
             image = Image.open(io.BytesIO(data))
             image.load()
         except UnidentifiedImageError:
-            raise _UnusableError(f"no image that Pillow can read (it begins with {data[:12]!r})") from None
+            raise _UnusableError(
+                f"no image that Pillow can read (it begins with {data[:12]!r})"
+            ) from None
         except Exception as error:  # Pillow's decoders raise many kinds
             raise _UnusableError(f"a damaged image ({str(error).strip()})") from None
     if not image.width or not image.height:
@@ -136,7 +147,11 @@ def decode(data: bytes | np.ndarray, mode: str, to_rgb: bool) -> np.ndarray:
     if image.mode != mode:
         convertible = image.mode in _CONVERTIBLE and mode == "RGB"
         if not (to_rgb and convertible):
-            raise _UnusableError(f"{_MODE_NAMES.get(image.mode, f'one of mode {image.mode}')} of {image.height} x {image.width} pixels", convertible)
+            raise _UnusableError(
+                f"{_MODE_NAMES.get(image.mode, f'one of mode {image.mode}')} of {image.height} x "
+                f"{image.width} pixels",
+                convertible,
+            )
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the way that Pillow asks for
         image = image.convert(mode)
@@ -144,7 +159,11 @@ def decode(data: bytes | np.ndarray, mode: str, to_rgb: bool) -> np.ndarray:
 
 
 def _from_array(data: np.ndarray) -> Image.Image:
-    if data.dtype != np.uint8 or data.ndim not in (2, 3) or (data.ndim == 3 and data.shape[2] not in (1, 3, 4)):
+    if (
+        data.dtype != np.uint8
+        or data.ndim not in (2, 3)
+        or (data.ndim == 3 and data.shape[2] not in (1, 3, 4))
+    ):
         raise _UnusableError(f"an array {data.dtype}{list(data.shape)}")
     if not data.size:
         raise _UnusableError(f"an image of {data.shape[0]} x {data.shape[1]} pixels")
@@ -152,12 +171,20 @@ def _from_array(data: np.ndarray) -> Image.Image:
 
 
 def evaluation_view(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
-    """(H, W, C) with its shorter side resized to image_size / crop_fraction, and of that the middle: (image_size, image_size, C)."""
+    """(H, W, C) with its shorter side resized to image_size / crop_fraction, and of that the
+    middle: (image_size, image_size, C).
+    """
     height, width = pixels.shape[:2]
     short = int(image_size / crop_fraction)
-    size = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+    size = (
+        (short, int(short * width / height))
+        if height <= width
+        else (int(short * height / width), short)
+    )
     if size != (height, width):
-        pixels = augment.to_pixels(augment.from_pixels(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        pixels = augment.to_pixels(
+            augment.from_pixels(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        )
     top, left = (round((side - image_size) / 2) for side in size)
     return pixels[top : top + image_size, left : left + image_size]
 
@@ -165,14 +192,18 @@ def evaluation_view(pixels: np.ndarray, image_size: int, crop_fraction: float = 
 class ImageExamples(Sequence):
     """Examples {'inputs': float32 (H, W, C), 'targets': int32} of a source, decoded when asked for.
 
-    `examples[i]` is the evaluation's view; `augmented(i, rng)` one to train on. All have the same `shape`: the configured size or,
-    without one, `shape` (the training split's) or the first usable image's. `bad` tells of each image found unusable why.
+    `examples[i]` is the evaluation's view; `augmented(i, rng)` one to train on. All have the same
+    `shape`: the configured size or, without one, `shape` (the training split's) or the first usable
+    image's. `bad` tells of each image found unusable why.
 
     Raises:
-      InputError: an image cannot be used (unless config.skip_bad); images differ in size and no image_size is configured.
+      InputError: an image cannot be used (unless config.skip_bad); images differ in size and no
+        image_size is configured.
     """
 
-    def __init__(self, source: ImageSource, config: ImageConfig, shape: tuple[int, int, int] | None = None):
+    def __init__(
+        self, source: ImageSource, config: ImageConfig, shape: tuple[int, int, int] | None = None
+    ):
         self.source, self.config = source, config
         self.bad: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -183,23 +214,33 @@ class ImageExamples(Sequence):
         mean, deviation = NORMALIZATIONS[config.normalize]
         if len(mean) not in (1, channels):
             raise InputError(
-                f"data.normalize: '{config.normalize}' is for RGB images, found {channels} channel{'s' * (channels > 1)}; "
+                f"data.normalize: '{config.normalize}' is for RGB images, found {channels} "
+                f"channel{'s' * (channels > 1)}; "
                 "use none or half, or convert with --config.data.to_rgb=True."
             )
         if channels == 4 and config.augment.randaugment_layers:
-            raise InputError("data.augment.randaugment_layers: for images of 1 or 3 channels, found 4; convert with --config.data.to_rgb=True.")
+            raise InputError(
+                "data.augment.randaugment_layers: for images of 1 or 3 channels, found 4; convert "
+                "with --config.data.to_rgb=True."
+            )
         size = config.image_size
         self._given = shape is not None
         self.shape: tuple[int, int, int] | None = (size, size, channels) if size else shape
         if not len(source):
-            raise InputError(f"data: {source.describe(0)}: expected at least one image, found none; use another split.")
+            raise InputError(
+                f"data: {source.describe(0)}: expected at least one image, found none; use another "
+                "split."
+            )
         if self.shape is None:
             self.shape = self._usable(0)[0].shape  # type: ignore[assignment]
-        # One row of means and deviations, so that normalising runs along whole rows; in 0..255, so that 'none' is exactly pixel / 255.
+        # One row of means and deviations, so that normalizing runs along whole rows; in 0..255, so
+        # that 'none' is exactly pixel / 255.
         row = self.shape[1] * channels  # type: ignore[index]
-        self._mean, self._deviation = (np.resize(np.float32(255) * np.asarray(v, np.float32), row) for v in (mean, deviation))
-        grey = (0.5,) if config.normalize == "none" else mean
-        fill = tuple(round(255 * v) for v in np.resize(grey, channels))
+        self._mean, self._deviation = (
+            np.resize(np.float32(255) * np.asarray(v, np.float32), row) for v in (mean, deviation)
+        )
+        gray = (0.5,) if config.normalize == "none" else mean
+        fill = tuple(round(255 * v) for v in np.resize(gray, channels))
         self._fill = fill if channels > 1 else fill[0]
 
     def __len__(self) -> int:
@@ -229,7 +270,9 @@ class ImageExamples(Sequence):
         return {"inputs": np.zeros(self.shape or (), np.float32), "targets": np.int32(0)}
 
     def augmented(self, index: int, rng: np.random.Generator) -> Example:
-        """A view to train on, drawn from `rng`; the next usable image's where this one is left out (skip_bad)."""
+        """A view to train on, drawn from `rng`; the next usable image's where this one is left out
+        (skip_bad).
+        """
         how = self.config.augment
         pixels, target = self._usable(index)
         if how.crop == "resized":
@@ -248,18 +291,27 @@ class ImageExamples(Sequence):
         return {"inputs": inputs, "targets": target}
 
     def content(self) -> bytes:
-        """What tells this split from another, without reading every image: its identity and a few images as they are stored."""
+        """What tells this split from another, without reading every image: its identity and a few
+        images as they are stored.
+        """
         pieces = [self.source.identity().encode(), repr((len(self), self.shape)).encode()]
         for index in sorted({i * len(self) // 8 for i in range(8)}):
             try:
                 data, target = self.source.read(index)
             except OSError:
                 continue
-            pieces += [data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes(), str(target).encode()]
+            pieces += [
+                data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes(),
+                str(target).encode(),
+            ]
         return b"\n".join(pieces)
 
     def _view(self, pixels: np.ndarray) -> np.ndarray:
-        return evaluation_view(pixels, self.config.image_size, self.config.crop_fraction) if self.config.image_size else pixels
+        return (
+            evaluation_view(pixels, self.config.image_size, self.config.crop_fraction)
+            if self.config.image_size
+            else pixels
+        )
 
     def _normalized(self, pixels: np.ndarray) -> np.ndarray:
         height, width, channels = pixels.shape
@@ -276,7 +328,10 @@ class ImageExamples(Sequence):
             except BadImageError:
                 if not self.config.skip_bad:
                     raise
-        raise InputError(f"data: none of the {len(self)} images can be used; the first: {self.source.describe(0)}: {self.bad.get(0, 'missing')}.")
+        raise InputError(
+            f"data: none of the {len(self)} images can be used; the first: "
+            f"{self.source.describe(0)}: {self.bad.get(0, 'missing')}."
+        )
 
     def _stored(self, index: int) -> tuple[np.ndarray, np.int32]:
         """Pixels uint8 (H, W, C) as stored, and class."""
@@ -288,17 +343,28 @@ class ImageExamples(Sequence):
             data, target = self.source.read(index)
             pixels = decode(data, self._mode, self.config.to_rgb)
         except (_UnusableError, OSError) as error:
-            found = f"an unreadable file ({error.strerror or error})" if isinstance(error, OSError) else str(error)
+            found = (
+                f"an unreadable file ({error.strerror or error})"
+                if isinstance(error, OSError)
+                else str(error)
+            )
             convertible = isinstance(error, _UnusableError) and error.convertible
-            raise self._refused(index, f"expected an image of mode {self._mode}, found {found}", convertible) from None
+            raise self._refused(
+                index, f"expected an image of mode {self._mode}, found {found}", convertible
+            ) from None
         if not 0 <= target < self.source.num_classes:
             hidden = " (a hidden label: a test split without classes?)" if target == -1 else ""
-            raise self._refused(index, f"expected a class from 0 to {self.source.num_classes - 1}, found {target}{hidden}")
+            raise self._refused(
+                index,
+                f"expected a class from 0 to {self.source.num_classes - 1}, found {target}{hidden}",
+            )
         if not self.config.image_size and self.shape is not None and pixels.shape != self.shape:
             (height, width), (first_height, first_width) = pixels.shape[:2], self.shape[:2]
             raise InputError(
-                f"data: {self.source.describe(index)}: expected {first_height} x {first_width} pixels like the "
-                f"{'training' if self._given else 'first'} images, found {height} x {width}; images of differing sizes cannot be batched: "
+                f"data: {self.source.describe(index)}: expected {first_height} x {first_width} "
+                "pixels like the "
+                f"{'training' if self._given else 'first'} images, found {height} x {width}; "
+                "images of differing sizes cannot be batched: "
                 "give them one with --config.data.image_size=SIZE."
             )
         stored = pixels, np.int32(target)
@@ -318,5 +384,10 @@ class ImageExamples(Sequence):
             self.bad[index] = reason
             number = len(self.bad)
         if new and self.config.skip_bad and number <= _WARNINGS:
-            logging.warning("data: %s is left out: %s.%s", self.source.describe(index), reason, " No more warnings follow." * (number == _WARNINGS))
+            logging.warning(
+                "data: %s is left out: %s.%s",
+                self.source.describe(index),
+                reason,
+                " No more warnings follow." * (number == _WARNINGS),
+            )
         return BadImageError(self.source.describe(index), reason, advice)

@@ -1,4 +1,5 @@
-"""From a source to batches: a Grain pipeline that is deterministic, index-addressed, shuffled per epoch and shared by processes.
+"""From a source to batches: a Grain pipeline that is deterministic, index-addressed, shuffled per
+epoch and shared by processes.
 
 Dimensions: N tokens, B batch, T context.
 """
@@ -27,12 +28,15 @@ _FIT_BYTES = 64 << 20
 
 
 class TokenWindows(Sequence):
-    """A text as windows of T tokens and their successors; the last T tokens are left so that windows can be shifted by up to T - 1."""
+    """A text as windows of T tokens and their successors; the last T tokens are left so that
+    windows can be shifted by up to T - 1.
+    """
 
     def __init__(self, tokens: np.ndarray, context: int, what: str = "text"):
         if len(tokens) < context + 1:
             raise InputError(
-                f"data: the {what} has {len(tokens)} tokens, fewer than the context of {context} and one to predict; "
+                f"data: the {what} has {len(tokens)} tokens, fewer than the context of {context} "
+                "and one to predict; "
                 f"use more text or --config.model.context={max(1, len(tokens) - 1)}."
             )
         self.tokens, self.context = tokens, context
@@ -44,7 +48,10 @@ class TokenWindows(Sequence):
     def window(self, index: int, shift: int) -> dict[str, np.ndarray]:
         """Window `index` of those that start at `shift`: inputs (T,) and targets (T,), int32."""
         start = index * self.context + shift
-        return {"inputs": self.tokens[start : start + self.context], "targets": self.tokens[start + 1 : start + 1 + self.context]}
+        return {
+            "inputs": self.tokens[start : start + self.context],
+            "targets": self.tokens[start + 1 : start + 1 + self.context],
+        }
 
     def __getitem__(self, index):  # type: ignore[override]
         return self.window(int(index), 0)
@@ -54,7 +61,8 @@ class TokenWindows(Sequence):
 class Dataset:
     """Examples by split, with what a model needs to know of them.
 
-    outputs: vocabulary size or number of classes. fingerprint: of the content; a resumed run must find the same.
+    outputs: vocabulary size or number of classes. fingerprint: of the content; a resumed run must
+      find the same.
     labels: the classes' names. image_shape: (H, W, C) of images.
     """
 
@@ -67,7 +75,9 @@ class Dataset:
     image_shape: tuple[int, int, int] | None = None
 
     def fit_batch(self) -> np.ndarray:
-        """Inputs to initialise a model on (its thermometers are fitted to them): spread evenly over the training split."""
+        """Inputs to initialize a model on (its thermometers are fitted to them): spread evenly over
+        the training split.
+        """
         count = 1 if self.tokenizer is not None else min(len(self.train), _FIT_EXAMPLES)
         if self.image_shape is not None:
             count = max(1, min(count, _FIT_BYTES // (4 * int(np.prod(self.image_shape)))))
@@ -77,24 +87,48 @@ class Dataset:
         return np.stack(inputs or [self.train.first["inputs"]])  # type: ignore[attr-defined]
 
 
-def load(config: DataConfig, context: int | None = None, tokenizer: tokenizers.Tokenizer | None = None) -> Dataset:
-    """Reads the source; text is cut into windows of `context` tokens, with the given tokenizer (a trained run's) or a new one."""
+def load(
+    config: DataConfig, context: int | None = None, tokenizer: tokenizers.Tokenizer | None = None
+) -> Dataset:
+    """Reads the source; text is cut into windows of `context` tokens, with the given tokenizer (a
+    trained run's) or a new one.
+    """
     splits = sources.load(config)
     if isinstance(splits, sources.LabelledSplits):
         counts = np.asarray([len(splits.train), len(splits.validation), splits.num_classes])
         if isinstance(splits.train, ImageExamples) and isinstance(splits.validation, ImageExamples):
-            fingerprint = _digest(counts, *(np.frombuffer(examples.content(), np.uint8) for examples in (splits.train, splits.validation)))
+            fingerprint = _digest(
+                counts,
+                *(
+                    np.frombuffer(examples.content(), np.uint8)
+                    for examples in (splits.train, splits.validation)
+                ),
+            )
         else:
             fingerprint = _digest(counts, splits.train[0]["inputs"])
-        return Dataset(splits.train, splits.validation, splits.num_classes, fingerprint, labels=splits.labels, image_shape=splits.image_shape)
+        return Dataset(
+            splits.train,
+            splits.validation,
+            splits.num_classes,
+            fingerprint,
+            labels=splits.labels,
+            image_shape=splits.image_shape,
+        )
     if context is None:
-        raise InputError(f"data.source: {config.source} is text, which the model of this config does not read.")
+        raise InputError(
+            f"data.source: {config.source} is text, which the model of this config does not read."
+        )
     if isinstance(splits, DocumentSplits):
         return _documents(config, splits, context, tokenizer)
     if tokenizer is None:
         # Characters of the validation text belong to the vocabulary too, as in nanoGPT.
         corpus = splits.train + (splits.validation if config.tokenizer == "char" else "")
-        tokenizer = tokenizers.train(config.tokenizer, corpus, bpe_vocab_size=config.bpe_vocab_size, path=config.tokenizer_path)
+        tokenizer = tokenizers.train(
+            config.tokenizer,
+            corpus,
+            bpe_vocab_size=config.bpe_vocab_size,
+            path=config.tokenizer_path,
+        )
     train, validation = tokenizer.encode(splits.train), tokenizer.encode(splits.validation)
     return Dataset(
         TokenWindows(train, context, "training text"),
@@ -105,23 +139,46 @@ def load(config: DataConfig, context: int | None = None, tokenizer: tokenizers.T
     )
 
 
-def _documents(config: DataConfig, splits: DocumentSplits, context: int, tokenizer: tokenizers.Tokenizer | None) -> Dataset:
+def _documents(
+    config: DataConfig, splits: DocumentSplits, context: int, tokenizer: tokenizers.Tokenizer | None
+) -> Dataset:
     if config.validation_tokens < context + 1:
         raise InputError(
-            f"data.validation_tokens: expected at least {context + 1} for a context of {context} and one to predict, found {config.validation_tokens}."
+            f"data.validation_tokens: expected at least {context + 1} for a context of {context} "
+            f"and one to predict, found {config.validation_tokens}."
         )
     if tokenizer is None:
         if config.tokenizer == "char":
             raise InputError(
-                f"data.tokenizer: expected byte, bpe or file for {splits.train.place}, found char: documents that have not been read may hold "
+                f"data.tokenizer: expected byte, bpe or file for {splits.train.place}, found char: "
+                "documents that have not been read may hold "
                 "characters it would not know; use --config.data.tokenizer=byte or bpe."
             )
-        corpus = documents.first_text(splits.train, config.limit_bytes) if config.tokenizer == "bpe" else ""
-        tokenizer = tokenizers.train(config.tokenizer, corpus, bpe_vocab_size=config.bpe_vocab_size, path=config.tokenizer_path)
-    held_out, count = documents.held_out(splits, tokenizer, config.validation_tokens, config.validation_fraction)
+        corpus = (
+            documents.first_text(splits.train, config.limit_bytes)
+            if config.tokenizer == "bpe"
+            else ""
+        )
+        tokenizer = tokenizers.train(
+            config.tokenizer,
+            corpus,
+            bpe_vocab_size=config.bpe_vocab_size,
+            path=config.tokenizer_path,
+        )
+    held_out, count = documents.held_out(
+        splits, tokenizer, config.validation_tokens, config.validation_fraction
+    )
     train = PackedDocuments(splits.train, tokenizer, context, count, config.threads)
-    validation = TokenWindows(held_out, context, f"validation text ({(splits.validation or splits.train).place})")
-    return Dataset(train, validation, tokenizer.vocab_size, _digest(np.frombuffer(train.content(), np.uint8)), tokenizer)
+    validation = TokenWindows(
+        held_out, context, f"validation text ({(splits.validation or splits.train).place})"
+    )
+    return Dataset(
+        train,
+        validation,
+        tokenizer.vocab_size,
+        _digest(np.frombuffer(train.content(), np.uint8)),
+        tokenizer,
+    )
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -142,16 +199,27 @@ def left_out(examples: Sequence[Any]) -> dict[int, str]:
 
 
 def train_batches(
-    examples: Sequence[Any], batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1, prefetch: int = 4
+    examples: Sequence[Any],
+    batch_size: int,
+    seed: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
 ) -> grain.DatasetIterator:
-    """An endless iterator of this process's share of each global batch; `get_state` and `set_state` move it to any batch.
+    """An endless iterator of this process's share of each global batch; `get_state` and `set_state`
+    move it to any batch.
 
-    An epoch visits every example once, in an order drawn from (seed, epoch); token windows are also shifted per epoch, so that
-    another epoch cuts the text elsewhere; images are varied anew each time, by draws from (seed, place in the stream). All processes
-    together see the same global batches whatever their number. The state is fit for JSON; see `join_states` for that of several.
+    An epoch visits every example once, in an order drawn from (seed, epoch); token windows are also
+    shifted per epoch, so that another epoch cuts the text elsewhere; images are varied anew each
+    time, by draws from (seed, place in the stream). All processes together see the same global
+    batches whatever their number. The state is fit for JSON; see `join_states` for that of several.
     """
     if batch_size % process_count:
-        raise InputError(f"batch_size: {batch_size} cannot be shared equally by {process_count} processes; use a multiple.")
+        raise InputError(
+            f"batch_size: {batch_size} cannot be shared equally by {process_count} processes; use "
+            "a multiple."
+        )
     if not len(examples):
         raise InputError("data: the training split is empty.")
     if isinstance(examples, PackedDocuments):
@@ -161,23 +229,34 @@ def train_batches(
     def read(index: int, example: int) -> dict[str, np.ndarray]:
         if isinstance(examples, TokenWindows):
             epoch = index // number
-            shift = int(np.random.default_rng((seed, epoch)).integers(examples.shifts)) if epoch else 0
+            shift = (
+                int(np.random.default_rng((seed, epoch)).integers(examples.shifts)) if epoch else 0
+            )
             return examples.window(int(example), shift)
         if isinstance(examples, ImageExamples):
             return examples.augmented(int(example), np.random.default_rng((seed, index)))
         return examples[int(example)]
 
     data = grain.MapDataset.range(number).seed(seed).shuffle().repeat().map_with_index(read)
-    data = data.slice(slice(process_index, None, process_count)).batch(batch_size // process_count, drop_remainder=True)
+    data = data.slice(slice(process_index, None, process_count)).batch(
+        batch_size // process_count, drop_remainder=True
+    )
     threads = _threads(examples) if prefetch else 0
-    # Each thread makes whole batches, which Grain hands on in their order; fewer places than threads would leave some idle.
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))))
+    # Each thread makes whole batches, which Grain hands on in their order; fewer places than
+    # threads would leave some idle.
+    return iter(
+        data.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+        )
+    )
 
 
 def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state out of those of all processes after the same batch; it can be set in each of any number of processes.
+    """One state out of those of all processes after the same batch; it can be set in each of any
+    number of processes.
 
-    Streams of documents have a place for each row of the batch, and a process knows its own rows'; all other states are alike.
+    Streams of documents have a place for each row of the batch, and a process knows its own rows';
+    all other states are alike.
     """
     rows = {row: place for state in states for row, place in state.get("rows", {}).items()}
     return {"rows": rows} if rows else states[0]
@@ -187,10 +266,19 @@ def _threads(examples: Sequence[Any]) -> int:
     return examples.config.threads if isinstance(examples, ImageExamples) else 1
 
 
-def eval_batches(examples: Sequence[Any], batch_size: int, limit: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-    """A fixed set of batches, spread evenly over the split (`limit` batches; 0: the whole split), each with `weights` (B,).
+def eval_batches(
+    examples: Sequence[Any],
+    batch_size: int,
+    limit: int = 0,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """A fixed set of batches, spread evenly over the split (`limit` batches; 0: the whole split),
+    each with `weights` (B,).
 
-    The last batch is filled up with examples of weight 0, so every batch has the same shape; images that are left out weigh 0 too.
+    The last batch is filled up with examples of weight 0, so every batch has the same shape; images
+    that are left out weigh 0 too.
     """
     count = min(len(examples), limit * batch_size) if limit else len(examples)
     chosen = [i * len(examples) // count for i in range(count)]
@@ -203,4 +291,8 @@ def eval_batches(examples: Sequence[Any], batch_size: int, limit: int = 0, *, pr
             found = list(each(lambda p: _example(examples, chosen[min(p, count - 1)]), places))
             rows = [examples.blank() if row is None else row for row in found]  # type: ignore[attr-defined]
             batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-            yield batch | {"weights": np.asarray([p < count and row is not None for p, row in zip(places, found)], np.float32)}
+            yield batch | {
+                "weights": np.asarray(
+                    [p < count and row is not None for p, row in zip(places, found)], np.float32
+                )
+            }

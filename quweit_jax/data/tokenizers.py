@@ -1,4 +1,6 @@
-"""Text <-> token ids: characters, bytes, byte-pair encoding trained on the corpus, or a file of Hugging Face's `tokenizers`."""
+"""Text <-> token ids: characters, bytes, byte-pair encoding trained on the corpus, or a file of
+Hugging Face's `tokenizers`.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +72,12 @@ class CharTokenizer:
             return np.fromiter((self._ids[c] for c in text), np.int32, len(text))
         except KeyError:
             unknown = sorted(set(text) - set(self.vocabulary))
-            shown = ", ".join(repr(c) for c in unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            shown = ", ".join(repr(c) for c in unknown[:5]) + (
+                f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            )
             raise InputError(
-                f"vocabulary mismatch: the text has {shown}, which the {self.vocab_size} characters this model was trained on do not include. "
+                f"vocabulary mismatch: the text has {shown}, which the {self.vocab_size} "
+                "characters this model was trained on do not include. "
                 "Use text of the same alphabet, or train with --config.data.tokenizer=byte."
             ) from None
 
@@ -106,7 +111,7 @@ class ByteTokenizer:
 
 
 class _HuggingFaceTokenizer:
-    """A tokenizer of the `tokenizers` library, from its own serialisation."""
+    """A tokenizer of the `tokenizers` library, from its own serialization."""
 
     kind = ""
 
@@ -115,12 +120,16 @@ class _HuggingFaceTokenizer:
 
         self._serialized, self.end_of_text = serialized, end_of_text
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-        # Files may ask for texts to be cut or filled up to a length; here every text is wanted whole, and no longer.
+        # Files may ask for texts to be cut or filled up to a length; here every text is wanted
+        # whole, and no longer.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # A document that happens to hold "</s>" (a closing tag, say) has not ended there: text never becomes a special token.
+        # A document that happens to hold "</s>" (a closing tag, say) has not ended there: text
+        # never becomes a special token.
         self._tokenizer.encode_special_tokens = True
-        self._vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        self._vocab_size = 1 + max(
+            self._tokenizer.get_vocab().values(), default=-1
+        )  # ids may have gaps
 
     @property
     def vocab_size(self) -> int:
@@ -129,15 +138,18 @@ class _HuggingFaceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """(N,) int32."""
-        # Unlike `encode`, `encode_batch_fast` lets other threads run: the one that trains, and others that read.
-        return np.asarray(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+        # Unlike `encode`, `encode_batch_fast` lets other threads run: the one that trains, and
+        # others that read.
+        return np.asarray(
+            self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def to_json(self) -> dict:
-        """Kind and the library's own serialisation."""
+        """Kind and the library's own serialization."""
         return {"kind": self.kind, "tokenizer": json.loads(self._serialized)}
 
 
@@ -148,24 +160,33 @@ class BPETokenizer(_HuggingFaceTokenizer):
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> BPETokenizer:
-        """Learns `vocab_size` (at least 256) pieces from `text`; the same text gives the same pieces."""
+        """Learns `vocab_size` (at least 256) pieces from `text`; the same text gives the same
+        pieces.
+        """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
         if vocab_size < 256:
-            raise InputError(f"data.bpe_vocab_size: byte-level BPE starts from 256 bytes, found {vocab_size}.")
+            raise InputError(
+                f"data.bpe_vocab_size: byte-level BPE starts from 256 bytes, found {vocab_size}."
+            )
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
         bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[]
+            vocab_size=vocab_size,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[],
         )
         bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
         return cls(bpe.to_str())
 
 
 class FileTokenizer(_HuggingFaceTokenizer):
-    """A tokenizer that someone else has trained. Whether it spells any text, and gives it back unchanged, is the file's own affair."""
+    """A tokenizer that someone else has trained. Whether it spells any text, and gives it back
+    unchanged, is the file's own affair.
+    """
 
     kind = "file"
 
@@ -173,44 +194,61 @@ class FileTokenizer(_HuggingFaceTokenizer):
     def read(cls, path: str) -> FileTokenizer:
         """Reads a tokenizer.json, or a folder that holds one.
 
-        Its end of text is the `eos_token` of a tokenizer_config.json beside it or, without that, a special token named </s>,
-        <|endoftext|> or <|end_of_text|>.
+        Its end of text is the `eos_token` of a tokenizer_config.json beside it or, without that, a
+        special token named </s>, <|endoftext|> or <|end_of_text|>.
 
         Raises:
-          InputError: no such file, or one that is no tokenizer; an eos_token that the tokenizer has not.
+          InputError: no such file, or one that is no tokenizer; an eos_token that the tokenizer has
+            not.
         """
         if not path:
             raise InputError(
-                "data.tokenizer_path: expected a tokenizer.json or its folder for data.tokenizer=file, found nothing; "
+                "data.tokenizer_path: expected a tokenizer.json or its folder for "
+                "data.tokenizer=file, found nothing; "
                 "add --config.data.tokenizer_path=FOLDER."
             )
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise InputError(f"data.tokenizer_path: no file at {file}; give a tokenizer.json of Hugging Face's tokenizers, or its folder.")
+            raise InputError(
+                f"data.tokenizer_path: no file at {file}; give a tokenizer.json of Hugging Face's "
+                "tokenizers, or its folder."
+            )
         try:
             found = cls(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library's own are plain Exceptions
             reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
-                f"data.tokenizer_path: expected a tokenizer of Hugging Face's tokenizers in {file}, found another file ({reason})."
+                "data.tokenizer_path: expected a tokenizer of Hugging Face's tokenizers in "
+                f"{file}, found another file ({reason})."
             ) from None
         found.end_of_text = found._find_end_of_text(file.with_name("tokenizer_config.json"))
         return found
 
     def _find_end_of_text(self, config: Path) -> int | None:
         try:
-            name = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+            name = (
+                json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+                if config.is_file()
+                else None
+            )
         except (ValueError, AttributeError) as error:
-            raise InputError(f"data.tokenizer_path: {config} is damaged ({error}); mend it or take it away.") from None
+            raise InputError(
+                f"data.tokenizer_path: {config} is damaged ({error}); mend it or take it away."
+            ) from None
         if name:
             name = name["content"] if isinstance(name, dict) else name
             if (token := self._tokenizer.token_to_id(name)) is None:
                 raise InputError(
-                    f"data.tokenizer_path: {config} names the eos_token {name!r}, which the tokenizer.json beside it has not; mend one of them."
+                    f"data.tokenizer_path: {config} names the eos_token {name!r}, which the "
+                    "tokenizer.json beside it has not; mend one of them."
                 )
             return token
-        special = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        special = {
+            token.content: i
+            for i, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
         return next((special[name] for name in _END_OF_TEXT if name in special), None)
 
     def to_json(self) -> dict:
@@ -235,7 +273,9 @@ def from_json(saved: dict) -> Tokenizer:
         return CharTokenizer(saved["vocabulary"])
     if saved["kind"] == "file":
         return FileTokenizer(json.dumps(saved["tokenizer"]), saved["end_of_text"])
-    return ByteTokenizer() if saved["kind"] == "byte" else BPETokenizer(json.dumps(saved["tokenizer"]))
+    return (
+        ByteTokenizer() if saved["kind"] == "byte" else BPETokenizer(json.dumps(saved["tokenizer"]))
+    )
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:

@@ -1,7 +1,9 @@
-"""The layers of MatMul-free language models (Zhu et al. 2024, arXiv 2406.02528): BitLinear, MLGRU and the gated linear unit.
+"""The layers of MatMul-free language models (Zhu et al. 2024, arXiv 2406.02528): BitLinear, MLGRU
+and the gated linear unit.
 
-Each BitLinear has two forms: from `params` (a float kernel that is made ternary as it is used), and from the `packed` collection that
-`quweit_jax.inference.packed.pack` makes, with four weights a byte.
+Each BitLinear has two forms: from `params` (a float kernel that is made ternary as it is used), and
+from the `packed` collection that `quweit_jax.deploy.packed.pack` makes, with four weights a
+byte.
 
 Dimensions: B batch, T tokens, d model width, I inputs, O outputs.
 """
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from quweit_jax.layers.transformer import Initializer, normal
+from quweit_jax.layers.norms import Initializer, RMSNorm, normal
 from quweit_jax.ops import ternary
 from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
 
@@ -23,23 +25,12 @@ from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
 MIXER_INIT = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32."""
-
-    epsilon: float = ternary.EPSILON
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x (..., d) -> the same shape, in `dtype`."""
-        return ternary.rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32), eps=self.epsilon).astype(self.dtype)
-
-
 class BitLinear(nn.Module):
     """RMSNorm, 8-bit activations, ternary weights: x (..., I) -> (..., features). No bias.
 
     Args:
-      features: O. kernel_init: of the float kernel (I, O). epsilon: of the norm. dtype: of input and output; the product is exact.
+      features: O. kernel_init: of the float kernel (I, O). epsilon: of the norm. dtype: of input
+        and output; the product is exact.
     """
 
     features: int
@@ -52,8 +43,13 @@ class BitLinear(nn.Module):
         """x (..., I) -> (..., features)."""
         x = x.astype(self.dtype)
         if self.has_variable("packed", "kernel"):
-            kernel, scale, norm_scale = (jnp.asarray(self.get_variable("packed", name)) for name in ("kernel", "scale", "norm_scale"))
-            x_int, x_scale = ternary.quantize_activations(ternary.rms_norm(x.astype(jnp.float32), norm_scale, eps=self.epsilon))
+            kernel, scale, norm_scale = (
+                jnp.asarray(self.get_variable("packed", name))
+                for name in ("kernel", "scale", "norm_scale")
+            )
+            x_int, x_scale = ternary.quantize_activations(
+                ternary.rms_norm(x.astype(jnp.float32), norm_scale, eps=self.epsilon)
+            )
             return ternary.packed_matmul(x_int, kernel, x_scale * scale).astype(self.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         norm_scale = self.param("norm_scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
@@ -61,7 +57,8 @@ class BitLinear(nn.Module):
 
 
 class MLGRU(nn.Module):
-    """The token mixer: a gated linear recurrence whose gates don't see the state, so that time runs in parallel (equations 4 to 8).
+    """The token mixer: a gated linear recurrence whose gates don't see the state, so that time runs
+    in parallel (equations 4 to 8).
 
     With decode=True it goes on from the state in its `cache`, (B, d) float32, whatever came before.
 
@@ -75,8 +72,12 @@ class MLGRU(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, lower_bound: Array, valid: Array | None = None, *, decode: bool = False) -> Array:
-        """x (B, T, d), lower_bound (d,) of the forget gate, valid (B, T) bool: tokens that are not padding -> (B, T, d)."""
+    def __call__(
+        self, x: Array, lower_bound: Array, valid: Array | None = None, *, decode: bool = False
+    ) -> Array:
+        """x (B, T, d), lower_bound (d,) of the forget gate, valid (B, T) bool: tokens that are not
+        padding -> (B, T, d).
+        """
 
         def linear(name: str) -> BitLinear:
             return BitLinear(x.shape[-1], self.kernel_init, self.epsilon, self.dtype, name=name)
@@ -85,8 +86,15 @@ class MLGRU(nn.Module):
         forget = lower_bound + (1 - lower_bound) * forget
         candidate = jax.nn.silu(linear("input")(x).astype(jnp.float32)) * (1 - forget)
         if valid is not None:  # padding leaves the state as it is
-            forget, candidate = jnp.where(valid[..., None], forget, 1), jnp.where(valid[..., None], candidate, 0)
-        states = self._decode(forget, candidate) if decode else gated_recurrence(forget, candidate, method=self.method)[0]
+            forget, candidate = (
+                jnp.where(valid[..., None], forget, 1),
+                jnp.where(valid[..., None], candidate, 0),
+            )
+        states = (
+            self._decode(forget, candidate)
+            if decode
+            else gated_recurrence(forget, candidate, method=self.method)[0]
+        )
         gate = RMSNorm(self.epsilon, name="gate_norm")(linear("gate")(x))
         return linear("output")((gate * jax.nn.silu(states)).astype(self.dtype))
 
@@ -114,6 +122,10 @@ class BitGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (..., d) -> (..., d)."""
-        both = BitLinear(2 * self.hidden, self.kernel_init, self.epsilon, self.dtype, name="gate")(x)
+        both = BitLinear(2 * self.hidden, self.kernel_init, self.epsilon, self.dtype, name="gate")(
+            x
+        )
         gate, up = jnp.split(both, 2, axis=-1)
-        return BitLinear(x.shape[-1], self.output_init, self.epsilon, self.dtype, name="down")(jax.nn.silu(gate) * up)
+        return BitLinear(x.shape[-1], self.output_init, self.epsilon, self.dtype, name="down")(
+            jax.nn.silu(gate) * up
+        )

@@ -1,4 +1,6 @@
-"""The plain weightless classifier: thermometer -> look-up layers -> group sum (DWN, arXiv 2410.11112)."""
+"""The plain weightless classifier: thermometer -> look-up layers -> group sum (DWN, arXiv
+2410.11112).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import flax.linen as nn
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.weightless import MAPPINGS, GroupSum, LearnableReduction, LUTLayer
+from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer
 from quweit_jax.ops import thermometer
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
 
@@ -20,10 +22,12 @@ REDUCTIONS = ("group_sum", "learnable")
 class DWNConfig:
     """What decides a classifier's shape.
 
-    num_luts: look-up tables of each layer. mapping: the wiring of the first layer (later layers are wired at random).
-    thermometer: 'distributive', 'gaussian' or 'uniform', fitted to the inputs the model is initialised on.
-    tau: divides the group sums; about the square root of the tables per class trains well. A learnable reduction's scores lie in
-      [-1, 1] and are multiplied by it.
+    num_luts: look-up tables of each layer. mapping: the wiring of the first layer (later layers are
+      wired at random).
+    thermometer: 'distributive', 'gaussian' or 'uniform', fitted to the inputs the model is
+      initialized on.
+    tau: divides the group sums; about the square root of the tables per class trains well. A
+      learnable reduction's scores lie in [-1, 1] and are multiplied by it.
     """
 
     num_classes: int
@@ -47,18 +51,26 @@ class DWNConfig:
         check_choice("model.reduction", self.reduction, REDUCTIONS)
         check_choice("model.decay", self.decay, DECAYS)
         if not 1 <= self.lut_inputs <= MAX_LUT_INPUTS:
-            raise InputError(f"model.lut_inputs: a table can have 1 to {MAX_LUT_INPUTS} inputs, found {self.lut_inputs}; use more, smaller tables.")
+            raise InputError(
+                f"model.lut_inputs: a table can have 1 to {MAX_LUT_INPUTS} inputs, found "
+                f"{self.lut_inputs}; use more, smaller tables."
+            )
         if isinstance(self.num_luts, int):
             object.__setattr__(self, "num_luts", (self.num_luts,))
         if not self.num_luts or min(self.num_luts) < 1:
-            raise InputError(f"model.num_luts: expected a positive number of tables for each layer, found {self.num_luts}.")
+            raise InputError(
+                "model.num_luts: expected a positive number of tables for each layer, found "
+                f"{self.num_luts}."
+            )
 
 
 class DWN(nn.Module):
-    """Inputs (B, ...) of any shape -> class scores (B, num_classes). Initialising it fits the thermometer to the given inputs."""
+    """Inputs (B, ...) of any shape -> class scores (B, num_classes). Initializing it fits the
+    thermometer to the given inputs.
+    """
 
     config: DWNConfig
-    fits_inputs = True  # initialise it on a good share of the training inputs
+    fits_inputs = True  # initialize it on a good share of the training inputs
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> Array:
@@ -66,11 +78,19 @@ class DWN(nn.Module):
         c = self.config
         features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
         fit = thermometer.FITS[c.thermometer]
-        thresholds = self.variable("wiring", "thresholds", lambda: fit(features, c.thermometer_bits, per_feature=c.per_feature)).value
+        thresholds = self.variable(
+            "wiring",
+            "thresholds",
+            lambda: fit(features, c.thermometer_bits, per_feature=c.per_feature),
+        ).value
         bits = thermometer.encode(features, thresholds).reshape(inputs.shape[0], -1)
         shared = {"lut_inputs": c.lut_inputs, "decay": c.decay, "alpha": c.alpha, "beta": c.beta}
         for i, width in enumerate(c.num_luts):
-            first = {"mapping": c.mapping, "candidates": c.candidates, "tau": c.mapping_tau} if i == 0 else {}
+            first = (
+                {"mapping": c.mapping, "candidates": c.candidates, "tau": c.mapping_tau}
+                if i == 0
+                else {}
+            )
             bits = LUTLayer(width, name=f"luts_{i}", **shared, **first)(bits)
         if c.reduction == "group_sum":
             return GroupSum(c.num_classes, c.tau, name="reduction")(bits)

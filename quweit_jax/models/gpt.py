@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.transformer import ATTENTIONS, GELUS, MLP, CausalSelfAttention, LayerNorm, normal, token_positions
+from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
+from quweit_jax.layers.mlp import GELUS, MLP
+from quweit_jax.layers.norms import LayerNorm, normal
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp
 
@@ -24,7 +26,8 @@ from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive,
 class GPTConfig:
     """What decides a GPT's shape; the defaults are nanoGPT's for characters.
 
-    mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+': 'dense+weightless'.
+    mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+':
+    'dense+weightless'.
     """
 
     vocab_size: int
@@ -46,7 +49,8 @@ class GPTConfig:
         check_positive(self, "vocab_size", "context", "layers", "heads", "width")
         if self.width % self.heads:
             raise InputError(
-                f"model.width: {self.width} is not a multiple of model.heads = {self.heads}; use {self.heads * -(-self.width // self.heads)}."
+                f"model.width: {self.width} is not a multiple of model.heads = {self.heads}; use "
+                f"{self.heads * -(-self.width // self.heads)}."
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
@@ -61,23 +65,44 @@ class GPTConfig:
 
 
 class GPTBlock(nn.Module):
-    """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its input."""
+    """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its
+    input.
+    """
 
     config: GPTConfig
     mlp: str
 
     @nn.compact
-    def __call__(self, x: Array, valid: Array | None = None, train: bool = False, decode: bool = False) -> Array:
+    def __call__(
+        self, x: Array, valid: Array | None = None, train: bool = False, decode: bool = False
+    ) -> Array:
         """x (B, T, d), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         output_init = normal(0.02 / math.sqrt(2 * c.layers))
-        shared: dict[str, Any] = {"dropout": c.dropout, "use_bias": c.bias, "output_init": output_init, "dtype": dtype}
-        attention = CausalSelfAttention(c.heads, c.context, implementation=c.attention, name="attention", **shared)
-        x = x + attention(LayerNorm(c.bias, dtype, name="attention_norm")(x), valid, train=train, decode=decode)
+        shared: dict[str, Any] = {
+            "dropout": c.dropout,
+            "use_bias": c.bias,
+            "output_init": output_init,
+            "dtype": dtype,
+        }
+        attention = CausalSelfAttention(
+            c.heads, c.context, implementation=c.attention, name="attention", **shared
+        )
+        x = x + attention(
+            LayerNorm(c.bias, dtype, name="attention_norm")(x), valid, train=train, decode=decode
+        )
         if self.mlp == "dense":
-            x = x + MLP(gelu=c.gelu, name="mlp", **shared)(LayerNorm(c.bias, dtype, name="mlp_norm")(x), train=train)
+            x = x + MLP(gelu=c.gelu, name="mlp", **shared)(
+                LayerNorm(c.bias, dtype, name="mlp_norm")(x), train=train
+            )
         elif self.mlp == "weightless":
-            y = WeightlessBlock(c.width, norm_bias=c.bias, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(x)
+            y = WeightlessBlock(
+                c.width,
+                norm_bias=c.bias,
+                dtype=dtype,
+                name="mlp",
+                **dataclasses.asdict(c.weightless),
+            )(x)
             x = x + nn.Dropout(c.dropout, deterministic=not train)(y)
         return x
 
@@ -88,20 +113,40 @@ class GPT(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, valid: Array | None = None, *, train: bool = False, decode: bool = False) -> Array:
-        """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits (B, T, V) float32.
+    def __call__(
+        self,
+        tokens: Array,
+        valid: Array | None = None,
+        *,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Array:
+        """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
+        (B, T, V) float32.
 
-        With decode=True and a mutable 'cache' collection, T new tokens are read behind what the cache holds.
+        With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
+        cache holds.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         if tokens.shape[1] > c.context:
-            raise InputError(f"GPT: {tokens.shape[1]} tokens do not fit its context of {c.context}; pass the last {c.context}.")
-        embed = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding")
-        positions = self.param("position_embedding", normal(0.02), (c.context, c.width), jnp.float32)
+            raise InputError(
+                f"GPT: {tokens.shape[1]} tokens do not fit its context of {c.context}; pass the "
+                f"last {c.context}."
+            )
+        embed = nn.Embed(
+            c.vocab_size, c.width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding"
+        )
+        positions = self.param(
+            "position_embedding", normal(0.02), (c.context, c.width), jnp.float32
+        )
         if decode or valid is not None:
-            positions = jnp.take(positions, token_positions(self, tokens.shape, valid, decode), axis=0, mode="clip")
+            positions = jnp.take(
+                positions, token_positions(self, tokens.shape, valid, decode), axis=0, mode="clip"
+            )
         else:
-            positions = jax.lax.slice_in_dim(positions, 0, tokens.shape[1])  # unlike [:T], also of a T that is only a name (export)
+            positions = jax.lax.slice_in_dim(
+                positions, 0, tokens.shape[1]
+            )  # unlike [:T], also of a T that is only a name (export)
         x = embed(tokens) + positions.astype(dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
         block = nn.remat(GPTBlock, static_argnums=(3, 4)) if c.remat and not decode else GPTBlock
@@ -110,4 +155,6 @@ class GPT(nn.Module):
         x = LayerNorm(c.bias, dtype, name="final_norm")(x)
         if c.tie_embeddings:
             return embed.attend(x).astype(jnp.float32)
-        return nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(
+            c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
+        )(x).astype(jnp.float32)

@@ -1,4 +1,5 @@
-"""MatMul-free language model (Zhu et al. 2024, arXiv 2406.02528): ternary BitLinear layers, an MLGRU for tokens, a GLU for channels.
+"""MatMul-free language model (Zhu et al. 2024, arXiv 2406.02528): ternary BitLinear layers, an
+MLGRU for tokens, a GLU for channels.
 
 The channel mixer can also be a weightless block: `mlp='weightless'`.
 
@@ -17,20 +18,30 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear, RMSNorm
-from quweit_jax.layers.transformer import normal
+from quweit_jax.layers.norms import RMSNorm, normal
+from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, glu_width, kinds_of_mlp, size_of
+from quweit_jax.models.options import (
+    DTYPES,
+    WeightlessOptions,
+    check_positive,
+    glu_width,
+    kinds_of_mlp,
+    size_of,
+)
 from quweit_jax.ops.recurrence import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
 class MatMulFreeConfig:
-    """What decides the shape; the published models are sizes '370m', '1.3b', '2.7b' with a vocabulary of 32,000.
+    """What decides the shape; the published models are sizes '370m', '1.3b', '2.7b' with a
+    vocabulary of 32,000.
 
-    size: 'tiny', '370m', '1.3b', '2.7b' or '13b'. width, layers: other than the size's (0: its own). context: tokens of a training
-    example; the model itself has no limit. mlp: 'dense' (the GLU), 'weightless' or 'none' for every block, or one for each joined by '+'.
-    hidden: width of the GLU's hidden layer (0: 8 d / 3, rounded up to 256). recurrence: how the MLGRU runs over time, see `ops.recurrence`.
+    size: 'tiny', '370m', '1.3b', '2.7b' or '13b'. width, layers: other than the size's (0: its
+    own). context: tokens of a training example; the model itself has no limit. mlp: 'dense' (the
+    GLU), 'weightless' or 'none' for every block, or one for each joined by '+'.
+    hidden: width of the GLU's hidden layer (0: 8 d / 3, rounded up to 256). recurrence: how the
+    MLGRU runs over time, see `ops.recurrence`.
     """
 
     vocab_size: int
@@ -52,7 +63,9 @@ class MatMulFreeConfig:
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.recurrence", self.recurrence, METHODS)
         if not self.epsilon > 0:
-            raise InputError(f"model.epsilon: expected a small positive number, found {self.epsilon}.")
+            raise InputError(
+                f"model.epsilon: expected a small positive number, found {self.epsilon}."
+            )
         kinds_of_mlp(self.mlp, self.sizes()[1])
 
     def sizes(self) -> tuple[int, int]:
@@ -66,19 +79,25 @@ class MatMulFreeConfig:
 
 
 def lower_bounds(parameters: Array) -> Array:
-    """The forget gates' lower bounds from Gamma (layers, d): 0 in the first layer, rising with depth, below 1."""
+    """The forget gates' lower bounds from Gamma (layers, d): 0 in the first layer, rising with
+    depth, below 1.
+    """
     shares = jax.nn.softmax(parameters.astype(jnp.float32), axis=0)
     return jnp.cumsum(shares, 0) - shares[0]
 
 
 class MatMulFreeBlock(nn.Module):
-    """Pre-norm MLGRU and, unless `mlp` is 'none', a GLU or a weightless block; each added to its input."""
+    """Pre-norm MLGRU and, unless `mlp` is 'none', a GLU or a weightless block; each added to its
+    input.
+    """
 
     config: MatMulFreeConfig
     mlp: str
 
     @nn.compact
-    def __call__(self, x: Array, lower_bound: Array, valid: Array | None = None, decode: bool = False) -> Array:
+    def __call__(
+        self, x: Array, lower_bound: Array, valid: Array | None = None, decode: bool = False
+    ) -> Array:
         """x (B, T, d), lower_bound (d,), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         shared: dict[str, Any] = {"epsilon": c.epsilon, "dtype": dtype}
@@ -86,9 +105,13 @@ class MatMulFreeBlock(nn.Module):
         x = x + mixer(RMSNorm(name="mixer_norm", **shared)(x), lower_bound, valid, decode=decode)
         if self.mlp == "dense":
             output_init = normal(0.02 / math.sqrt(2 * c.sizes()[1]))
-            x = x + BitGLU(c.hidden_width(), output_init=output_init, name="mlp", **shared)(RMSNorm(name="mlp_norm", **shared)(x))
+            x = x + BitGLU(c.hidden_width(), output_init=output_init, name="mlp", **shared)(
+                RMSNorm(name="mlp_norm", **shared)(x)
+            )
         elif self.mlp == "weightless":
-            x = x + WeightlessBlock(x.shape[-1], dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(x)
+            x = x + WeightlessBlock(
+                x.shape[-1], dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless)
+            )(x)
         return x
 
 
@@ -100,17 +123,36 @@ class MatMulFree(nn.Module):
     limited_context = False
 
     @nn.compact
-    def __call__(self, tokens: Array, valid: Array | None = None, *, train: bool = False, decode: bool = False) -> Array:
-        """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits (B, T, V) float32.
+    def __call__(
+        self,
+        tokens: Array,
+        valid: Array | None = None,
+        *,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Array:
+        """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
+        (B, T, V) float32.
 
-        With decode=True and a mutable 'cache' collection, T new tokens are read behind what the cache has seen.
+        With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
+        cache has seen.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width, layers = c.sizes()
-        x = nn.Embed(c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding")(tokens)
-        bounds = lower_bounds(self.param("lower_bounds", nn.initializers.zeros, (layers, width), jnp.float32))
-        block = nn.remat(MatMulFreeBlock, static_argnums=(4,)) if c.remat and not decode else MatMulFreeBlock
+        x = nn.Embed(
+            c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding"
+        )(tokens)
+        bounds = lower_bounds(
+            self.param("lower_bounds", nn.initializers.zeros, (layers, width), jnp.float32)
+        )
+        block = (
+            nn.remat(MatMulFreeBlock, static_argnums=(4,))
+            if c.remat and not decode
+            else MatMulFreeBlock
+        )
         for i, kind in enumerate(kinds_of_mlp(c.mlp, layers)):
             x = block(c, kind, name=f"block_{i}")(x, bounds[i], valid, decode)
         x = RMSNorm(c.epsilon, dtype, name="final_norm")(x)
-        return BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")(x).astype(jnp.float32)
+        return BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")(x).astype(
+            jnp.float32
+        )

@@ -1,4 +1,6 @@
-"""Options that several models share, as frozen dataclasses built from plain mappings with named errors."""
+"""Options that several models share, as frozen dataclasses built from plain mappings with named
+errors.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from quweit_jax.errors import InputError, check_choice, nearest
-from quweit_jax.layers.weightless import MAPPINGS, SUMS, TABLE_INITS, WeightlessBlock
+from quweit_jax.layers.lookup import MAPPINGS, TABLE_INITS
+from quweit_jax.layers.weightless import SUMS, WeightlessBlock
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
 from quweit_jax.ops.thermometer import WINDOWS
 
@@ -30,7 +33,13 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") 
         if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
             value = from_mapping(factory, value, f"{where}.{key}")  # type: ignore[arg-type]
         arguments[key] = tuple(value) if isinstance(value, list) else value
-    missing = [n for n, f in fields.items() if n not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in arguments
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}.")
     return cls(**arguments)
@@ -40,7 +49,8 @@ MLPS = ("dense", "weightless", "none")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-# Width, layers and heads of language models, as MatMul-free LM names and sizes them ('tiny' is for tests and for two cores).
+# Width, layers and heads of language models, as MatMul-free LM names and sizes them ('tiny' is for
+# tests and for two cores).
 LM_SIZES = {
     "tiny": (128, 4, 4),
     "370m": (1024, 24, 16),
@@ -57,7 +67,9 @@ def size_of(size: str) -> tuple[int, int, int]:
 
 
 def glu_width(width: int) -> int:
-    """The hidden width of a gated linear unit with about the parameters of an MLP four times as wide: 8 d / 3, in multiples of 256."""
+    """The hidden width of a gated linear unit with about the parameters of an MLP four times as
+    wide: 8 d / 3, in multiples of 256.
+    """
     return 256 * math.ceil(int(8 * width / 3) / 256)
 
 
@@ -70,7 +82,8 @@ def check_positive(config: Any, *names: str, zero: str = "") -> None:
 
 
 def kinds_of_mlp(mlp: str | Sequence[str], blocks: int) -> tuple[str, ...]:
-    """The kind of each block's MLP, from one kind for all or one for each, joined by '+' ('dense+weightless').
+    """The kind of each block's MLP, from one kind for all or one for each, joined by '+'
+    ('dense+weightless').
 
     Raises:
       InputError: an unknown kind, or another number of them.
@@ -78,7 +91,9 @@ def kinds_of_mlp(mlp: str | Sequence[str], blocks: int) -> tuple[str, ...]:
     kinds = tuple(mlp.split("+")) if isinstance(mlp, str) else tuple(mlp)
     kinds = kinds * blocks if len(kinds) == 1 else kinds
     if len(kinds) != blocks:
-        raise InputError(f"model.mlp: expected 1 kind or {blocks} (one a block), found {len(kinds)}: {mlp!r}.")
+        raise InputError(
+            f"model.mlp: expected 1 kind or {blocks} (one a block), found {len(kinds)}: {mlp!r}."
+        )
     for kind in kinds:
         check_choice("model.mlp", kind, MLPS)
     return kinds
@@ -86,7 +101,9 @@ def kinds_of_mlp(mlp: str | Sequence[str], blocks: int) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class WeightlessOptions:
-    """The fields of `layers.weightless.WeightlessBlock` that an experiment may set; see there for each, and for the defaults."""
+    """The fields of `layers.weightless.WeightlessBlock` that an experiment may set; see there for
+    each, and for the defaults.
+    """
 
     num_luts: int | Sequence[int] = WeightlessBlock.num_luts
     lut_inputs: int = WeightlessBlock.lut_inputs
@@ -115,7 +132,11 @@ class WeightlessOptions:
         check_choice("model.weightless.table_init", self.table_init, TABLE_INITS)
         if not 1 <= self.lut_inputs <= MAX_LUT_INPUTS:
             raise InputError(
-                f"model.weightless.lut_inputs: a table can have 1 to {MAX_LUT_INPUTS} inputs, found {self.lut_inputs}; use more, smaller tables."
+                f"model.weightless.lut_inputs: a table can have 1 to {MAX_LUT_INPUTS} inputs, "
+                f"found {self.lut_inputs}; use more, smaller tables."
             )
         if self.thermometer_bits < 1:
-            raise InputError(f"model.weightless.thermometer_bits: expected at least 1, found {self.thermometer_bits}.")
+            raise InputError(
+                "model.weightless.thermometer_bits: expected at least 1, found "
+                f"{self.thermometer_bits}."
+            )

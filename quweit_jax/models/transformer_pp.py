@@ -1,4 +1,5 @@
-"""Transformer++: Llama's decoder (RMSNorm, rotary positions, SwiGLU, no biases), the baseline of MatMul-free language models.
+"""Transformer++: Llama's decoder (RMSNorm, rotary positions, SwiGLU, no biases), the baseline of
+MatMul-free language models.
 
 Dimensions: B batch, T tokens, V vocabulary, d model width, H heads.
 """
@@ -7,25 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.transformer import ATTENTIONS, CausalSelfAttention, Initializer, normal, token_positions
+from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
+from quweit_jax.layers.norms import normal
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, glu_width, kinds_of_mlp, size_of
+from quweit_jax.models.options import (
+    DTYPES,
+    WeightlessOptions,
+    check_positive,
+    glu_width,
+    kinds_of_mlp,
+    size_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerPPConfig:
     """What decides the shape; sizes are those of `MatMulFreeConfig`.
 
-    size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads of keys and values (0: as many);
-    head_width: 0 for d / heads. context: tokens of a training example and the most it can attend to. rope_theta: of the rotary positions.
+    size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads
+      of keys and values (0: as many);
+    head_width: 0 for d / heads. context: tokens of a training example and the most it can attend
+    to. rope_theta: of the rotary positions.
     """
 
     vocab_size: int
@@ -47,19 +56,39 @@ class TransformerPPConfig:
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "context")
-        check_positive(self, "width", "layers", "heads", "kv_heads", "head_width", "hidden", zero="the size's own")
+        check_positive(
+            self,
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "hidden",
+            zero="the size's own",
+        )
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
         for name in ("epsilon", "rope_theta"):
             if not getattr(self, name) > 0:
-                raise InputError(f"model.{name}: expected a positive number, found {getattr(self, name)}.")
+                raise InputError(
+                    f"model.{name}: expected a positive number, found {getattr(self, name)}."
+                )
         width, layers, heads = self.sizes()
         if not self.head_width and (width % heads or (width // heads) % 2):
-            raise InputError(f"model.width: expected a multiple of twice the {heads} heads (rotary positions turn pairs), found {width}.")
+            raise InputError(
+                f"model.width: expected a multiple of twice the {heads} heads (rotary positions "
+                f"turn pairs), found {width}."
+            )
         if self.head_width % 2:
-            raise InputError(f"model.head_width: expected an even number (rotary positions turn pairs), found {self.head_width}.")
+            raise InputError(
+                "model.head_width: expected an even number (rotary positions turn pairs), found "
+                f"{self.head_width}."
+            )
         if self.kv_heads and heads % self.kv_heads:
-            raise InputError(f"model.kv_heads: {heads} heads cannot share {self.kv_heads} heads of keys and values equally.")
+            raise InputError(
+                f"model.kv_heads: {heads} heads cannot share {self.kv_heads} heads of keys and "
+                "values equally."
+            )
         kinds_of_mlp(self.mlp, layers)
 
     def sizes(self) -> tuple[int, int, int]:
@@ -72,29 +101,18 @@ class TransformerPPConfig:
         return self.hidden or glu_width(self.sizes()[0])
 
 
-class SwiGLU(nn.Module):
-    """down(silu(a) * b) with [a, b] = gate(x), without biases (Shazeer 2020, arXiv 2002.05202)."""
-
-    hidden: int
-    output_init: Initializer = normal(0.02)
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x (..., d) -> (..., d)."""
-        both = nn.Dense(2 * self.hidden, use_bias=False, kernel_init=normal(0.02), dtype=self.dtype, name="gate")(x)
-        gate, up = jnp.split(both, 2, axis=-1)
-        return nn.Dense(x.shape[-1], use_bias=False, kernel_init=self.output_init, dtype=self.dtype, name="down")(jax.nn.silu(gate) * up)
-
-
 class TransformerPPBlock(nn.Module):
-    """Pre-norm attention and, unless `mlp` is 'none', a SwiGLU or a weightless block; each added to its input."""
+    """Pre-norm attention and, unless `mlp` is 'none', a SwiGLU or a weightless block; each added to
+    its input.
+    """
 
     config: TransformerPPConfig
     mlp: str
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, valid: Array | None = None, decode: bool = False) -> Array:
+    def __call__(
+        self, x: Array, positions: Array, valid: Array | None = None, decode: bool = False
+    ) -> Array:
         """x (B, T, d), positions (B or 1, T), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width, layers, heads = c.sizes()
@@ -110,12 +128,19 @@ class TransformerPPBlock(nn.Module):
             rotary=c.rope_theta,
             name="mixer",
         )
-        x = x + attention(nn.RMSNorm(c.epsilon, dtype, name="mixer_norm")(x), valid, positions=positions, decode=decode)
+        x = x + attention(
+            nn.RMSNorm(c.epsilon, dtype, name="mixer_norm")(x),
+            valid,
+            positions=positions,
+            decode=decode,
+        )
         if self.mlp == "dense":
             mlp = SwiGLU(c.hidden_width(), output_init, dtype, name="mlp")
             x = x + mlp(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
         elif self.mlp == "weightless":
-            x = x + WeightlessBlock(width, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(x)
+            x = x + WeightlessBlock(
+                width, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless)
+            )(x)
         return x
 
 
@@ -125,19 +150,39 @@ class TransformerPP(nn.Module):
     config: TransformerPPConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, valid: Array | None = None, *, train: bool = False, decode: bool = False) -> Array:
-        """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits (B, T, V) float32.
+    def __call__(
+        self,
+        tokens: Array,
+        valid: Array | None = None,
+        *,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Array:
+        """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
+        (B, T, V) float32.
 
-        With decode=True and a mutable 'cache' collection, T new tokens are read behind what the cache holds.
+        With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
+        cache holds.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width, layers, _ = c.sizes()
         if tokens.shape[1] > c.context:
-            raise InputError(f"TransformerPP: {tokens.shape[1]} tokens do not fit its context of {c.context}; pass the last {c.context}.")
-        x = nn.Embed(c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding")(tokens)
+            raise InputError(
+                f"TransformerPP: {tokens.shape[1]} tokens do not fit its context of {c.context}; "
+                f"pass the last {c.context}."
+            )
+        x = nn.Embed(
+            c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding"
+        )(tokens)
         positions = token_positions(self, tokens.shape, valid, decode)
-        block = nn.remat(TransformerPPBlock, static_argnums=(4,)) if c.remat and not decode else TransformerPPBlock
+        block = (
+            nn.remat(TransformerPPBlock, static_argnums=(4,))
+            if c.remat and not decode
+            else TransformerPPBlock
+        )
         for i, kind in enumerate(kinds_of_mlp(c.mlp, layers)):
             x = block(c, kind, name=f"block_{i}")(x, positions, valid, decode)
         x = nn.RMSNorm(c.epsilon, dtype, name="final_norm")(x)
-        return nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(
+            c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
+        )(x).astype(jnp.float32)

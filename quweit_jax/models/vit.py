@@ -1,8 +1,10 @@
-"""Vision transformer in DeiT's architecture: each block's MLP dense, weightless or absent, in floats or in integers only (I-ViT).
+"""Vision transformer in DeiT's architecture: each block's MLP dense, weightless or absent, in
+floats or in integers only (I-ViT).
 
 The float and the integer form have the same parameters, so that one is fine-tuned from the other.
 
-Dimensions: B batch, H x W pixels, C channels, P patch size, N patches, T tokens (patches and the class token), d model width.
+Dimensions: B batch, H x W pixels, C channels, P patch size, N patches, T tokens (patches and the
+class token), d model width.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import integer as layers
+from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
 from quweit_jax.layers.integer import ActivationQuantizer, IntegerModule, Quantized
-from quweit_jax.layers.transformer import ATTENTIONS, MLP, LayerNorm, SelfAttention
+from quweit_jax.layers.mlp import MLP
+from quweit_jax.layers.norms import LayerNorm
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp
-from quweit_jax.ops.integer import attach
+from quweit_jax.ops.integer import straight_through
 
-# Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests and for two cores).
+# Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests
+# and for two cores).
 SIZES = {
     "mu": (32, 1, 2),
     "Mi": (128, 4, 4),
@@ -37,8 +42,9 @@ SIZES = {
     "L": (1024, 24, 16),
 }
 POOLS = ("cls", "mean")
-# Kernels start at the scale their number of inputs asks for: DeiT's 0.02 for all, made for wide models and long training, keeps small
-# ones from learning for hundreds of steps. The outputs of residual branches start smaller, so that their sum has the branches' scale.
+# Kernels start at the scale their number of inputs asks for: DeiT's 0.02 for all, made for wide
+# models and long training, keeps small ones from learning for hundreds of steps. The outputs of
+# residual branches start smaller, so that their sum has the branches' scale.
 KERNEL_INIT = nn.initializers.lecun_normal()
 
 
@@ -46,11 +52,13 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 class ViTConfig:
     """What decides a ViT's shape; the image size comes with the images.
 
-    variant: size and patch, 'Ti/16'; sizes: mu, Mi, Ti, S, M, B, L. width, depth, heads: other than the variant's (0: its own).
+    variant: size and patch, 'Ti/16'; sizes: mu, Mi, Ti, S, M, B, L. width, depth, heads: other than
+      the variant's (0: its own).
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+'.
     integer: I-ViT's integer-only arithmetic instead of floats.
     pool: what the head reads, the 'cls' token or the 'mean' of the patches.
-    drop_path: the share of examples whose last block's branches are left out in training, rising to it linearly with depth.
+    drop_path: the share of examples whose last block's branches are left out in training, rising to
+    it linearly with depth.
     """
 
     num_classes: int
@@ -71,18 +79,27 @@ class ViTConfig:
     def __post_init__(self):
         match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", self.variant)
         if not match or match[1] not in SIZES:
-            raise InputError(f"model.variant: expected SIZE/PATCH such as Ti/16, with SIZE one of {', '.join(SIZES)}; found '{self.variant}'.")
+            raise InputError(
+                "model.variant: expected SIZE/PATCH such as Ti/16, with SIZE one of "
+                f"{', '.join(SIZES)}; found '{self.variant}'."
+            )
         check_positive(self, "width", "depth", "heads", zero="the variant's own")
         check_positive(self, "num_classes", "mlp_ratio")
         width, _, heads = self.sizes()
         if width % heads:
             raise InputError(
-                f"model.width: {width} is not a multiple of the {heads} heads; use {heads * -(-width // heads)}, or other --config.model.heads."
+                f"model.width: {width} is not a multiple of the {heads} heads; use "
+                f"{heads * -(-width // heads)}, or other --config.model.heads."
             )
         if not 0 <= self.drop_path < 1:
-            raise InputError(f"model.drop_path: expected 0 <= drop_path < 1, found {self.drop_path}.")
+            raise InputError(
+                f"model.drop_path: expected 0 <= drop_path < 1, found {self.drop_path}."
+            )
         if self.integer and self.dtype != "float32":
-            raise InputError(f"model.dtype: an integer model trains beside float32, found {self.dtype}; leave it at float32.")
+            raise InputError(
+                f"model.dtype: an integer model trains beside float32, found {self.dtype}; leave "
+                "it at float32."
+            )
         check_choice("model.pool", self.pool, POOLS)
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
@@ -90,7 +107,12 @@ class ViTConfig:
 
     def sizes(self) -> tuple[int, int, int]:
         """Width, depth and heads."""
-        return tuple(own or of for own, of in zip((self.width, self.depth, self.heads), SIZES[self.variant.split("/")[0]]))  # type: ignore[return-value]
+        return tuple(
+            own or of
+            for own, of in zip(
+                (self.width, self.depth, self.heads), SIZES[self.variant.split("/")[0]]
+            )
+        )  # type: ignore[return-value]
 
     @property
     def patch(self) -> int:
@@ -102,8 +124,12 @@ class ViTConfig:
         return kinds_of_mlp(self.mlp, self.sizes()[1])
 
     def initializers(self) -> dict[str, Any]:
-        """Of the kernels within a block: `kernel_init`, and of those whose results are added to the residual stream `output_init`."""
-        output_init = nn.initializers.variance_scaling(1 / (2 * self.sizes()[1]), "fan_in", "truncated_normal")
+        """Of the kernels within a block: `kernel_init`, and of those whose results are added to the
+        residual stream `output_init`.
+        """
+        output_init = nn.initializers.variance_scaling(
+            1 / (2 * self.sizes()[1]), "fan_in", "truncated_normal"
+        )
         return {"kernel_init": KERNEL_INIT, "output_init": output_init}
 
     def drop_paths(self) -> list[float]:
@@ -113,7 +139,9 @@ class ViTConfig:
 
 
 class DropPath(nn.Module):
-    """Leaves a branch out for a share `rate` of the examples while training, and scales up the others; whole numbers stay whole."""
+    """Leaves a branch out for a share `rate` of the examples while training, and scales up the
+    others; whole numbers stay whole.
+    """
 
     rate: float
 
@@ -123,14 +151,22 @@ class DropPath(nn.Module):
         if not train or self.rate == 0:
             return x
         shape = x.ints.shape if isinstance(x, Quantized) else x.shape
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (shape[0],) + (1,) * (len(shape) - 1))
+        kept = jax.random.bernoulli(
+            self.make_rng("dropout"), 1 - self.rate, (shape[0],) + (1,) * (len(shape) - 1)
+        )
         if isinstance(x, Quantized):
-            return Quantized(jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0), x.scale, jnp.where(kept, x.real / (1 - self.rate), 0))
+            return Quantized(
+                jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0),
+                x.scale,
+                jnp.where(kept, x.real / (1 - self.rate), 0),
+            )
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its input."""
+    """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its
+    input.
+    """
 
     config: ViTConfig
     mlp: str
@@ -142,15 +178,25 @@ class ViTBlock(nn.Module):
         c, dtype, heads = self.config, jnp.dtype(self.config.dtype), self.config.sizes()[2]
         norm: Any = {"use_bias": True, "dtype": dtype, "epsilon": 1e-6}
         drop = DropPath(self.drop_path, name="drop_path")
-        attention = SelfAttention(heads, implementation=c.attention, dtype=dtype, name="attention", **c.initializers())
+        attention = SelfAttention(
+            heads, implementation=c.attention, dtype=dtype, name="attention", **c.initializers()
+        )
         x = x + drop(attention(LayerNorm(name="attention_norm", **norm)(x)), train)
         if self.mlp == "none":
             return x
         y = LayerNorm(name="mlp_norm", **norm)(x)
         if self.mlp == "dense":
-            y = MLP(c.mlp_ratio, use_bias=True, dtype=dtype, name="mlp", **c.initializers())(y, train=train)
+            y = MLP(c.mlp_ratio, use_bias=True, dtype=dtype, name="mlp", **c.initializers())(
+                y, train=train
+            )
         else:
-            y = WeightlessBlock(x.shape[-1], use_norm=False, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless))(y)
+            y = WeightlessBlock(
+                x.shape[-1],
+                use_norm=False,
+                dtype=dtype,
+                name="mlp",
+                **dataclasses.asdict(c.weightless),
+            )(y)
         return x + drop(y, train)
 
 
@@ -165,36 +211,52 @@ class IntegerViTBlock(nn.Module):
     def __call__(self, x: Quantized, train: bool = False) -> Quantized:
         """x (B, T, d) at 16 bits -> (B, T, d) at 16 bits."""
         drop = DropPath(self.drop_path, name="drop_path")
-        y = ActivationQuantizer(name="quant_attention_norm")(layers.IntegerLayerNorm(name="attention_norm")(x), train=train)
-        y = layers.IntegerAttention(self.config.sizes()[2], name="attention", **self.config.initializers())(y, train=train)
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(drop(y, train), x, train=train)
+        y = ActivationQuantizer(name="quant_attention_norm")(
+            layers.IntegerLayerNorm(name="attention_norm")(x), train=train
+        )
+        y = layers.IntegerAttention(
+            self.config.sizes()[2], name="attention", **self.config.initializers()
+        )(y, train=train)
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(
+            drop(y, train), x, train=train
+        )
         if self.mlp == "none":
             return x
-        y = ActivationQuantizer(name="quant_mlp_norm")(layers.IntegerLayerNorm(name="mlp_norm")(x), train=train)
+        y = ActivationQuantizer(name="quant_mlp_norm")(
+            layers.IntegerLayerNorm(name="mlp_norm")(x), train=train
+        )
         if self.mlp == "dense":
-            y = layers.IntegerMLP(self.config.mlp_ratio, name="mlp", **self.config.initializers())(y, train=train)
+            y = layers.IntegerMLP(self.config.mlp_ratio, name="mlp", **self.config.initializers())(
+                y, train=train
+            )
         else:
             options: dict[str, Any] = dataclasses.asdict(self.config.weightless)
-            y = layers.IntegerWeightlessBlock(x.ints.shape[-1], use_norm=False, name="mlp", **options)(y)
-        return ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_mlp")(drop(y, train), x, train=train)
+            y = layers.IntegerWeightlessBlock(
+                x.ints.shape[-1], use_norm=False, name="mlp", **options
+            )(y)
+        return ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_mlp")(
+            drop(y, train), x, train=train
+        )
 
 
 class ViT(IntegerModule):
     """A vision transformer: images (B, H, W, C) -> logits (B, num_classes).
 
-    In integer form, `model.apply({'packed': packed}, images)` with what `quweit_jax.inference.integer.pack` makes of the variables
-    is evaluated without floats between the image and the logits.
+    In integer form, `model.apply({'packed': packed}, images)` with what
+    `quweit_jax.deploy.integer.pack` makes of the variables is evaluated without floats between
+    the image and the logits.
     """
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        """images (B, H, W, C) float, normalised -> logits (B, num_classes) float32."""
+        """images (B, H, W, C) float, normalized -> logits (B, num_classes) float32."""
         c, width = self.config, self.config.sizes()[0]
         if images.ndim != 4 or any(s == 0 or s % c.patch for s in images.shape[1:3]):
             raise InputError(
-                f"ViT: expected images (batch, height, width, channels) whose sides are multiples of the patch size {c.patch}, found "
+                "ViT: expected images (batch, height, width, channels) whose sides are multiples "
+                f"of the patch size {c.patch}, found "
                 f"{list(images.shape)}; change --config.data.image_size or the model's variant."
             )
         patches = cut_patches(images, c.patch)
@@ -211,7 +273,9 @@ class ViT(IntegerModule):
             x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
         x = LayerNorm(True, dtype, 1e-6, name="final_norm")(x)
         x = x[:, 0] if c.pool == "cls" else x.mean(1)
-        return nn.Dense(c.num_classes, kernel_init=KERNEL_INIT, dtype=dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(c.num_classes, kernel_init=KERNEL_INIT, dtype=dtype, name="head")(x).astype(
+            jnp.float32
+        )
 
     def _integer(self, patches: Array, shape: Sequence[int], train: bool) -> Array:
         c, width = self.config, self.config.sizes()[0]
@@ -228,13 +292,17 @@ class ViT(IntegerModule):
             position = quantizer.from_real(self._positions(shape, width), train=train)
             self.constant("position_embedding", position.ints.astype(jnp.int32))
         position = position.map(lambda a: jnp.broadcast_to(a, x.ints.shape))
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_embedding")(x, position, train=train)
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_embedding")(
+            x, position, train=train
+        )
         block = nn.remat(IntegerViTBlock, static_argnums=(2,)) if c.remat else IntegerViTBlock
         for i, (mlp, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
             x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
         if c.pool == "cls":
             x = x.map(lambda a: a[:, 0])
-        x = ActivationQuantizer(name="quant_final")(layers.IntegerLayerNorm(name="final_norm")(x), train=train)
+        x = ActivationQuantizer(name="quant_final")(
+            layers.IntegerLayerNorm(name="final_norm")(x), train=train
+        )
         if c.pool == "mean":
             x = ActivationQuantizer(name="quant_pool")(layers.mean_of_tokens(x), train=train)
         logits = layers.IntegerDense(c.num_classes, KERNEL_INIT, name="head")(x)
@@ -247,17 +315,29 @@ class ViT(IntegerModule):
         """The class token in front of the patches, in their scale."""
         if x.packed:
             return _append(Quantized(self.read("cls_token")[0]), x)
-        token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, x.ints.shape[-1]), jnp.float32)
+        token = self.param(
+            "cls_token", nn.initializers.normal(0.02), (1, 1, x.ints.shape[-1]), jnp.float32
+        )
         ints = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
         self.constant("cls_token", ints.astype(jnp.int32))
-        return _append(Quantized(ints, x.scale, attach(ints * x.scale, token)), x)
+        return _append(Quantized(ints, x.scale, straight_through(ints * x.scale, token)), x)
 
     def _positions(self, shape: Sequence[int], width: int) -> Array:
         """The positional embedding for images of this shape, resampled if it was made for another."""
-        grid, extra = (shape[1] // self.config.patch, shape[2] // self.config.patch), int(self.config.pool == "cls")
+        grid, extra = (
+            (shape[1] // self.config.patch, shape[2] // self.config.patch),
+            int(self.config.pool == "cls"),
+        )
         if self.has_variable("params", "position_embedding"):
-            return resample_positions(self.get_variable("params", "position_embedding"), grid, extra)
-        return self.param("position_embedding", nn.initializers.normal(width**-0.5), (1, math.prod(grid) + extra, width), jnp.float32)
+            return resample_positions(
+                self.get_variable("params", "position_embedding"), grid, extra
+            )
+        return self.param(
+            "position_embedding",
+            nn.initializers.normal(width**-0.5),
+            (1, math.prod(grid) + extra, width),
+            jnp.float32,
+        )
 
 
 def cut_patches(images: Array, patch: int) -> Array:
@@ -268,7 +348,8 @@ def cut_patches(images: Array, patch: int) -> Array:
 
 
 def resample_positions(embedding: Array, grid: tuple[int, int], extra: int = 1) -> Array:
-    """A positional embedding (1, extra + N, d) of a square grid for a grid of another size, bicubic; the first `extra` tokens stay.
+    """A positional embedding (1, extra + N, d) of a square grid for a grid of another size,
+    bicubic; the first `extra` tokens stay.
 
     Raises:
       InputError: its own grid isn't square and another one is asked for.
@@ -278,16 +359,31 @@ def resample_positions(embedding: Array, grid: tuple[int, int], extra: int = 1) 
         return embedding
     side = math.isqrt(count)
     if side * side != count:
-        raise InputError(f"ViT: a positional embedding of {count} patches that are not square cannot be resampled to {grid[0]} x {grid[1]}.")
+        raise InputError(
+            f"ViT: a positional embedding of {count} patches that are not square cannot be "
+            f"resampled to {grid[0]} x {grid[1]}."
+        )
     square = embedding[:, extra:].reshape(1, side, side, -1)
-    resized = jax.image.resize(square, (1, *grid, square.shape[-1]), "cubic").reshape(1, math.prod(grid), -1)
+    resized = jax.image.resize(square, (1, *grid, square.shape[-1]), "cubic").reshape(
+        1, math.prod(grid), -1
+    )
     return jnp.concatenate([embedding[:, :extra], resized], 1)
 
 
 def _append(first: Quantized, x: Quantized) -> Quantized:
-    """A class token (1, 1, d) in front of tokens (B, N, d) of the same scale, or of a scale a feature."""
+    """A class token (1, 1, d) in front of tokens (B, N, d) of the same scale, or of a scale a
+    feature.
+    """
 
     def join(token: Array, tokens: Array) -> Array:
-        return jnp.concatenate([jnp.broadcast_to(token, (tokens.shape[0], 1, tokens.shape[2])).astype(tokens.dtype), tokens], 1)
+        return jnp.concatenate(
+            [
+                jnp.broadcast_to(token, (tokens.shape[0], 1, tokens.shape[2])).astype(tokens.dtype),
+                tokens,
+            ],
+            1,
+        )
 
-    return Quantized(join(first.ints, x.ints), x.scale, None if x.real is None else join(first.real, x.real))
+    return Quantized(
+        join(first.ints, x.ints), x.scale, None if x.real is None else join(first.real, x.real)
+    )

@@ -1,17 +1,21 @@
-"""I-ViT's integer-only arithmetic (Li & Gu, ICCV 2023): shift-exponential, Shiftmax, ShiftGELU, I-LayerNorm, dyadic requantisation.
+"""I-ViT's integer-only arithmetic (Li & Gu, ICCV 2023): shift-exponential, Shiftmax, ShiftGELU,
+I-LayerNorm, dyadic requantization.
 
-A real number is x = x_int * scale. The public functions (`shiftmax`, `shift_gelu`, `int_layer_norm`, `int_linear`, `requantize`) have
-two doors:
+A real number is x = x_int * scale. The public functions (`shiftmax`, `shift_gelu`,
+`int_layer_norm`, `int_linear`, `requantize`) have two doors:
 
-- integer arrays in (int8, int16, int32): int32 arrays out. Nothing but integer operations touches the values; what is computed from
-  scales (multipliers, shifts, thresholds) is constant at inference.
-- floating arrays in: real values out, out_int * out_scale, with straight-through gradients: those of the real function (softmax,
-  GELU, ...), rounding counted as the identity. The arithmetic is the published program's float32, in which x_int * scale / scale
-  can miss an integer by one rounding, and a floor then falls one lower.
+- integer arrays in (int8, int16, int32): int32 arrays out. Nothing but integer operations touches
+  the values; what is computed from scales (multipliers, shifts, thresholds) is constant at
+  inference.
+- floating arrays in: real values out, out_int * out_scale, with straight-through gradients: those
+  of the real function (softmax, GELU, ...), rounding counted as the identity. The arithmetic is the
+  published program's float32, in which x_int * scale / scale can miss an integer by one rounding,
+  and a floor then falls one lower.
 
-The functions ending in `_units` are what both are made of. They work on whole numbers in either representation: int32, exactly, or
-float32, the same formulas with float32's 24 bits where a product or a sum needs more. Layers train on the latter, which every
-platform does fast, and are deployed on the former.
+The functions ending in `_units` are what both are made of. They work on whole numbers in either
+representation: int32, exactly, or float32, the same formulas with float32's 24 bits where a product
+or a sum needs more. Layers train on the latter, which every platform does fast, and are deployed on
+the former.
 
 Dimensions: d features (last axis), I input features, O output features.
 """
@@ -28,8 +32,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError
-from quweit_jax.ops import wide
-from quweit_jax.ops.sealing import sealed
+from quweit_jax.ops import int64 as wide
+from quweit_jax.ops.fusion import no_fusion
 
 SOFTMAX_SHIFTS = 15
 GELU_SHIFTS = 23
@@ -42,12 +46,14 @@ _SMALLEST_ROOT = 64.0  # where ten Newton steps from 2**16 end for a tiny varian
 
 
 @jax.custom_vjp
-def attach(value: Array, shadow: Array) -> Array:
-    """`value`, with the gradient going to `shadow` (of the same shape): how exact integers get a real function's gradient."""
+def straight_through(value: Array, shadow: Array) -> Array:
+    """`value`, with the gradient going to `shadow` (of the same shape): how exact integers get a
+    real function's gradient.
+    """
     return value
 
 
-attach.defvjp(lambda value, shadow: (value, None), lambda _, g: (jnp.zeros_like(g), g))
+straight_through.defvjp(lambda value, shadow: (value, None), lambda _, g: (jnp.zeros_like(g), g))
 
 
 def is_integer(x: Any) -> bool:
@@ -56,7 +62,9 @@ def is_integer(x: Any) -> bool:
 
 
 def symmetric_scale(low: Array, high: Array, bits: int) -> Array:
-    """The scale of a symmetric quantiser over [low, high]: max(-low, high) / (2**(bits-1) - 1), float32, not below 1e-8."""
+    """The scale of a symmetric quantizer over [low, high]: max(-low, high) / (2**(bits-1) - 1),
+    float32, not below 1e-8.
+    """
     return jnp.maximum(jnp.maximum(-low, high) / (2 ** (bits - 1) - 1), _SMALLEST_SCALE)
 
 
@@ -67,7 +75,9 @@ def quantize(x: Array, scale: Array, bits: int) -> Array:
 
 
 def quantize_weights(weight: Array, *, bits: int = 8) -> tuple[Array, Array]:
-    """Symmetric weights, one scale an output: (I, O) float -> (int32 (I, O), scale float32 (O,)), scale = max|w| / (2**(bits-1) - 1)."""
+    """Symmetric weights, one scale an output: (I, O) float -> (int32 (I, O), scale float32 (O,)),
+    scale = max|w| / (2**(bits-1) - 1).
+    """
     weight = jax.lax.stop_gradient(weight)
     scale = symmetric_scale(weight.min(0), weight.max(0), bits)
     return quantize(weight, scale, bits), scale
@@ -91,34 +101,46 @@ def matmul_units(x: Array, weight_int: Array) -> Array:
 def einsum_units(subscripts: str, a: Array, b: Array) -> Array:
     """A product of two arrays of whole numbers, in the representation of the first.
 
-    Integer operands, which may differ in width, are multiplied as they are and summed in int32. For a float32 one the other is
-    taken to float32 too, which matrix units do fast and which is exact while every partial sum stays below 2**24.
+    Integer operands, which may differ in width, are multiplied as they are and summed in int32. For
+    a float32 one the other is taken to float32 too, which matrix units do fast and which is exact
+    while every partial sum stays below 2**24.
     """
     if is_integer(a):
         common = jnp.promote_types(a.dtype, b.dtype)
-        return jnp.einsum(subscripts, a.astype(common), b.astype(common), preferred_element_type=jnp.int32)
+        return jnp.einsum(
+            subscripts, a.astype(common), b.astype(common), preferred_element_type=jnp.int32
+        )
     return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
-def int_linear(x_int: Array, scale: Array, weight: Array, bias: Array | None = None, *, bits: int = 8) -> tuple[Array, Array]:
-    """A linear layer on integers: x_int @ quantised weight + quantised bias.
+def int_linear(
+    x_int: Array, scale: Array, weight: Array, bias: Array | None = None, *, bits: int = 8
+) -> tuple[Array, Array]:
+    """A linear layer on integers: x_int @ quantized weight + quantized bias.
 
     Args:
-      x_int: (..., I), integers of an integer or a floating dtype. scale: theirs, one number (or shape (1,)).
-      weight: (I, O) float, quantised here to `bits` with a scale an output. bias: (O,) float, quantised to int32 at scale * weight scale.
+      x_int: (..., I), integers of an integer or a floating dtype. scale: theirs, one number (or
+        shape (1,)).
+      weight: (I, O) float, quantized here to `bits` with a scale an output. bias: (O,) float,
+        quantized to int32 at scale * weight scale.
 
     Returns:
-      (out (..., O), out_scale (O,)): int32, or for floating x_int the real values with gradients to x_int, weight and bias.
+      (out (..., O), out_scale (O,)): int32, or for floating x_int the real values with gradients to
+      x_int, weight and bias.
     """
     weight_int, weight_scale = quantize_weights(weight, bits=bits)
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = weight_scale * scale
-    total = matmul_units(x_int if is_integer(x_int) else jnp.round(jax.lax.stop_gradient(x_int)), weight_int)
+    total = matmul_units(
+        x_int if is_integer(x_int) else jnp.round(jax.lax.stop_gradient(x_int)), weight_int
+    )
     if bias is not None:
         total = total + quantize_bias(bias, out_scale)
 
     def shadow() -> Array:
-        return jnp.matmul(x_int * scale, attach(weight_int * weight_scale, weight)) + (0.0 if bias is None else bias)
+        return jnp.matmul(x_int * scale, straight_through(weight_int * weight_scale, weight)) + (
+            0.0 if bias is None else bias
+        )
 
     return _out(x_int, total, out_scale, shadow)
 
@@ -133,15 +155,23 @@ def shift_exp(x: Array, inverse: Array, shifts: Array | int) -> Array:
     Returns:
       uint32, saturated at 2**31 - 1, or float32.
     """
-    return _shift_exp_int(x, inverse, shifts) if is_integer(x) else _shift_exp_float(x, inverse, shifts)
+    return (
+        _shift_exp_int(x, inverse, shifts)
+        if is_integer(x)
+        else _shift_exp_float(x, inverse, shifts)
+    )
 
 
 def _shift_exp_int(x: Array, inverse: Array, shifts: Array | int) -> Array:
     x = x + (x >> 1) - (x >> 4)
     x = jnp.maximum(x, -shifts * inverse)
-    # x = -halvings * inverse + rest with -inverse < rest <= 0; where x > 0 (exp of a negative maximum) halvings is negative.
+    # x = -halvings * inverse + rest with -inverse < rest <= 0; where x > 0 (exp of a negative
+    # maximum) halvings is negative.
     positive = x > 0
-    whole = jax.lax.div(jnp.where(positive, x, -x) + jnp.where(positive, inverse - 1, 0), jnp.broadcast_to(inverse, x.shape))
+    whole = jax.lax.div(
+        jnp.where(positive, x, -x) + jnp.where(positive, inverse - 1, 0),
+        jnp.broadcast_to(inverse, x.shape),
+    )
     halvings = jnp.where(positive, -whole, whole)
     twice = (x + halvings * inverse + 2 * inverse).astype(jnp.uint32)  # 2 * (rest / 2 + inverse)
     shift = jnp.asarray(shifts - halvings)
@@ -152,7 +182,8 @@ def _shift_exp_int(x: Array, inverse: Array, shifts: Array | int) -> Array:
 
 def _shift_exp_float(x: Array, inverse: Array, shifts: Array | int) -> Array:
     x = x + jnp.floor(x / 2) - jnp.floor(x / 16)
-    # The barrier keeps the division by one number from becoming a product with its inverse, which can fall below a whole quotient.
+    # The barrier keeps the division by one number from becoming a product with its inverse, which
+    # can fall below a whole quotient.
     unit = jax.lax.optimization_barrier(jnp.broadcast_to(-inverse.astype(jnp.float32), x.shape))
     x = jnp.maximum(x, shifts * unit)
     halvings = jnp.floor(x / unit)
@@ -162,7 +193,9 @@ def _shift_exp_float(x: Array, inverse: Array, shifts: Array | int) -> Array:
 
 def _power_of_two(exponent: Array) -> Array:
     """2.0**exponent for whole numbers, exactly."""
-    return jax.lax.bitcast_convert_type((jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127) << 23, jnp.float32)
+    return jax.lax.bitcast_convert_type(
+        (jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127) << 23, jnp.float32
+    )
 
 
 def inverse_scale(scale: Array) -> Array:
@@ -171,9 +204,11 @@ def inverse_scale(scale: Array) -> Array:
 
 
 def shiftmax_units(x: Array, inverse: Array, *, bits: int) -> Array:
-    """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole numbers in units of 2**-(bits-1)."""
+    """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole
+    numbers in units of 2**-(bits-1).
+    """
     if is_integer(x):
-        return sealed(functools.partial(_shiftmax, bits=bits), x, inverse)
+        return no_fusion(functools.partial(_shiftmax, bits=bits), x, inverse)
     return _shiftmax(x, inverse, bits)
 
 
@@ -183,7 +218,8 @@ def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     if not is_integer(x):
         total = jnp.minimum(exponentials.sum(-1, keepdims=True), _DIVIDEND)
         return jnp.floor(exponentials * jnp.floor(_DIVIDEND / total) / 2.0 ** (32 - bits))
-    # The sum has to fit 32 bits; scales so small that it might not lose the last of their many bits.
+    # The sum has to fit 32 bits; scales so small that it might not lose the last of their many
+    # bits.
     spare = _bit_length(inverse) + SOFTMAX_SHIFTS + math.ceil(math.log2(max(1, x.shape[-1]))) - 32
     exponentials = exponentials >> jnp.maximum(0, spare).astype(jnp.uint32)
     total = jnp.clip(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), 1, wide.INT32_MAX)
@@ -194,10 +230,12 @@ def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Arra
     """Softmax over the last axis in integers (I-ViT, equations 8 to 10).
 
     Args:
-      x_int: (..., d), integers of an integer or a floating dtype. scale: theirs. bits: of the result, 2 to 31.
+      x_int: (..., d), integers of an integer or a floating dtype. scale: theirs. bits: of the
+        result, 2 to 31.
 
     Returns:
-      (out (..., d), out_scale = 2**-(bits-1)): int32, or for floating x_int the real probabilities with softmax's gradient.
+      (out (..., d), out_scale = 2**-(bits-1)): int32, or for floating x_int the real probabilities
+      with softmax's gradient.
     """
     if not 2 <= bits <= 31:
         raise InputError(f"shiftmax: bits must be 2 to 31, found {bits}.")
@@ -208,8 +246,10 @@ def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Arra
 
 
 def shift_gelu_units(x: Array, inverse: Array) -> Array:
-    """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole numbers in units of scale * 2**-7."""
-    return sealed(_shift_gelu, x, inverse) if is_integer(x) else _shift_gelu(x, inverse)
+    """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole
+    numbers in units of scale * 2**-7.
+    """
+    return no_fusion(_shift_gelu, x, inverse) if is_integer(x) else _shift_gelu(x, inverse)
 
 
 def _shift_gelu(x: Array, inverse: Array) -> Array:
@@ -220,17 +260,21 @@ def _shift_gelu(x: Array, inverse: Array) -> Array:
         total = jnp.minimum(numerator + other, _DIVIDEND)
         return x * jnp.floor(numerator * jnp.floor(_DIVIDEND / total) / 2.0 ** (32 - GELU_BITS))
     total = jnp.clip(numerator + other, 1, wide.INT32_MAX)
-    return x * ((numerator * (jnp.uint32(_DIVIDEND) // total)) >> (32 - GELU_BITS)).astype(jnp.int32)
+    return x * ((numerator * (jnp.uint32(_DIVIDEND) // total)) >> (32 - GELU_BITS)).astype(
+        jnp.int32
+    )
 
 
 def shift_gelu(x_int: Array, scale: Array) -> tuple[Array, Array]:
-    """x * sigmoid(1.702 x) in integers, the sigmoid from two shift-exponentials taken from the largest x of the last axis (I-ViT, equation 12).
+    """x * sigmoid(1.702 x) in integers, the sigmoid from two shift-exponentials taken from the
+    largest x of the last axis (I-ViT, equation 12).
 
     Args:
       x_int: (..., d), integers of an integer or a floating dtype, 8-bit in I-ViT. scale: theirs.
 
     Returns:
-      (out (..., d), out_scale = scale / 128): int32, or for floating x_int the real values with the function's gradient.
+      (out (..., d), out_scale = scale / 128): int32, or for floating x_int the real values with the
+      function's gradient.
     """
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     out_scale = jnp.reshape(scale * 2.0 ** (1 - GELU_BITS), (-1,))
@@ -244,20 +288,25 @@ def gelu_shadow(x: Array) -> Array:
 
 
 def _published_grid(x_int: Array, scale: Array) -> Array:
-    """Integers as they are; of floats, x / scale for the real x = x_int * scale, each rounded to float32 as the published program does."""
+    """Integers as they are; of floats, x / scale for the real x = x_int * scale, each rounded to
+    float32 as the published program does.
+    """
     if is_integer(x_int):
         return x_int.astype(jnp.int32)
     x_int = jax.lax.stop_gradient(x_int)
-    # The barriers keep the product from being cancelled, and the division from becoming a product with 1 / scale.
+    # The barriers keep the product from being cancelled, and the division from becoming a product
+    # with 1 / scale.
     scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x_int.shape))
     return jax.lax.optimization_barrier(x_int * scale) / scale
 
 
 def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Array]:
-    """What I-LayerNorm needs of weight and bias, (d,) float: (bias_int int32 (d,), halvings int32 (d,), out_scale float32 (d,)).
+    """What I-LayerNorm needs of weight and bias, (d,) float: (bias_int int32 (d,), halvings int32
+    (d,), out_scale float32 (d,)).
 
-    halvings is 0 but for channels whose bias is so much larger than their weight that the sum would not fit 32 bits; their output
-    is coarser by that power of two. A weight of 0 counts as a very small one.
+    halvings is 0 but for channels whose bias is so much larger than their weight that the sum would
+    not fit 32 bits; their output is coarser by that power of two. A weight of 0 counts as a very
+    small one.
     """
     width = weight.shape[0]
     unit = jnp.float32(math.sqrt(width) / 2**30)
@@ -265,18 +314,27 @@ def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Arra
     tiny = jnp.maximum(jnp.abs(weight).max(), jnp.abs(bias).max()) * 2.0**-24 + 1e-20
     weight = jnp.where(jnp.abs(weight) < tiny, tiny, weight)
     ratio = bias / weight / unit
-    halvings = jnp.maximum(0, jnp.ceil(jnp.log2(jnp.maximum(jnp.abs(ratio), 1.0) / 2**30))).astype(jnp.int32)
+    halvings = jnp.maximum(0, jnp.ceil(jnp.log2(jnp.maximum(jnp.abs(ratio), 1.0) / 2**30))).astype(
+        jnp.int32
+    )
     step = jnp.exp2(halvings.astype(jnp.float32))
     return saturate(jnp.floor(ratio / step)), halvings, unit * weight * step
 
 
 def layer_norm_units(x: Array, bias_int: Array, halvings: Array) -> Array:
-    """I-LayerNorm of whole numbers (..., d), |x| < 2**16, with `layer_norm_constants`: whole numbers (..., d)."""
+    """I-LayerNorm of whole numbers (..., d), |x| < 2**16, with `layer_norm_constants`: whole
+    numbers (..., d).
+    """
     if not is_integer(x):
-        centred = x - jnp.round(x.mean(-1, keepdims=True))
-        root = jnp.maximum(jnp.floor(jnp.sqrt(jnp.square(centred).sum(-1, keepdims=True))), _SMALLEST_ROOT)
-        return jnp.floor(centred * jnp.floor(_DIVIDEND / root) * _power_of_two(-1 - halvings)) + bias_int
-    return sealed(_layer_norm_int, x, bias_int, halvings)
+        centerd = x - jnp.round(x.mean(-1, keepdims=True))
+        root = jnp.maximum(
+            jnp.floor(jnp.sqrt(jnp.square(centerd).sum(-1, keepdims=True))), _SMALLEST_ROOT
+        )
+        return (
+            jnp.floor(centerd * jnp.floor(_DIVIDEND / root) * _power_of_two(-1 - halvings))
+            + bias_int
+        )
+    return no_fusion(_layer_norm_int, x, bias_int, halvings)
 
 
 def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
@@ -285,37 +343,46 @@ def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
     mean = total // width
     rest = 2 * (total - mean * width)
     mean = mean + ((rest > width) | ((rest == width) & (mean & 1 == 1)))
-    centred = x - mean
-    high, low = _sum_of_squares(jnp.minimum(wide.magnitude(centred), 2**17 - 1))
+    centerd = x - mean
+    high, low = _sum_of_squares(jnp.minimum(wide.magnitude(centerd), 2**17 - 1))
 
     def newton(_: int, root: Array) -> Array:
         return (root + wide.divide(high, low, root)) >> 1
 
     root = jax.lax.fori_loop(0, LAYER_NORM_ITERATIONS, newton, jnp.full_like(low, 2**16))
     factor = (jnp.uint32(_DIVIDEND) // root).astype(jnp.int32)
-    return ((centred * factor) >> (1 + halvings)) + bias_int
+    return ((centerd * factor) >> (1 + halvings)) + bias_int
 
 
 def int_layer_norm(x_int: Array, scale: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
-    """LayerNorm over the last axis in integers; the square root by ten Newton steps from 2**16 (I-ViT, equation 13).
+    """LayerNorm over the last axis in integers; the square root by ten Newton steps from 2**16
+    (I-ViT, equation 13).
 
     Args:
-      x_int: (..., d), |x_int| < 2**16, integers of an integer or a floating dtype. scale: theirs, one number: it only matters to gradients.
+      x_int: (..., d), |x_int| < 2**16, integers of an integer or a floating dtype. scale: theirs,
+        one number: it only matters to gradients.
       weight, bias: (d,) float.
 
     Returns:
-      (out (..., d), out_scale (d,) = sqrt(d) / 2**30 * weight): int32, or for floating x_int the real values with gradients to
-      x_int, weight and bias (the reference program's bias gets none).
+      (out (..., d), out_scale (d,) = sqrt(d) / 2**30 * weight): int32, or for floating x_int the
+      real values with gradients to x_int, weight and bias (the reference program's bias gets none).
     """
     bias_int, halvings, out_scale = layer_norm_constants(weight, bias)
     out = layer_norm_units(_as_int(x_int), bias_int, halvings)
-    return _out(x_int, out, out_scale, lambda: layer_norm_shadow(x_int * jax.lax.stop_gradient(scale), weight, bias))
+    return _out(
+        x_int,
+        out,
+        out_scale,
+        lambda: layer_norm_shadow(x_int * jax.lax.stop_gradient(scale), weight, bias),
+    )
 
 
 def layer_norm_shadow(x: Array, weight: Array, bias: Array) -> Array:
     """The real function whose gradient I-LayerNorm takes: (x - mean) / std * weight + bias."""
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-12) * weight + bias
+    centerd = x - x.mean(-1, keepdims=True)
+    return (
+        centerd * jax.lax.rsqrt(jnp.square(centerd).mean(-1, keepdims=True) + 1e-12) * weight + bias
+    )
 
 
 def requantize(
@@ -327,42 +394,76 @@ def requantize(
     identity: Array | None = None,
     identity_scale: Array | None = None,
 ) -> Array:
-    """To another scale by an integer multiplication and a shift: round(x_int * M / 2**e), each branch rounded by itself, added, clamped.
+    """To another scale by an integer multiplication and a shift: round(x_int * M / 2**e), each
+    branch rounded by itself, added, clamped.
 
     Args:
-      x: int32, or floating real values on the grid of scale_in. scale_in: one number or one a feature, of either sign.
+      x: int32, or floating real values on the grid of scale_in. scale_in: one number or one a
+        feature, of either sign.
       scale_out: one number. bits: of the result, clamped to [-2**(bits-1), 2**(bits-1) - 1].
       identity, identity_scale: a second branch of the same kind (a residual connection).
 
     Returns:
-      int32, or for floating x the real values on the grid of scale_out, with the identity's gradient inside the clamp and 0 outside.
+      int32, or for floating x the real values on the grid of scale_out, with the identity's
+      gradient inside the clamp and 0 outside.
 
-    M / 2**e is the ratio of the scales to 31 bits and the product is exact in 64 (I-ViT's dyadic numbers; no float64 is needed).
+    M / 2**e is the ratio of the scales to 31 bits and the product is exact in 64 (I-ViT's dyadic
+    numbers; no float64 is needed).
     """
     if (identity is None) != (identity_scale is None):
-        raise InputError("requantize: identity and identity_scale belong together; give both or neither.")
-    scale_in, scale_out = jnp.asarray(scale_in, jnp.float32), jax.lax.stop_gradient(jnp.asarray(scale_out, jnp.float32))
-    branches = [(x, scale_in)] + ([] if identity is None else [(identity, jnp.asarray(identity_scale, jnp.float32))])
-    out = requantize_units([(_as_int(v if is_integer(v) else v / scale), scale) for v, scale in branches], scale_out, bits)
-    return out if is_integer(x) else attach(out * scale_out, clip_shadow(x if identity is None else x + identity, scale_out, bits))
+        raise InputError(
+            "requantize: identity and identity_scale belong together; give both or neither."
+        )
+    scale_in, scale_out = (
+        jnp.asarray(scale_in, jnp.float32),
+        jax.lax.stop_gradient(jnp.asarray(scale_out, jnp.float32)),
+    )
+    branches = [(x, scale_in)] + (
+        [] if identity is None else [(identity, jnp.asarray(identity_scale, jnp.float32))]
+    )
+    out = requantize_units(
+        [(_as_int(v if is_integer(v) else v / scale), scale) for v, scale in branches],
+        scale_out,
+        bits,
+    )
+    return (
+        out
+        if is_integer(x)
+        else straight_through(
+            out * scale_out, clip_shadow(x if identity is None else x + identity, scale_out, bits)
+        )
+    )
 
 
 def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits: int) -> Array:
-    """Whole numbers (x, scale_in) summed at scale_out and clamped: int32 by dyadic numbers, exactly; float32 by float32 ratios."""
+    """Whole numbers (x, scale_in) summed at scale_out and clamped: int32 by dyadic numbers,
+    exactly; float32 by float32 ratios.
+    """
     if is_integer(branches[0][0]):
         return requantize_int([(x, *wide.dyadic(scale, scale_out)) for x, scale in branches], bits)
-    return clamp(sum((jnp.round(x * (scale / scale_out)) for x, scale in branches), jnp.float32(0)), bits)
+    return clamp(
+        sum((jnp.round(x * (scale / scale_out)) for x, scale in branches), jnp.float32(0)), bits
+    )
 
 
 def requantize_int(branches: list[tuple[Array, Array, Array]], bits: int) -> Array:
-    """The sum of round(x * multiplier / 2**shift) over (x int32, multiplier int32, shift int32), clamped to `bits` bits: int32."""
+    """The sum of round(x * multiplier / 2**shift) over (x int32, multiplier int32, shift int32),
+    clamped to `bits` bits: int32.
+    """
     flat = [array for branch in branches for array in branch]
-    return sealed(lambda *arrays: _requantize([arrays[i : i + 3] for i in range(0, len(arrays), 3)], bits), *flat)
+    return no_fusion(
+        lambda *arrays: _requantize([arrays[i : i + 3] for i in range(0, len(arrays), 3)], bits),
+        *flat,
+    )
 
 
 def _requantize(branches: list[Any], bits: int) -> Array:
-    # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot overflow.
-    return clamp(sum((jnp.clip(wide.multiply_shift(*b), -(2**29), 2**29) for b in branches), jnp.int32(0)), bits)
+    # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot
+    # overflow.
+    return clamp(
+        sum((jnp.clip(wide.multiply_shift(*b), -(2**29), 2**29) for b in branches), jnp.int32(0)),
+        bits,
+    )
 
 
 def clamp(x_int: Array, bits: int) -> Array:
@@ -376,12 +477,22 @@ def clip_shadow(x: Array, scale: Array, bits: int) -> Array:
 
 
 def _as_int(x: Array) -> Array:
-    return x.astype(jnp.int32) if is_integer(x) else jnp.round(jax.lax.stop_gradient(x)).astype(jnp.int32)
+    return (
+        x.astype(jnp.int32)
+        if is_integer(x)
+        else jnp.round(jax.lax.stop_gradient(x)).astype(jnp.int32)
+    )
 
 
-def _out(x_int: Array, out: Array, out_scale: Array, shadow: Callable[[], Array]) -> tuple[Array, Array]:
+def _out(
+    x_int: Array, out: Array, out_scale: Array, shadow: Callable[[], Array]
+) -> tuple[Array, Array]:
     """Integers for integers; for floats the real values, with the gradient of `shadow`."""
-    return (out, out_scale) if is_integer(x_int) else (attach(out * out_scale, shadow()), out_scale)
+    return (
+        (out, out_scale)
+        if is_integer(x_int)
+        else (straight_through(out * out_scale, shadow()), out_scale)
+    )
 
 
 def _bit_length(x: Array) -> Array:
@@ -390,9 +501,13 @@ def _bit_length(x: Array) -> Array:
 
 
 def _sum_of_squares(x: Array) -> tuple[Array, Array]:
-    """The sum over the last axis of squares of uint32 below 2**17, up to 4,096 of them, the axis kept: (high, low) words."""
+    """The sum over the last axis of squares of uint32 below 2**17, up to 4,096 of them, the axis
+    kept: (high, low) words.
+    """
     upper, lower = x >> 9, x & jnp.uint32(511)
     total = functools.partial(jnp.sum, axis=-1, keepdims=True, dtype=jnp.uint32)
     squares, crosses, small = total(upper * upper), total(upper * lower), total(lower * lower)
     zero = jnp.zeros_like(small)
-    return wide.add(wide.add((squares >> 14, squares << 18), (crosses >> 22, crosses << 10)), (zero, small))
+    return wide.add(
+        wide.add((squares >> 14, squares << 18), (crosses >> 22, crosses << 10)), (zero, small)
+    )

@@ -2,10 +2,12 @@
 
 Bacellar et al., "Differentiable Weightless Neural Networks", ICML 2024 (arXiv 2410.11112).
 
-Dimensions: F input bits, T tokens (all leading dimensions flattened), L tables, n inputs a table, A = 2**n entries.
+Dimensions: F input bits, T tokens (all leading dimensions flattened), L tables, n inputs a table, A
+= 2**n entries.
 
-Everything inside is feature-major, (F, T) and (L, T): a table's entries are then scalars along a row of tokens, so that a
-look-up is a tree of vectorised selects instead of a gather, and following the wiring copies whole rows.
+Everything inside is feature-major, (F, T) and (L, T): a table's entries are then scalars along a
+row of tokens, so that a look-up is a tree of vectorized selects instead of a gather, and following
+the wiring copies whole rows.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Shaped
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.ops.mapping import even_inverse
-from quweit_jax.ops.sealing import sealed
+from quweit_jax.ops.fusion import no_fusion
+from quweit_jax.ops.wiring import even_inverse
 
 MAX_LUT_INPUTS = 8
 DECAYS = ("exponential", "harmonic")
@@ -41,21 +43,36 @@ class EFD(NamedTuple):
     beta: float
 
 
-def efd_weighting(lut_inputs: int, decay: str = "exponential", alpha: float | None = None, beta: float | None = None) -> EFD:
-    """Fills in the defaults: alpha = 0.5 * 0.75**(n-1) and beta = 1/3 (exponential); harmonic is 1 / (h + 1), times alpha if given."""
+def efd_weighting(
+    lut_inputs: int,
+    decay: str = "exponential",
+    alpha: float | None = None,
+    beta: float | None = None,
+) -> EFD:
+    """Fills in the defaults: alpha = 0.5 * 0.75**(n-1) and beta = 1/3 (exponential); harmonic is 1
+    / (h + 1), times alpha if given.
+    """
     check_choice("lut_lookup: decay", decay, DECAYS)
     if decay == "harmonic":
         if beta is not None:
-            raise InputError("lut_lookup: beta belongs to decay='exponential'; the harmonic weighting 1 / (h + 1) has none. Leave it out.")
+            raise InputError(
+                "lut_lookup: beta belongs to decay='exponential'; the harmonic weighting 1 / (h + "
+                "1) has none. Leave it out."
+            )
         return EFD(decay, 1.0 if alpha is None else float(alpha), 0.0)
-    return EFD(decay, 0.5 * 0.75 ** (lut_inputs - 1) if alpha is None else float(alpha), 1 / 3 if beta is None else float(beta))
+    return EFD(
+        decay,
+        0.5 * 0.75 ** (lut_inputs - 1) if alpha is None else float(alpha),
+        1 / 3 if beta is None else float(beta),
+    )
 
 
 def efd_matrix(lut_inputs: int, weighting: EFD) -> np.ndarray:
-    """The linear map from a table to the finite differences of each input: float64, shape (n, A / 2, A).
+    """The linear map from a table to the finite differences of each input: float64, shape (n, A /
+    2, A).
 
-    Row (l, r) holds sign_l(a) * w(H_l(a, addr)) for every entry a, where r is the address without bit l (bits above l
-    moved down by one): the finite difference does not depend on bit l itself.
+    Row (l, r) holds sign_l(a) * w(H_l(a, addr)) for every entry a, where r is the address without
+    bit l (bits above l moved down by one): the finite difference does not depend on bit l itself.
     """
     n = lut_inputs
     entries = np.arange(2**n)
@@ -64,8 +81,12 @@ def efd_matrix(lut_inputs: int, weighting: EFD) -> np.ndarray:
     for l in range(n):
         sign = 2.0 * ((entries >> l) & 1) - 1.0
         without = _drop_bit(entries, l)
-        distance = np.bitwise_count((rest[:, None] ^ without[None, :]).astype(np.uint32)).astype(np.float64)
-        weight = weighting.alpha * (weighting.beta**distance if weighting.decay == "exponential" else 1.0 / (distance + 1.0))
+        distance = np.bitwise_count((rest[:, None] ^ without[None, :]).astype(np.uint32)).astype(
+            np.float64
+        )
+        weight = weighting.alpha * (
+            weighting.beta**distance if weighting.decay == "exponential" else 1.0 / (distance + 1.0)
+        )
         out[l] = sign * weight
     return out
 
@@ -75,7 +96,8 @@ def _drop_bit(address: Any, l: int) -> Any:
 
 
 def finite_differences(tables: Float[Array, "L A"], weighting: EFD) -> Float[Array, "n L R"]:
-    """D[l, j, r], the EFD gradient of table j with respect to its input l where the other inputs spell r: (n, L, A / 2).
+    """D[l, j, r], the EFD gradient of table j with respect to its input l where the other inputs
+    spell r: (n, L, A / 2).
 
     Made once per step, not per sample. float32 whatever the tables' dtype.
     """
@@ -109,14 +131,20 @@ def _wire(bits_FT: Array, mapping_Ln: Array) -> Array:
     return jnp.take(bits_FT, mapping_Ln.T, axis=0, mode="clip")
 
 
-def _unwire(grads_nLT: Array, mapping_Ln: Array, inverse_FK: Array | None, num_inputs: int) -> Array:
-    """The transpose of `_wire`: (F, T). A gather through the inverse index if there is one, else a scatter of rows."""
+def _unwire(
+    grads_nLT: Array, mapping_Ln: Array, inverse_FK: Array | None, num_inputs: int
+) -> Array:
+    """The transpose of `_wire`: (F, T). A gather through the inverse index if there is one, else a
+    scatter of rows.
+    """
     slots = math.prod(mapping_Ln.shape)
     grads_MT = grads_nLT.reshape(slots, grads_nLT.shape[-1])
     if inverse_FK is None:
         return _unwire_any(grads_MT, mapping_Ln, num_inputs)
     # By the pigeonhole principle an inverse of exactly `slots` places has no empty one.
-    fill: dict[str, Any] = {"mode": "clip"} if inverse_FK.size == slots else {"mode": "fill", "fill_value": 0}
+    fill: dict[str, Any] = (
+        {"mode": "clip"} if inverse_FK.size == slots else {"mode": "fill", "fill_value": 0}
+    )
     total = jnp.zeros((num_inputs, grads_nLT.shape[-1]), grads_nLT.dtype)
     for k in range(inverse_FK.shape[1]):
         total = total + jnp.take(grads_MT, inverse_FK[:, k], axis=0, **fill)
@@ -124,7 +152,9 @@ def _unwire(grads_nLT: Array, mapping_Ln: Array, inverse_FK: Array | None, num_i
 
 
 def _unwire_any(grads_MT: Array, mapping_Ln: Array, num_inputs: int) -> Array:
-    """Without an inverse: make one if every input is read about equally often, as random and arange wirings do, else scatter."""
+    """Without an inverse: make one if every input is read about equally often, as random and arange
+    wirings do, else scatter.
+    """
     reads, slots = mapping_Ln.T.reshape(-1), grads_MT.shape[0]
 
     def scatter(grads_MT: Array) -> Array:
@@ -134,13 +164,20 @@ def _unwire_any(grads_MT: Array, mapping_Ln: Array, num_inputs: int) -> Array:
         return scatter(grads_MT)
     uses = jnp.zeros(num_inputs, jnp.int32).at[reads].add(1)
     even = uses.max() <= -(-slots // num_inputs)
-    return jax.lax.cond(even, lambda g: _unwire(g[None], mapping_Ln, even_inverse(mapping_Ln, num_inputs), num_inputs), scatter, grads_MT)
+    return jax.lax.cond(
+        even,
+        lambda g: _unwire(g[None], mapping_Ln, even_inverse(mapping_Ln, num_inputs), num_inputs),
+        scatter,
+        grads_MT,
+    )
 
 
 def _table_grad_scatter(address_LT: Array, grad_LT: Array, entries: int) -> Array:
     num_luts = address_LT.shape[0]
     flat = (address_LT + entries * jnp.arange(num_luts, dtype=jnp.int32)[:, None]).reshape(-1)
-    return jax.ops.segment_sum(grad_LT.reshape(-1), flat, num_luts * entries).reshape(num_luts, entries)
+    return jax.ops.segment_sum(grad_LT.reshape(-1), flat, num_luts * entries).reshape(
+        num_luts, entries
+    )
 
 
 def _table_grad_reduce(address_LT: Array, grad_LT: Array, entries: int) -> Array:
@@ -149,7 +186,9 @@ def _table_grad_reduce(address_LT: Array, grad_LT: Array, entries: int) -> Array
 
 
 def _table_grad(address_LT: Array, grad_LT: Array, entries: int) -> Array:
-    """Adds each gradient to the addressed entry: (L, A). A scatter on CPU, a masked reduction where scatters serialise."""
+    """Adds each gradient to the addressed entry: (L, A). A scatter on CPU, a masked reduction where
+    scatters serialize.
+    """
     return jax.lax.platform_dependent(
         address_LT,
         grad_LT,
@@ -159,7 +198,9 @@ def _table_grad(address_LT: Array, grad_LT: Array, entries: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _lookup(bits_FT: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD) -> Array:
+def _lookup(
+    bits_FT: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD
+) -> Array:
     wired = _wire(bits_FT != 0, mapping_Ln)
     return _read(tables_LA, [wired[l] for l in range(wired.shape[0])])
 
@@ -179,7 +220,10 @@ def _lookup_backward(weighting, saved, grad_LT):
     if not jnp.issubdtype(bits_like.dtype, jnp.floating):
         return None, None, None, grad_tables
     differences = finite_differences(tables_LA, weighting)
-    grads = [grad_LT * _read_rest(differences[l], slots[:l] + slots[l + 1 :], grad_LT) for l in range(len(slots))]
+    grads = [
+        grad_LT * _read_rest(differences[l], slots[:l] + slots[l + 1 :], grad_LT)
+        for l in range(len(slots))
+    ]
     grad_bits = _unwire(jnp.stack(grads), mapping_Ln, inverse_FK, bits_FT.shape[0])
     return grad_bits.astype(bits_like.dtype), None, None, grad_tables
 
@@ -203,30 +247,36 @@ def lut_lookup(
     beta: float | None = None,
     inverse: Int[ArrayLike, "F K"] | None = None,
 ) -> Float[Array, "*tokens L"]:
-    """Reads every table at the address its input bits spell; the gradient is the extended finite difference.
+    """Reads every table at the address its input bits spell; the gradient is the extended finite
+    difference.
 
-    `out[..., j] = tables[j, sum_l bits[..., mapping[j, l]] << l]`: slot 0 is the least significant bit (arXiv 2410.11112,
-    section 3). The gradient to the tables goes to the addressed entry alone; the gradient to a bit sums, over the tables that
-    read it, g * sum_a sign_l(a) * tables[j, a] * w(H), H the Hamming distance to the address without that bit.
+    `out[..., j] = tables[j, sum_l bits[..., mapping[j, l]] << l]`: slot 0 is the least significant
+    bit (arXiv 2410.11112, section 3). The gradient to the tables goes to the addressed entry alone;
+    the gradient to a bit sums, over the tables that read it, g * sum_a sign_l(a) * tables[j, a] *
+    w(H), H the Hamming distance to the address without that bit.
 
     Args:
       bits: (..., F), 0 or 1, any real or bool dtype. Only a floating dtype receives gradients.
       mapping: (L, n) int, the input each slot reads, 0 <= mapping < F; n from 1 to 8.
       tables: (L, 2**n) floating.
       decay: 'exponential', w(h) = alpha * beta**h, or 'harmonic', w(h) = alpha / (h + 1).
-      alpha: scale of the gradient to the bits; 0.5 * 0.75**(n-1) (exponential) or 1 (harmonic) if None.
+      alpha: scale of the gradient to the bits; 0.5 * 0.75**(n-1) (exponential) or 1 (harmonic) if
+        None.
       beta: decay per unit of distance; 1/3 if None.
-      inverse: (F, K) int from `mapping.invert_mapping`, optional: without it the gradient to the bits makes one anew each time, if the
-        wiring is even, or scatters.
+      inverse: (F, K) int from `mapping.invert_mapping`, optional: without it the gradient to the
+        bits makes one anew each time, if the wiring is even, or scatters.
 
     Returns:
       (..., L), the tables' dtype.
 
     Raises:
-      InputError: shapes that do not fit, n > 8, or a mapping known at trace time that refers to an input that isn't there.
+      InputError: shapes that do not fit, n > 8, or a mapping known at trace time that refers to an
+        input that isn't there.
     """
     bits, mapping, tables = jnp.asarray(bits), _as_index(mapping), jnp.asarray(tables)
-    weighting = check_lut_arguments(bits.shape[-1] if bits.ndim else None, mapping, tables, decay, alpha, beta)
+    weighting = check_lut_arguments(
+        bits.shape[-1] if bits.ndim else None, mapping, tables, decay, alpha, beta
+    )
     tokens_TF = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
     inverse = None if inverse is None else jnp.asarray(inverse)
     values: Array = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, weighting)
@@ -234,13 +284,17 @@ def lut_lookup(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _lookup_tokens(bits_TF: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD) -> Array:
+def _lookup_tokens(
+    bits_TF: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD
+) -> Array:
     return _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting)[0]
 
 
 def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting):
     bits_FT = (bits_TF != 0).T
-    values_LT = sealed(lambda b, m, t: _lookup(b, m, None, t, weighting), bits_FT, mapping_Ln, tables_LA)
+    values_LT = no_fusion(
+        lambda b, m, t: _lookup(b, m, None, t, weighting), bits_FT, mapping_Ln, tables_LA
+    )
     return values_LT.T, (bits_FT, jnp.zeros((0,), bits_TF.dtype), mapping_Ln, inverse_FK, tables_LA)
 
 
@@ -248,10 +302,12 @@ def _lookup_tokens_backward(weighting, saved, grad_TL):
     bits_FT, bits_like, *operands = saved
 
     def backward(bits_FT: Array, grad_LT: Array, *operands: Any) -> tuple[Array | None, Array]:
-        grad_bits, _, _, grad_tables = _lookup_backward(weighting, (bits_FT, bits_like, *operands), grad_LT)
+        grad_bits, _, _, grad_tables = _lookup_backward(
+            weighting, (bits_FT, bits_like, *operands), grad_LT
+        )
         return grad_bits, grad_tables
 
-    grad_bits, grad_tables = sealed(backward, bits_FT, grad_TL.T, *operands)
+    grad_bits, grad_tables = no_fusion(backward, bits_FT, grad_TL.T, *operands)
     return None if grad_bits is None else grad_bits.T, None, None, grad_tables
 
 
@@ -268,7 +324,9 @@ def lut_lookup_feature_major(
     beta: float | None = None,
     inverse: Int[Array, "F K"] | None = None,
 ) -> Float[Array, "L T"]:
-    """`lut_lookup` for bits that are already (F, T), as they are inside a block: returns (L, T) and transposes nothing."""
+    """`lut_lookup` for bits that are already (F, T), as they are inside a block: returns (L, T) and
+    transposes nothing.
+    """
     mapping = _as_index(mapping)
     weighting = check_lut_arguments(bits_FT.shape[0], mapping, tables, decay, alpha, beta)
     return _lookup(bits_FT, jnp.asarray(mapping), inverse, tables, weighting)
@@ -278,36 +336,58 @@ def _as_index(mapping: ArrayLike) -> Array | np.ndarray:
     return mapping if isinstance(mapping, jax.Array) else np.asarray(mapping)
 
 
-def check_lut_arguments(num_inputs: int | None, mapping: Any, tables: Any, decay: str, alpha: float | None, beta: float | None) -> EFD:
+def check_lut_arguments(
+    num_inputs: int | None,
+    mapping: Any,
+    tables: Any,
+    decay: str,
+    alpha: float | None,
+    beta: float | None,
+) -> EFD:
     """Checks shapes, dtypes and, where it is known, the wiring; returns the weighting."""
     if num_inputs is None:
-        raise InputError("lut_lookup: bits has no dimensions; expected (..., F). Add an axis: bits[None].")
+        raise InputError(
+            "lut_lookup: bits has no dimensions; expected (..., F). Add an axis: bits[None]."
+        )
     if mapping.ndim != 2 or not jnp.issubdtype(mapping.dtype, jnp.integer):
-        raise InputError(f"lut_lookup: mapping must be an integer array (L, n), found {mapping.dtype}{list(mapping.shape)}.")
+        raise InputError(
+            "lut_lookup: mapping must be an integer array (L, n), found "
+            f"{mapping.dtype}{list(mapping.shape)}."
+        )
     num_luts, lut_inputs = mapping.shape
     if not 1 <= lut_inputs <= MAX_LUT_INPUTS:
         raise InputError(
-            f"lut_lookup: a table can have 1 to {MAX_LUT_INPUTS} inputs, mapping {list(mapping.shape)} asks for {lut_inputs}; use more, smaller tables."
+            f"lut_lookup: a table can have 1 to {MAX_LUT_INPUTS} inputs, mapping "
+            f"{list(mapping.shape)} asks for {lut_inputs}; use more, smaller tables."
         )
     if tables.shape != (num_luts, 2**lut_inputs):
         raise InputError(
-            f"lut_lookup: {num_luts} tables of {lut_inputs} inputs must have shape {[num_luts, 2**lut_inputs]} (2**{lut_inputs} entries each), "
+            f"lut_lookup: {num_luts} tables of {lut_inputs} inputs must have shape "
+            f"{[num_luts, 2**lut_inputs]} (2**{lut_inputs} entries each), "
             f"found {list(tables.shape)}."
         )
     if not jnp.issubdtype(tables.dtype, jnp.floating):
-        raise InputError(f"lut_lookup: tables must be floating, found {tables.dtype}; convert them with .astype(jnp.float32).")
+        raise InputError(
+            f"lut_lookup: tables must be floating, found {tables.dtype}; convert them with "
+            ".astype(jnp.float32)."
+        )
     if num_luts and not isinstance(mapping, Tracer):
         known = np.asarray(mapping)
         bad = known[(known < 0) | (known >= num_inputs)]
         if bad.size:
             valid = f"valid: 0..{num_inputs - 1}" if num_inputs else "none is valid"
-            raise InputError(f"lut_lookup: mapping refers to input {bad[0]} but bits has {num_inputs} inputs ({valid}).")
+            raise InputError(
+                f"lut_lookup: mapping refers to input {bad[0]} but bits has {num_inputs} inputs "
+                f"({valid})."
+            )
     return efd_weighting(lut_inputs, decay, alpha, beta)
 
 
 @jax.custom_jvp
 def binarize(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """1 where values > 0, else 0, in the same dtype; the gradient passes straight through (identity)."""
+    """1 where values > 0, else 0, in the same dtype; the gradient passes straight through
+    (identity).
+    """
     return (values > 0).astype(values.dtype)
 
 

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from quweit_jax.ops.sealing import sealed
+from quweit_jax.ops.fusion import no_fusion
 
-_CHUNK = 32  # vectors added in one pass over the sums: measured 30 times faster on CPU than one reduction over all of them
+# vectors added in one pass over the sums: measured 30 times faster on CPU than one reduction over
+# all of them
+_CHUNK = 32
 
 
 def pack_tables(tables: Array) -> Array:
-    """The signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L, ceil(A / 8))."""
+    """The signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L, ceil(A /
+    8)).
+    """
     return jnp.packbits(jnp.asarray(tables) > 0, axis=1, bitorder="little")
 
 
@@ -26,8 +30,10 @@ def read_packed(packed: Array, address: Array) -> Array:
 
 
 def look_up(bits_FT: Array, wiring: Array, packed: Array) -> Array:
-    """Bits (F, T), bool or 0/1, through tables `packed` that read inputs `wiring` (L, n): bool (L, T)."""
-    return sealed(_look_up, bits_FT, jnp.asarray(wiring, jnp.int32), jnp.asarray(packed))
+    """Bits (F, T), bool or 0/1, through tables `packed` that read inputs `wiring` (L, n): bool (L,
+    T).
+    """
+    return no_fusion(_look_up, bits_FT, jnp.asarray(wiring, jnp.int32), jnp.asarray(packed))
 
 
 def _look_up(bits_FT: Array, wiring: Array, packed: Array) -> Array:
@@ -39,7 +45,9 @@ def _look_up(bits_FT: Array, wiring: Array, packed: Array) -> Array:
 
 
 def add_vectors(bits_LT: Array, vectors: Array) -> Array:
-    """The sum of vectors[j] (int8, (L, d)) over the set bits (bool, (L, T)), by selecting and adding alone: int32 (T, d)."""
+    """The sum of vectors[j] (int8, (L, d)) over the set bits (bool, (L, T)), by selecting and
+    adding alone: int32 (T, d).
+    """
     count = bits_LT.shape[0]
     chunks = -(-count // _CHUNK)
     bits = jnp.pad(bits_LT, ((0, chunks * _CHUNK - count), (0, 0))).reshape(chunks, _CHUNK, -1)
@@ -50,4 +58,6 @@ def add_vectors(bits_LT: Array, vectors: Array) -> Array:
             total = total + jnp.where(bit_T[:, None], vector_d[None, :].astype(jnp.int32), 0)
         return total, None
 
-    return jax.lax.scan(add, jnp.zeros((bits_LT.shape[1], vectors.shape[2]), jnp.int32), (bits, vectors))[0]
+    return jax.lax.scan(
+        add, jnp.zeros((bits_LT.shape[1], vectors.shape[2]), jnp.int32), (bits, vectors)
+    )[0]

@@ -1,6 +1,8 @@
-"""The gated linear recurrence h_t = f_t * h_{t-1} + c_t, the token mixer of MatMul-free language models (arXiv 2406.02528, equation 6).
+"""The gated linear recurrence h_t = f_t * h_{t-1} + c_t, the token mixer of MatMul-free language
+models (arXiv 2406.02528, equation 6).
 
-Every method computes the same function. Its gradient is the same recurrence run backwards, so it takes the same method, and what is
+Every method computes the same function. Its gradient is the same recurrence run backwards, so it
+takes the same method, and what is
 kept for it is the gates and the states: memory grows with T whatever the method.
 
 Dimensions: B batch, T time steps, D features, S steps of a chunk, N chunks.
@@ -27,17 +29,26 @@ _SHORT = 16
 _CHUNK = 32
 
 
-def gated_recurrence(forget_gate: Array, candidate: Array, initial_state: Array | None = None, *, method: str = "auto") -> tuple[Array, Array]:
+def gated_recurrence(
+    forget_gate: Array,
+    candidate: Array,
+    initial_state: Array | None = None,
+    *,
+    method: str = "auto",
+) -> tuple[Array, Array]:
     """All states of h_t = forget_gate_t * h_{t-1} + candidate_t.
 
     Args:
-      forget_gate, candidate: (B, T, D) floating, T may be 0. initial_state: (B, D), h before the first step; None for zeros.
-      method: 'sequential' (a loop over time), 'associative' (a parallel prefix sum), 'chunked' (chunks of about sqrt(T) steps side by
-        side, then a loop over chunks) or 'auto', by platform and length.
+      forget_gate, candidate: (B, T, D) floating, T may be 0. initial_state: (B, D), h before the
+        first step; None for zeros.
+      method: 'sequential' (a loop over time), 'associative' (a parallel prefix sum), 'chunked'
+        (chunks of about sqrt(T) steps side by side, then a loop over chunks) or 'auto', by platform
+        and length.
 
     Returns:
-      (states (B, T, D) in candidate's dtype, final_state (B, D) float32), exact in the sense that no method divides: gates of 0 are fine.
-      Sums are in float32 (float64 for float64 inputs), and all arguments have exact gradients.
+      (states (B, T, D) in candidate's dtype, final_state (B, D) float32), exact in the sense that
+      no method divides: gates of 0 are fine. Sums are in float32 (float64 for float64 inputs), and
+      all arguments have exact gradients.
 
     Raises:
       InputError: shapes that don't belong together, or an unknown method.
@@ -45,14 +56,22 @@ def gated_recurrence(forget_gate: Array, candidate: Array, initial_state: Array 
     check_choice("gated_recurrence: method", method, METHODS)
     if forget_gate.ndim != 3 or forget_gate.shape != candidate.shape:
         raise InputError(
-            f"gated_recurrence: expected forget_gate and candidate of one shape (batch, time, features), found {list(forget_gate.shape)} "
+            "gated_recurrence: expected forget_gate and candidate of one shape (batch, time, "
+            f"features), found {list(forget_gate.shape)} "
             f"and {list(candidate.shape)}."
         )
     batch, _, features = candidate.shape
     if initial_state is not None and initial_state.shape != (batch, features):
-        raise InputError(f"gated_recurrence: expected initial_state {[batch, features]}, found {list(initial_state.shape)}.")
+        raise InputError(
+            f"gated_recurrence: expected initial_state {[batch, features]}, found "
+            f"{list(initial_state.shape)}."
+        )
     exact = jnp.promote_types(jnp.promote_types(forget_gate.dtype, candidate.dtype), jnp.float32)
-    start = jnp.zeros((batch, features), exact) if initial_state is None else initial_state.astype(exact)
+    start = (
+        jnp.zeros((batch, features), exact)
+        if initial_state is None
+        else initial_state.astype(exact)
+    )
     if candidate.shape[1] == 0:
         return candidate, start
     states: Any = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, method)
@@ -60,12 +79,16 @@ def gated_recurrence(forget_gate: Array, candidate: Array, initial_state: Array 
 
 
 def gated_recurrence_step(forget_gate: Array, candidate: Array, state: Array) -> Array:
-    """One step, for decoding: forget_gate, candidate (B, D) and state (B, D) -> the next state, in state's dtype."""
+    """One step, for decoding: forget_gate, candidate (B, D) and state (B, D) -> the next state, in
+    state's dtype.
+    """
     return (forget_gate * state + candidate).astype(state.dtype)
 
 
 def pick_method(steps: int, method: str = "auto", platform: str | None = None) -> str:
-    """The method 'auto' stands for: a loop where its overhead a step is small, else one whose depth doesn't grow with T."""
+    """The method 'auto' stands for: a loop where its overhead a step is small, else one whose depth
+    doesn't grow with T.
+    """
     if method != "auto":
         return method
     platform = jax.default_backend() if platform is None else platform
@@ -78,13 +101,18 @@ def _recurrence(forget_gate: Array, candidate: Array, start: Array, method: str)
     return _FORMS[method](forget_gate, candidate, start)
 
 
-def _forward(forget_gate: Array, candidate: Array, start: Array, method: str) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(
+    forget_gate: Array, candidate: Array, start: Array, method: str
+) -> tuple[Array, tuple[Array, Array, Array]]:
     states = _FORMS[method](forget_gate, candidate, start)
     return states, (forget_gate, states, start)
 
 
-def _backward(method: str, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
-    # d_t = gradient_t + f_{t+1} d_{t+1}: the recurrence from the end, with the gates one step later.
+def _backward(
+    method: str, kept: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
+    # d_t = gradient_t + f_{t+1} d_{t+1}: the recurrence from the end, with the gates one step
+    # later.
     forget_gate, states, start = kept
     gates = jnp.concatenate([forget_gate[:, 1:], jnp.zeros_like(forget_gate[:, :1])], 1)
     towards = _FORMS[method](gates[:, ::-1], gradient[:, ::-1], jnp.zeros_like(start))[:, ::-1]
@@ -122,7 +150,9 @@ def _chunked(forget_gate: Array, candidate: Array, start: Array) -> Array:
         padded = jnp.pad(x, ((0, 0), (0, end), (0, 0)))
         return padded.reshape(batch, count, size, features).transpose(2, 1, 0, 3)
 
-    def within(carry: tuple[Array, Array], gates: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    def within(
+        carry: tuple[Array, Array], gates: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         state, product = gates[0] * carry[0] + gates[1], gates[0] * carry[1]
         return (state, product), (state, product)
 
@@ -130,15 +160,22 @@ def _chunked(forget_gate: Array, candidate: Array, start: Array) -> Array:
         return last[1] * state + last[0], state
 
     shape = (count, batch, features)
-    ends, (local, products) = jax.lax.scan(within, (jnp.zeros(shape, start.dtype), jnp.ones(shape, start.dtype)), (cut(forget_gate), cut(candidate)))
+    ends, (local, products) = jax.lax.scan(
+        within,
+        (jnp.zeros(shape, start.dtype), jnp.ones(shape, start.dtype)),
+        (cut(forget_gate), cut(candidate)),
+    )
     _, before = jax.lax.scan(across, start, ends)
     states = local + products * before
     return states.transpose(2, 1, 0, 3).reshape(batch, count * size, features)[:, :steps]
 
 
 def _by_platform(forget_gate: Array, candidate: Array, start: Array) -> Array:
-    # Decided when it is compiled, not by the machine it is written down on: programs are compiled ahead for others.
-    on_cpu, elsewhere = (_FORMS[pick_method(candidate.shape[1], platform=platform)] for platform in ("cpu", "tpu"))
+    # Decided when it is compiled, not by the machine it is written down on: programs are compiled
+    # ahead for others.
+    on_cpu, elsewhere = (
+        _FORMS[pick_method(candidate.shape[1], platform=platform)] for platform in ("cpu", "tpu")
+    )
     return jax.lax.platform_dependent(forget_gate, candidate, start, cpu=on_cpu, default=elsewhere)
 
 

@@ -31,7 +31,9 @@ def _fit_input(name: str, x: ArrayLike, num_bits: int) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
 
-def uniform_thresholds(x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True) -> Float[Array, "features z"]:
+def uniform_thresholds(
+    x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
+) -> Float[Array, "features z"]:
     """`min + i (max - min) / (z + 1)`, i = 1..z: (F, z), or (1, z) over all features together."""
     x = _fit_input("uniform_thresholds", x, num_bits)
     x = x if per_feature else x.reshape(-1, 1)
@@ -39,8 +41,12 @@ def uniform_thresholds(x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_featur
     return low + jnp.arange(1, num_bits + 1, dtype=x.dtype) * (high - low) / (num_bits + 1)
 
 
-def gaussian_thresholds(x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True) -> Float[Array, "*features z"]:
-    """`mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,) over all features together."""
+def gaussian_thresholds(
+    x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
+) -> Float[Array, "*features z"]:
+    """`mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,) over all
+    features together.
+    """
     x = _fit_input("gaussian_thresholds", x, num_bits)
     quantiles = normal_quantiles(num_bits).astype(x.dtype)
     if per_feature:
@@ -53,8 +59,12 @@ def normal_quantiles(num_bits: int) -> Float[Array, " z"]:
     return ndtri(jnp.arange(1, num_bits + 1, dtype=jnp.float32) / (num_bits + 1))
 
 
-def distributive_thresholds(x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True) -> Float[Array, "*features z"]:
-    """`sorted(x)[int(N i / (z + 1))]`, thresholds that split the data evenly: (F, z), or (z,) over all features together."""
+def distributive_thresholds(
+    x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
+) -> Float[Array, "*features z"]:
+    """`sorted(x)[int(N i / (z + 1))]`, thresholds that split the data evenly: (F, z), or (z,) over
+    all features together.
+    """
     x = _fit_input("distributive_thresholds", x, num_bits)
     x = x if per_feature else x.reshape(-1)
     places = jnp.asarray([x.shape[0] * i // (num_bits + 1) for i in range(1, num_bits + 1)])
@@ -69,12 +79,23 @@ FITS: dict[str, Callable[..., Array]] = {
 
 
 def _check_thresholds(name: str, x: Array, thresholds: Array) -> None:
-    if thresholds.ndim < 1 or thresholds.ndim > 2 or (thresholds.ndim == 2 and thresholds.shape[0] not in (1, x.shape[-1] if x.ndim else 1)):
-        raise InputError(f"{name}: expected thresholds (z,), (1, z) or (F, z) for x (..., F), found {list(thresholds.shape)} for {list(x.shape)}.")
+    if (
+        thresholds.ndim < 1
+        or thresholds.ndim > 2
+        or (thresholds.ndim == 2 and thresholds.shape[0] not in (1, x.shape[-1] if x.ndim else 1))
+    ):
+        raise InputError(
+            f"{name}: expected thresholds (z,), (1, z) or (F, z) for x (..., F), found "
+            f"{list(thresholds.shape)} for {list(x.shape)}."
+        )
 
 
-def encode(x: Shaped[ArrayLike, "*tokens F"], thresholds: Thresholds) -> Float[Array, "*tokens F z"]:
-    """`x > threshold`, strictly: x (..., F) and thresholds (F, z), (1, z) or (z,) give (..., F, z) in x's dtype (float32 if x is not floating)."""
+def encode(
+    x: Shaped[ArrayLike, "*tokens F"], thresholds: Thresholds
+) -> Float[Array, "*tokens F z"]:
+    """`x > threshold`, strictly: x (..., F) and thresholds (F, z), (1, z) or (z,) give (..., F, z)
+    in x's dtype (float32 if x is not floating).
+    """
     x, thresholds = jnp.asarray(x), jnp.asarray(thresholds)
     _check_thresholds("encode", x, thresholds)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
@@ -82,15 +103,21 @@ def encode(x: Shaped[ArrayLike, "*tokens F"], thresholds: Thresholds) -> Float[A
 
 
 def encode_ste(
-    x: Float[ArrayLike, "*tokens F"], thresholds: Thresholds, *, window: float | str = 1.0, shape: str = "triangular"
+    x: Float[ArrayLike, "*tokens F"],
+    thresholds: Thresholds,
+    *,
+    window: float | str = 1.0,
+    shape: str = "triangular",
 ) -> Float[Array, "*tokens F z"]:
     """`encode` with a surrogate gradient, for use inside a network.
 
-    d bit / d x is a window of unit area around the threshold, `max(0, 1 - |x - threshold| / window) / window` (triangular) or
-    `1 / (2 window)` where `|x - threshold| < window` (boxcar); d bit / d threshold is its negative.
+    d bit / d x is a window of unit area around the threshold, `max(0, 1 - |x - threshold| / window)
+    / window` (triangular) or `1 / (2 window)` where `|x - threshold| < window` (boxcar); d bit / d
+    threshold is its negative.
 
     Args:
-      x: (..., F) floating. thresholds: (F, z), (1, z) or (z,). window: half-width, in units of x. shape: 'triangular' or 'boxcar'.
+      x: (..., F) floating. thresholds: (F, z), (1, z) or (z,). window: half-width, in units of x.
+        shape: 'triangular' or 'boxcar'.
 
     Returns:
       (..., F, z) in x's dtype.
@@ -101,13 +128,17 @@ def encode_ste(
     check_choice("encode_ste: shape", shape, WINDOWS)
     _check_thresholds("encode_ste", x, thresholds)
     if not window > 0:
-        raise InputError(f"encode_ste: window is a half-width and must be positive, found {window}.")
+        raise InputError(
+            f"encode_ste: window is a half-width and must be positive, found {window}."
+        )
     return step_ste(x[..., None], thresholds, float(window), shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def step_ste(x: Array, threshold: Array, window: float, shape: str) -> Array:
-    """`x > threshold` after broadcasting, in x's dtype, with the surrogate gradient of `encode_ste`."""
+    """`x > threshold` after broadcasting, in x's dtype, with the surrogate gradient of
+    `encode_ste`.
+    """
     return (x > threshold).astype(x.dtype)
 
 
@@ -120,7 +151,9 @@ def _step_backward(window, shape, saved, grad):
     distance = jnp.abs(x.astype(jnp.float32) - threshold.astype(jnp.float32)) / window
     slope = jnp.maximum(0.0, 1.0 - distance) if shape == "triangular" else 0.5 * (distance < 1.0)
     grad = grad.astype(jnp.float32) * slope / window
-    return _sum_to(grad, x.shape).astype(x.dtype), _sum_to(-grad, threshold.shape).astype(threshold.dtype)
+    return _sum_to(grad, x.shape).astype(x.dtype), _sum_to(-grad, threshold.shape).astype(
+        threshold.dtype
+    )
 
 
 step_ste.defvjp(_step_forward, _step_backward)

@@ -1,4 +1,6 @@
-"""Published checkpoints: `load(folder, kind) -> (model, variables)`, `save(model, variables, folder)`; fine-tuning: `read_source`, `merge`."""
+"""Published checkpoints: `load(folder, kind) -> (model, variables)`, `save(model, variables,
+folder)`; fine-tuning: `read_source`, `merge`.
+"""
 
 from __future__ import annotations
 
@@ -31,37 +33,53 @@ def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
     """Reads a published checkpoint.
 
     Args:
-      folder: holds `config.json` and the weights. For 'deit' and 'ivit' also the file of weights itself (*.safetensors, *.pth, *.pt,
-        *.bin; read without running what is in it), and config.json may be missing: sizes are told from the weights.
-      kind: 'nanogpt' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree' (HGRNBitForCausalLM, the MatMul-free language model),
-        'transformer_pp' (Hugging Face's Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT).
+      folder: holds `config.json` and the weights. For 'deit' and 'ivit' also the file of weights
+        itself (*.safetensors, *.pth, *.pt, *.bin; read without running what is in it), and
+        config.json may be missing: sizes are told from the weights.
+      kind: 'nanogpt' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
+        (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' (Hugging Face's
+        Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT).
 
     Returns:
-      (model, variables): `model.apply(variables, input_ids)`, of a ViT `model.apply(variables, images)` with images (B, H, W, C), gives
-      logits. Images may be of another size than the checkpoint's: the positional embedding is resampled. Variables are float32 arrays,
-      whatever the type of the weights; of safetensors, and of torch files in shards, little more than the model itself is in memory.
+      (model, variables): `model.apply(variables, input_ids)`, of a ViT `model.apply(variables,
+      images)` with images (B, H, W, C), gives logits. Images may be of another size than the
+      checkpoint's: the positional embedding is resampled. Variables are float32 arrays, whatever
+      the type of the weights; of safetensors, and of torch files in shards, little more than the
+      model itself is in memory.
 
     Raises:
-      InputError: a file, key or tensor is missing, unexpected or misshapen (named, with what was expected and found).
+      InputError: a file, key or tensor is missing, unexpected or misshapen (named, with what was
+        expected and found).
     """
     check_choice("pretrained.load: kind", kind, KINDS)
     return KINDS[kind](Path(folder).expanduser())
 
 
-def save(model: nn.Module, variables: Mapping[str, Any], folder: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes config.json and model.safetensors, float32, in the public layout: `load` and the public program read them.
+def save(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config.json and model.safetensors, float32, in the public layout: `load` and the
+    public program read them.
 
-    Which layout is told from the model: `MatMulFree` is written as HGRNBitForCausalLM, `TransformerPP` as LlamaForCausalLM. The tokenizer
-    is not part of it, nor the numbers of its special tokens: without them in config.json, both programs take 1 for the first and 2 for the last.
+    Which layout is told from the model: `MatMulFree` is written as HGRNBitForCausalLM,
+      `TransformerPP` as LlamaForCausalLM. The tokenizer
+    is not part of it, nor the numbers of its special tokens: without them in config.json, both
+      programs take 1 for the first and 2 for the last.
 
     Args:
       variables: {'params': ...} of the model; other collections are left out.
       folder: made if it isn't there. overwrite: whether a checkpoint that is there may be replaced.
-      shard_bytes: weights of more bytes are split into model-00001-of-0000N.safetensors, with model.safetensors.index.json.
+      shard_bytes: weights of more bytes are split into model-00001-of-0000N.safetensors, with
+        model.safetensors.index.json.
 
     Raises:
-      InputError: the model has no public layout (another class, weightless blocks, or none for an MLP), the variables are another model's,
-        or the folder holds a checkpoint already.
+      InputError: the model has no public layout (another class, weightless blocks, or none for an
+        MLP), the variables are another model's, or the folder holds a checkpoint already.
     """
     path = Path(folder).expanduser()
     if isinstance(model, MatMulFree):
@@ -70,5 +88,6 @@ def save(model: nn.Module, variables: Mapping[str, Any], folder: str | Path, *, 
         transformer_pp.save(model, variables, path, overwrite=overwrite, shard_bytes=shard_bytes)
     else:
         raise InputError(
-            f"pretrained.save: expected a MatMulFree or TransformerPP model, found {type(model).__name__}; no public layout is written for it."
+            "pretrained.save: expected a MatMulFree or TransformerPP model, found "
+            f"{type(model).__name__}; no public layout is written for it."
         )

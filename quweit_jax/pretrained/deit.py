@@ -1,4 +1,5 @@
-"""DeiT's checkpoints (timm's names), and I-ViT's: the same weights and, beside them, the range of each activation quantiser.
+"""DeiT's checkpoints (timm's names), and I-ViT's: the same weights and, beside them, the range of
+each activation quantizer.
 
 Dimensions: P patch size, C channels, N patches, d width.
 """
@@ -24,7 +25,7 @@ from quweit_jax.models.vit import SIZES, ViT, ViTConfig
 from quweit_jax.pretrained.tensors import Tensors, read_config, read_weights
 
 _HEAD_WIDTH = 64  # of every published DeiT and of the ViTs it follows
-# I-ViT's quantisers and ours: outside the blocks, and inside each.
+# I-ViT's quantizers and ours: outside the blocks, and inside each.
 _RANGES = {
     "qact_input": "quant_input",
     "patch_embed.qact": "quant_patches",
@@ -45,11 +46,20 @@ _BLOCK_RANGES = {
     "mlp.qact1": "mlp/quant_gelu",
     "mlp.qact2": "mlp/quant_down",
 }
-# What I-ViT computes from the weights and ranges and saves all the same, and quantisers whose range nothing depends on.
+# What I-ViT computes from the weights and ranges and saves all the same, and quantizers whose range
+# nothing depends on.
 _DERIVED = re.compile(r".*(_scaling_factor|\.weight_integer|\.bias_integer)|.*\.int_softmax\..*")
 _UNUSED = re.compile(r"act_out\..*|blocks\.\d+\.attn\.qact_softmax\..*")
 _SCALE = ".act_scaling_factor"
-_RESIDUAL = ("quant_patches", "quant_position", "quant_embedding", "quant_attention", "quant_mlp", "quant_proj", "quant_down")
+_RESIDUAL = (
+    "quant_patches",
+    "quant_position",
+    "quant_embedding",
+    "quant_attention",
+    "quant_mlp",
+    "quant_proj",
+    "quant_down",
+)
 _QUANTIZER = re.compile(r".*\.(min_val|max_val|act_scaling_factor)")
 
 
@@ -70,12 +80,14 @@ def load_deit(path: Path) -> tuple[ViT, dict[str, Any]]:
 
 
 def load_ivit(path: Path) -> tuple[ViT, dict[str, Any]]:
-    """An integer-only ViT and its variables, {'params': ..., 'ranges': ...}; ranges that are nowhere are zeros, that is, not set."""
+    """An integer-only ViT and its variables, {'params': ..., 'ranges': ...}; ranges that are
+    nowhere are zeros, that is, not set.
+    """
     return _load(path, integer=True)
 
 
 def read_variables(path: Path) -> dict[str, Any]:
-    """The variables alone, of either kind: with 'ranges' if the checkpoint has quantisers.
+    """The variables alone, of either kind: with 'ranges' if the checkpoint has quantizers.
 
     Raises:
       InputError: as `pretrained.load`, except that the number of heads need not be known.
@@ -83,19 +95,24 @@ def read_variables(path: Path) -> dict[str, Any]:
     tensors = read_weights(path)
     if "cls_token" not in tensors:
         raise InputError(
-            f"pretrained: expected the weights of a vision transformer in timm's names (cls_token, blocks.0.attn.qkv.weight, ...) in {path}, "
+            "pretrained: expected the weights of a vision transformer in timm's names (cls_token, "
+            f"blocks.0.attn.qkv.weight, ...) in {path}, "
             f"found {', '.join(sorted(tensors.names())[:5])}."
         )
     integer = _is_integer(tensors)
     return _convert(tensors, _sizes(tensors, _config(path)), integer)
 
 
-def calibrate(model: ViT, variables: Mapping[str, Any], batches: Iterable[ArrayLike]) -> dict[str, Any]:
-    """Sets the activation ranges of an integer-only model from images like those it will see; a few hundred are enough.
+def calibrate(
+    model: ViT, variables: Mapping[str, Any], batches: Iterable[ArrayLike]
+) -> dict[str, Any]:
+    """Sets the activation ranges of an integer-only model from images like those it will see; a few
+    hundred are enough.
 
     Args:
-      model, variables: of `load(..., 'ivit')`. Ranges not set become the first batch's; then every batch moves them by a twentieth.
-      batches: images (B, H, W, C) float each, normalised.
+      model, variables: of `load(..., 'ivit')`. Ranges not set become the first batch's; then every
+        batch moves them by a twentieth.
+      batches: images (B, H, W, C) float each, normalized.
 
     Returns:
       The variables with new 'ranges'.
@@ -104,11 +121,16 @@ def calibrate(model: ViT, variables: Mapping[str, Any], batches: Iterable[ArrayL
       InputError: the model has no ranges, or there are no batches.
     """
     if not model.config.integer or "ranges" not in variables:
-        raise InputError("calibrate: expected an integer-only model with 'ranges' among its variables, found none; load it with kind 'ivit'.")
+        raise InputError(
+            "calibrate: expected an integer-only model with 'ranges' among its variables, found "
+            "none; load it with kind 'ivit'."
+        )
 
     @jax.jit
     def moved(variables: dict[str, Any], images: jax.Array) -> Any:
-        _, state = model.apply(variables, images, train=True, mutable=["ranges"], rngs={"dropout": jax.random.key(0)})
+        _, state = model.apply(
+            variables, images, train=True, mutable=["ranges"], rngs={"dropout": jax.random.key(0)}
+        )
         return state["ranges"]
 
     calibrated, count = dict(variables), 0
@@ -123,19 +145,26 @@ def calibrate(model: ViT, variables: Mapping[str, Any], batches: Iterable[ArrayL
 def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, Any]]:
     tensors, config = read_weights(path), _config(path)
     if not integer and _is_integer(tensors):
-        raise InputError(f"pretrained: {path} holds I-ViT's activation quantisers; load it with kind 'ivit'.")
+        raise InputError(
+            f"pretrained: {path} holds I-ViT's activation quantizers; load it with kind 'ivit'."
+        )
     sizes = _sizes(tensors, config)
     heads = _whole(config, "num_heads") or sizes.width // _HEAD_WIDTH
     if "num_heads" not in config and sizes.width % _HEAD_WIDTH:
         raise InputError(
-            f"pretrained: the number of heads cannot be told from width {sizes.width}, which is no multiple of {_HEAD_WIDTH}; write a "
+            f"pretrained: the number of heads cannot be told from width {sizes.width}, which is no "
+            f"multiple of {_HEAD_WIDTH}; write a "
             f'config.json beside {path if path.is_file() else "the weights"} with {{"num_heads": ...}}.'
         )
     known = (sizes.width, sizes.depth, heads)
     name = next((name for name, size in SIZES.items() if size == known), None)
     own = {} if name else dict(zip(("width", "depth", "heads"), known))
     variant = f"{name or 'Ti'}/{sizes.patch}"
-    model = ViT(ViTConfig(sizes.num_classes, variant=variant, mlp_ratio=sizes.mlp_ratio, integer=integer, **own))
+    model = ViT(
+        ViTConfig(
+            sizes.num_classes, variant=variant, mlp_ratio=sizes.mlp_ratio, integer=integer, **own
+        )
+    )
     return model, _convert(tensors, sizes, integer)
 
 
@@ -144,33 +173,46 @@ def _is_integer(tensors: Tensors) -> bool:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """config.json beside the weights, in timm's form or with the sizes plainly in it; empty if there is none."""
+    """config.json beside the weights, in timm's form or with the sizes plainly in it; empty if
+    there is none.
+    """
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         return {}
     config = read_config(folder, ())
     if "model_type" in config:
         raise InputError(
-            f"pretrained: expected timm's names, found model_type '{config['model_type']}' in {folder / 'config.json'}; Hugging Face's "
+            f"pretrained: expected timm's names, found model_type '{config['model_type']}' in "
+            f"{folder / 'config.json'}; Hugging Face's "
             "transformers rename the weights: take the checkpoint from timm instead."
         )
     if config.get("global_pool") not in (None, "", "token"):
         raise InputError(
-            f"pretrained: expected global_pool 'token' in {folder / 'config.json'}, found {config['global_pool']!r}; it is not supported."
+            f"pretrained: expected global_pool 'token' in {folder / 'config.json'}, found "
+            f"{config['global_pool']!r}; it is not supported."
         )
     extra = config.get("model_args")
     return (extra if isinstance(extra, dict) else {}) | config
 
 
 def _whole(config: Mapping[str, Any], key: str) -> int | None:
-    """A positive whole number of the config, None if it isn't there. timm may give a patch size twice, for height and width."""
+    """A positive whole number of the config, None if it isn't there. timm may give a patch size
+    twice, for height and width.
+    """
     value = config.get(key)
     if isinstance(value, list) and value and all(v == value[0] for v in value):
         value = value[0]
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 2**31 or value != int(value):
-        raise InputError(f"pretrained: config.json: {key}: expected a positive whole number, found {value!r}.")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 1 <= value < 2**31
+        or value != int(value)
+    ):
+        raise InputError(
+            f"pretrained: config.json: {key}: expected a positive whole number, found {value!r}."
+        )
     return int(value)
 
 
@@ -178,20 +220,31 @@ def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> _Sizes:
     """The model's sizes: config.json's, else those of the tensors."""
     if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors.names()):
         raise InputError(
-            f"pretrained: {tensors.where} is a distilled DeiT (it has dist_token and head_dist, a second token and head), which is not "
+            f"pretrained: {tensors.where} is a distilled DeiT (it has dist_token and head_dist, a "
+            "second token and head), which is not "
             "supported; take the one without '_distilled' in its name."
         )
     found_width = tensors.shape("cls_token", "1, 1, width")[2]
     conv = tensors.shape("patch_embed.proj.weight", "width, channels, patch, patch")
     positions = tensors.shape("pos_embed", "1, 1 + patches, width")[1] - 1
-    blocks = [int(match[1]) for name in tensors.names() if (match := re.match(r"blocks\.(\d{1,6})\.", name))]
+    blocks = [
+        int(match[1])
+        for name in tensors.names()
+        if (match := re.match(r"blocks\.(\d{1,6})\.", name))
+    ]
     width = _whole(config, "embed_dim") or found_width
     hidden = tensors.shape("blocks.0.mlp.fc1.weight", "hidden, width")[0]
     ratio = _whole(config, "mlp_ratio")
     if ratio is None and (width == 0 or hidden % width):
-        raise InputError(f"pretrained: blocks.0.mlp.fc1.weight: expected a multiple of the width {width} rows, found {hidden}.")
+        raise InputError(
+            f"pretrained: blocks.0.mlp.fc1.weight: expected a multiple of the width {width} rows, "
+            f"found {hidden}."
+        )
     if math.isqrt(max(positions, 0)) ** 2 != positions:
-        raise InputError(f"pretrained: pos_embed: expected a class token and a square grid of patches, found 1 + {positions}.")
+        raise InputError(
+            "pretrained: pos_embed: expected a class token and a square grid of patches, found 1 "
+            f"+ {positions}."
+        )
     return _Sizes(
         patch=_whole(config, "patch_size") or conv[2],
         channels=conv[1],
@@ -199,7 +252,8 @@ def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> _Sizes:
         width=width,
         depth=_whole(config, "depth") or max(blocks) + 1,
         mlp_ratio=ratio or hidden // width,
-        num_classes=_whole(config, "num_classes") or tensors.shape("head.weight", "classes, width")[0],
+        num_classes=_whole(config, "num_classes")
+        or tensors.shape("head.weight", "classes, width")[0],
     )
 
 
@@ -214,24 +268,46 @@ def _convert(tensors: Tensors, s: _Sizes, integer: bool) -> dict[str, Any]:
 
 def _params(tensors: Tensors, s: _Sizes) -> dict[str, Any]:
     def linear(name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
-        return {"kernel": tensors.take(f"{name}.weight", (outputs, inputs)).T, "bias": tensors.take(f"{name}.bias", (outputs,))}
+        return {
+            "kernel": tensors.take(f"{name}.weight", (outputs, inputs)).T,
+            "bias": tensors.take(f"{name}.bias", (outputs,)),
+        }
 
     def norm(name: str) -> dict[str, Any]:
-        return {"norm": {"scale": tensors.take(f"{name}.weight", (s.width,)), "bias": tensors.take(f"{name}.bias", (s.width,))}}
+        return {
+            "norm": {
+                "scale": tensors.take(f"{name}.weight", (s.width,)),
+                "bias": tensors.take(f"{name}.bias", (s.width,)),
+            }
+        }
 
     def block(name: str) -> dict[str, Any]:
         hidden = s.mlp_ratio * s.width
         return {
             "attention_norm": norm(f"{name}.norm1"),
-            "attention": {"qkv": linear(f"{name}.attn.qkv", s.width, 3 * s.width), "proj": linear(f"{name}.attn.proj", s.width, s.width)},
+            "attention": {
+                "qkv": linear(f"{name}.attn.qkv", s.width, 3 * s.width),
+                "proj": linear(f"{name}.attn.proj", s.width, s.width),
+            },
             "mlp_norm": norm(f"{name}.norm2"),
-            "mlp": {"up": linear(f"{name}.mlp.fc1", s.width, hidden), "down": linear(f"{name}.mlp.fc2", hidden, s.width)},
+            "mlp": {
+                "up": linear(f"{name}.mlp.fc1", s.width, hidden),
+                "down": linear(f"{name}.mlp.fc2", hidden, s.width),
+            },
         }
 
-    # A convolution that never overlaps is a linear layer of each patch, cut in the order of `models.vit.cut_patches`.
-    patches = tensors.take("patch_embed.proj.weight", (s.width, s.channels, s.patch, s.patch)).transpose(2, 3, 1, 0).reshape(-1, s.width)
+    # A convolution that never overlaps is a linear layer of each patch, cut in the order of
+    # `models.vit.cut_patches`.
+    patches = (
+        tensors.take("patch_embed.proj.weight", (s.width, s.channels, s.patch, s.patch))
+        .transpose(2, 3, 1, 0)
+        .reshape(-1, s.width)
+    )
     return {
-        "patch_embed": {"kernel": patches, "bias": tensors.take("patch_embed.proj.bias", (s.width,))},
+        "patch_embed": {
+            "kernel": patches,
+            "bias": tensors.take("patch_embed.proj.bias", (s.width,)),
+        },
         "cls_token": tensors.take("cls_token", (1, 1, s.width)),
         "position_embedding": tensors.take("pos_embed", (1, 1 + s.patches, s.width)),
         **{f"block_{i}": block(f"blocks.{i}") for i in range(s.depth)},
@@ -241,32 +317,61 @@ def _params(tensors: Tensors, s: _Sizes) -> dict[str, Any]:
 
 
 def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
-    """Each quantiser's {min, max}; zeros for all, and a warning, if there are none.
+    """Each quantizer's {min, max}; zeros for all, and a warning, if there are none.
 
-    The published program forgets min_val and max_val when it saves, but keeps each quantiser's last scale, which says as much.
+    The published program forgets min_val and max_val when it saves, but keeps each quantizer's last
+    scale, which says as much.
     """
-    saved = {name.removesuffix(_SCALE): tensors.peek(name) for name in tensors.names() if name.endswith(_SCALE)}
-    scales = {name: float(np.max(scale)) for name, scale in saved.items() if scale is not None and scale.size}
-    tensors.drop(*(name for name in tensors.names() if _DERIVED.fullmatch(name) or _UNUSED.fullmatch(name)))
+    saved = {
+        name.removesuffix(_SCALE): tensors.peek(name)
+        for name in tensors.names()
+        if name.endswith(_SCALE)
+    }
+    scales = {
+        name: float(np.max(scale))
+        for name, scale in saved.items()
+        if scale is not None and scale.size
+    }
+    tensors.drop(
+        *(name for name in tensors.names() if _DERIVED.fullmatch(name) or _UNUSED.fullmatch(name))
+    )
     quantizers = dict(_RANGES)
     for i in range(depth):
-        quantizers |= {f"blocks.{i}.{theirs}": f"block_{i}/{ours}" for theirs, ours in _BLOCK_RANGES.items()}
+        quantizers |= {
+            f"blocks.{i}.{theirs}": f"block_{i}/{ours}" for theirs, ours in _BLOCK_RANGES.items()
+        }
     unset = not any(name.endswith((".min_val", ".max_val")) for name in tensors.names())
     from_scales = unset and all(scales.get(theirs, 0) > 0 for theirs in quantizers)
     if unset and not from_scales:
         logging.warning(
             "%s",
-            f"{tensors.where} has no ranges; every batch is quantised by its own until they are set; "
+            f"{tensors.where} has no ranges; every batch is quantized by its own until they are "
+            "set; "
             "calibrate with quweit_jax.pretrained.calibrate(model, variables, batches).",
         )
     ranges: dict[tuple[str, ...], np.ndarray] = {}
     for theirs, ours in quantizers.items():
-        low, high = (np.zeros((), np.float32) if unset else _scalar(tensors, f"{theirs}.{end}") for end in ("min_val", "max_val"))
+        low, high = (
+            np.zeros((), np.float32) if unset else _scalar(tensors, f"{theirs}.{end}")
+            for end in ("min_val", "max_val")
+        )
         if from_scales:
-            high = np.asarray(scales[theirs] * (2 ** ((RESIDUAL_BITS if ours.split("/")[-1] in _RESIDUAL else ACTIVATION_BITS) - 1) - 1), np.float32)
+            high = np.asarray(
+                scales[theirs]
+                * (
+                    2
+                    ** (
+                        (RESIDUAL_BITS if ours.split("/")[-1] in _RESIDUAL else ACTIVATION_BITS) - 1
+                    )
+                    - 1
+                ),
+                np.float32,
+            )
             low = np.negative(high)
         if not low <= high:  # also if one is not a number
-            raise InputError(f"pretrained: {theirs}: expected min_val <= max_val, found {low} and {high}.")
+            raise InputError(
+                f"pretrained: {theirs}: expected min_val <= max_val, found {low} and {high}."
+            )
         ranges |= {(*ours.split("/"), "min"): low, (*ours.split("/"), "max"): high}
     return unflatten_dict(ranges)
 

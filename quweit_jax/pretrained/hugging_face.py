@@ -1,4 +1,6 @@
-"""Checkpoints as Hugging Face's programs read and write them: config.json, and model.safetensors, whole or in shards with an index."""
+"""Checkpoints as Hugging Face's programs read and write them: config.json, and model.safetensors,
+whole or in shards with an index.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 from quweit_jax.errors import InputError
 from quweit_jax.pretrained.layout import Part, Piece, read_params
-from quweit_jax.pretrained.stored import SAFETENSORS_INDEX, chunks
+from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX, chunks
 from quweit_jax.pretrained.tensors import read_config, read_weights
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's programs split
@@ -19,17 +21,23 @@ _WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 
 
 class PublishedConfig:
-    """config.json of one model_type: values by key, checked. A key that is missing or null has the public program's default."""
+    """config.json of one model_type: values by key, checked. A key that is missing or null has the
+    public program's default.
+    """
 
     def __init__(self, folder: Path, model_type: str, required: tuple[str, ...]):
         """Reads it.
 
         Raises:
-          InputError: there is no such file, it is of another model_type, or a required key is missing.
+          InputError: there is no such file, it is of another model_type, or a required key is
+            missing.
         """
         self._where, found = folder / "config.json", read_config(folder, ()).get("model_type")
         if found != model_type:
-            raise InputError(f"pretrained: expected model_type '{model_type}' in {self._where}, found {found!r}; load it with the kind of its own.")
+            raise InputError(
+                f"pretrained: expected model_type '{model_type}' in {self._where}, found "
+                f"{found!r}; load it with the kind of its own."
+            )
         self._values = read_config(folder, required)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -64,16 +72,32 @@ class PublishedConfig:
     def only(self, key: str, *supported: Any) -> None:
         """Raises InputError unless the value is one of these; the first is the default."""
         value = self.get(key, supported[0])
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in supported):
-            raise self.error(key, " or ".join(json.dumps(known) for known in supported), value, "the model here cannot do otherwise.")
+        if not any(
+            value == known and isinstance(value, bool) == isinstance(known, bool)
+            for known in supported
+        ):
+            raise self.error(
+                key,
+                " or ".join(json.dumps(known) for known in supported),
+                value,
+                "the model here cannot do otherwise.",
+            )
 
-    def error(self, key: str, expected: str, found: Any, advice: str = "download it again.") -> InputError:
+    def error(
+        self, key: str, expected: str, found: Any, advice: str = "download it again."
+    ) -> InputError:
         """An error that names file and key."""
-        return InputError(f"pretrained: {self._where}: {key}: expected {expected}, found {json.dumps(found)}; {advice}")
+        return InputError(
+            f"pretrained: {self._where}: {key}: expected {expected}, found {json.dumps(found)}; "
+            f"{advice}"
+        )
 
 
-def read_language_model(folder: Path, config: PublishedConfig, parts: Iterable[Part]) -> dict[str, Any]:
-    """{'params': ...} of a causal language model; a head tied to the embedding, saved or not, becomes the embedding's transpose.
+def read_language_model(
+    folder: Path, config: PublishedConfig, parts: Iterable[Part]
+) -> dict[str, Any]:
+    """{'params': ...} of a causal language model; a head tied to the embedding, saved or not,
+    becomes the embedding's transpose.
 
     Raises:
       InputError: as `tensors.read_weights` and `layout.read_params`.
@@ -89,35 +113,58 @@ def read_language_model(folder: Path, config: PublishedConfig, parts: Iterable[P
     return {"params": params}
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any], pieces: Mapping[str, Piece], overwrite: bool, shard_bytes: int) -> None:
-    """Writes config.json and the weights, float32, a few rows at a time: nothing but them is copied.
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    pieces: Mapping[str, Piece],
+    overwrite: bool,
+    shard_bytes: int,
+) -> None:
+    """Writes config.json and the weights, float32, a few rows at a time: nothing but them is
+    copied.
 
     Args:
-      folder: made if it isn't there. overwrite: whether a checkpoint that is there may be replaced; all of its model*.safetensors are.
+      folder: made if it isn't there. overwrite: whether a checkpoint that is there may be replaced;
+        all of its model*.safetensors are.
       shard_bytes: weights of more bytes than this are split, between tensors.
 
     Raises:
-      InputError: there is a checkpoint already, `folder` is a file, or shard_bytes is no positive number.
+      InputError: there is a checkpoint already, `folder` is a file, or shard_bytes is no positive
+        number.
     """
     if shard_bytes < 1:
         raise InputError(f"pretrained.save: shard_bytes: expected at least 1, found {shard_bytes}.")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"pretrained.save: expected a folder, found a file: {folder}; give another name.")
+        raise InputError(
+            f"pretrained.save: expected a folder, found a file: {folder}; give another name."
+        )
     old = sorted(path for pattern in ("config.json", *_WEIGHTS) for path in folder.glob(pattern))
     if old and not overwrite:
-        raise InputError(f"pretrained.save: {folder} already holds {', '.join(p.name for p in old[:5])}; give another folder, or overwrite=True.")
+        raise InputError(
+            f"pretrained.save: {folder} already holds {', '.join(p.name for p in old[:5])}; give "
+            "another folder, or overwrite=True."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for path in old:
         path.unlink()
     shards = _split(pieces, shard_bytes)
     places: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        )
         _write_safetensors(folder / file, {name: pieces[name] for name in sorted(names)})
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        _write_json(folder / SAFETENSORS_INDEX, {"metadata": {"total_size": sum(map(_bytes, pieces.values()))}, "weight_map": places})
-    _write_json(folder / "config.json", config)  # last: without it nobody takes what is there for a whole checkpoint
+        _write_json(
+            folder / SAFETENSORS_INDEX,
+            {"metadata": {"total_size": sum(map(_bytes, pieces.values()))}, "weight_map": places},
+        )
+    _write_json(
+        folder / "config.json", config
+    )  # last: without it nobody takes what is there for a whole checkpoint
 
 
 def _bytes(piece: Piece) -> int:
@@ -138,8 +185,12 @@ def _split(pieces: Mapping[str, Piece], shard_bytes: int) -> list[list[str]]:
 
 
 def _write_safetensors(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """The safetensors format, https://github.com/huggingface/safetensors#format; its own writer wants all tensors of a file at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    """The safetensors format, https://github.com/huggingface/safetensors#format; its own writer
+    wants all tensors of a file at once.
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt"}
+    }  # without it transformers refuses the file
     end = 0
     for name, piece in pieces.items():
         start, end = end, end + _bytes(piece)
@@ -161,4 +212,7 @@ def require_dense(kinds: Iterable[str], name: str) -> None:
     """Raises InputError unless every block's MLP is the dense one of the published model."""
     other = sorted(set(kinds) - {"dense"})
     if other:
-        raise InputError(f"pretrained.save: the public layout of {name} has dense MLPs alone, found mlp '{other[0]}'; keep the run's own checkpoint.")
+        raise InputError(
+            f"pretrained.save: the public layout of {name} has dense MLPs alone, found mlp "
+            f"'{other[0]}'; keep the run's own checkpoint."
+        )

@@ -1,6 +1,8 @@
-"""A model's arrays and the published tensors they are made of, as one table that is read both ways: loading and saving.
+"""A model's arrays and the published tensors they are made of, as one table that is read both ways:
+loading and saving.
 
-Ours are kernels (inputs, outputs), published weights (outputs, inputs); several published weights may be one of our kernels, side by side.
+Ours are kernels (inputs, outputs), published weights (outputs, inputs); several published weights
+may be one of our kernels, side by side.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from quweit_jax.pretrained.tensors import Tensors
 class Part:
     """One of our arrays.
 
-    path: 'block_0/mixer/qkv/kernel'. tensors: the published names and shapes it is made of, in order. transposed: whether it is a kernel.
+    path: 'block_0/mixer/qkv/kernel'. tensors: the published names and shapes it is made of, in
+    order. transposed: whether it is a kernel.
     """
 
     path: str
@@ -47,7 +50,8 @@ def kernel(path: str, inputs: int, outputs: Mapping[str, int]) -> Part:
 
 
 def read_params(tensors: Tensors, parts: Iterable[Part]) -> dict[str, Any]:
-    """Every part of published tensors, as a nested dict; only the tensor being copied is in memory beside the result.
+    """Every part of published tensors, as a nested dict; only the tensor being copied is in memory
+    beside the result.
 
     Raises:
       InputError: a tensor is missing, misshapen or left over (named).
@@ -56,7 +60,9 @@ def read_params(tensors: Tensors, parts: Iterable[Part]) -> dict[str, Any]:
     for part in parts:
         if part.transposed:
             columns, _ = part.shape()
-            params[part.path] = tensors.take_stacked({name: rows for name, (rows, _) in part.tensors.items()}, columns).T
+            params[part.path] = tensors.take_stacked(
+                {name: rows for name, (rows, _) in part.tensors.items()}, columns
+            ).T
         else:
             ((name, shape),) = part.tensors.items()
             params[part.path] = tensors.take(name, shape)
@@ -65,7 +71,8 @@ def read_params(tensors: Tensors, parts: Iterable[Part]) -> dict[str, Any]:
 
 
 def published(variables: Mapping[str, Any], parts: Iterable[Part]) -> dict[str, Piece]:
-    """The published tensors of {'params': ...}, by name and in order; nothing is copied before rows are made.
+    """The published tensors of {'params': ...}, by name and in order; nothing is copied before rows
+    are made.
 
     Raises:
       InputError: an array is missing, misshapen or has no place in the public layout (named).
@@ -75,19 +82,24 @@ def published(variables: Mapping[str, Any], parts: Iterable[Part]) -> dict[str, 
     for part in parts:
         if part.path not in ours:
             raise InputError(
-                f"pretrained.save: expected the array params/{part.path} {list(part.shape())}, found none; give the variables the model was "
+                f"pretrained.save: expected the array params/{part.path} {list(part.shape())}, "
+                "found none; give the variables the model was "
                 "trained with, not their packed form."
             )
         array = ours.pop(part.path)
         if np.shape(array) != part.shape():
             raise InputError(
-                f"pretrained.save: params/{part.path}: expected shape {list(part.shape())}, found {list(np.shape(array))}; "
+                f"pretrained.save: params/{part.path}: expected shape {list(part.shape())}, found "
+                f"{list(np.shape(array))}; "
                 "do the model and the variables belong together?"
             )
         pieces |= _cut(array, part)
     if ours:
         names = ", ".join(sorted(ours)[:5])
-        raise InputError(f"pretrained.save: the public layout has no place for params/{names}; do the model and the variables belong together?")
+        raise InputError(
+            f"pretrained.save: the public layout has no place for params/{names}; do the model and "
+            "the variables belong together?"
+        )
     return pieces
 
 
@@ -97,7 +109,9 @@ def _cut(array: Any, part: Part) -> Iterator[tuple[str, Piece]]:
 
         def make(rows: slice, start: int = start) -> np.ndarray:
             whole = np.asarray(array)
-            some = whole.T[start + rows.start : start + rows.stop] if part.transposed else whole[rows]
+            some = (
+                whole.T[start + rows.start : start + rows.stop] if part.transposed else whole[rows]
+            )
             return np.ascontiguousarray(some, np.float32)
 
         yield name, Piece(shape, make)

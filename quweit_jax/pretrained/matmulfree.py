@@ -1,4 +1,6 @@
-"""MatMul-free language models as published (HGRNBitForCausalLM; Zhu et al. 2024, arXiv 2406.02528): reading and writing."""
+"""MatMul-free language models as published (HGRNBitForCausalLM; Zhu et al. 2024, arXiv 2406.02528):
+reading and writing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from typing import Any
 
 from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
 from quweit_jax.models.options import kinds_of_mlp
-from quweit_jax.pretrained.hugging_face import SHARD_BYTES, PublishedConfig, read_language_model, require_dense, write_checkpoint
+from quweit_jax.pretrained.hugging_face import (
+    SHARD_BYTES,
+    PublishedConfig,
+    read_language_model,
+    require_dense,
+    write_checkpoint,
+)
 from quweit_jax.pretrained.layout import Part, kernel, published
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -20,11 +28,16 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, Any]]:
     """The model and its variables, {'params': ...} in float32; a tied head becomes one of its own.
 
     Raises:
-      InputError: as `pretrained.load`; also an option of the public program that this model does not have.
+      InputError: as `pretrained.load`; also an option of the public program that this model does
+        not have.
     """
     config = PublishedConfig(folder, "hgrn_bit", _REQUIRED)
     config.only("hidden_act", "swish", "silu")
-    for key, supported in (("use_lower_bound", True), ("use_short_conv", False), ("expand_ratio", 1)):  # heads only group elements
+    for key, supported in (
+        ("use_lower_bound", True),
+        ("use_short_conv", False),
+        ("expand_ratio", 1),
+    ):  # heads only group elements
         config.only(key, supported)
     width = config.whole("hidden_size")
     about = int(width * config.positive("hidden_ratio", 4) * 2 / 3)
@@ -39,7 +52,14 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, Any]]:
     return MatMulFree(c), read_language_model(folder, config, parts(c))
 
 
-def save(model: MatMulFree, variables: Mapping[str, Any], folder: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    model: MatMulFree,
+    variables: Mapping[str, Any],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes a checkpoint that the public program reads; see `pretrained.save`."""
     c = model.config
     width, layers = c.sizes()
@@ -84,7 +104,9 @@ def parts(c: MatMulFreeConfig) -> Iterator[Part]:
         ours, theirs = f"block_{i}", f"model.layers.{i}"
         yield scale(f"{ours}/mixer_norm/scale", f"{theirs}.attn_norm.weight")
         for name, projection in _PROJECTIONS.items():
-            yield from bit_linear(f"{ours}/mixer/{name}", f"{theirs}.attn.{projection}", width, width)
+            yield from bit_linear(
+                f"{ours}/mixer/{name}", f"{theirs}.attn.{projection}", width, width
+            )
         yield scale(f"{ours}/mixer/gate_norm/scale", f"{theirs}.attn.g_norm.weight")
         yield scale(f"{ours}/mlp_norm/scale", f"{theirs}.mlp_norm.weight")
         yield from bit_linear(f"{ours}/mlp/gate", f"{theirs}.mlp.gate_proj", width, 2 * hidden)

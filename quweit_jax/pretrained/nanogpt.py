@@ -1,4 +1,6 @@
-"""nanoGPT's checkpoints, and GPT-2's in Hugging Face layout (same names, transposed projections, tanh GELU)."""
+"""nanoGPT's checkpoints, and GPT-2's in Hugging Face layout (same names, transposed projections,
+tanh GELU).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def load(folder: Path) -> tuple[GPT, dict[str, Any]]:
     hugging_face = config.get("model_type") == "gpt2" or "n_positions" in config
     if "model_type" in config and not hugging_face:
         raise InputError(
-            f"pretrained: expected model_type 'gpt2' (or none, for nanoGPT), found '{config['model_type']}' in {folder / 'config.json'}."
+            "pretrained: expected model_type 'gpt2' (or none, for nanoGPT), found "
+            f"'{config['model_type']}' in {folder / 'config.json'}."
         )
     config = read_config(folder, _GPT2_KEYS if hugging_face else _NANOGPT_KEYS)
     tensors = read_safetensors(folder)
@@ -36,7 +39,9 @@ def load(folder: Path) -> tuple[GPT, dict[str, Any]]:
         heads=config["n_head"],
         width=width,
         bias=True if hugging_face else bool(config.get("bias", True)),
-        gelu="tanh" if hugging_face and config.get("activation_function", "gelu_new") == "gelu_new" else "exact",
+        gelu="tanh"
+        if hugging_face and config.get("activation_function", "gelu_new") == "gelu_new"
+        else "exact",
         tie_embeddings=tied,
     )
     params = _convert(tensors, gpt, transposed=not hugging_face)
@@ -47,7 +52,12 @@ def load(folder: Path) -> tuple[GPT, dict[str, Any]]:
 def _same_head(tensors: Tensors, vocab: int, width: int) -> bool:
     """Whether lm_head repeats the token embedding; if so it is dropped."""
     head, embedding = tensors.peek("lm_head.weight"), tensors.peek("wte.weight")
-    same = embedding is not None and head is not None and head.shape == embedding.shape and bool(np.array_equal(head, embedding))
+    same = (
+        embedding is not None
+        and head is not None
+        and head.shape == embedding.shape
+        and bool(np.array_equal(head, embedding))
+    )
     if same:
         tensors.take("lm_head.weight", (vocab, width))
     return same
@@ -55,12 +65,20 @@ def _same_head(tensors: Tensors, vocab: int, width: int) -> bool:
 
 def _convert(tensors: Tensors, c: GPTConfig, transposed: bool) -> dict[str, Any]:
     def linear(name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
-        kernel = tensors.take(f"{name}.weight", (outputs, inputs)).T if transposed else tensors.take(f"{name}.weight", (inputs, outputs))
-        return {"kernel": kernel} | ({"bias": tensors.take(f"{name}.bias", (outputs,))} if c.bias else {})
+        kernel = (
+            tensors.take(f"{name}.weight", (outputs, inputs)).T
+            if transposed
+            else tensors.take(f"{name}.weight", (inputs, outputs))
+        )
+        return {"kernel": kernel} | (
+            {"bias": tensors.take(f"{name}.bias", (outputs,))} if c.bias else {}
+        )
 
     def norm(name: str) -> dict[str, Any]:
         scale = {"scale": tensors.take(f"{name}.weight", (c.width,))}
-        return {"norm": scale | ({"bias": tensors.take(f"{name}.bias", (c.width,))} if c.bias else {})}
+        return {
+            "norm": scale | ({"bias": tensors.take(f"{name}.bias", (c.width,))} if c.bias else {})
+        }
 
     params: dict[str, Any] = {
         "token_embedding": {"embedding": tensors.take("wte.weight", (c.vocab_size, c.width))},
@@ -71,9 +89,15 @@ def _convert(tensors: Tensors, c: GPTConfig, transposed: bool) -> dict[str, Any]
         h = f"h.{i}"
         params[f"block_{i}"] = {
             "attention_norm": norm(f"{h}.ln_1"),
-            "attention": {"qkv": linear(f"{h}.attn.c_attn", c.width, 3 * c.width), "proj": linear(f"{h}.attn.c_proj", c.width, c.width)},
+            "attention": {
+                "qkv": linear(f"{h}.attn.c_attn", c.width, 3 * c.width),
+                "proj": linear(f"{h}.attn.c_proj", c.width, c.width),
+            },
             "mlp_norm": norm(f"{h}.ln_2"),
-            "mlp": {"up": linear(f"{h}.mlp.c_fc", c.width, 4 * c.width), "down": linear(f"{h}.mlp.c_proj", 4 * c.width, c.width)},
+            "mlp": {
+                "up": linear(f"{h}.mlp.c_fc", c.width, 4 * c.width),
+                "down": linear(f"{h}.mlp.c_proj", 4 * c.width, c.width),
+            },
         }
     if not c.tie_embeddings:
         params["head"] = {"kernel": tensors.take("lm_head.weight", (c.vocab_size, c.width)).T}

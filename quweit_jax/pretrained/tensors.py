@@ -1,4 +1,6 @@
-"""Reading config.json and weights (safetensors, or torch.save's files), and taking tensors out by name with every mistake named."""
+"""Reading config.json and weights (safetensors, or torch.save's files), and taking tensors out by
+name with every mistake named.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quweit_jax.errors import InputError, nearest
-from quweit_jax.pretrained.stored import (
+from quweit_jax.pretrained.lazy_tensors import (
     SAFETENSORS_INDEX,
     TORCH_INDEX,
     Stored,
@@ -27,12 +29,17 @@ def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            f"pretrained: expected {path}, found {'no such file' if folder.is_dir() else 'no such folder'}; give the folder that holds it."
+            f"pretrained: expected {path}, found "
+            f"{'no such file' if folder.is_dir() else 'no such folder'}; give the folder that "
+            "holds it."
         )
     config = read_json(path)
     missing = [key for key in required if key not in config]
     if missing:
-        raise InputError(f"pretrained: {path} lacks {', '.join(missing)}; is it the config of this kind of model?")
+        raise InputError(
+            f"pretrained: {path} lacks {', '.join(missing)}; is it the config of this kind of "
+            "model?"
+        )
     return config
 
 
@@ -40,14 +47,19 @@ def read_safetensors(folder: Path) -> Tensors:
     """Every tensor of model.safetensors, or of all *.safetensors of a sharded checkpoint."""
     files = _safetensors_in(folder)
     if not files:
-        raise InputError(f"pretrained: expected model.safetensors in {folder}, found none; convert the checkpoint to safetensors first.")
+        raise InputError(
+            f"pretrained: expected model.safetensors in {folder}, found none; convert the "
+            "checkpoint to safetensors first."
+        )
     return Tensors(open_safetensors(files), str(folder))
 
 
 def read_weights(path: Path) -> Tensors:
-    """Every tensor of a file, or of a folder's *.safetensors, else its pytorch_model*.bin, else its one *.pth, *.pt or *.bin.
+    """Every tensor of a file, or of a folder's *.safetensors, else its pytorch_model*.bin, else its
+    one *.pth, *.pt or *.bin.
 
-    Shards are those that model.safetensors.index.json or pytorch_model.bin.index.json names. 'module.' is cut off tensors' names.
+    Shards are those that model.safetensors.index.json or pytorch_model.bin.index.json names.
+    'module.' is cut off tensors' names.
 
     Raises:
       InputError: there is no such file, a shard is missing, or more than one file could be meant.
@@ -65,7 +77,8 @@ def read_weights(path: Path) -> Tensors:
         if len(files) != 1:
             found = ", ".join(file.name for file in files[:5]) or "none"
             raise InputError(
-                f"pretrained: expected model.safetensors, pytorch_model.bin or one *.pth in {path}, found {found}; give the file itself."
+                "pretrained: expected model.safetensors, pytorch_model.bin or one *.pth in "
+                f"{path}, found {found}; give the file itself."
             )
         tensors = _read_file(files[0])
     tensors.strip_prefix("module.")  # of a model wrapped for several devices
@@ -79,7 +92,10 @@ def _read_file(path: Path) -> Tensors:
         return Tensors(open_safetensors([path]), str(path))
     if path.suffix in SUFFIXES:
         return Tensors(open_torch(path), str(path))
-    raise InputError(f"pretrained: expected a file *.safetensors, {', '.join('*' + s for s in SUFFIXES)}, found {path}.")
+    raise InputError(
+        f"pretrained: expected a file *.safetensors, {', '.join('*' + s for s in SUFFIXES)}, found "
+        f"{path}."
+    )
 
 
 def _safetensors_in(folder: Path) -> list[Path]:
@@ -90,7 +106,9 @@ def _safetensors_in(folder: Path) -> list[Path]:
 
 
 class Tensors:
-    """Named tensors; each is taken once, so that what is left over can be told. `where` they are from, for messages."""
+    """Named tensors; each is taken once, so that what is left over can be told. `where` they are
+    from, for messages.
+    """
 
     def __init__(self, tensors: Mapping[str, Stored], where: str):
         self._left, self.where = dict(tensors), where
@@ -107,12 +125,16 @@ class Tensors:
         return self._left[name].peek() if name in self._left else None
 
     def shape(self, name: str, form: str) -> tuple[int, ...]:
-        """The shape of a tensor that must be there, of as many dimensions as `form` names: 'classes, width'."""
+        """The shape of a tensor that must be there, of as many dimensions as `form` names:
+        'classes, width'.
+        """
         if name not in self._left:
             raise self._lacks(name, form)
         found = self._left[name].shape()
         if len(found) != form.count(",") + 1:
-            raise InputError(f"pretrained: tensor {name}: expected shape [{form}], found {list(found)}.")
+            raise InputError(
+                f"pretrained: tensor {name}: expected shape [{form}], found {list(found)}."
+            )
         return found
 
     def strip_prefix(self, prefix: str) -> None:
@@ -121,7 +143,9 @@ class Tensors:
 
     def drop(self, *suffixes: str) -> None:
         """Forgets tensors that hold no weights, by the end of their name."""
-        self._left = {name: value for name, value in self._left.items() if not name.endswith(suffixes)}
+        self._left = {
+            name: value for name, value in self._left.items() if not name.endswith(suffixes)
+        }
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor in float32, of exactly this shape."""
@@ -129,7 +153,9 @@ class Tensors:
         return self._left.pop(name).take()
 
     def take_stacked(self, rows: Mapping[str, int], columns: int) -> np.ndarray:
-        """Matrices (rows[name], columns) below each other, in float32, with little beside the result in memory."""
+        """Matrices (rows[name], columns) below each other, in float32, with little beside the
+        result in memory.
+        """
         if len(rows) == 1:
             ((name, count),) = rows.items()
             return self.take(name, (count, columns))
@@ -146,7 +172,10 @@ class Tensors:
         if self._left:
             names = sorted(self._left)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise InputError(f"pretrained: {self.where} holds tensors this model does not have: {', '.join(names[:5])}{more}.")
+            raise InputError(
+                f"pretrained: {self.where} holds tensors this model does not have: "
+                f"{', '.join(names[:5])}{more}."
+            )
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._left:
@@ -154,11 +183,14 @@ class Tensors:
         found = self._left[name].shape()
         if found != shape:
             raise InputError(
-                f"pretrained: tensor {name}: expected shape {list(shape)}, found {list(found)}; do config.json and the weights belong together?"
+                f"pretrained: tensor {name}: expected shape {list(shape)}, found {list(found)}; do "
+                "config.json and the weights belong together?"
             )
 
     def _lacks(self, name: str, form: str) -> InputError:
-        return InputError(f"pretrained: {self.where} lacks the tensor {name} [{form}].{_near(name, self._left)}")
+        return InputError(
+            f"pretrained: {self.where} lacks the tensor {name} [{form}].{_near(name, self._left)}"
+        )
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -1,9 +1,11 @@
-"""Reading the weights of `.pth`, `.pt` and `.bin` files without torch and without running anything that is in them.
+"""Reading the weights of `.pth`, `.pt` and `.bin` files without torch and without running anything
+that is in them.
 
-Such a file is a pickle that names its tensors' storages, with the storages' bytes beside it: in a zip archive (torch.save since
-1.6), or one after another behind the pickle (before). A pickle may ask for any function to be called. Here it gets tensors, dicts
-and sizes; what checkpoints commonly hold beside them (arguments, NumPy scalars) becomes a stand-in that does nothing; anything
-else is refused by name.
+Such a file is a pickle that names its tensors' storages, with the storages' bytes beside it: in a
+zip archive (torch.save since 1.6), or one after another behind the pickle (before). A pickle may
+ask for any function to be called. Here it gets tensors, dicts and sizes; what checkpoints commonly
+hold beside them (arguments, NumPy scalars) becomes a stand-in that does nothing; anything else is
+refused by name.
 """
 
 from __future__ import annotations
@@ -39,8 +41,12 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-_WRAPPERS = ("model", "state_dict")  # where training programs keep the state dict, beside the optimizer's
-# Harmless company of weights: arguments of a training program, and NumPy scalars such as a best accuracy.
+_WRAPPERS = (
+    "model",
+    "state_dict",
+)  # where training programs keep the state dict, beside the optimizer's
+# Harmless company of weights: arguments of a training program, and NumPy scalars such as a best
+# accuracy.
 _STAND_INS = {
     ("argparse", "Namespace"),
     ("numpy", "dtype"),
@@ -51,12 +57,14 @@ _STAND_INS = {
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of the state dict in a file of torch.save, by name; bytes of other tensors in the file are not read.
+    """The tensors of the state dict in a file of torch.save, by name; bytes of other tensors in the
+    file are not read.
 
     The state dict is the saved object itself, or what it holds under 'model' or 'state_dict'.
 
     Raises:
-      InputError: the file is missing, damaged, of another format, holds no state dict, or wants more than tensors.
+      InputError: the file is missing, damaged, of another format, holds no state dict, or wants
+        more than tensors.
     """
     with _naming(path), open(path, "rb") as file:
         start = file.read(4)
@@ -66,7 +74,10 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
                 return _arrays(*_open_archive(archive), path)
         if start[:1] == b"\x80":
             return _arrays(*_open_legacy(file, path), path)
-    raise InputError(f"pretrained: {path} is in no format of torch.save since 0.4; load it with torch and save model.state_dict() again.")
+    raise InputError(
+        f"pretrained: {path} is in no format of torch.save since 0.4; load it with torch and save "
+        "model.state_dict() again."
+    )
 
 
 @contextmanager
@@ -75,12 +86,16 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"pretrained: {path} {error}" if isinstance(error, _Refused) else str(error)) from None
+        raise InputError(
+            f"pretrained: {path} {error}" if isinstance(error, _Refused) else str(error)
+        ) from None
     except FileNotFoundError:
         raise InputError(f"pretrained: expected {path}, found no such file.") from None
     except Exception as error:
         detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise InputError(f"pretrained: {path} is damaged or cut short ({detail}); download or save it again.") from None
+        raise InputError(
+            f"pretrained: {path} is damaged or cut short ({detail}); download or save it again."
+        ) from None
 
 
 class _Refused(InputError):
@@ -161,7 +176,8 @@ class _StandIn:
         pass
 
 
-# Python's own unpickler, not the faster one in C, which a few bytes (an index of 2**30) make allocate gigabytes.
+# Python's own unpickler, not the faster one in C, which a few bytes (an index of 2**30) make
+# allocate gigabytes.
 class _Reader(pickle._Unpickler):
     """An unpickler that knows tensors, dicts and stand-ins, and notes the storages it meets."""
 
@@ -177,7 +193,8 @@ class _Reader(pickle._Unpickler):
             return _StandIn
         if (module, name) not in _KNOWN:
             raise _Refused(
-                f"wants to run {module}.{name}; this is no plain state dict; refused. If you trust the file, save the weights "
+                f"wants to run {module}.{name}; this is no plain state dict; refused. If you trust "
+                "the file, save the weights "
                 "alone with torch: torch.save(model.state_dict(), 'weights.pth')."
             )
         return _KNOWN[module, name]
@@ -185,7 +202,13 @@ class _Reader(pickle._Unpickler):
     def persistent_load(self, pid: Any, /) -> _Storage:
         """What a pickle gets for a storage it names."""
         kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(key, str) or type(count) is not int or view not in ([], [None]):
+        if (
+            kind != "storage"
+            or dtype not in _STORAGES.values()
+            or not isinstance(key, str)
+            or type(count) is not int
+            or view not in ([], [None])
+        ):
             raise ValueError(f"no storage: {pid!r:.200}")
         return self.storages.setdefault(key, _Storage(dtype, key, count))
 
@@ -195,10 +218,15 @@ _Source = tuple[Callable[[_Storage], bytes], bool]
 
 
 def _open_archive(archive: zipfile.ZipFile) -> tuple[Any, _Source]:
-    """The saved object and its storages, of the zip format: ROOT/data.pkl, ROOT/data/KEY, ROOT/byteorder."""
+    """The saved object and its storages, of the zip format: ROOT/data.pkl, ROOT/data/KEY,
+    ROOT/byteorder.
+    """
     pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
-        raise InputError(f"pretrained: {archive.filename} is a zip archive, but not one of torch.save: it holds no data.pkl.")
+        raise InputError(
+            f"pretrained: {archive.filename} is a zip archive, but not one of torch.save: it holds "
+            "no data.pkl."
+        )
     root = pickles[0].removesuffix("data.pkl")
 
     def read(name: str, size: int | None = None) -> bytes:
@@ -214,9 +242,14 @@ def _open_archive(archive: zipfile.ZipFile) -> tuple[Any, _Source]:
 
 
 def _open_legacy(file: BinaryIO, path: Path) -> tuple[Any, _Source]:
-    """The same of the format before torch 1.6: three pickles of preliminaries, the object, the storages' keys, the storages."""
+    """The same of the format before torch 1.6: three pickles of preliminaries, the object, the
+    storages' keys, the storages.
+    """
     if _Reader(file).load() != _MAGIC or _Reader(file).load() != _PROTOCOL:
-        raise InputError(f"pretrained: {path} is a pickle, but not one of torch.save; save model.state_dict() with torch.")
+        raise InputError(
+            f"pretrained: {path} is a pickle, but not one of torch.save; save model.state_dict() "
+            "with torch."
+        )
     little = bool(_Reader(file).load()["little_endian"])
     reader = _Reader(file)
     content = reader.load()
@@ -249,7 +282,9 @@ def _arrays(content: Any, source: _Source, path: Path) -> dict[str, np.ndarray]:
         if storage.key not in numbers:
             dtype = _dtype(storage)
             plain = np.frombuffer(read(storage), f"{'<' if little else '>'}u{dtype.itemsize}")
-            numbers[storage.key] = plain.astype(plain.dtype.newbyteorder("="), copy=False).view(dtype)
+            numbers[storage.key] = plain.astype(plain.dtype.newbyteorder("="), copy=False).view(
+                dtype
+            )
         return _view(numbers[storage.key], tensor)
 
     return {name: array(value) for name, value in _state_dict(content, path).items()}
@@ -258,7 +293,9 @@ def _arrays(content: Any, source: _Source, path: Path) -> dict[str, np.ndarray]:
 def _view(numbers: np.ndarray, tensor: _Tensor) -> np.ndarray:
     """The tensor's part of its storage, if it lies inside it."""
     offset, shape, strides = tensor.offset, tuple(tensor.shape), tuple(tensor.strides)
-    if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
+    if len(shape) != len(strides) or any(
+        type(n) is not int or n < 0 for n in (offset, *shape, *strides)
+    ):
         raise ValueError(f"a tensor of shape {shape}, strides {strides} and offset {offset}")
     if math.prod(shape) == 0:
         return np.zeros(shape, numbers.dtype)
@@ -276,11 +313,20 @@ def _state_dict(content: Any, path: Path) -> dict[str, _Tensor]:
         if not wrapped:
             break
         inside, depth = wrapped[0], depth + 1
-    tensors = {name: t for name, t in inside.items() if isinstance(name, str) and isinstance(t, _Tensor)} if isinstance(inside, dict) else {}
+    tensors = (
+        {name: t for name, t in inside.items() if isinstance(name, str) and isinstance(t, _Tensor)}
+        if isinstance(inside, dict)
+        else {}
+    )
     if not tensors:
-        found = f"the keys {', '.join(sorted(map(str, inside))[:8])}" if isinstance(inside, dict) else type(inside).__name__
+        found = (
+            f"the keys {', '.join(sorted(map(str, inside))[:8])}"
+            if isinstance(inside, dict)
+            else type(inside).__name__
+        )
         raise InputError(
-            f"pretrained: {path}: expected a state dict (names and tensors, or one under 'model' or 'state_dict'), found {found}; "
+            f"pretrained: {path}: expected a state dict (names and tensors, or one under 'model' "
+            f"or 'state_dict'), found {found}; "
             "save model.state_dict() with torch."
         )
     return tensors

@@ -18,15 +18,21 @@ from quweit_jax.errors import InputError
 from quweit_jax.models.vit import resample_positions
 from quweit_jax.pretrained import deit
 
-COLLECTIONS = ("params", "wiring", "ranges")  # what a model is made of; caches and packed forms are not carried over
+COLLECTIONS = (
+    "params",
+    "wiring",
+    "ranges",
+)  # what a model is made of; caches and packed forms are not carried over
 _Path = tuple[str, ...]  # collection, modules, name
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `merge` did, by arrays' names: 'block_0/mlp/up/kernel', wiring likewise, 'ranges/block_0/quant_mlp/max'.
+    """What `merge` did, by arrays' names: 'block_0/mlp/up/kernel', wiring likewise,
+    'ranges/block_0/quant_mlp/max'.
 
-    taken: as they are in the source. resampled: to another grid. fresh: the target's own. unused: the source's, without a place.
+    taken: as they are in the source. resampled: to another grid. fresh: the target's own. unused:
+    the source's, without a place.
     """
 
     taken: tuple[str, ...]
@@ -47,10 +53,12 @@ class Report:
 
 
 def read_source(path: str | Path) -> dict[str, Any]:
-    """The variables of a published vision checkpoint to start from: DeiT's, or I-ViT's if it names activation quantisers.
+    """The variables of a published vision checkpoint to start from: DeiT's, or I-ViT's if it names
+    activation quantizers.
 
     Args:
-      path: a file (*.safetensors, *.pth, *.pt, *.bin) or a folder that holds one; config.json may be missing.
+      path: a file (*.safetensors, *.pth, *.pt, *.bin) or a folder that holds one; config.json may
+        be missing.
 
     Returns:
       {'params': ...}, of I-ViT also 'ranges'.
@@ -62,39 +70,53 @@ def read_source(path: str | Path) -> dict[str, Any]:
 
 
 def merge(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], Report]:
-    """Puts into `target` what of `source` has the same path and shape; the rest stays the target's, freshly initialised.
+    """Puts into `target` what of `source` has the same path and shape; the rest stays the target's,
+    freshly initialized.
 
-    A ViT's positional embedding of another square grid is resampled. Look-up tables mean nothing without their wiring, nor a weightless
-    block's vectors without its tables: these are taken together or not at all.
+    A ViT's positional embedding of another square grid is resampled. Look-up tables mean nothing
+    without their wiring, nor a weightless block's vectors without its tables: these are taken
+    together or not at all.
 
     Args:
-      target: the variables of the model to train, {'params': ..., 'wiring': ..., 'ranges': ...} or fewer, and collections of other names,
-        which stay. source: variables of another model.
+      target: the variables of the model to train, {'params': ..., 'wiring': ..., 'ranges': ...} or
+        fewer, and collections of other names, which stay. source: variables of another model.
 
     Returns:
-      (merged, report): new variables of the target's paths, shapes and dtypes; neither argument is changed.
+      (merged, report): new variables of the target's paths, shapes and dtypes; neither argument is
+      changed.
 
     Raises:
       InputError: next to nothing fits.
     """
     ours, theirs = _flatten(target), _flatten(source)
-    fits = {path for path, value in ours.items() if path in theirs and _same_kind(value, theirs[path])}
+    fits = {
+        path for path, value in ours.items() if path in theirs and _same_kind(value, theirs[path])
+    }
     for members in _together(ours):
         if not members <= fits:
             fits -= members
     merged, resampled = {path: jnp.asarray(theirs[path], ours[path].dtype) for path in fits}, []
     for path in sorted(ours.keys() - fits):
-        if path[-1] == "position_embedding" and path in theirs and (value := _resample(path, ours, theirs)) is not None:
+        if (
+            path[-1] == "position_embedding"
+            and path in theirs
+            and (value := _resample(path, ours, theirs)) is not None
+        ):
             merged[path] = value
             resampled.append(path)
-    # Biases of as many numbers as there are classes fit by chance; a layer's matrix or tables do not.
+    # Biases of as many numbers as there are classes fit by chance; a layer's matrix or tables do
+    # not.
     if not any(path[0] == "params" and np.ndim(value) > 1 for path, value in merged.items()):
         raise InputError(
-            f"init_from: none of the source's {len(theirs)} arrays fits the model's {len(ours)} ({_examples(theirs)} there, {_examples(ours)} "
+            f"init_from: none of the source's {len(theirs)} arrays fits the model's {len(ours)} "
+            f"({_examples(theirs)} there, {_examples(ours)} "
             "here); use the same width, depth and heads, --config.model.variant."
         )
     report = Report(
-        taken=_names(fits), resampled=_names(resampled), fresh=_names(ours.keys() - merged.keys()), unused=_names(theirs.keys() - merged.keys())
+        taken=_names(fits),
+        resampled=_names(resampled),
+        fresh=_names(ours.keys() - merged.keys()),
+        unused=_names(theirs.keys() - merged.keys()),
     )
     rest = {name: collection for name, collection in target.items() if name not in COLLECTIONS}
     empty = {name: {} for name in target if name in COLLECTIONS}
@@ -102,7 +124,12 @@ def merge(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[st
 
 
 def _flatten(variables: Mapping[str, Any]) -> dict[_Path, Any]:
-    return {(name, *path): value for name in COLLECTIONS if name in variables for path, value in flatten_dict(variables[name]).items()}
+    return {
+        (name, *path): value
+        for name in COLLECTIONS
+        if name in variables
+        for path, value in flatten_dict(variables[name]).items()
+    }
 
 
 def _same_kind(ours: Any, theirs: Any) -> bool:
@@ -112,24 +139,42 @@ def _same_kind(ours: Any, theirs: Any) -> bool:
 
 
 def _together(paths: Iterable[_Path]) -> list[set[_Path]]:
-    """Groups of arrays that only make sense together: each weightless block, and each look-up layer outside of one."""
+    """Groups of arrays that only make sense together: each weightless block, and each look-up layer
+    outside of one.
+    """
     paths = list(paths)
     modules = {path[1:-1] for path in paths if path[0] == "params" and path[-1] == "tables"}
-    # A module that holds vectors beside its look-up layers adds up their bits: its thresholds, tables, wiring and vectors are one function.
+    # A module that holds vectors beside its look-up layers adds up their bits: its thresholds,
+    # tables, wiring and vectors are one function.
     blocks = {path[1:-1] for path in paths if path[0] == "params" and path[-1] == "vectors"}
-    modules = blocks | {module for module in modules if not any(module[: len(block)] == block for block in blocks)}
+    modules = blocks | {
+        module for module in modules if not any(module[: len(block)] == block for block in blocks)
+    }
     return [{path for path in paths if path[1 : 1 + len(module)] == module} for module in modules]
 
 
 def _resample(path: _Path, ours: Mapping[_Path, Any], theirs: Mapping[_Path, Any]) -> Array | None:
-    """The source's positional embedding (1, tokens, d) on the target's grid; None if either is of no square grid."""
+    """The source's positional embedding (1, tokens, d) on the target's grid; None if either is of
+    no square grid.
+    """
     want, have = ours[path], theirs[path]
-    if want.ndim != 3 or have.ndim != 3 or (want.shape[0], want.shape[2]) != (have.shape[0], have.shape[2]):
+    if (
+        want.ndim != 3
+        or have.ndim != 3
+        or (want.shape[0], want.shape[2]) != (have.shape[0], have.shape[2])
+    ):
         return None
     token = (*path[:-1], "cls_token")
     extra_want, extra_have = int(token in ours), int(token in theirs)
-    sides = [math.isqrt(max(0, value.shape[1] - extra)) for value, extra in ((want, extra_want), (have, extra_have))]
-    if sides[0] ** 2 + extra_want != want.shape[1] or sides[1] ** 2 + extra_have != have.shape[1] or 0 in sides:
+    sides = [
+        math.isqrt(max(0, value.shape[1] - extra))
+        for value, extra in ((want, extra_want), (have, extra_have))
+    ]
+    if (
+        sides[0] ** 2 + extra_want != want.shape[1]
+        or sides[1] ** 2 + extra_have != have.shape[1]
+        or 0 in sides
+    ):
         return None
     resampled = resample_positions(jnp.asarray(have, jnp.float32), (sides[0], sides[0]), extra_have)
     first = resampled[:, :extra_have] if extra_have else want[:, :extra_want]
@@ -146,18 +191,46 @@ def _examples(paths: Iterable[_Path]) -> str:
 
 
 def _summary(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Names cut down to the outermost modules that share nothing with `others`, blocks joined: 'block_*/mlp', of some blocks 'block_{0,2}/mlp'."""
-    kept = {"/".join(parts[:n]) for name in others for parts in [name.split("/")] for n in range(1, len(parts) + 1)}
-    outermost, blocks = set(), {match[0] for name in {*names, *kept} if (match := re.match(r"block_\d+", name.removeprefix("ranges/")))}
+    """Names cut down to the outermost modules that share nothing with `others`, blocks joined:
+    'block_*/mlp', of some blocks 'block_{0,2}/mlp'.
+    """
+    kept = {
+        "/".join(parts[:n])
+        for name in others
+        for parts in [name.split("/")]
+        for n in range(1, len(parts) + 1)
+    }
+    outermost, blocks = (
+        set(),
+        {
+            match[0]
+            for name in {*names, *kept}
+            if (match := re.match(r"block_\d+", name.removeprefix("ranges/")))
+        },
+    )
     for name in names:
         parts = name.split("/")
-        outermost.add(next(short for n in range(1, len(parts) + 1) if (short := "/".join(parts[:n])) not in kept or n == len(parts)))
+        outermost.add(
+            next(
+                short
+                for n in range(1, len(parts) + 1)
+                if (short := "/".join(parts[:n])) not in kept or n == len(parts)
+            )
+        )
     joined: dict[str, list[int]] = {}
     for name in sorted(outermost):
         match = re.match(r"((?:ranges/)?block_)(\d+)(.*)", name)
-        joined.setdefault(f"{match[1]}%{match[3]}" if match else name, []).extend([int(match[2])] if match else [])
+        joined.setdefault(f"{match[1]}%{match[3]}" if match else name, []).extend(
+            [int(match[2])] if match else []
+        )
     said = []
     for name, numbers in joined.items():
-        some = f"{{{','.join(map(str, sorted(numbers)))}}}" if len(numbers) > 1 else "".join(map(str, numbers))
-        said.append(name.replace("%", "*" if len(numbers) > 1 and len(numbers) == len(blocks) else some))
+        some = (
+            f"{{{','.join(map(str, sorted(numbers)))}}}"
+            if len(numbers) > 1
+            else "".join(map(str, numbers))
+        )
+        said.append(
+            name.replace("%", "*" if len(numbers) > 1 and len(numbers) == len(blocks) else some)
+        )
     return sorted(said, key=lambda name: (name.startswith("ranges"), "block_" in name, name))

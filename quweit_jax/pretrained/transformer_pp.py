@@ -8,17 +8,30 @@ from typing import Any
 
 from quweit_jax.models.options import kinds_of_mlp
 from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
-from quweit_jax.pretrained.hugging_face import SHARD_BYTES, PublishedConfig, read_language_model, require_dense, write_checkpoint
+from quweit_jax.pretrained.hugging_face import (
+    SHARD_BYTES,
+    PublishedConfig,
+    read_language_model,
+    require_dense,
+    write_checkpoint,
+)
 from quweit_jax.pretrained.layout import Part, kernel, published
 
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 
 
 def load(folder: Path) -> tuple[TransformerPP, dict[str, Any]]:
     """The model and its variables, {'params': ...} in float32; a tied head becomes one of its own.
 
     Raises:
-      InputError: as `pretrained.load`; also an option of Llama that this model does not have, such as scaled rotary positions.
+      InputError: as `pretrained.load`; also an option of Llama that this model does not have, such
+        as scaled rotary positions.
     """
     config = PublishedConfig(folder, "llama", _REQUIRED)
     config.only("hidden_act", "silu", "swish")
@@ -40,7 +53,14 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, Any]]:
     return TransformerPP(c), read_language_model(folder, config, parts(c))
 
 
-def save(model: TransformerPP, variables: Mapping[str, Any], folder: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    model: TransformerPP,
+    variables: Mapping[str, Any],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes a checkpoint that `transformers.LlamaForCausalLM` reads; see `pretrained.save`."""
     c = model.config
     width, layers, heads = c.sizes()
@@ -72,7 +92,11 @@ def save(model: TransformerPP, variables: Mapping[str, Any], folder: Path, *, ov
 def parts(c: TransformerPPConfig) -> Iterator[Part]:
     """Every array of the model and the published tensors it is made of."""
     width, layers, heads = c.sizes()
-    hidden, queries, keys = c.hidden_width(), heads * _head_width(c), (c.kv_heads or heads) * _head_width(c)
+    hidden, queries, keys = (
+        c.hidden_width(),
+        heads * _head_width(c),
+        (c.kv_heads or heads) * _head_width(c),
+    )
 
     def scale(path: str, name: str) -> Part:
         return Part(path, {name: (width,)})
@@ -81,10 +105,18 @@ def parts(c: TransformerPPConfig) -> Iterator[Part]:
     for i in range(layers):
         ours, theirs = f"block_{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-        qkv = {f"{attention}.q_proj.weight": queries, f"{attention}.k_proj.weight": keys, f"{attention}.v_proj.weight": keys}
+        qkv = {
+            f"{attention}.q_proj.weight": queries,
+            f"{attention}.k_proj.weight": keys,
+            f"{attention}.v_proj.weight": keys,
+        }
         yield kernel(f"{ours}/mixer/qkv/kernel", width, qkv)
         yield kernel(f"{ours}/mixer/proj/kernel", queries, {f"{attention}.o_proj.weight": width})
-        yield kernel(f"{ours}/mlp/gate/kernel", width, {f"{mlp}.gate_proj.weight": hidden, f"{mlp}.up_proj.weight": hidden})
+        yield kernel(
+            f"{ours}/mlp/gate/kernel",
+            width,
+            {f"{mlp}.gate_proj.weight": hidden, f"{mlp}.up_proj.weight": hidden},
+        )
         yield kernel(f"{ours}/mlp/down/kernel", hidden, {f"{mlp}.down_proj.weight": width})
         yield scale(f"{ours}/mixer_norm/scale", f"{theirs}.input_layernorm.weight")
         yield scale(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight")
@@ -98,7 +130,9 @@ def _head_width(c: TransformerPPConfig) -> int:
 
 
 def _rope_theta(config: PublishedConfig) -> float:
-    """The base of the rotary positions: in 'rope_parameters', of older files 'rope_theta'; refused if they are scaled or of a part of a head."""
+    """The base of the rotary positions: in 'rope_parameters', of older files 'rope_theta'; refused
+    if they are scaled or of a part of a head.
+    """
     theta = config.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key, {})
@@ -106,6 +140,11 @@ def _rope_theta(config: PublishedConfig) -> float:
             raise config.error(key, "an object of names and values", rope)
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind != "default" or rope.get("partial_rotary_factor") not in (None, 1):
-            raise config.error(key, "rotary positions of type 'default'", rope, "scaled or partial ones are not supported.")
+            raise config.error(
+                key,
+                "rotary positions of type 'default'",
+                rope,
+                "scaled or partial ones are not supported.",
+            )
         theta = theta if rope.get("rope_theta") is None else rope["rope_theta"]
     return config.check_positive("rope_theta", theta)

@@ -1,4 +1,6 @@
-"""Orbax v1 checkpoints of everything a run needs to go on: asynchronous, kept `keep` and best, checked before they are trusted."""
+"""Orbax v1 checkpoints of everything a run needs to go on: asynchronous, kept `keep` and best,
+checked before they are trusted.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ from quweit_jax.training.sharding import path_name
 
 # Orbax annotates its own types more narrowly than it accepts.
 policies: Any = ocp.training.preservation_policies
-# Reading back more than this after every save would cost more than it protects; larger files are checked by size alone.
+# Reading back more than this after every save would cost more than it protects; larger files are
+# checked by size alone.
 _CHECKSUM_BYTES = 2**28
 
 
 class Checkpoints:
-    """The checkpoints of one run directory: `checkpoints/STEP/`, and `checksums/STEP.json` beside them.
+    """The checkpoints of one run directory: `checkpoints/STEP/`, and `checksums/STEP.json` beside
+    them.
 
     Args:
-      workdir: the run directory. keep: how many of the newest to keep (the one of lowest validation loss is kept too).
+      workdir: the run directory. keep: how many of the newest to keep (the one of lowest validation
+        loss is kept too).
       read_only: for evaluation: nothing is created, cleaned up or moved.
     """
 
@@ -37,7 +42,12 @@ class Checkpoints:
             raise InputError(f"keep: expected at least 1 checkpoint, found {keep}.")
         self.workdir = workdir.absolute()  # Orbax reads nothing by a relative path
         self.directory, self.read_only = self.workdir / "checkpoints", read_only
-        best = policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(
+            get_metric_fn=lambda m: m["loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         checkpointer: Any = ocp.training.Checkpointer
         self._open = lambda: checkpointer(
             self.directory,
@@ -46,7 +56,10 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         if read_only and not self.directory.is_dir():
-            raise InputError(f"no checkpoints in {workdir}: expected the run directory of python -m quweit_jax.train.")
+            raise InputError(
+                f"no checkpoints in {workdir}: expected the run directory of python -m "
+                "quweit_jax.train."
+            )
         self._checkpointer = self._open()
         self._unchecked: int | None = None
 
@@ -55,15 +68,25 @@ class Checkpoints:
         return [c.step for c in self._checkpointer.checkpoints]
 
     def best_step(self) -> int | None:
-        """The step of lowest validation loss, the newest where none was evaluated, None without checkpoints."""
+        """The step of lowest validation loss, the newest where none was evaluated, None without
+        checkpoints.
+        """
         scored = [(c.metrics["loss"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
         return min(scored)[1] if scored else (self.steps() or [None])[-1]
 
     def save(self, step: int, state: Any, loop: dict[str, Any], loss: float | None) -> None:
         """Starts saving in the background; an earlier save's failure shows here (RunError)."""
         self.wait()
-        items = {"state": state, "loop": {"json": np.frombuffer(json.dumps(loop).encode(), np.uint8)}}
-        self._guard(step, lambda: self._checkpointer.save_checkpointables_async(step, items, metrics=None if loss is None else {"loss": loss}))
+        items = {
+            "state": state,
+            "loop": {"json": np.frombuffer(json.dumps(loop).encode(), np.uint8)},
+        }
+        self._guard(
+            step,
+            lambda: self._checkpointer.save_checkpointables_async(
+                step, items, metrics=None if loss is None else {"loss": loss}
+            ),
+        )
         self._unchecked = step
 
     def wait(self) -> None:
@@ -85,47 +108,81 @@ class Checkpoints:
             action()
         except Exception as error:
             whole = [s for s in self.steps() if s != step and (self.directory / str(s)).is_dir()]
-            previous = f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier checkpoint"
+            previous = (
+                f"the checkpoint of step {whole[-1]} is whole"
+                if whole
+                else "there is no earlier checkpoint"
+            )
             raise RunError(
-                f"the checkpoint of step {step} could not be written ({type(error).__name__}: {_reason(error)}); {previous}. "
-                "Free some space (or mend the folder) and run the same command again to go on from there."
+                f"the checkpoint of step {step} could not be written ({type(error).__name__}: "
+                f"{_reason(error)}); {previous}. "
+                "Free some space (or mend the folder) and run the same command again to go on from "
+                "there."
             ) from error
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int] | None:
-        """(state, loop, step): the given step, or the newest that is whole; None when there are no checkpoints.
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[Any, dict[str, Any], int] | None:
+        """(state, loop, step): the given step, or the newest that is whole; None when there are no
+        checkpoints.
 
-        A damaged newest checkpoint is reported and set aside in `damaged/` (unless read_only), and the one before is taken.
+        A damaged newest checkpoint is reported and set aside in `damaged/` (unless read_only), and
+        the one before is taken.
 
         Raises:
-          InputError: the step does not exist, or the trees differ (names the first path, what was expected and what was found).
+          InputError: the step does not exist, or the trees differ (names the first path, what was
+            expected and what was found).
           RunError: every checkpoint is damaged.
         """
         steps = self.steps()
         if step is not None and step not in steps:
-            raise InputError(f"no checkpoint of step {step} in {self.workdir}; there are {', '.join(map(str, steps)) or 'none'}.")
+            raise InputError(
+                f"no checkpoint of step {step} in {self.workdir}; there are "
+                f"{', '.join(map(str, steps)) or 'none'}."
+            )
         for candidate in reversed(steps if step is None else [step]):
             whole = False
             try:
                 whole = self._verify(candidate)
                 found = self._checkpointer.checkpointables_metadata(candidate).metadata["state"]
                 compare_trees(abstract_state, found, f"checkpoint of step {candidate}")
-                loaded = self._checkpointer.load_checkpointables(candidate, {"state": abstract_state, "loop": None})
-                return loaded["state"], json.loads(np.asarray(loaded["loop"]["json"]).tobytes().decode()), candidate
+                loaded = self._checkpointer.load_checkpointables(
+                    candidate, {"state": abstract_state, "loop": None}
+                )
+                return (
+                    loaded["state"],
+                    json.loads(np.asarray(loaded["loop"]["json"]).tobytes().decode()),
+                    candidate,
+                )
             except InputError:
                 raise
             except Exception as error:
                 if whole:  # its files are as they were written, so an older one would not help
                     raise RunError(
-                        f"the checkpoint of step {candidate} is whole but cannot be loaded ({type(error).__name__}: {_reason(error)})."
+                        f"the checkpoint of step {candidate} is whole but cannot be loaded "
+                        f"({type(error).__name__}: {_reason(error)})."
                     ) from error
                 if step is not None:
                     others = ", ".join(str(s) for s in steps if s != step)
-                    hint = f"there are also {others}; choose one with --step" if others else "there is no other"
-                    raise RunError(f"the checkpoint of step {step} is damaged ({_reason(error)}); {hint}.") from error
-                logging.warning("%s", f"the checkpoint of step {candidate} is damaged ({_reason(error)}); trying the one before.")
+                    hint = (
+                        f"there are also {others}; choose one with --step"
+                        if others
+                        else "there is no other"
+                    )
+                    raise RunError(
+                        f"the checkpoint of step {step} is damaged ({_reason(error)}); {hint}."
+                    ) from error
+                logging.warning(
+                    "%s",
+                    f"the checkpoint of step {candidate} is damaged ({_reason(error)}); trying "
+                    "the one before.",
+                )
                 self._set_aside(candidate)
         if steps:
-            raise RunError(f"every checkpoint in {self.directory} is damaged ({', '.join(map(str, steps))}); start again in a new --workdir.")
+            raise RunError(
+                f"every checkpoint in {self.directory} is damaged ({', '.join(map(str, steps))}); "
+                "start again in a new --workdir."
+            )
         return None
 
     def _set_aside(self, step: int) -> None:
@@ -137,7 +194,9 @@ class Checkpoints:
                 target = target.with_name(target.name + "_")
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.directory / str(step), target)
-            self._checksum_path(step).unlink(missing_ok=True)  # a later checkpoint of this step has its own
+            self._checksum_path(step).unlink(
+                missing_ok=True
+            )  # a later checkpoint of this step has its own
             logging.warning("%s", f"set it aside in {target}.")
         self._checkpointer.close()
         self._checkpointer = self._open()
@@ -147,7 +206,10 @@ class Checkpoints:
         files = {}
         for path in sorted(p for p in root.rglob("*") if p.is_file()):
             size = path.stat().st_size
-            files[path.relative_to(root).as_posix()] = [size, zlib.crc32(path.read_bytes()) if size <= _CHECKSUM_BYTES else 0]
+            files[path.relative_to(root).as_posix()] = [
+                size,
+                zlib.crc32(path.read_bytes()) if size <= _CHECKSUM_BYTES else 0,
+            ]
         return files
 
     def _checksum_path(self, step: int) -> Path:
@@ -188,16 +250,29 @@ def _reason(error: BaseException) -> str:
 
 def compare_trees(expected: Any, found: Any, what: str) -> None:
     """Raises InputError at the first path that is missing, extra or of another shape or dtype."""
-    wanted = {path_name(p): (tuple(x.shape), np.dtype(x.dtype)) for p, x in jax.tree_util.tree_leaves_with_path(expected)}
+    wanted = {
+        path_name(p): (tuple(x.shape), np.dtype(x.dtype))
+        for p, x in jax.tree_util.tree_leaves_with_path(expected)
+    }
     is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")  # noqa: E731
-    there = {path_name(p): (tuple(x.shape), np.dtype(x.dtype)) for p, x in jax.tree_util.tree_leaves_with_path(found, is_leaf=is_leaf)}
+    there = {
+        path_name(p): (tuple(x.shape), np.dtype(x.dtype))
+        for p, x in jax.tree_util.tree_leaves_with_path(found, is_leaf=is_leaf)
+    }
     for name in sorted(wanted.keys() | there.keys()):
         if name not in there:
-            raise InputError(f"{what}: expected {name} {list(wanted[name][0])}, found nothing there; was it trained with another model config?")
+            raise InputError(
+                f"{what}: expected {name} {list(wanted[name][0])}, found nothing there; was it "
+                "trained with another model config?"
+            )
         if name not in wanted:
             raise InputError(
-                f"{what}: found {name} {list(there[name][0])}, which this model does not have; was it trained with another model config?"
+                f"{what}: found {name} {list(there[name][0])}, which this model does not have; was "
+                "it trained with another model config?"
             )
         if wanted[name] != there[name]:
             (shape, dtype), (other_shape, other_dtype) = wanted[name], there[name]
-            raise InputError(f"{what}: {name} expected {dtype}{list(shape)}, found {other_dtype}{list(other_shape)}.")
+            raise InputError(
+                f"{what}: {name} expected {dtype}{list(shape)}, found "
+                f"{other_dtype}{list(other_shape)}."
+            )

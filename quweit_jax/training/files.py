@@ -27,7 +27,8 @@ def replace_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def sole_user(folder: Path, patience: float = 20.0) -> Iterator[None]:
-    """Keeps other processes of this machine out of a folder that exists; where folders cannot be locked, does nothing.
+    """Keeps other processes of this machine out of a folder that exists; where folders cannot be
+    locked, does nothing.
 
     patience: seconds to wait for one that is just ending.
 
@@ -48,7 +49,10 @@ def sole_user(folder: Path, patience: float = 20.0) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise InputError(f"--workdir: another process is training in {folder}; wait for it to end, or give another folder.") from None
+                    raise InputError(
+                        f"--workdir: another process is training in {folder}; wait for it to end, "
+                        "or give another folder."
+                    ) from None
                 time.sleep(0.2)
                 continue
             except OSError:  # a file system without locks

@@ -1,7 +1,8 @@
-"""The one train loop, for every model: step, log, evaluate, checkpoint, stop cleanly, go on exactly.
+"""The one train loop, for every model: step, log, evaluate, checkpoint, stop cleanly, go on
+exactly.
 
-The order at a step k: its metrics are read while step k + 1 runs; rows up to k are on disk before checkpoint k is begun; a
-checkpoint is only begun once step k is known to be finite.
+The order at a step k: its metrics are read while step k + 1 runs; rows up to k are on disk before
+checkpoint k is begun; a checkpoint is only begun once step k is known to be finite.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from quweit_jax import configs
+from quweit_jax import config as configs
 from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.training import files, metrics, optimizers, run, sharding, state
@@ -33,7 +34,9 @@ _NEEDS_INITIAL = "init_from: loop.fit needs initial=quweit_jax.initial.reader(co
 
 @dataclasses.dataclass
 class Result:
-    """How a run ended: the last step, whether it was complete, the state, and the last validation loss."""
+    """How a run ended: the last step, whether it was complete, the state, and the last validation
+    loss.
+    """
 
     step: int
     complete: bool
@@ -43,7 +46,9 @@ class Result:
 
 
 class StopRequest:
-    """True once SIGTERM or SIGINT has come; a second one ends the program at once. A context manager that restores the handlers."""
+    """True once SIGTERM or SIGINT has come; a second one ends the program at once. A context
+    manager that restores the handlers.
+    """
 
     def __init__(self):
         self.signal: str | None = None
@@ -77,9 +82,17 @@ class StopRequest:
 
 
 class Log:
-    """Turns the metrics of single steps into rows: the mean loss since the last row, which a checkpoint carries along."""
+    """Turns the metrics of single steps into rows: the mean loss since the last row, which a
+    checkpoint carries along.
+    """
 
-    def __init__(self, writer: metrics.MetricsWriter, config: configs.Config, schedule: Callable[[int], Any], saved: dict[str, Any]):
+    def __init__(
+        self,
+        writer: metrics.MetricsWriter,
+        config: configs.Config,
+        schedule: Callable[[int], Any],
+        saved: dict[str, Any],
+    ):
         self.writer, self.config, self.schedule = writer, config, schedule
         self.pending: list[list[float]] = saved.get("pending", [])
         self.seconds: float = saved.get("seconds", 0.0)
@@ -97,31 +110,68 @@ class Log:
         if bad:
             groups = [k.split("/")[1] for k in bad if k.startswith("grad_norm/")]
             updates = [k.split("/")[1] for k in bad if k.startswith("update_norm/")]
-            where = f"gradients are not finite in the parameter group(s) {', '.join(groups)}" if groups else "gradients are still finite"
+            where = (
+                f"gradients are not finite in the parameter group(s) {', '.join(groups)}"
+                if groups
+                else "gradients are still finite"
+            )
             if updates and not groups:
                 where += f", but the optimizer's update is not in the parameter group(s) {', '.join(updates)}"
-            keep = f"the last good checkpoint, of step {last_good}, is kept" if last_good else "there was no checkpoint yet"
+            keep = (
+                f"the last good checkpoint, of step {last_good}, is kept"
+                if last_good
+                else "there was no checkpoint yet"
+            )
             raise RunError(
-                f"step {step}: the loss is {values['loss']}; {where}. Nothing of it was saved; {keep}. "
-                "Try a smaller --config.optimizer.learning_rate or more --config.optimizer.clip, in a new --workdir."
+                f"step {step}: the loss is {values['loss']}; {where}. Nothing of it was saved; "
+                f"{keep}. "
+                "Try a smaller --config.optimizer.learning_rate or more --config.optimizer.clip, "
+                "in a new --workdir."
             )
         self.pending.append([values["loss"], values["accuracy"]])
         if step % self.config.log_every == 0:
             mean = np.mean(np.asarray(self.pending, np.float64), axis=0)
             self.pending = []
-            row = {"step": step, "split": "train", "loss": float(mean[0]), "accuracy": float(mean[1]), "grad_norm": values["grad_norm"]}
-            self.writer.write(row | {"learning_rate": float(self.schedule(step - 1)), "seconds": self.elapsed()})
+            row = {
+                "step": step,
+                "split": "train",
+                "loss": float(mean[0]),
+                "accuracy": float(mean[1]),
+                "grad_norm": values["grad_norm"],
+            }
+            self.writer.write(
+                row | {"learning_rate": float(self.schedule(step - 1)), "seconds": self.elapsed()}
+            )
             if self.bar is not None:
                 self.bar.set_postfix_str(f"loss {mean[0]:.3f}")
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        """Notes an evaluation; where there is no bar (output into a file) it is also a line that tells how far the run is."""
-        row = {"step": step, "split": "validation", "loss": values["loss"], "accuracy": values["accuracy"], "seconds": self.elapsed()}
+        """Notes an evaluation; where there is no bar (output into a file) it is also a line that
+        tells how far the run is.
+        """
+        row = {
+            "step": step,
+            "split": "validation",
+            "loss": values["loss"],
+            "accuracy": values["accuracy"],
+            "seconds": self.elapsed(),
+        }
         self.writer.write(row)
         if self.speak and self.bar is None:
-            done, rate = step - self.start, (time.monotonic() - self.since) / max(1, step - self.start)
-            left = f", about {rate * (self.config.steps - step):.0f} s left" if done and step < self.config.steps else ""
-            print(f"step {step} of {self.config.steps}: validation loss {values['loss']:.4f}, {self.elapsed():.0f} s{left}", flush=True)
+            done, rate = (
+                step - self.start,
+                (time.monotonic() - self.since) / max(1, step - self.start),
+            )
+            left = (
+                f", about {rate * (self.config.steps - step):.0f} s left"
+                if done and step < self.config.steps
+                else ""
+            )
+            print(
+                f"step {step} of {self.config.steps}: validation loss {values['loss']:.4f}, "
+                f"{self.elapsed():.0f} s{left}",
+                flush=True,
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with the same rows."""
@@ -131,11 +181,18 @@ class Log:
 def evaluate(eval_step: Any, variables: Any, parts: run.Parts, limit: int) -> dict[str, float]:
     """Loss and accuracy on a fixed set of validation batches (0: the whole split)."""
     if limit < 0:
-        raise InputError(f"batches: expected 0 (the whole validation split) or more, found {limit}.")
-    batch_size, where = run.eval_batch_size(parts.config, parts.mesh), sharding.batch_sharding(parts.mesh)
+        raise InputError(
+            f"batches: expected 0 (the whole validation split) or more, found {limit}."
+        )
+    batch_size, where = (
+        run.eval_batch_size(parts.config, parts.mesh),
+        sharding.batch_sharding(parts.mesh),
+    )
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = pipeline.eval_batches(parts.dataset.validation, batch_size, limit, **share)
-    return state.mean_of_sums([eval_step(variables, sharding.put_batch(batch, where)) for batch in batches])
+    return state.mean_of_sums(
+        [eval_step(variables, sharding.put_batch(batch, where)) for batch in batches]
+    )
 
 
 def fit(
@@ -146,11 +203,14 @@ def fit(
     on_step: Callable[[int], None] | None = None,
     initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Result:
-    """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in `workdir` ends.
+    """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
+    `workdir` ends.
 
     Args:
-      progress: show a bar; None: on a terminal. on_step: called after each step with its number (for tests and notebooks).
-      initial: makes the variables a new run begins with from its freshly drawn ones (see `quweit_jax.initial`); needed for init_from.
+      progress: show a bar; None: on a terminal. on_step: called after each step with its number
+        (for tests and notebooks).
+      initial: makes the variables a new run begins with from its freshly drawn ones (see
+        `quweit_jax.initial`); needed for init_from.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
@@ -167,15 +227,24 @@ def fit(
             try:
                 result = _fit(parts, checkpoints, progress, on_step, workdir, initial)
             except Exception:
-                with contextlib.suppress(Exception):  # the first trouble is the one to tell; a checkpoint begun before it is still finished
+                with contextlib.suppress(
+                    Exception
+                    # the first trouble is the one to tell; a checkpoint begun before it is still
+                    # finished
+                ):
                     checkpoints.close()
                 raise
             checkpoints.close()
             return result
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)
+        reason = (
+            f"{error.strerror}: {error.filename}"
+            if error.filename
+            else str(error.strerror or error)
+        )
         raise RunError(
-            f"cannot go on in {workdir} ({reason}); the last checkpoint is whole. Free some space or mend the folder, and run the same command again."
+            f"cannot go on in {workdir} ({reason}); the last checkpoint is whole. Free some space "
+            "or mend the folder, and run the same command again."
         ) from error
 
 
@@ -189,15 +258,20 @@ def _fit(
 ) -> Result:
     config, leader = parts.config, jax.process_index() == 0
     restored = checkpoints.restore(parts.abstract_state())
-    if restored is None and config.get("init_from") and initial is None:  # there were checkpoints, but no whole one
+    if (
+        restored is None and config.get("init_from") and initial is None
+    ):  # there were checkpoints, but no whole one
         raise InputError(_NEEDS_INITIAL)
     current, saved, start = restored if restored is not None else (parts.init_state(initial), {}, 0)
     if start > config.steps:
         raise InputError(
-            f"steps: {workdir} is already at step {start}, past the {config.steps} asked for; raise --config.steps or use a new --workdir."
+            f"steps: {workdir} is already at step {start}, past the {config.steps} asked for; "
+            "raise --config.steps or use a new --workdir."
         )
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = pipeline.train_batches(parts.dataset.train, config.batch_size, config.seed, prefetch=config.prefetch, **share)
+    batches = pipeline.train_batches(
+        parts.dataset.train, config.batch_size, config.seed, prefetch=config.prefetch, **share
+    )
     if "data" in saved:
         batches.set_state(saved["data"])
     writer = metrics.MetricsWriter(workdir, start) if leader else metrics.NoMetrics()
@@ -208,7 +282,17 @@ def _fit(
     log.bar = _bar(parts, start, leader if progress is None else progress and leader, progress)
     try:
         with StopRequest() as stop:
-            return _steps(parts, current, start, batches, checkpoints, log, stop, saved.get("validation"), on_step)
+            return _steps(
+                parts,
+                current,
+                start,
+                batches,
+                checkpoints,
+                log,
+                stop,
+                saved.get("validation"),
+                on_step,
+            )
     finally:
         if log.bar is not None:
             log.bar.close()
@@ -255,7 +339,10 @@ def _steps(
             validation = evaluate(eval_step, current.variables(), parts, config.eval_batches)
             score = validation["loss"]
             if not math.isfinite(score):
-                raise RunError(f"step {step}: the validation loss is {score}. Nothing of it was saved; the checkpoint of step {last_good} is kept.")
+                raise RunError(
+                    f"step {step}: the validation loss is {score}. Nothing of it was saved; the "
+                    f"checkpoint of step {last_good} is kept."
+                )
             log.validation(step, validation)
         if step % config.checkpoint_every == 0 or last or stopping:
             read()
@@ -283,7 +370,9 @@ def _joined_state(batches: Any) -> dict[str, Any]:
 
     raw = np.frombuffer(json.dumps(state).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.asarray(raw.size))))
-    gathered = multihost_utils.process_allgather(np.pad(raw, (0, longest - raw.size), constant_values=ord(" ")))
+    gathered = multihost_utils.process_allgather(
+        np.pad(raw, (0, longest - raw.size), constant_values=ord(" "))
+    )
     return pipeline.join_states([json.loads(bytes(row)) for row in np.asarray(gathered)])
 
 

@@ -11,17 +11,30 @@ from jax import Array
 
 
 def cross_entropy(logits: Array, targets: Array, weights: Array | None = None) -> dict[str, Array]:
-    """Sums over the batch, in float32: 'loss' (nats), 'correct' (arg-max hits) and 'count' (targets), for the caller to divide.
+    """Sums over the batch, in float32: 'loss' (nats), 'correct' (arg-max hits) and 'count'
+    (targets), for the caller to divide.
 
     Args:
-      logits: (B, ..., V). targets: (B, ...) int, or (B, ..., V) probabilities, whose largest counts as right.
+      logits: (B, ..., V). targets: (B, ...) int, or (B, ..., V) probabilities, whose largest counts
+        as right.
       weights: (B,), 0 leaves an example out; all 1 if None.
     """
     if targets.ndim == logits.ndim:
-        losses, targets = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets), targets.argmax(-1)
+        losses, targets = (
+            optax.softmax_cross_entropy(logits.astype(jnp.float32), targets),
+            targets.argmax(-1),
+        )
     else:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), targets
+        )
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
     weights = jnp.ones(targets.shape[:1]) if weights is None else weights
-    weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (targets.ndim - 1)), targets.shape).astype(jnp.float32)
-    return {"loss": jnp.sum(losses * weights), "correct": jnp.sum(correct * weights), "count": jnp.sum(weights)}
+    weights = jnp.broadcast_to(
+        weights.reshape(-1, *[1] * (targets.ndim - 1)), targets.shape
+    ).astype(jnp.float32)
+    return {
+        "loss": jnp.sum(losses * weights),
+        "correct": jnp.sum(correct * weights),
+        "count": jnp.sum(weights),
+    }

@@ -1,4 +1,6 @@
-"""What a run writes down: metrics.jsonl, TensorBoard if it is installed, the progress bar, and the loss plot."""
+"""What a run writes down: metrics.jsonl, TensorBoard if it is installed, the progress bar, and the
+loss plot.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def evaluations(workdir: Path) -> list[Row]:
-    """A run's evaluations on the validation split, in order; the run is finished if the last one is of its last step."""
+    """A run's evaluations on the validation split, in order; the run is finished if the last one is
+    of its last step.
+    """
     return [row for row in read_rows(workdir / "metrics.jsonl") if row["split"] == "validation"]
 
 
 class MetricsWriter:
-    """Appends rows {"step", "split", ...} to metrics.jsonl; opening it drops every row after `step`, so a resume repeats none."""
+    """Appends rows {"step", "split", ...} to metrics.jsonl; opening it drops every row after
+    `step`, so a resume repeats none.
+    """
 
     def __init__(self, workdir: Path, step: int):
         self.path = workdir / "metrics.jsonl"
@@ -88,29 +94,62 @@ class NoMetrics(MetricsWriter):
 
 def curve(rows: Sequence[Row], split: str, key: str = "loss") -> tuple[list[int], list[float]]:
     """Steps and values of one split."""
-    points = [(row["step"], row[key]) for row in rows if row.get("split") == split and isinstance(row.get(key), (int, float))]
+    points = [
+        (row["step"], row[key])
+        for row in rows
+        if row.get("split") == split and isinstance(row.get(key), (int, float))
+    ]
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def plot_losses(runs: dict[str, Sequence[Row]], path: Path, title: str = "", unit: str = "nats per token") -> None:
-    """Loss curves of one run (training and validation) or several (validation, labelled by name) as a PNG."""
-    from matplotlib.figure import Figure  # without pyplot, whose figures belong to the caller: a notebook shows its own
+def plot_losses(
+    runs: dict[str, Sequence[Row]], path: Path, title: str = "", unit: str = "nats per token"
+) -> None:
+    """Loss curves of one run (training and validation) or several (validation, labelled by name) as
+    a PNG.
+    """
+    from matplotlib.figure import (
+        Figure,
+    )  # without pyplot, whose figures belong to the caller: a notebook shows its own
 
     figure = Figure(figsize=(7, 4.2), dpi=130)
     axes = figure.subplots()
     for i, (name, rows) in enumerate(runs.items()):
-        colour = f"C{i}"
+        color = f"C{i}"
         steps, values = curve(rows, "validation")
         if len(runs) == 1:
-            axes.plot(*curve(rows, "train"), color=colour, alpha=0.45, linewidth=1, label="training")
-            colour = "C1"
-        axes.plot(steps, values, color=colour, marker="o", markersize=3, label=name if len(runs) > 1 else "validation")
+            axes.plot(*curve(rows, "train"), color=color, alpha=0.45, linewidth=1, label="training")
+            color = "C1"
+        axes.plot(
+            steps,
+            values,
+            color=color,
+            marker="o",
+            markersize=3,
+            label=name if len(runs) > 1 else "validation",
+        )
         if values and len(runs) == 1:
-            axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(0, 8), ha="right", color=colour)
-    finite = [v for rows in runs.values() for split in ("train", "validation") for v in curve(rows, split)[1] if math.isfinite(v)]
+            axes.annotate(
+                f"{values[-1]:.3f}",
+                (steps[-1], values[-1]),
+                textcoords="offset points",
+                xytext=(0, 8),
+                ha="right",
+                color=color,
+            )
+    finite = [
+        v
+        for rows in runs.values()
+        for split in ("train", "validation")
+        for v in curve(rows, split)[1]
+        if math.isfinite(v)
+    ]
     if finite and len(runs) > 1:
         lows = [curve(rows, "validation")[1] for rows in runs.values()]
-        axes.set_ylim(min(map(min, filter(None, lows))) * 0.98, sorted(v for low in lows for v in low)[int(0.97 * sum(map(len, lows)))] * 1.02)
+        axes.set_ylim(
+            min(map(min, filter(None, lows))) * 0.98,
+            sorted(v for low in lows for v in low)[int(0.97 * sum(map(len, lows)))] * 1.02,
+        )
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.3)

@@ -1,4 +1,6 @@
-"""AdamW with a group for each kind of parameter, warm-up and cosine decay, clipping, and the projection of tables."""
+"""AdamW with a group for each kind of parameter, warm-up and cosine decay, clipping, and the
+projection of tables.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import optax
 
 from quweit_jax.errors import InputError, check_choice
 
-# The parameters of weightless layers, by name; everything else is 'decay' (matrices) or 'no_decay' (vectors and scalars).
+# The parameters of weightless layers, by name; everything else is 'decay' (matrices) or 'no_decay'
+# (vectors and scalars).
 NAMED_GROUPS = ("tables", "scores", "thresholds", "vectors")
 GROUPS = (*NAMED_GROUPS, "decay", "no_decay")
 
@@ -20,10 +23,14 @@ GROUPS = (*NAMED_GROUPS, "decay", "no_decay")
 class OptimizerConfig:
     """AdamW's settings.
 
-    learning_rate: the peak, reached after `warmup` steps and followed by a cosine down to min_ratio of it (or 'constant').
-    tables_learning_rate, scores_..., thresholds_..., vectors_...: of those groups (None: learning_rate), same schedule.
-    tables_min_ratio: where the cosine of tables and scores ends. Tables, scores and thresholds have no weight decay.
-    clip: of the global gradient norm, 0 for none. ema: decay of the parameters' moving average, 0 for none.
+    learning_rate: the peak, reached after `warmup` steps and followed by a cosine down to min_ratio
+      of it (or 'constant').
+    tables_learning_rate, scores_..., thresholds_..., vectors_...: of those groups (None:
+      learning_rate), same schedule.
+    tables_min_ratio: where the cosine of tables and scores ends. Tables, scores and thresholds have
+      no weight decay.
+    clip: of the global gradient norm, 0 for none. ema: decay of the parameters' moving average, 0
+    for none.
     """
 
     learning_rate: float = 1e-3
@@ -46,17 +53,26 @@ class OptimizerConfig:
     def __post_init__(self):
         check_choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
         if not self.learning_rate > 0:
-            raise InputError(f"optimizer.learning_rate: expected a positive number, found {self.learning_rate}.")
+            raise InputError(
+                f"optimizer.learning_rate: expected a positive number, found {self.learning_rate}."
+            )
         for name in ("beta1", "beta2", "tables_beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optimizer.{name}: expected 0 <= {name} < 1, found {getattr(self, name)}.")
+                raise InputError(
+                    f"optimizer.{name}: expected 0 <= {name} < 1, found {getattr(self, name)}."
+                )
         for name in ("tables", "scores", "thresholds", "vectors"):
             rate = getattr(self, f"{name}_learning_rate")
             if rate is not None and not rate >= 0:
-                raise InputError(f"optimizer.{name}_learning_rate: expected 0 or more, or none for learning_rate, found {rate}.")
+                raise InputError(
+                    f"optimizer.{name}_learning_rate: expected 0 or more, or none for "
+                    f"learning_rate, found {rate}."
+                )
         for name in ("warmup", "min_ratio", "tables_min_ratio", "eps", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:
-                raise InputError(f"optimizer.{name}: expected 0 or more, found {getattr(self, name)}.")
+                raise InputError(
+                    f"optimizer.{name}: expected 0 or more, found {getattr(self, name)}."
+                )
 
 
 def group_of(path: tuple[Any, ...], leaf: Any) -> str:
@@ -72,19 +88,32 @@ def groups_of(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(group_of, params)
 
 
-def make_schedule(config: OptimizerConfig, peak: float, steps: int, min_ratio: float) -> optax.Schedule:
+def make_schedule(
+    config: OptimizerConfig, peak: float, steps: int, min_ratio: float
+) -> optax.Schedule:
     """Linear warm-up to `peak`, then a cosine to min_ratio * peak at the last step (or constant)."""
     warmup = min(config.warmup, max(0, steps - 1))
     rise = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
-    fall = optax.cosine_decay_schedule(peak, max(1, steps - warmup), min_ratio) if config.schedule == "cosine" else optax.constant_schedule(peak)
+    fall = (
+        optax.cosine_decay_schedule(peak, max(1, steps - warmup), min_ratio)
+        if config.schedule == "cosine"
+        else optax.constant_schedule(peak)
+    )
     return optax.join_schedules([rise, fall], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, then for each group its own Adam(W). Follow the update with `project`."""
 
-    def adam(rate: float | None, decay: float, beta2: float = config.beta2, min_ratio: float = config.min_ratio) -> optax.GradientTransformation:
-        schedule = make_schedule(config, config.learning_rate if rate is None else rate, steps, min_ratio)
+    def adam(
+        rate: float | None,
+        decay: float,
+        beta2: float = config.beta2,
+        min_ratio: float = config.min_ratio,
+    ) -> optax.GradientTransformation:
+        schedule = make_schedule(
+            config, config.learning_rate if rate is None else rate, steps, min_ratio
+        )
         return optax.adamw(schedule, config.beta1, beta2, config.eps, weight_decay=decay)
 
     table_like = {"beta2": config.tables_beta2, "min_ratio": config.tables_min_ratio}
@@ -102,7 +131,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def project(params: Any) -> Any:
     """Keeps tables in [-1, 1] (arXiv 2410.11112); everything else is returned as it is."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.clip(leaf, -1.0, 1.0) if group_of(path, leaf) == "tables" else leaf, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.clip(leaf, -1.0, 1.0) if group_of(path, leaf) == "tables" else leaf,
+        params,
+    )
 
 
 def group_norms(tree: Any) -> dict[str, jax.Array]:

@@ -1,4 +1,5 @@
-"""A run directory: config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, plots/.
+"""A run directory: config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/,
+plots/.
 
 Everything downstream (evaluate, generate, report) needs only that directory: `open_run`.
 """
@@ -20,7 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from quweit_jax import configs, models
+from quweit_jax import config as configs
+from quweit_jax import models
 from quweit_jax.data import pipeline, tokenizers
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.errors import InputError
@@ -29,14 +31,34 @@ from quweit_jax.training import files, optimizers, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 
 # What may change when a run goes on; anything else makes it another run.
-MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "eval_batch_size", "checkpoint_every", "keep", "prefetch", "sample_tokens")
-MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.tokenizer_path", "data.download", "data.threads", "data.cache_megabytes")
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "eval_batches",
+    "eval_batch_size",
+    "checkpoint_every",
+    "keep",
+    "prefetch",
+    "sample_tokens",
+)
+MAY_CHANGE_UNDER = (
+    "mesh.",
+    "data.data_dir",
+    "data.path",
+    "data.tokenizer_path",
+    "data.download",
+    "data.threads",
+    "data.cache_megabytes",
+)
 FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a config describes, made: data, model, optimizer, mesh, and the functions that need all of them."""
+    """What a config describes, made: data, model, optimizer, mesh, and the functions that need all
+    of them.
+    """
 
     config: configs.Config
     data: pipeline.Dataset | None
@@ -55,17 +77,25 @@ class Parts:
 
     @functools.cached_property
     def init_inputs(self) -> np.ndarray:
-        """What the model is initialised on; read once, as images have to be decoded. Models with nothing to fit get zeros."""
+        """What the model is initialized on; read once, as images have to be decoded. Models with
+        nothing to fit get zeros.
+        """
         if self.tokenizer is not None:
             return np.zeros((1, self.config.model.context), np.int32)
         if self.dataset.image_shape is not None and not getattr(self.model, "fits_inputs", False):
             return np.zeros((1, *self.dataset.image_shape), np.float32)
         return self.dataset.fit_batch()
 
-    def init_state(self, initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> state.TrainState:
-        """A first state on the mesh; `initial` may replace its freshly drawn variables, {'params': ..., 'wiring': ...}, by others."""
+    def init_state(
+        self, initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    ) -> state.TrainState:
+        """A first state on the mesh; `initial` may replace its freshly drawn variables, {'params':
+        ..., 'wiring': ...}, by others.
+        """
         fresh = self._state(state.init_state)
-        return fresh if initial is None else state.replace_variables(fresh, initial(fresh.variables()))
+        return (
+            fresh if initial is None else state.replace_variables(fresh, initial(fresh.variables()))
+        )
 
     def abstract_state(self) -> state.TrainState:
         """Its shapes and shardings."""
@@ -74,17 +104,36 @@ class Parts:
     def train_step(self, shardings: Any) -> Callable[..., Any]:
         """The jitted training step for a state that lies as `shardings` say."""
         augment = self.data_config.augment if self.dataset.image_shape is not None else None
-        settings = {"ema": self.optimizer_config.ema, "grad_accum": self.config.grad_accum, "augment": augment}
-        return state.make_train_step(self.model, self.optimizer, state_shardings=shardings, mesh=self.mesh, **settings)
+        settings = {
+            "ema": self.optimizer_config.ema,
+            "grad_accum": self.config.grad_accum,
+            "augment": augment,
+        }
+        return state.make_train_step(
+            self.model, self.optimizer, state_shardings=shardings, mesh=self.mesh, **settings
+        )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a training batch."""
         example, where = self.dataset.train[0], sharding.batch_sharding(self.mesh)
-        return {k: jax.ShapeDtypeStruct((self.config.batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=where) for k, v in example.items()}
+        return {
+            k: jax.ShapeDtypeStruct(
+                (self.config.batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=where
+            )
+            for k, v in example.items()
+        }
 
     def _state(self, make: Callable[..., state.TrainState]) -> state.TrainState:
         ema, size_limit = self.optimizer_config.ema > 0, self.config.mesh.fsdp_size_limit
-        return make(self.model, self.optimizer, self.config.seed, self.init_inputs, self.mesh, ema=ema, size_limit=size_limit)
+        return make(
+            self.model,
+            self.optimizer,
+            self.config.seed,
+            self.init_inputs,
+            self.mesh,
+            ema=ema,
+            size_limit=size_limit,
+        )
 
 
 def assemble(
@@ -97,39 +146,76 @@ def assemble(
 ) -> Parts:
     """Makes the parts; every mistake in the config shows here, before any work.
 
-    tokenizer: a trained run's; without data it decides the vocabulary. training: False leaves the training batch unchecked, which
-    need not divide over the devices a trained run is read back on. devices: other ones than this process's, to compile for.
+    tokenizer: a trained run's; without data it decides the vocabulary. training: False leaves the
+    training batch unchecked, which need not divide over the devices a trained run is read back on.
+    devices: other ones than this process's, to compile for.
 
     Raises:
       InputError: see the parts.
     """
-    for name in ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "eval_batch_size", "checkpoint_every", "keep"):
+    for name in (
+        "steps",
+        "batch_size",
+        "grad_accum",
+        "log_every",
+        "eval_every",
+        "eval_batch_size",
+        "checkpoint_every",
+        "keep",
+    ):
         if config[name] < 1:
             raise InputError(f"{name}: expected at least 1, found {config[name]}.")
     for name in ("eval_batches", "prefetch", "sample_tokens"):
         if config[name] < 0:
             raise InputError(f"{name}: expected 0 or more, found {config[name]}.")
     if not 0 <= config.seed < 2**32:
-        raise InputError(f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}.")
-    optimizer_config = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
-    mesh = sharding.make_mesh(from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"), devices)
+        raise InputError(
+            f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}."
+        )
+    optimizer_config = from_mapping(
+        optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer"
+    )
+    mesh = sharding.make_mesh(
+        from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"), devices
+    )
     if config.batch_size % config.grad_accum:
-        raise InputError(f"grad_accum: batch_size {config.batch_size} cannot be cut into {config.grad_accum} equal parts.")
+        raise InputError(
+            f"grad_accum: batch_size {config.batch_size} cannot be cut into {config.grad_accum} "
+            "equal parts."
+        )
     if training:
-        sharding.check_batch(config.batch_size // config.grad_accum, mesh, "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size")
+        sharding.check_batch(
+            config.batch_size // config.grad_accum,
+            mesh,
+            "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size",
+        )
     model_config = config.model.to_dict()
     models.build(model_config, 2)  # a wrong model key shows before the data is read
     data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
-    data = pipeline.load(data_config, model_config.get("context"), tokenizer) if read_data or tokenizer is None else None
+    data = (
+        pipeline.load(data_config, model_config.get("context"), tokenizer)
+        if read_data or tokenizer is None
+        else None
+    )
     if data is not None and data.tokenizer is None and "context" in model_config:
         raise InputError(
-            f"data.source: {data_config.name or data_config.source} has labelled examples, but model {model_config['name']} reads text; "
+            f"data.source: {data_config.name or data_config.source} has labelled examples, but "
+            f"model {model_config['name']} reads text; "
             "use a text source, or another experiment file."
         )
     tokenizer = data.tokenizer if data is not None else tokenizer
     outputs = data.outputs if data is not None else tokenizer.vocab_size  # type: ignore[union-attr]
     optimizer = optimizers.make_optimizer(optimizer_config, config.steps)
-    return Parts(config, data, tokenizer, models.build(model_config, outputs), optimizer_config, optimizer, mesh, data_config)
+    return Parts(
+        config,
+        data,
+        tokenizer,
+        models.build(model_config, outputs),
+        optimizer_config,
+        optimizer,
+        mesh,
+        data_config,
+    )
 
 
 def eval_batch_size(config: configs.Config, mesh: Mesh) -> int:
@@ -139,18 +225,25 @@ def eval_batch_size(config: configs.Config, mesh: Mesh) -> int:
 
 
 def prepare(workdir: Path, config: configs.Config) -> tokenizers.Tokenizer | None:
-    """Checks that the directory is this config's, or new or empty; returns the tokenizer of a run that has one.
+    """Checks that the directory is this config's, or new or empty; returns the tokenizer of a run
+    that has one.
 
     Raises:
-      InputError: the directory belongs to another config (names the keys), or isn't a run directory but isn't empty.
+      InputError: the directory belongs to another config (names the keys), or isn't a run directory
+        but isn't empty.
     """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is a file; give a folder.")
     if path.exists():
         check_same(read_config(workdir), config, workdir)
-    elif workdir.exists() and any(p.name not in ("checkpoints", "config.tmp") for p in workdir.iterdir()):
-        raise InputError(f"--workdir: {workdir} holds files but no config.json, so it is no run directory; give a new or empty folder.")
+    elif workdir.exists() and any(
+        p.name not in ("checkpoints", "config.tmp") for p in workdir.iterdir()
+    ):
+        raise InputError(
+            f"--workdir: {workdir} holds files but no config.json, so it is no run directory; give "
+            "a new or empty folder."
+        )
     tokenizer = workdir / "tokenizer.json"
     return tokenizers.load(tokenizer) if tokenizer.exists() else None
 
@@ -166,25 +259,40 @@ def record(workdir: Path, parts: Parts) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--workdir: cannot make {workdir} ({error.strerror}); give a folder you can write to.") from None
+        raise InputError(
+            f"--workdir: cannot make {workdir} ({error.strerror}); give a folder you can write to."
+        ) from None
     environment = workdir / "environment.json"
     if environment.exists():
         before = json.loads(environment.read_text()).get("data_fingerprint")
         if before != parts.dataset.fingerprint:
             raise InputError(
-                f"--workdir: the data has changed since this run began (fingerprint {before}, now {parts.dataset.fingerprint}); "
+                f"--workdir: the data has changed since this run began (fingerprint {before}, now "
+                f"{parts.dataset.fingerprint}); "
                 "give it the same data (the same Python, for python_stdlib), or a new --workdir."
             )
-    # config.json first, and each file whole or not at all: whenever this is killed, the same command goes on.
+    # config.json first, and each file whole or not at all: whenever this is killed, the same
+    # command goes on.
     files.replace_json(workdir / "config.json", configs.to_dict(parts.config))
     if parts.dataset.tokenizer is not None and not (workdir / "tokenizer.json").exists():
         files.replace_json(workdir / "tokenizer.json", parts.dataset.tokenizer.to_json())
-    files.replace_json(environment, describe_environment() | {"data_fingerprint": parts.dataset.fingerprint})
+    files.replace_json(
+        environment, describe_environment() | {"data_fingerprint": parts.dataset.fingerprint}
+    )
 
 
 def describe_environment() -> dict[str, Any]:
     """Versions and devices, for the record."""
-    packages = ("quweit_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = (
+        "quweit_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+    )
     versions = {}
     for name in packages:
         try:
@@ -208,7 +316,10 @@ def read_config(workdir: Path) -> configs.Config:
     """The config a run was started with."""
     path = workdir / "config.json"
     if not path.exists():
-        raise InputError(f"--workdir: no run in {workdir} (no config.json); start one with --config=experiments/FILE.py.")
+        raise InputError(
+            f"--workdir: no run in {workdir} (no config.json); start one with "
+            "--config=experiments/FILE.py."
+        )
     try:
         return configs.from_dict(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
@@ -228,11 +339,14 @@ def check_same(saved: configs.Config, config: configs.Config, workdir: Path) -> 
     changed = [
         f"{key} (there {before.get(key, 'nothing')!r}, now {now.get(key, 'nothing')!r})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing) and key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_UNDER)
+        if before.get(key, missing) != now.get(key, missing)
+        and key not in MAY_CHANGE
+        and not key.startswith(MAY_CHANGE_UNDER)
     ]
     if changed:
         raise InputError(
-            f"--workdir: {workdir} belongs to another config: {'; '.join(changed[:6])}{' ...' if len(changed) > 6 else ''}. "
+            f"--workdir: {workdir} belongs to another config: "
+            f"{'; '.join(changed[:6])}{' ...' if len(changed) > 6 else ''}. "
             "Give a new --workdir, or leave --config out to go on with the run that is there."
         )
 
@@ -246,20 +360,34 @@ class OpenRun:
     step: int
 
 
-def open_run(workdir: Path, step: int | None = None, overrides: Mapping[str, str] | None = None, *, data: bool = True) -> OpenRun:
+def open_run(
+    workdir: Path,
+    step: int | None = None,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    data: bool = True,
+) -> OpenRun:
     """Reads a run back: its best checkpoint, or a given step.
 
-    overrides: config paths (of the data, say) to text values. data: False leaves a language model's corpus unread.
+    overrides: config paths (of the data, say) to text values. data: False leaves a language model's
+    corpus unread.
     """
     config = read_config(workdir)
     for path, text in (overrides or {}).items():
         configs.set_value(config, path, text)
-    tokenizer = tokenizers.load(workdir / "tokenizer.json") if (workdir / "tokenizer.json").exists() else None
+    tokenizer = (
+        tokenizers.load(workdir / "tokenizer.json")
+        if (workdir / "tokenizer.json").exists()
+        else None
+    )
     parts = assemble(config, tokenizer, read_data=data, training=False)
     saved = Checkpoints(workdir, read_only=True)
     wanted = saved.best_step() if step is None else step
     if wanted is None:
-        raise InputError(f"--workdir: {workdir} has no checkpoint yet; let it train past checkpoint_every = {config.checkpoint_every} steps.")
+        raise InputError(
+            f"--workdir: {workdir} has no checkpoint yet; let it train past checkpoint_every = "
+            f"{config.checkpoint_every} steps."
+        )
     restored = saved.restore(parts.abstract_state(), wanted)
     saved.close()
     assert restored is not None

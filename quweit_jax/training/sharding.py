@@ -1,6 +1,8 @@
-"""One mesh, ('data', 'fsdp', 'tensor'), and a small table of rules that says how each parameter lies on it.
+"""One mesh, ('data', 'fsdp', 'tensor'), and a small table of rules that says how each parameter
+lies on it.
 
-Layers don't mention devices. Optimizer moments and averages follow their parameter: the rules look at the end of a path.
+Layers don't mention devices. Optimizer moments and averages follow their parameter: the rules look
+at the end of a path.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from quweit_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-# The first rule whose pattern is found in 'path/to/leaf' wins; dims that a mesh axis does not divide stay whole.
+# The first rule whose pattern is found in 'path/to/leaf' wins; dims that a mesh axis does not
+# divide stay whole.
 RULES: tuple[tuple[str, P], ...] = (
     (r"token_embedding/embedding$", P("tensor", "fsdp")),
     (r"position_embedding$", P(None, "fsdp")),
@@ -34,7 +37,9 @@ RULES: tuple[tuple[str, P], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh's axes; -1 takes the devices that are left. Parameters of more than `fsdp_size_limit` elements never stay whole."""
+    """Sizes of the mesh's axes; -1 takes the devices that are left. Parameters of more than
+    `fsdp_size_limit` elements never stay whole.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -45,7 +50,8 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
             raise InputError(
-                f"mesh: expected positive sizes and at most one -1 (what is left), found data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}."
+                "mesh: expected positive sizes and at most one -1 (what is left), found "
+                f"data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}."
             )
 
 
@@ -59,7 +65,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     needed = math.prod(sizes)
     if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
         raise InputError(
-            f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))} needs {needed} devices, found {len(devices)}; change --config.mesh.*."
+            f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))} needs {needed} devices, "
+            f"found {len(devices)}; change --config.mesh.*."
         )
     return Mesh(np.asarray(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -73,14 +80,19 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, size_limit: int) -> 
     """How an array lies on the mesh.
 
     Raises:
-      InputError: it has more than `size_limit` elements, the mesh has an fsdp axis, and no dimension can be divided by it.
+      InputError: it has more than `size_limit` elements, the mesh has an fsdp axis, and no
+        dimension can be divided by it.
     """
     rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
     dims: list[Any] = [None] * len(shape)
     for i, axes in enumerate(rule[: len(shape)]):
         kept: list[str] = []
         for axis in axes if isinstance(axes, tuple) else (axes,):
-            if axis is not None and mesh.shape[axis] > 1 and shape[i] % (math.prod(mesh.shape[a] for a in kept) * mesh.shape[axis]) == 0:
+            if (
+                axis is not None
+                and mesh.shape[axis] > 1
+                and shape[i] % (math.prod(mesh.shape[a] for a in kept) * mesh.shape[axis]) == 0
+            ):
                 kept.append(axis)
         dims[i] = tuple(kept) if len(kept) > 1 else (kept[0] if kept else None)
     if any(dims) or math.prod(shape) <= size_limit or mesh.shape["fsdp"] == 1:
@@ -90,7 +102,8 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, size_limit: int) -> 
             dims[i] = "fsdp"
             return P(*dims)
     raise InputError(
-        f"mesh: {name} {list(shape)} is above mesh.fsdp_size_limit = {size_limit} but no dimension divides by fsdp = {mesh.shape['fsdp']}; "
+        f"mesh: {name} {list(shape)} is above mesh.fsdp_size_limit = {size_limit} but no dimension "
+        f"divides by fsdp = {mesh.shape['fsdp']}; "
         "change the sizes or raise the limit."
     )
 
@@ -111,7 +124,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This process's share of a batch, (B / processes, ...), as global arrays (B, ...)."""
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
+    }
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -124,6 +139,8 @@ def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:
     shards = batch_shards(mesh)
     if batch_size % shards:
         raise InputError(
-            f"{what}: {batch_size} cannot be divided over {shards} devices (mesh.data x mesh.fsdp); "
-            f"use {batch_size - batch_size % shards or shards} or {batch_size + shards - batch_size % shards}, or a smaller --config.mesh.data."
+            f"{what}: {batch_size} cannot be divided over {shards} devices (mesh.data x "
+            "mesh.fsdp); "
+            f"use {batch_size - batch_size % shards or shards} or "
+            f"{batch_size + shards - batch_size % shards}, or a smaller --config.mesh.data."
         )

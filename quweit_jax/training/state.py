@@ -20,15 +20,18 @@ from jax.sharding import PartitionSpec as P
 from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.training import losses, mixing, optimizers, sharding
 
-# Collections that a model moves on itself while it is trained: the running ranges of integer models.
+# Collections that a model moves on itself while it is trained: the running ranges of integer
+# models.
 MOVING = ("ranges",)
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that is trained or needed to go on bit for bit (the data iterator's state is saved beside it).
+    """Everything that is trained or needed to go on bit for bit (the data iterator's state is saved
+    beside it).
 
-    constants: the model's collections other than params (wiring, and ranges, which training moves on). ema: averaged parameters, or None. rng: uint32 key data.
+    constants: the model's collections other than params (wiring, and ranges, which training moves
+    on). ema: averaged parameters, or None. rng: uint32 key data.
     """
 
     step: Array
@@ -40,11 +43,18 @@ class TrainState:
 
     def variables(self, averaged: bool = True) -> dict[str, Any]:
         """For `model.apply`: the averaged parameters if there are any (and they are wanted)."""
-        return {"params": self.ema if averaged and self.ema is not None else self.params, **self.constants}
+        return {
+            "params": self.ema if averaged and self.ema is not None else self.params,
+            **self.constants,
+        }
 
 
-def make_init(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> Callable[[Array], TrainState]:
-    """A function from example inputs to a first state; parameters and dropout draw from different streams of the seed."""
+def make_init(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, ema: bool
+) -> Callable[[Array], TrainState]:
+    """A function from example inputs to a first state; parameters and dropout draw from different
+    streams of the seed.
+    """
 
     def init(inputs: Array) -> TrainState:
         init_key, step_key = jax.random.split(jax.random.key(seed))
@@ -63,27 +73,52 @@ def make_init(model: nn.Module, optimizer: optax.GradientTransformation, seed: i
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, inputs: Any, mesh: Mesh, *, ema: bool = False, size_limit: int = 2**18
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    inputs: Any,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    size_limit: int = 2**18,
 ) -> TrainState:
-    """A first state, made in place on the mesh: no host ever holds a whole large model. `inputs` also fits the thermometers."""
+    """A first state, made in place on the mesh: no host ever holds a whole large model. `inputs`
+    also fits the thermometers.
+    """
     abstract = abstract_state(model, optimizer, seed, inputs, mesh, ema=ema, size_limit=size_limit)
-    return jax.jit(make_init(model, optimizer, seed, ema), out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(inputs)
+    return jax.jit(
+        make_init(model, optimizer, seed, ema),
+        out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
+    )(inputs)
 
 
 def abstract_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, inputs: Any, mesh: Mesh, *, ema: bool = False, size_limit: int = 2**18
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    inputs: Any,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    size_limit: int = 2**18,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, without making it: what a restore needs."""
     shapes = jax.eval_shape(make_init(model, optimizer, seed, ema), inputs)
     shardings = sharding.shardings_for(shapes, mesh, size_limit)
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
 
 
 def replace_variables(state: TrainState, variables: dict[str, Any]) -> TrainState:
-    """The state with other variables of the same shapes, placed as the old ones are; the optimizer's state stays."""
+    """The state with other variables of the same shapes, placed as the old ones are; the
+    optimizer's state stays.
+    """
 
     def place(old: Any, new: Any) -> Any:
-        return jax.tree.map(lambda o, n: jax.device_put(jnp.asarray(n, o.dtype), o.sharding), old, new)
+        return jax.tree.map(
+            lambda o, n: jax.device_put(jnp.asarray(n, o.dtype), o.sharding), old, new
+        )
 
     params = place(state.params, variables["params"])
     constants = {name: place(old, variables[name]) for name, old in state.constants.items()}
@@ -101,36 +136,61 @@ def make_train_step(
     mesh: Mesh | None = None,
     augment: AugmentConfig | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused (donated).
+    """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused
+    (donated).
 
     augment: for classifiers, how batches are mixed and labels smoothed.
 
-    metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm', 'grad_norm/<group>' and 'update_norm/<group>', float32
-    scalars. Finite metrics mean a finite new state.
+    metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm', 'grad_norm/<group>' and
+    'update_norm/<group>', float32 scalars. Finite metrics mean a finite new state.
     """
 
-    def loss_fn(params: Any, constants: Any, batch: dict[str, Array], key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
+    def loss_fn(
+        params: Any, constants: Any, batch: dict[str, Array], key: Array
+    ) -> tuple[Array, tuple[dict[str, Array], Any]]:
         inputs, targets = batch["inputs"], batch["targets"]
         if augment is not None and mixing.mixes(augment):
             key, mix_key = jax.random.split(key)
-            inputs, targets = mixing.mix(inputs, targets, model.config.num_classes, augment, mix_key)  # type: ignore[attr-defined]
+            inputs, targets = mixing.mix(
+                inputs, targets, model.config.num_classes, augment, mix_key
+            )  # type: ignore[attr-defined]
         moving = [name for name in MOVING if name in constants]
-        logits, moved = model.apply({"params": params, **constants}, inputs, train=True, mutable=moving, rngs={"dropout": key})
+        logits, moved = model.apply(
+            {"params": params, **constants},
+            inputs,
+            train=True,
+            mutable=moving,
+            rngs={"dropout": key},
+        )
         sums = losses.cross_entropy(logits, targets)  # type: ignore[arg-type]
-        metrics = {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+        metrics = {
+            "loss": sums["loss"] / sums["count"],
+            "accuracy": sums["correct"] / sums["count"],
+        }
         return metrics["loss"], (metrics, moved)
 
-    def gradients(state: TrainState, batch: dict[str, Array], key: Array) -> tuple[Any, tuple[dict[str, Array], Any]]:
+    def gradients(
+        state: TrainState, batch: dict[str, Array], key: Array
+    ) -> tuple[Any, tuple[dict[str, Array], Any]]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if grad_accum == 1:
             return grad_fn(state.params, state.constants, batch, key)
-        micro = {k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
+        micro = {
+            k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()
+        }
 
-        # Means over the parts, of the ranges too: each part moves them on from where the step began.
+        # Means over the parts, of the ranges too: each part moves them on from where the step
+        # began.
         def add(total: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, g: t + g / grad_accum, total, grad_fn(state.params, state.constants, *part)), None
+            return jax.tree.map(
+                lambda t, g: t + g / grad_accum,
+                total,
+                grad_fn(state.params, state.constants, *part),
+            ), None
 
-        shapes = jax.eval_shape(grad_fn, state.params, state.constants, jax.tree.map(lambda v: v[0], micro), key)
+        shapes = jax.eval_shape(
+            grad_fn, state.params, state.constants, jax.tree.map(lambda v: v[0], micro), key
+        )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (micro, jax.random.split(key, grad_accum)))[0]
 
@@ -138,26 +198,47 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, (metrics, moved) = gradients(state, batch, key)
         norms = optimizers.group_norms(grads)
-        metrics |= {"grad_norm": jnp.sqrt(sum(n**2 for n in norms.values()))} | {f"grad_norm/{g}": n for g, n in norms.items()}
+        metrics |= {"grad_norm": jnp.sqrt(sum(n**2 for n in norms.values()))} | {
+            f"grad_norm/{g}": n for g, n in norms.items()
+        }
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {f"update_norm/{g}": n for g, n in optimizers.group_norms(updates).items()}
         params = optimizers.project(optax.apply_updates(state.params, updates))
-        average = None if state.ema is None else jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
+        average = (
+            None
+            if state.ema is None
+            else jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
+        )
         constants = {**state.constants, **moved}
-        return state.replace(step=state.step + 1, params=params, constants=constants, opt_state=opt_state, ema=average), metrics  # type: ignore[attr-defined]
+        return state.replace(
+            step=state.step + 1,
+            params=params,
+            constants=constants,
+            opt_state=opt_state,
+            ema=average,
+        ), metrics  # type: ignore[attr-defined]
 
-    placed: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}  # type: ignore[arg-type]
+    placed: dict[str, Any] = (
+        {}
+        if state_shardings is None
+        else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}
+    )  # type: ignore[arg-type]
     return jax.jit(step, donate_argnums=0, **placed)
 
 
-def make_eval_step(apply: Callable[..., Any]) -> Callable[[dict[str, Any], dict[str, Array]], dict[str, Array]]:
-    """The jitted evaluation of one batch with `weights`: (variables, batch) -> the sums of `losses.cross_entropy`.
+def make_eval_step(
+    apply: Callable[..., Any],
+) -> Callable[[dict[str, Any], dict[str, Array]], dict[str, Array]]:
+    """The jitted evaluation of one batch with `weights`: (variables, batch) -> the sums of
+    `losses.cross_entropy`.
 
     apply: (variables, inputs) -> logits, such as `model.apply`.
     """
 
     def step(variables: dict[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
-        return losses.cross_entropy(apply(variables, batch["inputs"]), batch["targets"], batch["weights"])
+        return losses.cross_entropy(
+            apply(variables, batch["inputs"]), batch["targets"], batch["weights"]
+        )
 
     return jax.jit(step)
 
@@ -169,4 +250,8 @@ def mean_of_sums(sums: Any) -> dict[str, float]:
         for key in totals:
             totals[key] += float(one[key])
     count = max(totals["count"], 1.0)
-    return {"loss": totals["loss"] / count, "accuracy": totals["correct"] / count, "count": totals["count"]}
+    return {
+        "loss": totals["loss"] / count,
+        "accuracy": totals["correct"] / count,
+        "count": totals["count"],
+    }

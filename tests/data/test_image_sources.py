@@ -36,10 +36,19 @@ def test_image_folder(tmp_path):
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / ".cache").mkdir()
     data = folder(tmp_path)
-    assert data.labels == ("ant", "cat", "zebra") and data.outputs == 3 and data.image_shape == (8, 8, 3) and data.tokenizer is None
+    assert (
+        data.labels == ("ant", "cat", "zebra")
+        and data.outputs == 3
+        and data.image_shape == (8, 8, 3)
+        and data.tokenizer is None
+    )
     assert (len(data.train), len(data.validation)) == (10, 4)
-    assert [int(x["targets"]) for x in data.train] == [0] * 3 + [1] * 4 + [2] * 3 and [int(x["targets"]) for x in data.validation] == [0, 0, 2, 2]
-    np.testing.assert_array_equal(data.train[0]["inputs"], picture(seed=10).astype(np.float32) / np.float32(255))
+    assert [int(x["targets"]) for x in data.train] == [0] * 3 + [1] * 4 + [2] * 3 and [
+        int(x["targets"]) for x in data.validation
+    ] == [0, 0, 2, 2]
+    np.testing.assert_array_equal(
+        data.train[0]["inputs"], picture(seed=10).astype(np.float32) / np.float32(255)
+    )
     assert data.fit_batch().shape == (10, 8, 8, 3)
     assert data.fingerprint == folder(tmp_path).fingerprint
     write_folder(tmp_path / "test", ("cat",), count=5)
@@ -54,11 +63,30 @@ def test_image_folder_without_splits(tmp_path):
     write_folder(tmp_path, ("a", "b", "c"), count=10)
     data = folder(tmp_path, validation_fraction=0.2)
     held_out = {file for file, _ in data.validation.source.files}
-    assert (len(data.train), len(data.validation)) == (24, 6) and not held_out & {file for file, _ in data.train.source.files}
-    assert [int(x["targets"]) for x in data.validation] == [0, 0, 1, 1, 2, 2]  # a share of each class
-    assert held_out == {file for file, _ in folder(tmp_path, validation_fraction=0.2).validation.source.files}
-    assert held_out != {file for file, _ in folder(tmp_path, validation_fraction=0.2, split_seed=1).validation.source.files}
-    assert len(folder(tmp_path, validation_fraction=0.01).validation) == 3 and len(folder(tmp_path, validation_fraction=0.99).train) == 3
+    assert (len(data.train), len(data.validation)) == (24, 6) and not held_out & {
+        file for file, _ in data.train.source.files
+    }
+    assert [int(x["targets"]) for x in data.validation] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]  # a share of each class
+    assert held_out == {
+        file for file, _ in folder(tmp_path, validation_fraction=0.2).validation.source.files
+    }
+    assert held_out != {
+        file
+        for file, _ in folder(
+            tmp_path, validation_fraction=0.2, split_seed=1
+        ).validation.source.files
+    }
+    assert (
+        len(folder(tmp_path, validation_fraction=0.01).validation) == 3
+        and len(folder(tmp_path, validation_fraction=0.99).train) == 3
+    )
 
 
 def test_bad_files_are_named(tmp_path):
@@ -66,10 +94,16 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "dog" / "3.png").write_bytes(b"")
     data = folder(tmp_path)
     every = [data.train, data.validation]
-    with pytest.raises(InputError, match=rf"data: {re.escape(str(tmp_path))}, split \w+, image \d+ \(dog/3\.png\): .*found an empty file"):
+    with pytest.raises(
+        InputError,
+        match=rf"data: {re.escape(str(tmp_path))}, split \w+, image \d+ \(dog/3\.png\): .*found an empty file",
+    ):
         [list(examples) for examples in every]
     (tmp_path / "dog" / "3.png").unlink()
-    with pytest.raises(InputError, match=r"\(dog/3\.png\): .*found an unreadable file \(No such file or directory\)"):
+    with pytest.raises(
+        InputError,
+        match=r"\(dog/3\.png\): .*found an unreadable file \(No such file or directory\)",
+    ):
         [list(examples) for examples in every]
 
 
@@ -78,7 +112,11 @@ def test_folder_errors(tmp_path):
         with pytest.raises(InputError, match=message):
             folder(path, **config)
 
-    fails(r"data\.path: expected a folder of images .*, found nothing; add --config\.data\.path=FOLDER", "")
+    fails(
+        r"data\.path: expected a folder of images .*, found nothing; add "
+        r"--config\.data\.path=FOLDER",
+        "",
+    )
     fails(r"data\.path: no folder at .*nowhere; check the path", tmp_path / "nowhere")
     fails(r"data\.path: expected a folder for each of two or more classes in .*, found none")
     write_folder(tmp_path / "train", ("cat",))
@@ -86,7 +124,10 @@ def test_folder_errors(tmp_path):
     write_folder(tmp_path / "train", ("dog",), count=0)
     fails(r"data\.path: the class 'dog' in .*train has no images \(files ending in \.jpg, ")
     write_folder(tmp_path / "train" / "dog", ("deeper",))
-    fails(r"data\.validation_split: no folder 'dev' in .*; leave it out for validation, val, test", validation_split="dev")
+    fails(
+        r"data\.validation_split: no folder 'dev' in .*; leave it out for validation, val, test",
+        validation_split="dev",
+    )
     (tmp_path / "val").mkdir()
     fails(r"data\.path: no images to validate on in .*val; add some")
     write_folder(tmp_path / "val", ("cats",))
@@ -101,16 +142,26 @@ def test_folder_errors(tmp_path):
 def cifar10(shared, **config):
     if not (shared / "tfds" / "cifar10").is_dir():
         pytest.skip("CIFAR-10 is not there")
-    return pipeline.load(DataConfig("tfds", name="cifar10", data_dir=str(shared / "tfds"), **config))
+    return pipeline.load(
+        DataConfig("tfds", name="cifar10", data_dir=str(shared / "tfds"), **config)
+    )
 
 
 def test_cifar10(shared):
-    data = cifar10(shared, normalize="cifar10", augment=AugmentConfig(crop="pad", flip=True, randaugment_layers=1, erasing=0.2))
+    data = cifar10(
+        shared,
+        normalize="cifar10",
+        augment=AugmentConfig(crop="pad", flip=True, randaugment_layers=1, erasing=0.2),
+    )
     assert data.image_shape == (32, 32, 3) and data.outputs == 10 and data.labels[-1] == "truck"
     assert (len(data.train), len(data.validation)) == (50_000, 10_000)
     assert data.fingerprint == cifar10(shared).fingerprint
     batch = next(pipeline.train_batches(data.train, 64, 0))
-    assert batch["inputs"].shape == (64, 32, 32, 3) and abs(batch["inputs"].mean()) < 0.5 and 0.7 < batch["inputs"].std() < 1.4
+    assert (
+        batch["inputs"].shape == (64, 32, 32, 3)
+        and abs(batch["inputs"].mean()) < 0.5
+        and 0.7 < batch["inputs"].std() < 1.4
+    )
     held_out = next(pipeline.eval_batches(data.validation, 50, limit=1))
     np.testing.assert_allclose(held_out["inputs"].mean(), 0, atol=0.2)
     assert len(set(held_out["targets"])) > 5 and held_out["weights"].all()
@@ -145,7 +196,11 @@ def test_a_cifar100_like_set_with_arrays(tmp_path):
     source = sources.TFDSImages(Builder(), "small", "train")
     examples = ImageExamples(source, DataConfig())
     assert source.channels == 3 and source.num_classes == 100 and examples[2]["targets"] == 99
-    np.testing.assert_array_equal(examples[2]["inputs"], pixels.astype(np.float32) / np.float32(255))
+    np.testing.assert_array_equal(
+        examples[2]["inputs"], pixels.astype(np.float32) / np.float32(255)
+    )
     Builder.info.features = features | {"label": tfds.features.Tensor(shape=(), dtype=np.int64)}
-    with pytest.raises(InputError, match=r"data\.name: expected classes as the label of small, found "):
+    with pytest.raises(
+        InputError, match=r"data\.name: expected classes as the label of small, found "
+    ):
         sources.TFDSImages(Builder(), "small", "train")

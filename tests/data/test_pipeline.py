@@ -18,7 +18,9 @@ def windows(count=24, context=CONTEXT):
 
 
 def labelled(count=22):
-    return sources.ArrayExamples(np.arange(count, dtype=np.float32)[:, None], np.arange(count, dtype=np.int32))
+    return sources.ArrayExamples(
+        np.arange(count, dtype=np.float32)[:, None], np.arange(count, dtype=np.int32)
+    )
 
 
 def take(iterator, count):
@@ -37,14 +39,19 @@ def starts(batches):
     return np.concatenate([batch["inputs"][:, 0] for batch in batches])
 
 
-@pytest.mark.parametrize(("length", "count", "shifts"), [(6, 1, 1), (9, 1, 4), (10, 1, 5), (15, 2, 5), (16, 2, 5), (101, 19, 5)])
+@pytest.mark.parametrize(
+    ("length", "count", "shifts"),
+    [(6, 1, 1), (9, 1, 4), (10, 1, 5), (15, 2, 5), (16, 2, 5), (101, 19, 5)],
+)
 def test_windows_and_their_successors(length, count, shifts):
     examples = pipeline.TokenWindows(np.arange(length, dtype=np.int32), CONTEXT)
     assert (len(examples), examples.shifts) == (count, shifts)
     for index in (0, count - 1):
         for shift in range(shifts):
             window = examples.window(index, shift)
-            np.testing.assert_array_equal(window["inputs"], np.arange(CONTEXT) + index * CONTEXT + shift)
+            np.testing.assert_array_equal(
+                window["inputs"], np.arange(CONTEXT) + index * CONTEXT + shift
+            )
             np.testing.assert_array_equal(window["targets"], window["inputs"] + 1)
 
 
@@ -53,7 +60,10 @@ def test_batches_are_deterministic(prefetch):
     first = take(pipeline.train_batches(windows(), 4, seed=3, prefetch=prefetch), 15)
     same(first, take(pipeline.train_batches(windows(), 4, seed=3), 15))
     assert (starts(first) != starts(take(pipeline.train_batches(windows(), 4, seed=4), 15))).any()
-    assert first[0]["inputs"].shape == first[0]["targets"].shape == (4, CONTEXT) and first[0]["inputs"].dtype == np.int32
+    assert (
+        first[0]["inputs"].shape == first[0]["targets"].shape == (4, CONTEXT)
+        and first[0]["inputs"].dtype == np.int32
+    )
 
 
 def test_every_window_once_an_epoch_in_another_order_and_place():
@@ -94,11 +104,21 @@ def test_a_saved_state_gives_the_same_following_batches(examples):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_global_batches(processes):
     whole = take(pipeline.train_batches(windows(10), 8, seed=2), 6)
-    shares = [take(pipeline.train_batches(windows(10), 8, seed=2, process_index=p, process_count=processes), 6) for p in range(processes)]
+    shares = [
+        take(
+            pipeline.train_batches(
+                windows(10), 8, seed=2, process_index=p, process_count=processes
+            ),
+            6,
+        )
+        for p in range(processes)
+    ]
     for step in range(6):
         assert all(len(share[step]["inputs"]) == 8 // processes for share in shares)
         together = np.concatenate([share[step]["inputs"] for share in shares])
-        np.testing.assert_array_equal(sorted(map(tuple, together)), sorted(map(tuple, whole[step]["inputs"])))
+        np.testing.assert_array_equal(
+            sorted(map(tuple, together)), sorted(map(tuple, whole[step]["inputs"]))
+        )
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -106,17 +126,25 @@ def test_processes_share_the_same_global_batches(processes):
 def test_eval_batches_cover_the_split_once(count, batch_size, processes):
     seen = []
     for p in range(processes):
-        batches = list(pipeline.eval_batches(labelled(count), batch_size, process_index=p, process_count=processes))
+        batches = list(
+            pipeline.eval_batches(
+                labelled(count), batch_size, process_index=p, process_count=processes
+            )
+        )
         assert len(batches) == -(-count // batch_size)
         for batch in batches:
-            assert batch["inputs"].shape == (batch_size // processes, 1) and set(batch["weights"]) <= {0, 1}
+            assert batch["inputs"].shape == (batch_size // processes, 1) and set(
+                batch["weights"]
+            ) <= {0, 1}
             seen += list(batch["targets"][batch["weights"] == 1])
     assert sorted(seen) == list(range(count))
 
 
 def test_limited_eval_batches_are_spread_evenly():
     batches = list(pipeline.eval_batches(labelled(100), 5, limit=2))
-    np.testing.assert_array_equal(np.concatenate([b["targets"] for b in batches]), np.arange(0, 100, 10))
+    np.testing.assert_array_equal(
+        np.concatenate([b["targets"] for b in batches]), np.arange(0, 100, 10)
+    )
     same(batches, list(pipeline.eval_batches(labelled(100), 5, limit=2)))
     assert len(list(pipeline.eval_batches(labelled(7), 5, limit=9))) == 2
 
@@ -126,10 +154,18 @@ def test_load_text(tiny_text):
     data = pipeline.load(config, context=8)
     text = tiny_text.read_text(encoding="utf-8")
     assert data.outputs == len(set(text)) and data.tokenizer is not None
-    assert data.tokenizer.decode(data.train.tokens) + data.tokenizer.decode(data.validation.tokens) == text
+    assert (
+        data.tokenizer.decode(data.train.tokens) + data.tokenizer.decode(data.validation.tokens)
+        == text
+    )
     assert data.fit_batch().shape == (1, 8)
     assert data.fingerprint == pipeline.load(config, context=8).fingerprint
-    assert data.fingerprint != pipeline.load(DataConfig("text_file", path=str(tiny_text), limit_bytes=2000), context=8).fingerprint
+    assert (
+        data.fingerprint
+        != pipeline.load(
+            DataConfig("text_file", path=str(tiny_text), limit_bytes=2000), context=8
+        ).fingerprint
+    )
     given = pipeline.load(config, context=8, tokenizer=tokenizers.ByteTokenizer())
     assert given.outputs == 256
     np.testing.assert_array_equal(given.train.tokens[:20], list(text[:20].encode()))
@@ -154,11 +190,20 @@ def test_load_labelled():
 def test_errors(tiny_text, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("word " * 10, encoding="utf-8")
-    with pytest.raises(InputError, match=r"the validation text has 5 tokens, fewer than the context of 8 .*--config\.model\.context=4"):
+    with pytest.raises(
+        InputError,
+        match=r"the validation text has 5 tokens, fewer than the context of 8 .*--config\.model\.context=4",
+    ):
         pipeline.load(DataConfig("text_file", path=str(short), limit_bytes=0), context=8)
-    with pytest.raises(InputError, match=r"the training text has 45 tokens, fewer than the context of 45 .*context=44"):
+    with pytest.raises(
+        InputError,
+        match=r"the training text has 45 tokens, fewer than the context of 45 .*context=44",
+    ):
         pipeline.load(DataConfig("text_file", path=str(short), limit_bytes=0), context=45)
-    with pytest.raises(InputError, match=r"data\.source: text_file is text, which the model of this config does not read"):
+    with pytest.raises(
+        InputError,
+        match=r"data\.source: text_file is text, which the model of this config does not read",
+    ):
         pipeline.load(DataConfig("text_file", path=str(tiny_text), limit_bytes=0))
     with pytest.raises(InputError, match="batch_size: 5 cannot be shared equally by 2 processes"):
         pipeline.train_batches(labelled(), 5, seed=0, process_count=2)

@@ -18,7 +18,9 @@ def test_python_stdlib_is_deterministic_and_limited():
 def test_text_splits_are_its_two_ends(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("0123456789" * 10, encoding="utf-8")
-    splits = sources.load(DataConfig("text_file", path=str(file), limit_bytes=0, validation_fraction=0.25))
+    splits = sources.load(
+        DataConfig("text_file", path=str(file), limit_bytes=0, validation_fraction=0.25)
+    )
     assert isinstance(splits, sources.TextSplits)
     assert len(splits.train) == 75 and splits.train + splits.validation == "0123456789" * 10
 
@@ -26,7 +28,16 @@ def test_text_splits_are_its_two_ends(tmp_path):
 def test_a_limit_never_cuts_a_character(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("aé🦊", encoding="utf-8")
-    assert [sources.text_file(str(file), limit) for limit in range(8)] == ["aé🦊", "a", "a", "aé", "aé", "aé", "aé", "aé🦊"]
+    assert [sources.text_file(str(file), limit) for limit in range(8)] == [
+        "aé🦊",
+        "a",
+        "a",
+        "aé",
+        "aé",
+        "aé",
+        "aé",
+        "aé🦊",
+    ]
 
 
 def test_digits_are_stratified_and_fixed():
@@ -36,17 +47,26 @@ def test_digits_are_stratified_and_fixed():
     example = splits.train[0]
     assert example["inputs"].shape == (64,) and example["inputs"].dtype == np.float32
     train, test = ([s[i]["targets"] for i in range(len(s))] for s in (splits.train, splits.test))
-    shares = np.bincount(test, minlength=10) / (np.bincount(train, minlength=10) + np.bincount(test, minlength=10))
+    shares = np.bincount(test, minlength=10) / (
+        np.bincount(train, minlength=10) + np.bincount(test, minlength=10)
+    )
     np.testing.assert_allclose(shares, 0.2, atol=0.005)
     again, other = sources.digits(), sources.digits(split_seed=1)
     np.testing.assert_array_equal(again.train.inputs, splits.train.inputs)
     assert (other.train.inputs != splits.train.inputs).any()
-    both = {row.tobytes() for row in splits.train.inputs} & {row.tobytes() for row in splits.test.inputs}
+    both = {row.tobytes() for row in splits.train.inputs} & {
+        row.tobytes() for row in splits.test.inputs
+    }
     assert not both  # no image is in both
 
 
 def test_tiny_shakespeare(shared):
-    config = DataConfig("tfds", name="tiny_shakespeare", data_dir=str(shared / "tfds"), validation_split="validation+test")
+    config = DataConfig(
+        "tfds",
+        name="tiny_shakespeare",
+        data_dir=str(shared / "tfds"),
+        validation_split="validation+test",
+    )
     splits = sources.load(config)
     assert isinstance(splits, sources.TextSplits)
     assert splits.train.startswith("First Citizen:\nBefore we proceed any further")
@@ -62,7 +82,11 @@ def test_cifar10(shared):
     assert splits.num_classes == 10 and splits.labels[:2] == ("airplane", "automobile")
     assert len(splits.train) > 0 and len(splits.validation) == len(splits.test) > 0
     example = splits.train[0]
-    assert example["inputs"].shape == (32, 32, 3) and example["inputs"].dtype == np.float32 and example["targets"].dtype == np.int32
+    assert (
+        example["inputs"].shape == (32, 32, 3)
+        and example["inputs"].dtype == np.float32
+        and example["targets"].dtype == np.int32
+    )
     assert example["inputs"].min() >= 0 and 0.1 < example["inputs"].max() <= 1
     np.testing.assert_array_equal(splits.train[0]["inputs"], example["inputs"])
 
@@ -73,17 +97,53 @@ def test_errors(tmp_path):
             sources.load(DataConfig(**config))
 
     fails(r"data\.source: .*Did you mean 'digits'\?", source="digit")
-    fails(r"data\.validation_fraction: expected a share between 0 and 1, found 1\.0", validation_fraction=1.0)
+    fails(
+        r"data\.validation_fraction: expected a share between 0 and 1, found 1\.0",
+        validation_fraction=1.0,
+    )
     fails(r"data\.path: expected the path of a text file", source="text_file")
-    fails(r"data\.path: no file at .*nowhere\.txt", source="text_file", path=str(tmp_path / "nowhere.txt"))
+    fails(
+        r"data\.path: no file at .*nowhere\.txt",
+        source="text_file",
+        path=str(tmp_path / "nowhere.txt"),
+    )
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
-    fails(r"data\.path: .*latin\.txt is not UTF-8 text \(byte 3\)", source="text_file", path=str(tmp_path / "latin.txt"))
+    fails(
+        r"data\.path: .*latin\.txt is not UTF-8 text \(byte 3\)",
+        source="text_file",
+        path=str(tmp_path / "latin.txt"),
+    )
     fails(r"data\.name: expected a TFDS name", source="tfds")
-    fails(r"data\.data_dir: no directory at ", source="tfds", name="tiny_shakespeare", data_dir=str(tmp_path / "nowhere"))
-    fails(r"data\.data_dir: .* holds no prepared 'tiny_shakespeare'", source="tfds", name="tiny_shakespeare", data_dir=str(tmp_path))
-    fails(r"data\.name: TFDS cannot open 'tiny_shakespear' in ", source="tfds", name="tiny_shakespear", data_dir=str(tmp_path))
+    fails(
+        r"data\.data_dir: no directory at ",
+        source="tfds",
+        name="tiny_shakespeare",
+        data_dir=str(tmp_path / "nowhere"),
+    )
+    fails(
+        r"data\.data_dir: .* holds no prepared 'tiny_shakespeare'",
+        source="tfds",
+        name="tiny_shakespeare",
+        data_dir=str(tmp_path),
+    )
+    fails(
+        r"data\.name: TFDS cannot open 'tiny_shakespear' in ",
+        source="tfds",
+        name="tiny_shakespear",
+        data_dir=str(tmp_path),
+    )
 
 
 def test_unknown_splits(shared):
-    with pytest.raises(InputError, match=r"data\.validation_split: tiny_shakespeare has no split 'dev'; it has train, validation, test"):
-        sources.load(DataConfig("tfds", name="tiny_shakespeare", data_dir=str(shared / "tfds"), validation_split="dev"))
+    with pytest.raises(
+        InputError,
+        match=r"data\.validation_split: tiny_shakespeare has no split 'dev'; it has train, validation, test",
+    ):
+        sources.load(
+            DataConfig(
+                "tfds",
+                name="tiny_shakespeare",
+                data_dir=str(shared / "tfds"),
+                validation_split="dev",
+            )
+        )

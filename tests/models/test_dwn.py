@@ -18,21 +18,31 @@ def inputs(examples=40, *shape, seed=0):
 
 @pytest.mark.parametrize("per_feature", [True, False])
 @pytest.mark.parametrize("kind", ["distributive", "gaussian", "uniform"])
-def test_initialising_fits_the_thermometer(kind, per_feature):
+def test_initializing_fits_the_thermometer(kind, per_feature):
     x = inputs()
-    model = DWN(DWNConfig(3, num_luts=4, thermometer=kind, thermometer_bits=3, per_feature=per_feature))
+    model = DWN(
+        DWNConfig(3, num_luts=4, thermometer=kind, thermometer_bits=3, per_feature=per_feature)
+    )
     thresholds = quick_jit(model.init)(jax.random.key(0), x)["wiring"]["thresholds"]
-    np.testing.assert_allclose(np.atleast_2d(thresholds), naive.thresholds(kind, x, 3, per_feature), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.atleast_2d(thresholds), naive.thresholds(kind, x, 3, per_feature), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("mapping", ["learnable", "random"])
 def test_scores_are_the_layers_one_after_another(mapping):
     x = inputs(6, 2, 3, 1)
-    model = DWN(DWNConfig(2, num_luts=(8, 6), lut_inputs=2, mapping=mapping, thermometer_bits=2, tau=1.5))
+    model = DWN(
+        DWNConfig(2, num_luts=(8, 6), lut_inputs=2, mapping=mapping, thermometer_bits=2, tau=1.5)
+    )
     variables = jax.device_get(quick_jit(model.init)(jax.random.key(0), x))
     params, wiring = variables["params"], variables["wiring"]
     bits = naive.encode(x.reshape(6, 6), wiring["thresholds"]).reshape(6, -1)
-    first = params["luts_0"]["scores"].argmax(0).reshape(8, 2) if mapping == "learnable" else wiring["luts_0"]["mapping"]
+    first = (
+        params["luts_0"]["scores"].argmax(0).reshape(8, 2)
+        if mapping == "learnable"
+        else wiring["luts_0"]["mapping"]
+    )
     for chosen, name in ((first, "luts_0"), (wiring["luts_1"]["mapping"], "luts_1")):
         bits = naive.lut_lookup(bits, chosen, params[name]["tables"]) > 0
     scores = quick_jit(model.apply)(variables, x)
@@ -49,14 +59,23 @@ def test_it_learns(reduction):
 
     def loss(params):
         scores = model.apply({"params": params, "wiring": variables["wiring"]}, x, train=True)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], axis=1)), scores
+        return -jnp.mean(
+            jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], axis=1)
+        ), scores
 
     @quick_jit
     def step(params):
         (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(params)
         # One size of step for each array, so that this needs no optimizer.
-        params = jax.tree.map(lambda p, g: p - 0.02 * g / (jnp.sqrt(jnp.mean(g**2)) + 1e-9), params, grads)
-        return jax.tree.map(lambda p: jnp.clip(p, -1, 1), params), value, (scores.argmax(-1) == labels).mean(), grads
+        params = jax.tree.map(
+            lambda p, g: p - 0.02 * g / (jnp.sqrt(jnp.mean(g**2)) + 1e-9), params, grads
+        )
+        return (
+            jax.tree.map(lambda p: jnp.clip(p, -1, 1), params),
+            value,
+            (scores.argmax(-1) == labels).mean(),
+            grads,
+        )
 
     params, before, _, grads = step(variables["params"])
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
@@ -80,7 +99,10 @@ def test_build():
         ({"reduction": "groupsum"}, r"model\.reduction: .*Did you mean 'group_sum'\?"),
         ({"decay": "harmonics"}, r"model\.decay: .*Did you mean 'harmonic'\?"),
         ({"lut_inputs": 9}, r"model\.lut_inputs: .*1 to 8 inputs, found 9"),
-        ({"num_luts": ()}, r"model\.num_luts: expected a positive number of tables for each layer, found \(\)"),
+        (
+            {"num_luts": ()},
+            r"model\.num_luts: expected a positive number of tables for each layer, found \(\)",
+        ),
         ({"num_luts": (5, 0)}, r"model\.num_luts: .*found \(5, 0\)"),
         ({"luts": 5}, r"model: unknown key 'luts'\. Did you mean 'num_luts'\?"),
     ],

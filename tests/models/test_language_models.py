@@ -1,4 +1,6 @@
-"""What every language model promises: parallel form and decoding agree, padding changes nothing, packing changes nothing, sizes are the published ones."""
+"""What every language model promises: parallel form and decoding agree, padding changes nothing,
+packing changes nothing, sizes are the published ones.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,9 @@ import numpy as np
 import pytest
 
 from quweit_jax import models
+from quweit_jax.deploy import generate as generation
+from quweit_jax.deploy import packed
 from quweit_jax.errors import InputError
-from quweit_jax.inference import generation, packed
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -19,7 +22,13 @@ KINDS = {
     "matmulfree": {"name": "matmulfree", **SMALL},
     "matmulfree_weightless": {"name": "matmulfree", **SMALL, **WEIGHTLESS},
     "transformer_pp": {"name": "transformer_pp", "heads": 2, **SMALL},
-    "transformer_pp_grouped": {"name": "transformer_pp", "heads": 4, "kv_heads": 2, "head_width": 10, **SMALL},
+    "transformer_pp_grouped": {
+        "name": "transformer_pp",
+        "heads": 4,
+        "kv_heads": 2,
+        "head_width": 10,
+        **SMALL,
+    },
 }
 
 
@@ -29,7 +38,9 @@ def close(found, expected):
 
 @pytest.fixture(scope="module", params=KINDS)
 def made(request):
-    """A model whose parameters are larger than at the start, so that every part of it matters; tokens (2, 500) and their logits."""
+    """A model whose parameters are larger than at the start, so that every part of it matters;
+    tokens (2, 500) and their logits.
+    """
     model = models.build(KINDS[request.param], VOCAB)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, TOKENS)).astype(np.int32)
     variables = jax.jit(model.init)(jax.random.key(1), tokens[:, :4])
@@ -39,7 +50,11 @@ def made(request):
         if name in ("tables", "thresholds") or jnp.issubdtype(leaf.dtype, jnp.integer):
             return leaf
         key = jax.random.fold_in(jax.random.key(2), len(jax.tree_util.keystr(path)))
-        return leaf * 3 + (0.5 * jax.random.normal(key, leaf.shape) if leaf.ndim == 1 or name == "lower_bounds" else 0)
+        return leaf * 3 + (
+            0.5 * jax.random.normal(key, leaf.shape)
+            if leaf.ndim == 1 or name == "lower_bounds"
+            else 0
+        )
 
     variables = jax.tree_util.tree_map_with_path(grow, variables)
     return model, variables, tokens, jax.jit(model.apply)(variables, tokens)
@@ -61,16 +76,27 @@ def test_step_by_step_decoding_equals_the_parallel_form(made):
         cut += size
     close(jnp.concatenate(found, 1), expected)
     for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(cache), strict=True):
-        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(two, np.float32), atol=1e-4 * max(1, float(jnp.abs(two).max())))
+        np.testing.assert_allclose(
+            np.asarray(one, np.float32),
+            np.asarray(two, np.float32),
+            atol=1e-4 * max(1, float(jnp.abs(two).max())),
+        )
 
 
 def test_left_padding_changes_nothing(made):
-    """A batch of texts of different lengths, padded on the left, parallel and decoded, in one piece or two."""
+    """A batch of texts of different lengths, padded on the left, parallel and decoded, in one piece
+    or two.
+    """
     model, variables, tokens, _ = made
     lengths, most = (5, 9), 9
     apply = jax.jit(model.apply)
     expected = [apply(variables, tokens[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
-    batch = np.stack([np.pad(tokens[i, :n], (most - n, 0), constant_values=VOCAB - 1) for i, n in enumerate(lengths)])
+    batch = np.stack(
+        [
+            np.pad(tokens[i, :n], (most - n, 0), constant_values=VOCAB - 1)
+            for i, n in enumerate(lengths)
+        ]
+    )
     valid = np.stack([np.arange(most) >= most - n for n in lengths])
     whole = apply(variables, batch, valid)
     cache, pieces = generation.empty_cache(model, 2), []
@@ -81,24 +107,43 @@ def test_left_padding_changes_nothing(made):
     for i, n in enumerate(lengths):
         close(whole[i, most - n :], expected[i])
         close(jnp.concatenate(pieces, 1)[i, most - n :], expected[i])
-        close(following[i, 0], apply(variables, np.concatenate([tokens[i : i + 1, :n], tokens[i : i + 1, :1]], 1))[0, -1])
+        close(
+            following[i, 0],
+            apply(variables, np.concatenate([tokens[i : i + 1, :n], tokens[i : i + 1, :1]], 1))[
+                0, -1
+            ],
+        )
 
 
 def test_packed_form(made):
-    """The packed model gives the same logits, in parallel and decoding; ternary matrices take a quarter of a byte a weight."""
+    """The packed model gives the same logits, in parallel and decoding; ternary matrices take a
+    quarter of a byte a weight.
+    """
     model, variables, tokens, _ = made
     if not packed.describe(variables):
         with pytest.raises(InputError, match="no weightless block and no ternary layer"):
             packed.pack(variables)
         return
     small = packed.pack(variables)
-    close(jax.jit(lambda v, x: packed.apply(model, v, x))(small, tokens[:, :20]), jax.jit(model.apply)(variables, tokens[:, :20]))
+    close(
+        jax.jit(lambda v, x: packed.apply(model, v, x))(small, tokens[:, :20]),
+        jax.jit(model.apply)(variables, tokens[:, :20]),
+    )
     found = list(generation.generate_tokens(model, small, tokens[0, :5], 12, temperature=0))
-    assert found == list(generation.generate_tokens(model, variables, tokens[0, :5], 12, temperature=0))
-    ternary = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]) if _is_ternary(path, variables))
+    assert found == list(
+        generation.generate_tokens(model, variables, tokens[0, :5], 12, temperature=0)
+    )
+    ternary = sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
+        if _is_ternary(path, variables)
+    )
     kernels = [leaf.nbytes for leaf in jax.tree.leaves(small["packed"]) if leaf.dtype == np.uint8]
     assert sum(kernels) * 4 == ternary > 0
-    assert not any("norm_scale" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(small["params"]))
+    assert not any(
+        "norm_scale" in jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(small["params"])
+    )
 
 
 def _is_ternary(path, variables):
@@ -115,25 +160,37 @@ def test_state_of_fixed_size():
         model = models.build({**KINDS["matmulfree"], "context": context}, VOCAB)
         sizes.append(sum(leaf.size for leaf in jax.tree.leaves(generation.empty_cache(model))))
         variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))
-        assert len(list(generation.generate_tokens(model, variables, np.zeros(10, np.int32), 20))) == 20
+        assert (
+            len(list(generation.generate_tokens(model, variables, np.zeros(10, np.int32), 20)))
+            == 20
+        )
     assert sizes == [2 * 32, 2 * 32]
 
 
-# (size, parameters with the vocabulary of 32,000): embedding + head 2 V d, blocks of 4 d^2 + 3 d h, and the norms' vectors.
-@pytest.mark.parametrize("size, width, layers", [("370m", 1024, 24), ("1.3b", 2048, 24), ("2.7b", 2560, 32), ("13b", 5120, 40)])
+# (size, parameters with the vocabulary of 32,000): embedding + head 2 V d, blocks of 4 d^2 + 3 d h,
+# and the norms' vectors.
+@pytest.mark.parametrize(
+    "size, width, layers",
+    [("370m", 1024, 24), ("1.3b", 2048, 24), ("2.7b", 2560, 32), ("13b", 5120, 40)],
+)
 def test_published_sizes(size, width, layers):
     hidden, counted = 256 * -(-int(8 * width / 3) // 256), 2  # two blocks are enough to count
     assert models.build({"name": "matmulfree", "size": size}, 8).config.sizes() == (width, layers)
     layers = counted
     matrices = 2 * 32000 * width + layers * (4 * width**2 + 3 * width * hidden)
     vectors = {
-        # per block: two norms, the gate's, those inside the mixer's four and the GLU's two BitLinears; Gamma; the final and the head's norm
-        "matmulfree": layers * (2 * width + width + 4 * width + width + hidden) + layers * width + 2 * width,
+        # per block: two norms, the gate's, those inside the mixer's four and the GLU's two
+        # BitLinears; Gamma; the final and the head's norm
+        "matmulfree": layers * (2 * width + width + 4 * width + width + hidden)
+        + layers * width
+        + 2 * width,
         "transformer_pp": layers * 2 * width + width,
     }
     for name, more in vectors.items():
         model = models.build({"name": name, "size": size, "layers": layers}, 32000)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))[
+            "params"
+        ]
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == matrices + more
 
 
@@ -141,36 +198,60 @@ def test_gates_start_open_by_depth():
     """Lower bounds: 0 in the first layer, then rising by equal shares from Gamma = 0, below 1."""
     from quweit_jax.models.matmulfree import lower_bounds
 
-    np.testing.assert_allclose(lower_bounds(jnp.zeros((4, 3)))[:, 0], [0, 0.25, 0.5, 0.75], atol=1e-6)
+    np.testing.assert_allclose(
+        lower_bounds(jnp.zeros((4, 3)))[:, 0], [0, 0.25, 0.5, 0.75], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["matmulfree", "transformer_pp"])
 def test_half_precision_remat_and_mixed_blocks(name):
-    """bfloat16 and rematerialised blocks give finite gradients everywhere; remat changes no value."""
+    """bfloat16 and rematerialized blocks give finite gradients everywhere; remat changes no value."""
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 16)).astype(np.int32)
     losses = []
     for options in ({"remat": True}, {}, {"dtype": "bfloat16"}):
         model = models.build(
-            {"name": name, "width": 32, "layers": 3, "mlp": "dense+weightless+none", "weightless": {"num_luts": 24}, **options}, VOCAB
+            {
+                "name": name,
+                "width": 32,
+                "layers": 3,
+                "mlp": "dense+weightless+none",
+                "weightless": {"num_luts": 24},
+                **options,
+            },
+            VOCAB,
         )
         variables = jax.jit(model.init)(jax.random.key(0), tokens)
         constants = {k: v for k, v in variables.items() if k != "params"}
-        step = jax.jit(jax.value_and_grad(lambda p, m=model, c=constants: jnp.square(m.apply({"params": p, **c}, tokens)).mean()))
+        step = jax.jit(
+            jax.value_and_grad(
+                lambda p, m=model, c=constants: jnp.square(
+                    m.apply({"params": p, **c}, tokens)
+                ).mean()
+            )
+        )
         loss, grads = step(variables["params"])
         losses.append(float(loss))
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[2] == pytest.approx(losses[1], rel=0.1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[2] == pytest.approx(
+        losses[1], rel=0.1
+    )
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
         ({"name": "matmulfree", "size": "7b"}, "model.size: .*'7b'"),
-        ({"name": "matmulfree", "layers": -1}, "model.layers: expected a positive number, or 0 for the size's own, found -1"),
+        (
+            {"name": "matmulfree", "layers": -1},
+            "model.layers: expected a positive number, or 0 for the size's own, found -1",
+        ),
         ({"name": "matmulfree", "recurrence": "parallel"}, "model.recurrence"),
         ({"name": "matmulfree", "mlp": "weightless+dense"}, "model.mlp: expected 1 kind or 4"),
         ({"name": "matmulfree", "context": 0}, "model.context: expected at least 1, found 0"),
-        ({"name": "transformer_pp", "width": 36}, "model.width: expected a multiple of twice the 4 heads .* found 36"),
+        (
+            {"name": "transformer_pp", "width": 36},
+            "model.width: expected a multiple of twice the 4 heads .* found 36",
+        ),
         ({"name": "transformer_pp", "kv_heads": 3}, "model.kv_heads: 4 heads cannot share 3"),
         ({"name": "transformer_pp", "head_width": 7}, "model.head_width: expected an even number"),
     ],
@@ -182,7 +263,9 @@ def test_config_errors(options, said):
 
 def test_prompt_errors():
     model = models.build(KINDS["transformer_pp"], VOCAB)
-    with pytest.raises(InputError, match="the prompt has 513 tokens, but this model reads at most 512 at a time"):
+    with pytest.raises(
+        InputError, match="the prompt has 513 tokens, but this model reads at most 512 at a time"
+    ):
         generation.generate_tokens(model, {}, np.zeros(513, np.int32), 3)
     with pytest.raises(InputError, match="expected token ids from 0 to 30, found 31"):
         generation.generate_tokens(model, {}, np.asarray([0, 31]), 3)

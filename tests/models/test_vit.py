@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from quweit_jax import models
+from quweit_jax.deploy import integer as deployed
 from quweit_jax.errors import InputError
-from quweit_jax.inference import integer as deployed
 from quweit_jax.models.vit import DropPath, ViT, ViTConfig, cut_patches, resample_positions
 from tests.compiled import quick_jit
 
@@ -16,33 +16,57 @@ SMALL = {"num_classes": 5, "variant": "mu/4", "width": 16, "depth": 2, "heads": 
 
 
 def build(**changes):
-    return models.build({"name": "vit", **SMALL, "weightless": {"num_luts": 24, "lut_inputs": 3, "thermometer_bits": 2}, **changes})
+    return models.build(
+        {
+            "name": "vit",
+            **SMALL,
+            "weightless": {"num_luts": 24, "lut_inputs": 3, "thermometer_bits": 2},
+            **changes,
+        }
+    )
 
 
 def variables_of(model, images=IMAGES):
     return quick_jit(model.init)(jax.random.key(0), images)
 
 
-@pytest.mark.parametrize("variant, parameters", [("Ti/16", 5.7e6), ("S/16", 22.0e6), ("B/16", 86.6e6), ("Ti/4", 5.4e6)])
+@pytest.mark.parametrize(
+    "variant, parameters", [("Ti/16", 5.7e6), ("S/16", 22.0e6), ("B/16", 86.6e6), ("Ti/4", 5.4e6)]
+)
 def test_published_sizes(variant, parameters):
     model, size = ViT(ViTConfig(1000, variant)), 224 if variant.endswith("16") else 32
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    )
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert count == pytest.approx(parameters, rel=0.03)
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"mlp": "weightless+none"}, {"dtype": "bfloat16"}, {"remat": True, "mlp": "weightless"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pool": "mean"},
+        {"mlp": "weightless+none"},
+        {"dtype": "bfloat16"},
+        {"remat": True, "mlp": "weightless"},
+    ],
+)
 def test_float_forms(changes):
     model = build(**changes)
     variables = variables_of(model)
 
     def loss(params):
-        logits = model.apply({**variables, "params": params}, IMAGES, train=True, rngs={"dropout": jax.random.key(1)})
+        logits = model.apply(
+            {**variables, "params": params}, IMAGES, train=True, rngs={"dropout": jax.random.key(1)}
+        )
         return jnp.square(logits).sum(), logits
 
     grads, logits = quick_jit(jax.grad(loss, has_aux=True))(variables["params"])
     assert logits.shape == (4, 5) and logits.dtype == jnp.float32
-    unused = [path for path, g in jax.tree_util.tree_leaves_with_path(grads) if not np.abs(g).max() > 0]
+    unused = [
+        path for path, g in jax.tree_util.tree_leaves_with_path(grads) if not np.abs(g).max() > 0
+    ]
     assert not unused, unused
 
 
@@ -54,9 +78,14 @@ def test_patches_are_rows_columns_channels():
 
 def test_one_parameter_tree_for_floats_and_integers():
     for changes in ({"mlp": "dense"}, {"mlp": "weightless"}, {"mlp": "none"}, {"pool": "mean"}):
-        trees = [jax.eval_shape(build(**changes, integer=i).init, jax.random.key(0), IMAGES)["params"] for i in (False, True)]
+        trees = [
+            jax.eval_shape(build(**changes, integer=i).init, jax.random.key(0), IMAGES)["params"]
+            for i in (False, True)
+        ]
         assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
-        assert [leaf.shape for leaf in jax.tree.leaves(trees[0])] == [leaf.shape for leaf in jax.tree.leaves(trees[1])]
+        assert [leaf.shape for leaf in jax.tree.leaves(trees[0])] == [
+            leaf.shape for leaf in jax.tree.leaves(trees[1])
+        ]
 
 
 def test_other_resolution_is_resampled():
@@ -64,8 +93,15 @@ def test_other_resolution_is_resampled():
     variables = variables_of(model)
     larger = np.repeat(np.repeat(IMAGES, 2, 1), 2, 2)
     assert quick_jit(model.apply)(variables, larger).shape == (4, 5)
-    flat = {**variables, "params": {**variables["params"], "position_embedding": jnp.ones((1, 5, 16))}}
-    np.testing.assert_allclose(resample_positions(flat["params"]["position_embedding"], (4, 3)), np.ones((1, 13, 16)), rtol=1e-5)
+    flat = {
+        **variables,
+        "params": {**variables["params"], "position_embedding": jnp.ones((1, 5, 16))},
+    }
+    np.testing.assert_allclose(
+        resample_positions(flat["params"]["position_embedding"], (4, 3)),
+        np.ones((1, 13, 16)),
+        rtol=1e-5,
+    )
     with pytest.raises(InputError, match="6 patches that are not square"):
         resample_positions(jnp.ones((1, 7, 16)), (4, 4))
 
@@ -73,7 +109,9 @@ def test_other_resolution_is_resampled():
 def test_drop_path_leaves_out_whole_examples_and_keeps_the_mean():
     x = jnp.ones((4000, 3))
     out = DropPath(0.25).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
-    assert set(np.unique(out).tolist()) == {0.0, np.float32(4 / 3)} and (out[:, 0] == out[:, 2]).all()
+    assert (
+        set(np.unique(out).tolist()) == {0.0, np.float32(4 / 3)} and (out[:, 0] == out[:, 2]).all()
+    )
     assert float(out.mean()) == pytest.approx(1.0, abs=0.05)
     assert DropPath(0.25).apply({}, x, False) is x
 
@@ -108,7 +146,9 @@ def calibrated(model):
     variables = variables_of(model)
 
     def move(variables, images):
-        return model.apply(variables, images, train=True, mutable=["ranges"], rngs={"dropout": jax.random.key(0)})[1]
+        return model.apply(
+            variables, images, train=True, mutable=["ranges"], rngs={"dropout": jax.random.key(0)}
+        )[1]
 
     return {**variables, **quick_jit(move)(variables, IMAGES)}
 
@@ -120,10 +160,18 @@ def test_packed_integers_give_the_same_logits(mlp, pool):
     expected = quick_jit(model.apply)(variables, IMAGES)
     packed = deployed.pack(model, variables, (8, 8, 3))
     found = quick_jit(model.apply)(packed, IMAGES)
-    # float32 rounds sums of more than 24 bits; a floor may then fall elsewhere, by a step or two of the head's integers
+    # float32 rounds sums of more than 24 bits; a floor may then fall elsewhere, by a step or two of
+    # the head's integers
     np.testing.assert_allclose(found, expected, atol=0.02 * np.ptp(expected))
-    assert {np.asarray(leaf).dtype.kind for path, leaf in _constants(packed) if path not in ("scale", "logit_scale")} <= set("iu")
-    assert deployed.packed_bytes(packed) < sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"])) / 2
+    assert {
+        np.asarray(leaf).dtype.kind
+        for path, leaf in _constants(packed)
+        if path not in ("scale", "logit_scale")
+    } <= set("iu")
+    assert (
+        deployed.packed_bytes(packed)
+        < sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"])) / 2
+    )
 
 
 def _constants(packed):
@@ -134,17 +182,30 @@ def primitives(jaxpr, found=None):
     """(name, whether a float goes in or comes out) of every primitive, branches and loops included."""
     found = [] if found is None else found
     for equation in jaxpr.eqns:
-        inner = [v for v in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))]
+        inner = [
+            v
+            for v in jax.tree.leaves(
+                list(equation.params.values()),
+                is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+            )
+        ]
         inner = [getattr(v, "jaxpr", v) for v in inner if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
         for sub in inner:
             primitives(sub, found)
         if not inner:
-            dtypes = [v.aval.dtype for v in [*equation.invars, *equation.outvars] if hasattr(v.aval, "dtype")]
-            found.append((equation.primitive.name, any(jnp.issubdtype(d, jnp.floating) for d in dtypes)))
+            dtypes = [
+                v.aval.dtype
+                for v in [*equation.invars, *equation.outvars]
+                if hasattr(v.aval, "dtype")
+            ]
+            found.append(
+                (equation.primitive.name, any(jnp.issubdtype(d, jnp.floating) for d in dtypes))
+            )
     return found
 
 
-# How an image becomes integers, the head's scale, and the branch that keeps XLA on CPU from fusing (see ops.sealing).
+# How an image becomes integers, the head's scale, and the branch that keeps XLA on CPU from fusing
+# (see ops.sealing).
 FLOATS_ALLOWED = {
     "reshape",
     "broadcast_in_dim",
@@ -179,7 +240,9 @@ def test_no_multiplication_inside_a_weightless_block():
     from quweit_jax.layers.integer import IntegerWeightlessBlock, Quantized
 
     rng = np.random.default_rng(0)
-    block = IntegerWeightlessBlock(16, num_luts=32, lut_inputs=4, thermometer_bits=2, use_norm=False)
+    block = IntegerWeightlessBlock(
+        16, num_luts=32, lut_inputs=4, thermometer_bits=2, use_norm=False
+    )
     scale = np.float32(0.03)
     x = Quantized(jnp.asarray(rng.integers(-128, 128, (2, 3, 16)), jnp.float32), scale)
     x = x.replace(real=x.ints * scale)
@@ -187,10 +250,26 @@ def test_no_multiplication_inside_a_weightless_block():
     out, packed = block.apply(variables, x, mutable=["packed"])
     x_int = Quantized(x.ints.astype(jnp.int8))
     found = block.apply(packed, x_int)
-    assert found.ints.dtype == jnp.int32 and (found.ints == out.ints).all() and np.abs(np.asarray(out.ints)).max() > 0
-    used = {name for name, _ in primitives(jax.make_jaxpr(lambda p, i: block.apply(p, Quantized(i)).ints)(packed, x_int.ints).jaxpr)}
+    assert (
+        found.ints.dtype == jnp.int32
+        and (found.ints == out.ints).all()
+        and np.abs(np.asarray(out.ints)).max() > 0
+    )
+    used = {
+        name
+        for name, _ in primitives(
+            jax.make_jaxpr(lambda p, i: block.apply(p, Quantized(i)).ints)(packed, x_int.ints).jaxpr
+        )
+    }
     # jnp.take multiplies nothing either: the places it reads are computed by XLA's gather
-    assert not used & {"mul", "dot_general", "conv_general_dilated", "div", "integer_pow", "square"}, used
+    assert not used & {
+        "mul",
+        "dot_general",
+        "conv_general_dilated",
+        "div",
+        "integer_pow",
+        "square",
+    }, used
 
 
 def test_pack_names_what_is_missing():

@@ -8,7 +8,9 @@ import jax
 from tests.compiled import quick_jit
 
 
-def value_and_vjp(function: Callable[..., Any], inputs: Sequence[Any], grad: Any) -> tuple[Any, ...]:
+def value_and_vjp(
+    function: Callable[..., Any], inputs: Sequence[Any], grad: Any
+) -> tuple[Any, ...]:
     """(function(*inputs), the gradient to each input for the upstream gradient `grad`)."""
 
     def run(inputs, grad):

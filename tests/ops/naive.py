@@ -1,6 +1,8 @@
-"""Plain references in float64 with loops, each written from its formula; slow on purpose and independent of `quweit_jax`.
+"""Plain references in float64 with loops, each written from its formula; slow on purpose and
+independent of `quweit_jax`.
 
-Dimensions: T tokens, F inputs, L tables, n inputs a table, M slots, C candidates, z thresholds, d outputs.
+Dimensions: T tokens, F inputs, L tables, n inputs a table, M slots, C candidates, z thresholds, d
+outputs.
 """
 
 from __future__ import annotations
@@ -68,7 +70,11 @@ def softmax(values: np.ndarray) -> np.ndarray:
 def learnable_mapping(bits_TF: np.ndarray, scores_FM: np.ndarray, grad_TM: np.ndarray, tau: float):
     """(out (T, M), gradient to the bits (T, F), gradient to the scores (F, M))."""
     num_inputs, slots = scores_FM.shape
-    out, grad_bits, grad_scores = np.zeros((len(bits_TF), slots)), np.zeros(bits_TF.shape), np.zeros(scores_FM.shape)
+    out, grad_bits, grad_scores = (
+        np.zeros((len(bits_TF), slots)),
+        np.zeros(bits_TF.shape),
+        np.zeros(scores_FM.shape),
+    )
     for m in range(slots):
         column = np.asarray(scores_FM[:, m], np.float64)
         best, weights = int(np.argmax(column)), softmax(column / tau)
@@ -80,10 +86,20 @@ def learnable_mapping(bits_TF: np.ndarray, scores_FM: np.ndarray, grad_TM: np.nd
     return out, grad_bits, grad_scores
 
 
-def sparse_learnable_mapping(bits_TF: np.ndarray, scores_MC: np.ndarray, candidates_MC: np.ndarray, grad_TM: np.ndarray, tau: float):
+def sparse_learnable_mapping(
+    bits_TF: np.ndarray,
+    scores_MC: np.ndarray,
+    candidates_MC: np.ndarray,
+    grad_TM: np.ndarray,
+    tau: float,
+):
     """(out (T, M), gradient to the bits (T, F), gradient to the scores (M, C))."""
     slots, choices = scores_MC.shape
-    out, grad_bits, grad_scores = np.zeros((len(bits_TF), slots)), np.zeros(bits_TF.shape), np.zeros(scores_MC.shape)
+    out, grad_bits, grad_scores = (
+        np.zeros((len(bits_TF), slots)),
+        np.zeros(bits_TF.shape),
+        np.zeros(scores_MC.shape),
+    )
     for m in range(slots):
         row = np.asarray(scores_MC[m], np.float64)
         best, weights = int(np.argmax(row)), softmax(row / tau)
@@ -98,14 +114,20 @@ def sparse_learnable_mapping(bits_TF: np.ndarray, scores_MC: np.ndarray, candida
 
 def thresholds(kind: str, x_NF: np.ndarray, z: int, per_feature: bool) -> np.ndarray:
     """(F, z), or (1, z) for all features together."""
-    columns = [sorted(map(float, x_NF[:, f])) for f in range(x_NF.shape[1])] if per_feature else [sorted(map(float, x_NF.reshape(-1)))]
+    columns = (
+        [sorted(map(float, x_NF[:, f])) for f in range(x_NF.shape[1])]
+        if per_feature
+        else [sorted(map(float, x_NF.reshape(-1)))]
+    )
     out = np.zeros((len(columns), z))
     for f, values in enumerate(columns):
         for i in range(1, z + 1):
             if kind == "uniform":
                 out[f, i - 1] = values[0] + i * (values[-1] - values[0]) / (z + 1)
             elif kind == "gaussian":
-                out[f, i - 1] = statistics.mean(values) + statistics.stdev(values) * statistics.NormalDist().inv_cdf(i / (z + 1))
+                out[f, i - 1] = statistics.mean(values) + statistics.stdev(
+                    values
+                ) * statistics.NormalDist().inv_cdf(i / (z + 1))
             else:
                 out[f, i - 1] = values[int(len(values) * i / (z + 1))]
     return out
@@ -130,7 +152,9 @@ def surrogate_slope(distance: float, window: float, shape: str) -> float:
     return 1.0 / (2.0 * window) if abs(distance) < window else 0.0
 
 
-def encode_gradients(x_TF: np.ndarray, thresholds_Fz: np.ndarray, grad_TFz: np.ndarray, window: float, shape: str):
+def encode_gradients(
+    x_TF: np.ndarray, thresholds_Fz: np.ndarray, grad_TFz: np.ndarray, window: float, shape: str
+):
     """(gradient to x (T, F), gradient to the thresholds, in their shape)."""
     rows = np.atleast_2d(thresholds_Fz)
     grad_x, grad_thresholds = np.zeros(x_TF.shape), np.zeros(rows.shape)
@@ -138,7 +162,9 @@ def encode_gradients(x_TF: np.ndarray, thresholds_Fz: np.ndarray, grad_TFz: np.n
         for f in range(x_TF.shape[1]):
             row = 0 if len(rows) == 1 else f
             for i in range(rows.shape[1]):
-                step = float(grad_TFz[t, f, i]) * surrogate_slope(float(x_TF[t, f]) - float(rows[row, i]), window, shape)
+                step = float(grad_TFz[t, f, i]) * surrogate_slope(
+                    float(x_TF[t, f]) - float(rows[row, i]), window, shape
+                )
                 grad_x[t, f] += step
                 grad_thresholds[row, i] -= step
     return grad_x, grad_thresholds.reshape(np.shape(thresholds_Fz))
@@ -156,25 +182,37 @@ def group_sum(bits_TL: np.ndarray, groups: int, tau: float) -> np.ndarray:
 
 def group_sum_gradient(grad_TG: np.ndarray, num_bits: int, tau: float) -> np.ndarray:
     size = math.ceil(num_bits / grad_TG.shape[1])
-    return np.asarray([[float(row[i // size]) / tau for i in range(num_bits)] for row in grad_TG]).reshape(len(grad_TG), num_bits)
+    return np.asarray(
+        [[float(row[i // size]) / tau for i in range(num_bits)] for row in grad_TG]
+    ).reshape(len(grad_TG), num_bits)
 
 
-def conditional_sum(bits_TL: np.ndarray, vectors: np.ndarray, bias_d: np.ndarray | None, outputs: int) -> np.ndarray:
+def conditional_sum(
+    bits_TL: np.ndarray, vectors: np.ndarray, bias_d: np.ndarray | None, outputs: int
+) -> np.ndarray:
     """bias + sum_i bit_i E_i; vectors (L,) are grouped: bit i serves output i // (L / d)."""
-    out = np.zeros((len(bits_TL), outputs)) + (0.0 if bias_d is None else np.asarray(bias_d, np.float64))
+    out = np.zeros((len(bits_TL), outputs)) + (
+        0.0 if bias_d is None else np.asarray(bias_d, np.float64)
+    )
     for t in range(len(bits_TL)):
         for i in range(bits_TL.shape[1]):
             if vectors.ndim == 2:
                 for k in range(outputs):
                     out[t, k] += float(bits_TL[t, i]) * float(vectors[i, k])
             else:
-                out[t, i // (bits_TL.shape[1] // outputs)] += float(bits_TL[t, i]) * float(vectors[i])
+                out[t, i // (bits_TL.shape[1] // outputs)] += float(bits_TL[t, i]) * float(
+                    vectors[i]
+                )
     return out
 
 
 def conditional_sum_gradients(bits_TL: np.ndarray, vectors: np.ndarray, grad_Td: np.ndarray):
     """(gradient to the bits (T, L), to the vectors, to the bias (d,))."""
-    grad_bits, grad_vectors, grad_bias = np.zeros(bits_TL.shape), np.zeros(vectors.shape), np.zeros(grad_Td.shape[1])
+    grad_bits, grad_vectors, grad_bias = (
+        np.zeros(bits_TL.shape),
+        np.zeros(vectors.shape),
+        np.zeros(grad_Td.shape[1]),
+    )
     for t in range(len(bits_TL)):
         for k in range(grad_Td.shape[1]):
             g = float(grad_Td[t, k])
@@ -195,5 +233,8 @@ def walsh_hadamard(tables_LA: np.ndarray) -> np.ndarray:
     size = tables_LA.shape[1]
     for j in range(len(tables_LA)):
         for s in range(size):
-            out[j, s] = sum(float(tables_LA[j, a]) * (-1) ** (a & s).bit_count() for a in range(size)) / size
+            out[j, s] = (
+                sum(float(tables_LA[j, a]) * (-1) ** (a & s).bit_count() for a in range(size))
+                / size
+            )
     return out

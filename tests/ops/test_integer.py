@@ -1,4 +1,6 @@
-"""I-ViT's arithmetic: the golden outputs of the published program, Python integers, and gradients of the real functions."""
+"""I-ViT's arithmetic: the golden outputs of the published program, Python integers, and gradients
+of the real functions.
+"""
 
 import math
 
@@ -29,7 +31,9 @@ def test_golden_float_door(golden, case):
     def get(name):
         return golden[name.replace("#", str(case))]
 
-    found, scale = integer.shiftmax(get("shiftmax#/x_int"), get("shiftmax#/scale"), bits=int(get("shiftmax#/bits").item()))
+    found, scale = integer.shiftmax(
+        get("shiftmax#/x_int"), get("shiftmax#/scale"), bits=int(get("shiftmax#/bits").item())
+    )
     assert_golden(found, get("shiftmax#/out"))
     assert scale == get("shiftmax#/out_scale")
     found, scale = integer.shift_gelu(get("shiftgelu#/x_int"), get("shiftgelu#/scale"))
@@ -44,28 +48,49 @@ def test_golden_float_door(golden, case):
     assert_golden(found, get("linear#/out"))
     np.testing.assert_allclose(scale, get("linear#/out_scale"), rtol=1e-6)
     for name in ("requant#", "requant_residual#"):
-        residual = {n: get(f"{name}/{n}") for n in ("identity", "identity_scale")} if "residual" in name else {}
+        residual = (
+            {n: get(f"{name}/{n}") for n in ("identity", "identity_scale")}
+            if "residual" in name
+            else {}
+        )
         bits, scale = (
             int(get(f"{name}/bits").item()),
-            integer.symmetric_scale(get(f"{name}/min"), get(f"{name}/max"), int(get(f"{name}/bits").item())),
+            integer.symmetric_scale(
+                get(f"{name}/min"), get(f"{name}/max"), int(get(f"{name}/bits").item())
+            ),
         )
         np.testing.assert_allclose(scale, get(f"{name}/out_scale").item(), rtol=1e-6)
-        found = integer.requantize(get(f"{name}/x"), get(f"{name}/scale"), get(f"{name}/out_scale"), bits=bits, **residual)
+        found = integer.requantize(
+            get(f"{name}/x"), get(f"{name}/scale"), get(f"{name}/out_scale"), bits=bits, **residual
+        )
         assert_golden(found, get(f"{name}/out"))
 
 
 @pytest.mark.parametrize("case", [0, 1])
 def test_golden_integer_door(golden, case):
-    """The functions without exponentials give the same integers; those with are compared with Python integers below."""
+    """The functions without exponentials give the same integers; those with are compared with
+    Python integers below.
+    """
 
     def ints(values, scale):
         return jnp.asarray(np.round(values / scale), jnp.int32)
 
-    g = {key.split("/")[0][:-1] + "/" + key.split("/")[1]: value for key, value in golden.items() if key.split("/")[0].endswith(str(case))}
-    found, scale = integer.int_layer_norm(ints(g["layernorm/x_int"], 1), g["layernorm/scale"], g["layernorm/weight"], g["layernorm/bias"])
+    g = {
+        key.split("/")[0][:-1] + "/" + key.split("/")[1]: value
+        for key, value in golden.items()
+        if key.split("/")[0].endswith(str(case))
+    }
+    found, scale = integer.int_layer_norm(
+        ints(g["layernorm/x_int"], 1),
+        g["layernorm/scale"],
+        g["layernorm/weight"],
+        g["layernorm/bias"],
+    )
     assert found.dtype == jnp.int32
     assert_golden(found * scale, g["layernorm/out"])
-    found, scale = integer.int_linear(ints(g["linear/x_int"], 1), g["linear/scale"], g["linear/weight"].T, g["linear/bias"])
+    found, scale = integer.int_linear(
+        ints(g["linear/x_int"], 1), g["linear/scale"], g["linear/weight"].T, g["linear/bias"]
+    )
     assert found.dtype == jnp.int32
     assert_golden(found * scale, g["linear/out"])
     x, identity = (
@@ -73,7 +98,9 @@ def test_golden_integer_door(golden, case):
         ints(g["requant_residual/identity"], g["requant_residual/identity_scale"]),
     )
     scales = {"identity": identity, "identity_scale": g["requant_residual/identity_scale"]}
-    found = integer.requantize(x, g["requant_residual/scale"], g["requant_residual/out_scale"], bits=16, **scales)
+    found = integer.requantize(
+        x, g["requant_residual/scale"], g["requant_residual/out_scale"], bits=16, **scales
+    )
     assert found.dtype == jnp.int32
     assert_golden(found * g["requant_residual/out_scale"], g["requant_residual/out"])
 
@@ -111,11 +138,17 @@ def test_exponentials_in_python_integers(scale, width):
     x[:4] = -np.abs(x[:4]) - 1 + (np.abs(x[:4]) == 128)  # rows with a negative maximum
     inverse = int(integer.inverse_scale(jnp.float32(scale)))
     for bits in (8, 16):
-        found = quick_jit(lambda x, s, bits=bits: integer.shiftmax(x, s, bits=bits)[0])(x, np.float32(scale))
-        assert found.dtype == jnp.int32 and found.tolist() == [python_shiftmax(row, inverse, bits) for row in x.tolist()]
+        found = quick_jit(lambda x, s, bits=bits: integer.shiftmax(x, s, bits=bits)[0])(
+            x, np.float32(scale)
+        )
+        assert found.dtype == jnp.int32 and found.tolist() == [
+            python_shiftmax(row, inverse, bits) for row in x.tolist()
+        ]
     inverse = int(integer.inverse_scale(jnp.float32(scale) * integer.GELU_SLOPE))
     found = quick_jit(lambda x, s: integer.shift_gelu(x, s)[0])(x, np.float32(scale))
-    assert found.dtype == jnp.int32 and found.tolist() == [python_gelu(row, inverse) for row in x.tolist()]
+    assert found.dtype == jnp.int32 and found.tolist() == [
+        python_gelu(row, inverse) for row in x.tolist()
+    ]
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.05])
@@ -125,7 +158,8 @@ def test_exponentials_are_close_to_the_real_functions(scale):
     assert np.abs(probabilities * unit - jax.nn.softmax(x * scale, -1)).max() < 0.05
     values, unit = integer.shift_gelu(x, scale)
     assert np.abs(values * unit - integer.gelu_shadow(x * scale)).max() < 0.15 * 128 * scale
-    # Beyond 23 halvings both of its exponentials are at their floor, and the published sigmoid is a half: from about 9.4 on.
+    # Beyond 23 halvings both of its exponentials are at their floor, and the published sigmoid is a
+    # half: from about 9.4 on.
     values, unit = integer.shift_gelu(np.asarray([[124, -118]], np.int32), 0.1)
     assert values[0, 1] * unit[0] == pytest.approx(-5.9, abs=0.1)
 
@@ -135,7 +169,10 @@ def test_exponentials_are_close_to_the_real_functions(scale):
 def test_layer_norm_in_python_integers(width, reach):
     rng = np.random.default_rng(width)
     x = rng.integers(-reach, reach + 1, (5, width)).astype(np.int32)
-    weight, bias = rng.normal(1, 0.2, width).astype(np.float32), rng.normal(0, 0.5, width).astype(np.float32)
+    weight, bias = (
+        rng.normal(1, 0.2, width).astype(np.float32),
+        rng.normal(0, 0.5, width).astype(np.float32),
+    )
     bias_int, halvings, scale = (np.asarray(a) for a in integer.layer_norm_constants(weight, bias))
     assert (halvings == 0).all()
     expected = []
@@ -144,7 +181,9 @@ def test_layer_norm_in_python_integers(width, reach):
         root = 2**16
         for _ in range(10):
             root = (root + sum((v - mean) ** 2 for v in row) // root) // 2
-        expected.append([((v - mean) * (2**31 // root) >> 1) + int(b) for v, b in zip(row, bias_int)])
+        expected.append(
+            [((v - mean) * (2**31 // root) >> 1) + int(b) for v, b in zip(row, bias_int)]
+        )
     found, _ = quick_jit(integer.int_layer_norm)(x, np.float32(1e-3), weight, bias)
     assert found.tolist() == expected
     np.testing.assert_allclose(scale, np.sqrt(width) / 2**30 * weight, rtol=1e-6)
@@ -156,7 +195,9 @@ def test_layer_norm_with_a_bias_far_above_its_weight():
     weight, bias = np.full(16, 1.0, np.float32), np.zeros(16, np.float32)
     weight[:3], bias[:3] = [0.001, 0.0, -0.002], [0.5, 0.25, 0.3]
     found, scale = quick_jit(integer.int_layer_norm)(x, np.float32(1e-3), weight, bias)
-    np.testing.assert_allclose(found * scale, integer.layer_norm_shadow(x * 1e-3, weight, bias), atol=2e-3)
+    np.testing.assert_allclose(
+        found * scale, integer.layer_norm_shadow(x * 1e-3, weight, bias), atol=2e-3
+    )
 
 
 def test_empty_and_single():
@@ -164,9 +205,17 @@ def test_empty_and_single():
         x = np.zeros(shape, np.int32)
         assert integer.shiftmax(x, 0.1)[0].shape == shape
         assert integer.shift_gelu(x, 0.1)[0].shape == shape
-        assert integer.int_layer_norm(x, 0.1, np.ones(shape[1], np.float32), np.zeros(shape[1], np.float32))[0].shape == shape
+        assert (
+            integer.int_layer_norm(
+                x, 0.1, np.ones(shape[1], np.float32), np.zeros(shape[1], np.float32)
+            )[0].shape
+            == shape
+        )
         assert integer.requantize(x, 0.1, 0.2, bits=8).shape == shape
-        assert integer.int_linear(x, 0.1, np.ones((shape[1], 3), np.float32))[0].shape == (shape[0], 3)
+        assert integer.int_linear(x, 0.1, np.ones((shape[1], 3), np.float32))[0].shape == (
+            shape[0],
+            3,
+        )
 
 
 def test_int8_products_are_those_of_floats():
@@ -174,7 +223,10 @@ def test_int8_products_are_those_of_floats():
     x, weight = rng.integers(-128, 128, (3, 5, 40)), rng.integers(-127, 128, (40, 7))
     exact = integer.matmul_units(jnp.asarray(x, jnp.int8), jnp.asarray(weight, jnp.int8))
     assert exact.dtype == jnp.int32 and (exact == x @ weight).all()
-    assert (integer.matmul_units(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.int32)) == x @ weight).all()
+    assert (
+        integer.matmul_units(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.int32))
+        == x @ weight
+    ).all()
 
 
 def test_gradients_are_those_of_the_real_functions():
@@ -207,10 +259,14 @@ def test_linear_gradients():
         rng.normal(size=3).astype(np.float32),
     )
     grad, scale = rng.normal(size=(6, 3)).astype(np.float32), np.float32(0.01)
-    out, grad_x, grad_weight, grad_bias = value_and_vjp(lambda x, w, b: integer.int_linear(x, scale, w, b)[0], (x, weight, bias), grad)
+    out, grad_x, grad_weight, grad_bias = value_and_vjp(
+        lambda x, w, b: integer.int_linear(x, scale, w, b)[0], (x, weight, bias), grad
+    )
     rounded, weight_scale = integer.quantize_weights(weight)
     np.testing.assert_allclose(out, x * scale @ (rounded * weight_scale) + bias, atol=1e-3)
-    np.testing.assert_allclose(grad_x, grad @ (rounded * weight_scale).T * scale, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        grad_x, grad @ (rounded * weight_scale).T * scale, rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_allclose(grad_weight, (x * scale).T @ grad, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(grad_bias, grad.sum(0), rtol=1e-5)
 
@@ -218,7 +274,11 @@ def test_linear_gradients():
 def test_requantize_gradient_stops_where_it_clamps():
     x = np.asarray([-3.0, -0.5, 0.5, 3.0], np.float32)
     scale = np.float32(1 / 64)
-    out, grad = value_and_vjp(lambda x: integer.requantize(x, np.float32(2**-10), scale, bits=8), (x,), np.ones(4, np.float32))
+    out, grad = value_and_vjp(
+        lambda x: integer.requantize(x, np.float32(2**-10), scale, bits=8),
+        (x,),
+        np.ones(4, np.float32),
+    )
     assert out.tolist() == [-2.0, -0.5, 0.5, 127 / 64]
     assert grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 

@@ -16,7 +16,9 @@ def test_tables_round_trip_through_bits(n):
     bits = packed_lut.pack_tables(tables)
     assert bits.dtype == np.uint8 and bits.shape == (5, max(1, 2**n // 8))
     every = np.tile(np.arange(2**n, dtype=np.int32), (5, 1))
-    np.testing.assert_array_equal(packed_lut.read_packed(jnp.asarray(bits), jnp.asarray(every)), tables > 0)
+    np.testing.assert_array_equal(
+        packed_lut.read_packed(jnp.asarray(bits), jnp.asarray(every)), tables > 0
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
@@ -25,7 +27,9 @@ def test_look_up(n, tokens):
     rng = np.random.default_rng(n)
     bits, wiring = rng.integers(0, 2, (11, tokens)), rng.integers(0, 11, (6, n))
     tables = rng.normal(size=(6, 2**n)).astype(np.float32)
-    found = quick_jit(packed_lut.look_up)(bits.astype(bool), wiring.astype(np.uint8), packed_lut.pack_tables(tables))
+    found = quick_jit(packed_lut.look_up)(
+        bits.astype(bool), wiring.astype(np.uint8), packed_lut.pack_tables(tables)
+    )
     expected = naive.lut_lookup(bits.T, wiring, tables) > 0
     assert found.dtype == bool and found.shape == (6, tokens)
     np.testing.assert_array_equal(found, np.asarray(expected).reshape(tokens, 6).T)

@@ -1,4 +1,6 @@
-"""`ops.recurrence`: every method against a loop in double precision, values, final state and all gradients."""
+"""`ops.recurrence`: every method against a loop in double precision, values, final state and all
+gradients.
+"""
 
 import functools
 
@@ -18,9 +20,17 @@ def case(steps, batch=2, features=3, seed=0):
     rng = np.random.default_rng(seed)
     shape = (batch, steps, features)
     gates = rng.uniform(0, 1, shape)
-    gates[rng.random(shape) < 0.1] = 0  # a closed gate forgets everything: no method may divide by it
+    gates[rng.random(shape) < 0.1] = (
+        0  # a closed gate forgets everything: no method may divide by it
+    )
     gates[rng.random(shape) < 0.1] = 1
-    return gates, rng.normal(size=shape), rng.normal(size=(batch, features)), rng.normal(size=shape), rng.normal(size=(batch, features))
+    return (
+        gates,
+        rng.normal(size=shape),
+        rng.normal(size=(batch, features)),
+        rng.normal(size=shape),
+        rng.normal(size=(batch, features)),
+    )
 
 
 def loop(gates, candidates, start, grad_states, grad_final):
@@ -43,7 +53,11 @@ def run(method, gates, candidates, start, grad_states, grad_final, dtype=jnp.flo
 
     arrays = [jnp.asarray(a, dtype) for a in (gates, candidates, start)]
     (states, final), pull = jax.vjp(function, *arrays)
-    return states, final, *pull((jnp.asarray(grad_states, states.dtype), jnp.asarray(grad_final, final.dtype)))
+    return (
+        states,
+        final,
+        *pull((jnp.asarray(grad_states, states.dtype), jnp.asarray(grad_final, final.dtype))),
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 64, 1000, 4096])
@@ -76,12 +90,16 @@ def test_half_precision_is_summed_in_float32(method):
 @pytest.mark.parametrize("method", FORMS)
 def test_no_steps_and_no_initial_state(method):
     start = jnp.asarray(case(3)[2], jnp.float32)
-    states, final = gated_recurrence(jnp.zeros((2, 0, 3)), jnp.zeros((2, 0, 3)), start, method=method)
+    states, final = gated_recurrence(
+        jnp.zeros((2, 0, 3)), jnp.zeros((2, 0, 3)), start, method=method
+    )
     assert states.shape == (2, 0, 3)
     np.testing.assert_array_equal(final, start)
     gates, candidates = (jnp.asarray(a, jnp.float32) for a in case(9)[:2])
     without = gated_recurrence(gates, candidates, method=method)
-    for one, other in zip(without, gated_recurrence(gates, candidates, jnp.zeros((2, 3)), method=method)):
+    for one, other in zip(
+        without, gated_recurrence(gates, candidates, jnp.zeros((2, 3)), method=method)
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -105,21 +123,41 @@ def test_backward_memory_grows_no_faster_than_time(method):
     def temporaries(steps):
         shape = jax.ShapeDtypeStruct((1, steps, 64), jnp.float32)
         start = jax.ShapeDtypeStruct((1, 64), jnp.float32)
-        gradient = jax.grad(lambda *args: gated_recurrence(*args, method=method)[0].sum(), argnums=(0, 1, 2))
-        return jax.jit(gradient).lower(shape, shape, start).compile().memory_analysis().temp_size_in_bytes
+        gradient = jax.grad(
+            lambda *args: gated_recurrence(*args, method=method)[0].sum(), argnums=(0, 1, 2)
+        )
+        return (
+            jax.jit(gradient)
+            .lower(shape, shape, start)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporaries(4096) < 1.25 * 4 * temporaries(1024)
 
 
 def test_method_by_platform():
-    assert pick_method(4096, platform="cpu") == "sequential" and pick_method(4096, platform="tpu") == "chunked"
-    assert pick_method(1, platform="gpu") == "sequential" and pick_method(5, "associative") == "associative"
+    assert (
+        pick_method(4096, platform="cpu") == "sequential"
+        and pick_method(4096, platform="tpu") == "chunked"
+    )
+    assert (
+        pick_method(1, platform="gpu") == "sequential"
+        and pick_method(5, "associative") == "associative"
+    )
 
 
 def test_a_length_that_is_only_a_name():
-    """Exported programs have one: a TPU's recurrence in chunks, padded to whole ones, and what 'auto' compiles to here."""
+    """Exported programs have one: a TPU's recurrence in chunks, padded to whole ones, and what
+    'auto' compiles to here.
+    """
     gates, candidates, start = (jnp.asarray(a, jnp.float32) for a in case(70)[:3])
-    shapes = [jax.ShapeDtypeStruct(jax.export.symbolic_shape("2, t, 3", constraints=["t >= 1"]), jnp.float32)] * 2
+    shapes = [
+        jax.ShapeDtypeStruct(
+            jax.export.symbolic_shape("2, t, 3", constraints=["t >= 1"]), jnp.float32
+        )
+    ] * 2
 
     def both(*given):
         return [gated_recurrence(*given, method=method) for method in ("chunked", "auto")]
@@ -127,14 +165,20 @@ def test_a_length_that_is_only_a_name():
     program = jax.export.export(jax.jit(both), platforms=["cpu", "tpu", "cuda"])
     call = program(*shapes, jax.ShapeDtypeStruct((2, 3), jnp.float32)).call
     for steps in (1, 70):
-        expected = gated_recurrence(gates[:, :steps], candidates[:, :steps], start, method="associative")
+        expected = gated_recurrence(
+            gates[:, :steps], candidates[:, :steps], start, method="associative"
+        )
         for found in call(gates[:, :steps], candidates[:, :steps], start):
-            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), tuple(found), expected)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, atol=1e-5), tuple(found), expected
+            )
 
 
 def test_errors():
     x = jnp.zeros((2, 3, 4))
-    with pytest.raises(InputError, match=r"one shape \(batch, time, features\), found \[2, 3, 4\] and \[2, 3, 5\]"):
+    with pytest.raises(
+        InputError, match=r"one shape \(batch, time, features\), found \[2, 3, 4\] and \[2, 3, 5\]"
+    ):
         gated_recurrence(x, jnp.zeros((2, 3, 5)))
     with pytest.raises(InputError, match=r"expected initial_state \[2, 4\], found \[4\]"):
         gated_recurrence(x, x, jnp.zeros(4))

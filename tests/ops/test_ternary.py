@@ -1,4 +1,6 @@
-"""`ops.ternary`: the fused BitLinear against its plain composition and NumPy, packing there and back, the packed product."""
+"""`ops.ternary`: the fused BitLinear against its plain composition and NumPy, packing there and
+back, the packed product.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,10 @@ from quweit_jax.ops import ternary
 def arrays(lead, inputs, outputs, seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     x, w = rng.normal(size=(*lead, inputs)), rng.normal(size=(inputs, outputs)) * 0.02
-    return [jnp.asarray(a, dtype) for a in (x, w, rng.normal(1, 0.2, inputs), rng.normal(size=(*lead, outputs)))]
+    return [
+        jnp.asarray(a, dtype)
+        for a in (x, w, rng.normal(1, 0.2, inputs), rng.normal(size=(*lead, outputs)))
+    ]
 
 
 def test_quantizers_follow_the_published_formulas():
@@ -27,7 +32,11 @@ def test_quantizers_follow_the_published_formulas():
     s = 1 / np.abs(w).mean()
     np.testing.assert_array_equal(w_int, np.clip(np.round(w * s), -1, 1))
     np.testing.assert_allclose(w_scale, np.abs(w).mean(), rtol=1e-6)
-    assert x_int.dtype == w_int.dtype == jnp.int8 and x_scale.shape == (3, 5, 1) and w_scale.shape == ()
+    assert (
+        x_int.dtype == w_int.dtype == jnp.int8
+        and x_scale.shape == (3, 5, 1)
+        and w_scale.shape == ()
+    )
     assert set(np.unique(w_int)) == {-1, 0, 1} and not np.any(x_int[0, 0])
 
 
@@ -38,7 +47,10 @@ def test_a_matrix_of_zeros_and_ties():
     np.testing.assert_array_equal(x_int, [[127, 0, 2, -2, -127]])
 
 
-@pytest.mark.parametrize("lead, inputs, outputs", [((2, 5), 33, 7), ((1,), 1, 1), ((), 8, 3), ((4, 0), 6, 5), ((3,), 256, 64)])
+@pytest.mark.parametrize(
+    "lead, inputs, outputs",
+    [((2, 5), 33, 7), ((1,), 1, 1), ((), 8, 3), ((4, 0), 6, 5), ((3,), 256, 64)],
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_fused_equals_plain(lead, inputs, outputs, dtype):
     """Values and every gradient; in half precision to its rounding."""
@@ -52,31 +64,43 @@ def test_fused_equals_plain(lead, inputs, outputs, dtype):
     for fused, plain in zip(*results, strict=True):
         assert fused.dtype == plain.dtype and fused.shape == plain.shape
         fused, plain = np.asarray(fused, np.float32), np.asarray(plain, np.float32)
-        np.testing.assert_allclose(fused, plain, atol=limit * max(np.abs(plain).max(initial=0), 1e-3), rtol=0)
+        np.testing.assert_allclose(
+            fused, plain, atol=limit * max(np.abs(plain).max(initial=0), 1e-3), rtol=0
+        )
 
 
 @pytest.mark.parametrize("width", [1, 5, 32, 128, 1000, 13824])
 def test_mean_square_does_not_depend_on_the_shape_around_it(width):
     """Equal bits for one row and many, and as good as a float sum."""
     rng = np.random.default_rng(width)
-    x = (rng.normal(size=(2, 65, width)) * np.exp(rng.normal(size=(2, 65, 1)) * 5)).astype(np.float32)
+    x = (rng.normal(size=(2, 65, width)) * np.exp(rng.normal(size=(2, 65, 1)) * 5)).astype(
+        np.float32
+    )
     x[0, 0], x[0, 1, 0], x[0, 2] = 0, 1e10, 1e-20
     mean_square = jax.jit(ternary.mean_square)
     whole = mean_square(x)
     for size in (1, 3):
-        np.testing.assert_array_equal(jnp.concatenate([mean_square(x[:, i : i + size]) for i in range(0, 65, size)], 1), whole)
-    np.testing.assert_array_equal(jnp.stack([mean_square(row) for row in x.reshape(-1, width)]), whole.reshape(-1, 1))
+        np.testing.assert_array_equal(
+            jnp.concatenate([mean_square(x[:, i : i + size]) for i in range(0, 65, size)], 1), whole
+        )
+    np.testing.assert_array_equal(
+        jnp.stack([mean_square(row) for row in x.reshape(-1, width)]), whole.reshape(-1, 1)
+    )
     expected = np.square(x.astype(np.float64)).mean(-1, keepdims=True)
     np.testing.assert_allclose(whole, expected, rtol=3e-7, atol=1e-30)
     assert np.isnan(jax.jit(ternary.rms_norm)(jnp.asarray([1.0, np.nan, 2.0]), jnp.ones(3))).any()
 
 
 def test_norm_gradient_is_exact():
-    """The straight-through gradient is that of the function with both quantisers left out and the quantised values put in."""
+    """The straight-through gradient is that of the function with both quantizers left out and the
+    quantized values put in.
+    """
     x, w, scale, gradient = arrays((4,), 9, 5, seed=3)
     _, pull = jax.vjp(ternary.bit_linear, x, w, scale)
     w_int, w_scale = ternary.quantize_weights(w)
-    _, pull_plain = jax.vjp(lambda x, scale: ternary.rms_norm(x, scale) @ (w_int * w_scale), x, scale)
+    _, pull_plain = jax.vjp(
+        lambda x, scale: ternary.rms_norm(x, scale) @ (w_int * w_scale), x, scale
+    )
     d_x, d_w, d_scale = pull(gradient)
     for found, expected in zip((d_x, d_scale), pull_plain(gradient)):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
@@ -85,7 +109,9 @@ def test_norm_gradient_is_exact():
 
 
 def test_fused_keeps_only_the_input():
-    """What lies between forward and backward pass: x, weight and scale, which were there, and one number a token."""
+    """What lies between forward and backward pass: x, weight and scale, which were there, and one
+    number a token.
+    """
     x, w, scale, _ = arrays((4, 16), 64, 32)
     kept = jax.tree.leaves(jax.vjp(ternary.bit_linear, x, w, scale)[1])
     sizes = sorted(a.size for a in kept if hasattr(a, "size"))
@@ -106,16 +132,25 @@ def test_packing_there_and_back(inputs, outputs):
 
 def test_layout_of_a_byte():
     w = np.asarray([[1], [-1], [0], [1], [1]], np.int8)
-    np.testing.assert_array_equal(ternary.pack_ternary(w), [[2 + (0 << 2) + (1 << 4) + (2 << 6)], [2 + (1 << 2) + (1 << 4) + (1 << 6)]])
+    np.testing.assert_array_equal(
+        ternary.pack_ternary(w),
+        [[2 + (0 << 2) + (1 << 4) + (2 << 6)], [2 + (1 << 2) + (1 << 4) + (1 << 6)]],
+    )
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (0,), (5,)])
 @pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 5), (64, 33)])
 def test_packed_product_is_exact(lead, inputs, outputs, monkeypatch):
     rng = np.random.default_rng(1)
-    x, w = rng.integers(-128, 128, (*lead, inputs)).astype(np.int8), rng.integers(-1, 2, (inputs, outputs)).astype(np.int8)
+    x, w = (
+        rng.integers(-128, 128, (*lead, inputs)).astype(np.int8),
+        rng.integers(-1, 2, (inputs, outputs)).astype(np.int8),
+    )
     expected = x.astype(np.int64) @ w.astype(np.int64)
-    for tile in (ternary._TILE_BYTES, 2 * inputs):  # the second: tiles of two columns, the last one overlapping
+    for tile in (
+        ternary._TILE_BYTES,
+        2 * inputs,
+    ):  # the second: tiles of two columns, the last one overlapping
         monkeypatch.setattr(ternary, "_TILE_BYTES", tile)
         found = jax.jit(lambda x, p: ternary.packed_matmul(x, p, 0.5))(x, ternary.pack_ternary(w))
         assert found.dtype == jnp.float32
@@ -132,7 +167,10 @@ def test_packed_product_makes_no_whole_matrix():
 
 
 def test_errors():
-    with pytest.raises(InputError, match=r"bit_linear: expected .* found \[2, 3\], \[4, 3\] and \[3\]; published weights are"):
+    with pytest.raises(
+        InputError,
+        match=r"bit_linear: expected .* found \[2, 3\], \[4, 3\] and \[3\]; published weights are",
+    ):
         ternary.bit_linear(jnp.zeros((2, 3)), jnp.zeros((4, 3)), jnp.zeros(3))
     with pytest.raises(InputError, match=r"pack_ternary: expected a matrix"):
         ternary.pack_ternary(np.zeros(3, np.int8))

@@ -1,4 +1,6 @@
-"""`ops.thermometer` against the golden cases and the naive reference: fits, bits, and the surrogate gradients."""
+"""`ops.thermometer` against the golden cases and the naive reference: fits, bits, and the surrogate
+gradients.
+"""
 
 import functools
 
@@ -24,7 +26,10 @@ def test_golden(shared, kind, scope):
     thresholds = thermometer.FITS[kind](golden[f"{name}/fit"], 5, per_feature=scope == "feature")
     assert thresholds.shape == golden[f"{name}/thresholds"].shape
     np.testing.assert_allclose(thresholds, golden[f"{name}/thresholds"], atol=1e-5, rtol=0)
-    np.testing.assert_array_equal(thermometer.encode(golden[f"{name}/x"], golden[f"{name}/thresholds"]), golden[f"{name}/bits"])
+    np.testing.assert_array_equal(
+        thermometer.encode(golden[f"{name}/x"], golden[f"{name}/thresholds"]),
+        golden[f"{name}/bits"],
+    )
 
 
 @pytest.mark.parametrize("per_feature", [True, False])
@@ -48,7 +53,9 @@ def test_fits_take_whole_numbers_and_one_value(kind):
 
 
 def test_normal_quantiles_are_symmetric():
-    np.testing.assert_allclose(thermometer.normal_quantiles(3), [-0.6744898, 0, 0.6744898], atol=1e-6)
+    np.testing.assert_allclose(
+        thermometer.normal_quantiles(3), [-0.6744898, 0, 0.6744898], atol=1e-6
+    )
     np.testing.assert_allclose(thermometer.normal_quantiles(1), [0], atol=1e-7)
 
 
@@ -66,7 +73,9 @@ def encoder_case(kind, tokens=5, features=3, bits=4):
 @pytest.mark.parametrize("kind", ["feature", "row", "flat"])
 def test_encode_and_its_surrogate_gradients(kind, shape, window):
     x, thresholds, grad = encoder_case(kind)
-    out, *grads = value_and_vjp(lambda x, t: thermometer.encode_ste(x, t, window=window, shape=shape), (x, thresholds), grad)
+    out, *grads = value_and_vjp(
+        lambda x, t: thermometer.encode_ste(x, t, window=window, shape=shape), (x, thresholds), grad
+    )
     expected = naive.encode(x, thresholds)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(thermometer.encode(x, thresholds), expected)
@@ -78,26 +87,50 @@ def test_encode_and_its_surrogate_gradients(kind, shape, window):
 @pytest.mark.parametrize("shape", thermometer.WINDOWS)
 def test_windows_have_unit_area(shape):
     x = np.linspace(-3, 3, 6001, dtype=np.float32)[:, None]
-    slope = quick_jit(jax.grad(lambda x: thermometer.encode_ste(x, jnp.asarray([0.25]), window=0.7, shape=shape).sum()))(x)
+    slope = quick_jit(
+        jax.grad(
+            lambda x: thermometer.encode_ste(x, jnp.asarray([0.25]), window=0.7, shape=shape).sum()
+        )
+    )(x)
     assert float(slope.sum()) * 0.001 == pytest.approx(1, rel=1e-3)
     assert np.asarray(slope)[np.abs(x - 0.25) > 0.7001].max() == 0
 
 
 def test_the_window_can_be_named_alone():
     x, thresholds, grad = encoder_case("flat")
-    named = value_and_vjp(lambda x: thermometer.encode_ste(x, thresholds, window="boxcar"), (x,), grad)
-    np.testing.assert_array_equal(named[1], value_and_vjp(lambda x: thermometer.encode_ste(x, thresholds, shape="boxcar"), (x,), grad)[1])
+    named = value_and_vjp(
+        lambda x: thermometer.encode_ste(x, thresholds, window="boxcar"), (x,), grad
+    )
+    np.testing.assert_array_equal(
+        named[1],
+        value_and_vjp(lambda x: thermometer.encode_ste(x, thresholds, shape="boxcar"), (x,), grad)[
+            1
+        ],
+    )
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (2, 0)], ids=str)
 def test_leading_dimensions_and_bfloat16(lead):
     x, thresholds, grad = encoder_case("feature", tokens=int(np.prod(lead)))
     x, grad = x.astype(jnp.bfloat16), grad.astype(jnp.bfloat16)
-    out, grad_x, grad_thresholds = value_and_vjp(thermometer.encode_ste, (x.reshape(*lead, 3), thresholds), grad.reshape(*lead, 3, 4))
-    assert out.shape == (*lead, 3, 4) and (out.dtype, grad_x.dtype, grad_thresholds.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    np.testing.assert_array_equal(np.asarray(out, np.float32).reshape(-1, 3, 4), naive.encode(np.asarray(x, np.float32), thresholds))
-    expected = naive.encode_gradients(np.asarray(x, np.float32), thresholds, np.asarray(grad, np.float32), 1.0, "triangular")
-    np.testing.assert_allclose(np.asarray(grad_x, np.float32).reshape(-1, 3), expected[0], rtol=0.02, atol=0.02)
+    out, grad_x, grad_thresholds = value_and_vjp(
+        thermometer.encode_ste, (x.reshape(*lead, 3), thresholds), grad.reshape(*lead, 3, 4)
+    )
+    assert out.shape == (*lead, 3, 4) and (out.dtype, grad_x.dtype, grad_thresholds.dtype) == (
+        jnp.bfloat16,
+        jnp.bfloat16,
+        jnp.float32,
+    )
+    np.testing.assert_array_equal(
+        np.asarray(out, np.float32).reshape(-1, 3, 4),
+        naive.encode(np.asarray(x, np.float32), thresholds),
+    )
+    expected = naive.encode_gradients(
+        np.asarray(x, np.float32), thresholds, np.asarray(grad, np.float32), 1.0, "triangular"
+    )
+    np.testing.assert_allclose(
+        np.asarray(grad_x, np.float32).reshape(-1, 3), expected[0], rtol=0.02, atol=0.02
+    )
     np.testing.assert_allclose(grad_thresholds, expected[1], rtol=1e-4, atol=1e-4)
 
 
@@ -129,13 +162,34 @@ X = np.zeros((4, 3), np.float32)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: thermometer.uniform_thresholds(X[0], 2), r"uniform_thresholds: expected at least one example, x \(N, F\), found \[3\]"),
-        (lambda: thermometer.gaussian_thresholds(X[:0], 2), r"gaussian_thresholds: expected at least one example.*found \[0, 3\]"),
-        (lambda: thermometer.distributive_thresholds(X, 0), r"distributive_thresholds: expected num_bits >= 1, found 0"),
-        (lambda: thermometer.encode(X, np.zeros((2, 5))), r"encode: expected thresholds .*found \[2, 5\] for \[4, 3\]"),
-        (lambda: thermometer.encode_ste(X, np.float32(0)), r"encode_ste: expected thresholds .*found \[\]"),
-        (lambda: thermometer.encode_ste(X, np.zeros(2, np.float32), window=0), "window is a half-width and must be positive, found 0"),
-        (lambda: thermometer.encode_ste(X, np.zeros(2, np.float32), shape="triangle"), r"encode_ste: shape: .*Did you mean 'triangular'\?"),
+        (
+            lambda: thermometer.uniform_thresholds(X[0], 2),
+            r"uniform_thresholds: expected at least one example, x \(N, F\), found \[3\]",
+        ),
+        (
+            lambda: thermometer.gaussian_thresholds(X[:0], 2),
+            r"gaussian_thresholds: expected at least one example.*found \[0, 3\]",
+        ),
+        (
+            lambda: thermometer.distributive_thresholds(X, 0),
+            r"distributive_thresholds: expected num_bits >= 1, found 0",
+        ),
+        (
+            lambda: thermometer.encode(X, np.zeros((2, 5))),
+            r"encode: expected thresholds .*found \[2, 5\] for \[4, 3\]",
+        ),
+        (
+            lambda: thermometer.encode_ste(X, np.float32(0)),
+            r"encode_ste: expected thresholds .*found \[\]",
+        ),
+        (
+            lambda: thermometer.encode_ste(X, np.zeros(2, np.float32), window=0),
+            "window is a half-width and must be positive, found 0",
+        ),
+        (
+            lambda: thermometer.encode_ste(X, np.zeros(2, np.float32), shape="triangle"),
+            r"encode_ste: shape: .*Did you mean 'triangular'\?",
+        ),
     ],
 )
 def test_errors(call, message):

@@ -23,12 +23,23 @@ INDEX = "model.safetensors.index.json"
 
 
 def small(kind, **changes) -> Any:
-    """A small model of odd sizes; of the Transformer++, 4 heads of queries share 2 of keys and values."""
+    """A small model of odd sizes; of the Transformer++, 4 heads of queries share 2 of keys and
+    values.
+    """
     sizes: dict[str, Any] = {"vocab_size": 31, "layers": 2, "context": 20}
     if kind == "matmulfree":
         sizes |= {"width": 24, "hidden": 40, **changes}
         return MatMulFree(MatMulFreeConfig(**sizes))
-    sizes |= {"width": 20, "heads": 4, "kv_heads": 2, "head_width": 6, "hidden": 36, "rope_theta": 500.0, "epsilon": 1e-5, **changes}
+    sizes |= {
+        "width": 20,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_width": 6,
+        "hidden": 36,
+        "rope_theta": 500.0,
+        "epsilon": 1e-5,
+        **changes,
+    }
     return TransformerPP(TransformerPPConfig(**sizes))
 
 
@@ -39,7 +50,15 @@ def size_of(kind, model) -> int:
 
 def random_variables(kind, model, seed=0) -> dict[str, Any]:
     draw = np.random.default_rng(seed)
-    return {"params": unflatten_dict({p.path: draw.standard_normal(p.shape(), np.float32) for p in LAYOUTS[kind].parts(model.config)}, sep="/")}
+    return {
+        "params": unflatten_dict(
+            {
+                p.path: draw.standard_normal(p.shape(), np.float32)
+                for p in LAYOUTS[kind].parts(model.config)
+            },
+            sep="/",
+        )
+    }
 
 
 def assert_same(found, expected):
@@ -48,7 +67,11 @@ def assert_same(found, expected):
     others: dict[str, Any] = flatten_dict(expected, sep="/")
     assert arrays.keys() == others.keys()
     for name, value in others.items():
-        assert arrays[name].dtype == value.dtype and arrays[name].shape == value.shape and arrays[name].tobytes() == value.tobytes(), name
+        assert (
+            arrays[name].dtype == value.dtype
+            and arrays[name].shape == value.shape
+            and arrays[name].tobytes() == value.tobytes()
+        ), name
 
 
 def write(folder, kind, tensors, config=None):
@@ -56,7 +79,9 @@ def write(folder, kind, tensors, config=None):
     pretrained.save(small(kind), random_variables(kind, small(kind)), folder, overwrite=True)
     save_file(tensors, folder / "model.safetensors")
     known = json.loads((folder / "config.json").read_text()) | (config or {})
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in known.items() if value != "left out"}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in known.items() if value != "left out"})
+    )
 
 
 def as_published(kind, model, variables) -> dict[str, np.ndarray]:
@@ -79,4 +104,6 @@ def torch_shards(folder, tensors, count=3):
         file = f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"
         save_torch(folder / file, OrderedDict({name: tensors[name] for name in part}))
         places |= dict.fromkeys(part, file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )

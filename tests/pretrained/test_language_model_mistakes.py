@@ -1,4 +1,6 @@
-"""What is wrong with a language model's checkpoint is named, and nothing is written that should not be."""
+"""What is wrong with a language model's checkpoint is named, and nothing is written that should not
+be.
+"""
 
 import json
 import os
@@ -12,7 +14,16 @@ import pytest
 from quweit_jax import pretrained
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
-from tests.pretrained.language_files import INDEX, assert_same, both, published_tensors, random_variables, small, torch_shards, write
+from tests.pretrained.language_files import (
+    INDEX,
+    assert_same,
+    both,
+    published_tensors,
+    random_variables,
+    small,
+    torch_shards,
+    write,
+)
 from tests.pretrained.vit_files import save_torch
 
 
@@ -38,34 +49,89 @@ def test_wrong_configs_are_named(tmp_path):
         ("attention_bias", True, "false, found true"),
         ("mlp_bias", True, "false, found true"),
         ("hidden_act", "gelu", '"silu" or "swish", found "gelu"'),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rotary positions of type 'default', found .*llama3.*not supported"),
-        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1.0}, "rotary positions of type 'default', found .*linear"),
+        (
+            "rope_scaling",
+            {"rope_type": "llama3", "factor": 8.0},
+            "rotary positions of type 'default', found .*llama3.*not supported",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "linear", "rope_theta": 1.0},
+            "rotary positions of type 'default', found .*linear",
+        ),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "rotary positions of type 'default'"),
         ("rope_parameters", 3, "an object of names and values, found 3"),
         ("rope_theta", "10000", 'a positive number, found "10000"'),
         ("num_key_value_heads", 0, "a whole number from 1 to .*, found 0"),
     ):
-        refused("transformer_pp", {"rope_parameters": None} | {key: value}, where + f"{key}: expected {expected}")
-    refused("transformer_pp", {"num_key_value_heads": 3}, "4 heads cannot share 3 heads of keys and values")
-    refused("transformer_pp", {"num_attention_heads": "left out", "vocab_size": "left out"}, r"config\.json lacks vocab_size, num_attention_heads")
+        refused(
+            "transformer_pp",
+            {"rope_parameters": None} | {key: value},
+            where + f"{key}: expected {expected}",
+        )
+    refused(
+        "transformer_pp",
+        {"num_key_value_heads": 3},
+        "4 heads cannot share 3 heads of keys and values",
+    )
+    refused(
+        "transformer_pp",
+        {"num_attention_heads": "left out", "vocab_size": "left out"},
+        r"config\.json lacks vocab_size, num_attention_heads",
+    )
     refused("matmulfree", {"hidden_size": "left out"}, r"config\.json lacks hidden_size")
-    refused("matmulfree", {"model_type": "llama"}, r"expected model_type 'hgrn_bit' in .*config\.json, found 'llama'; load it with the kind")
-    refused("transformer_pp", {"model_type": "left out"}, r"expected model_type 'llama' in .*config\.json, found None")
+    refused(
+        "matmulfree",
+        {"model_type": "llama"},
+        r"expected model_type 'hgrn_bit' in .*config\.json, found 'llama'; load it with the kind",
+    )
+    refused(
+        "transformer_pp",
+        {"model_type": "left out"},
+        r"expected model_type 'llama' in .*config\.json, found None",
+    )
 
 
 def test_wrong_tensors_are_named(tmp_path):
     def refused(kind, changes, message):
-        write(tmp_path, kind, {name: value for name, value in (published_tensors(kind) | changes).items() if value is not None})
+        write(
+            tmp_path,
+            kind,
+            {
+                name: value
+                for name, value in (published_tensors(kind) | changes).items()
+                if value is not None
+            },
+        )
         with pytest.raises(InputError, match=message):
             pretrained.load(tmp_path, kind)
 
     one, name = np.ones((1, 20), np.float32), "model.layers.1.mlp.up_proj.weight"
     refused("transformer_pp", {name: None}, rf"lacks the tensor {name} \[36, 20\]\. Did you mean")
-    refused("transformer_pp", {name: one}, rf"tensor {name}: expected shape \[36, 20\], found \[1, 20\]; do config\.json and the weights belong")
-    refused("transformer_pp", {"model.layers.2.mlp.up_proj.weight": one}, r"does not have: model\.layers\.2\.mlp\.up_proj\.weight")
-    refused("transformer_pp", {"lm_head.weight": None}, r"lacks the tensor lm_head\.weight \[31, 20\]")
-    refused("matmulfree", {"lm_head.norm.weight": None}, r"lacks the tensor lm_head\.norm\.weight \[24\]")
-    refused("matmulfree", {"model.lower_bounds": one}, r"model\.lower_bounds: expected shape \[2, 24\], found \[1, 20\]")
+    refused(
+        "transformer_pp",
+        {name: one},
+        rf"tensor {name}: expected shape \[36, 20\], found \[1, 20\]; do config\.json and the "
+        r"weights belong",
+    )
+    refused(
+        "transformer_pp",
+        {"model.layers.2.mlp.up_proj.weight": one},
+        r"does not have: model\.layers\.2\.mlp\.up_proj\.weight",
+    )
+    refused(
+        "transformer_pp", {"lm_head.weight": None}, r"lacks the tensor lm_head\.weight \[31, 20\]"
+    )
+    refused(
+        "matmulfree",
+        {"lm_head.norm.weight": None},
+        r"lacks the tensor lm_head\.norm\.weight \[24\]",
+    )
+    refused(
+        "matmulfree",
+        {"model.lower_bounds": one},
+        r"model\.lower_bounds: expected shape \[2, 24\], found \[1, 20\]",
+    )
     refused("matmulfree", {"lm_head.bias": one}, r"does not have: lm_head\.bias")
 
 
@@ -86,7 +152,10 @@ def test_wrong_files_are_named(tmp_path):
 
     victim = tmp_path / "victim"
     harm = type("Harm", (), {"__reduce__": lambda self: (os.system, (f"touch {victim}",))})()
-    for content, message in (({"weights": harm}, "wants to run .*system; this is no plain state dict; refused"), ([1, 2], "expected a state dict")):
+    for content, message in (
+        ({"weights": harm}, "wants to run .*system; this is no plain state dict; refused"),
+        ([1, 2], "expected a state dict"),
+    ):
         save_torch(tmp_path / "pytorch_model.bin", content)
         refused(message)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}, 2))
@@ -97,11 +166,17 @@ def test_wrong_files_are_named(tmp_path):
     torch_shards(tmp_path, tensors)
     second = tmp_path / "pytorch_model-00002-of-00003.bin"
     save_torch(second, OrderedDict({"model.norm.weight": np.ones(20, np.float32)}))
-    refused(r"pytorch_model\.bin\.index\.json and pytorch_model-00002-of-00003\.bin do not agree on model\..*; download both")
+    refused(
+        r"pytorch_model\.bin\.index\.json and pytorch_model-00002-of-00003\.bin do not agree on "
+        r"model\..*; download both"
+    )
     second.write_bytes(second.read_bytes()[:-100])
     refused(r"pytorch_model-00002-of-00003\.bin is damaged or cut short")
     second.unlink()
-    refused(r"pytorch_model\.bin\.index\.json names the shard pytorch_model-00002-of-00003\.bin, found no such file")
+    refused(
+        r"pytorch_model\.bin\.index\.json names the shard pytorch_model-00002-of-00003\.bin, found "
+        r"no such file"
+    )
     shutil.rmtree(tmp_path)
 
     pretrained.save(small(kind), random_variables(kind, small(kind)), tmp_path, shard_bytes=4000)
@@ -111,7 +186,10 @@ def test_wrong_files_are_named(tmp_path):
     for content, message in (
         ("{", "index.json is not JSON"),
         (json.dumps({"weight_map": {}}), "expected a 'weight_map' of tensors' names and files"),
-        (json.dumps({"weight_map": {"a": "../a.safetensors"}}), r"expected the name of a file beside it, found '\.\./a\.safetensors'"),
+        (
+            json.dumps({"weight_map": {"a": "../a.safetensors"}}),
+            r"expected the name of a file beside it, found '\.\./a\.safetensors'",
+        ),
     ):
         (tmp_path / INDEX).write_text(content)
         refused(message)
@@ -128,11 +206,32 @@ def test_what_cannot_be_saved(tmp_path, kind):
         assert not (tmp_path / "a" / "config.json").exists()
 
     for mlp in ("weightless", "none", "dense+weightless"):
-        refused(small(kind, mlp=mlp), variables, f"has dense MLPs alone, found mlp '{mlp.split('+')[-1]}'")
-    refused(GPT(GPTConfig(vocab_size=5, context=4)), variables, "expected a MatMulFree or TransformerPP model, found GPT")
-    refused(model, {"packed": {}}, r"expected the array params/\w+.*, found none; give the variables the model was trained with")
-    refused(small(kind, vocab_size=32), variables, r"embedding: expected shape \[32, 2\d\], found \[31, 2\d\]")
-    refused(model, {"params": variables["params"] | {"more": {"x": np.ones(2)}}}, "has no place for params/more/x")
+        refused(
+            small(kind, mlp=mlp),
+            variables,
+            f"has dense MLPs alone, found mlp '{mlp.split('+')[-1]}'",
+        )
+    refused(
+        GPT(GPTConfig(vocab_size=5, context=4)),
+        variables,
+        "expected a MatMulFree or TransformerPP model, found GPT",
+    )
+    refused(
+        model,
+        {"packed": {}},
+        r"expected the array params/\w+.*, found none; give the variables the model was trained "
+        r"with",
+    )
+    refused(
+        small(kind, vocab_size=32),
+        variables,
+        r"embedding: expected shape \[32, 2\d\], found \[31, 2\d\]",
+    )
+    refused(
+        model,
+        {"params": variables["params"] | {"more": {"x": np.ones(2)}}},
+        "has no place for params/more/x",
+    )
     refused(model, variables, "shard_bytes: expected at least 1, found 0", shard_bytes=0)
     (tmp_path / "a").write_text("")
     refused(model, variables, "expected a folder, found a file")
@@ -144,7 +243,10 @@ def test_nothing_is_overwritten_unasked(tmp_path, kind):
     first, second = (random_variables(kind, model, seed) for seed in (0, 1))
     (tmp_path / "tokenizer.json").write_text("{}")
     pretrained.save(model, first, tmp_path)
-    with pytest.raises(InputError, match=r"already holds config\.json, model\.safetensors; give another folder, or overwrite=True"):
+    with pytest.raises(
+        InputError,
+        match=r"already holds config\.json, model\.safetensors; give another folder, or overwrite=True",
+    ):
         pretrained.save(model, second, tmp_path)
     assert_same(pretrained.load(tmp_path, kind)[1], first)
     (tmp_path / "config.json").unlink()
@@ -154,4 +256,8 @@ def test_nothing_is_overwritten_unasked(tmp_path, kind):
         pretrained.save(model, second, tmp_path, overwrite=True, shard_bytes=shard_bytes)
         assert_same(pretrained.load(tmp_path, kind)[1], second)
         second = random_variables(kind, model, shard_bytes)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]

@@ -39,7 +39,9 @@ def test_golden_logits(golden):
 
 
 def test_gpt2_layout_gives_the_same_model(golden, tmp_path):
-    """The same weights rewritten as Hugging Face GPT-2 (transposed, with biases, exact GELU) give the same logits."""
+    """The same weights rewritten as Hugging Face GPT-2 (transposed, with biases, exact GELU) give
+    the same logits.
+    """
     config = json.loads((golden / "config.json").read_text())
     tensors = {}
     for name, value in load_file(golden / "model.safetensors").items():
@@ -47,16 +49,27 @@ def test_gpt2_layout_gives_the_same_model(golden, tmp_path):
         projection = name.startswith("h.") and "ln_" not in name
         tensors[name] = np.ascontiguousarray(value.T) if projection else value
         if projection or "ln_" in name:
-            tensors[name.replace(".weight", ".bias")] = np.zeros(tensors[name].shape[-1], np.float32)
+            tensors[name.replace(".weight", ".bias")] = np.zeros(
+                tensors[name].shape[-1], np.float32
+            )
     tensors["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
     tensors["lm_head.weight"] = tensors["wte.weight"].copy()
     save_file(tensors, tmp_path / "model.safetensors")
     sizes = {k: config[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
     (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "gpt2", "n_positions": config["block_size"], "activation_function": "gelu"} | sizes)
+        json.dumps(
+            {
+                "model_type": "gpt2",
+                "n_positions": config["block_size"],
+                "activation_function": "gelu",
+            }
+            | sizes
+        )
     )
     io = np.load(golden / "io.npz")
-    np.testing.assert_allclose(logits_of(tmp_path, io["input_ids"].astype(np.int32)), io["logits"], atol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(tmp_path, io["input_ids"].astype(np.int32)), io["logits"], atol=1e-4
+    )
 
 
 def test_untied_head_is_kept(copy):
@@ -64,7 +77,9 @@ def test_untied_head_is_kept(copy):
     tensors["lm_head.weight"] = 2 * tensors["transformer.wte.weight"]
     save_file(tensors, copy / "model.safetensors")
     io = np.load(copy / "io.npz")
-    np.testing.assert_allclose(logits_of(copy, io["input_ids"].astype(np.int32)), 2 * io["logits"], atol=2e-4)
+    np.testing.assert_allclose(
+        logits_of(copy, io["input_ids"].astype(np.int32)), 2 * io["logits"], atol=2e-4
+    )
 
 
 def change(folder, edit):
@@ -80,15 +95,22 @@ def test_wrong_tensors_are_named(copy):
     with pytest.raises(InputError, match=r"lacks the tensor h\.1\.mlp\.c_fc\.weight \[192, 48\]"):
         pretrained.load(copy, "nanogpt")
     change(copy, lambda t: t.update({name: kept[:-1]}))
-    with pytest.raises(InputError, match=r"h\.1\.mlp\.c_fc\.weight: expected shape \[192, 48\], found \[191, 48\]"):
+    with pytest.raises(
+        InputError, match=r"h\.1\.mlp\.c_fc\.weight: expected shape \[192, 48\], found \[191, 48\]"
+    ):
         pretrained.load(copy, "nanogpt")
-    change(copy, lambda t: t.update({name: kept, "transformer.h.2.ln_1.weight": np.ones(48, np.float32)}))
+    change(
+        copy,
+        lambda t: t.update({name: kept, "transformer.h.2.ln_1.weight": np.ones(48, np.float32)}),
+    )
     with pytest.raises(InputError, match=r"does not have: h\.2\.ln_1\.weight"):
         pretrained.load(copy, "nanogpt")
 
 
 def test_wrong_files_are_named(copy, tmp_path):
-    with pytest.raises(InputError, match=r"expected one of .*'nanogpt'.*, found 'nanogtp'.* Did you mean 'nanogpt'"):
+    with pytest.raises(
+        InputError, match=r"expected one of .*'nanogpt'.*, found 'nanogtp'.* Did you mean 'nanogpt'"
+    ):
         pretrained.load(copy, "nanogtp")
     with pytest.raises(InputError, match="no such folder"):
         pretrained.load(tmp_path / "nowhere", "nanogpt")

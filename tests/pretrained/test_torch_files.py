@@ -1,4 +1,6 @@
-"""Files of torch.save read without torch: every layout of a tensor, both formats, and files that are damaged or mean harm."""
+"""Files of torch.save read without torch: every layout of a tensor, both formats, and files that
+are damaged or mean harm.
+"""
 
 import argparse
 import os
@@ -50,13 +52,26 @@ def test_every_layout_and_type(tmp_path, legacy, big_endian):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_training_checkpoints(tmp_path, legacy):
-    """The state dict under a name, and beside it what training programs save; parameters are tensors."""
-    state = OrderedDict(a=Parameter(np.ones((2, 3), np.float32)), b=np.arange(3.0, dtype=np.float32))
+    """The state dict under a name, and beside it what training programs save; parameters are
+    tensors.
+    """
+    state = OrderedDict(
+        a=Parameter(np.ones((2, 3), np.float32)), b=np.arange(3.0, dtype=np.float32)
+    )
     state._metadata = {"": {"version": 1}}
     args = argparse.Namespace(lr=1e-3, model="deit_tiny")
-    beside = {"optimizer": {"state": {0: np.zeros(7, np.float32)}}, "args": args, "epoch": 3, "best": np.float64(81.2)}
+    beside = {
+        "optimizer": {"state": {0: np.zeros(7, np.float32)}},
+        "args": args,
+        "epoch": 3,
+        "best": np.float64(81.2),
+    }
     expected = {"a": np.ones((2, 3), np.float32), "b": np.arange(3.0, dtype=np.float32)}
-    for content in ({"model": state} | beside, beside | {"state_dict": state}, {"state_dict": {"model": state}}):
+    for content in (
+        {"model": state} | beside,
+        beside | {"state_dict": state},
+        {"state_dict": {"model": state}},
+    ):
         assert_same(read_torch(save_torch(tmp_path / "a.pt", content, legacy)), expected)
 
 
@@ -73,9 +88,14 @@ class Harm:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_harm_is_refused(tmp_path, legacy):
     victim = tmp_path / "victim"
-    for harm, name in ((Harm(os.system, f"touch {victim}"), rf"{os.name}\.system"), (Harm(eval, "1 + 1"), "__builtin__.eval")):
+    for harm, name in (
+        (Harm(os.system, f"touch {victim}"), rf"{os.name}\.system"),
+        (Harm(eval, "1 + 1"), "__builtin__.eval"),
+    ):
         content = {"model": OrderedDict(a=np.ones(2, np.float32)), "args": harm}
-        with pytest.raises(InputError, match=rf"a\.pth wants to run {name}; this is no plain state dict; refused"):
+        with pytest.raises(
+            InputError, match=rf"a\.pth wants to run {name}; this is no plain state dict; refused"
+        ):
             read_torch(save_torch(tmp_path / "a.pth", content, legacy))
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Harm(os.system, f"touch {victim}")))
     with pytest.raises(InputError, match="refused"):
@@ -90,9 +110,16 @@ def archive_of(path, pickled):
 
 
 def test_what_is_allowed_cannot_be_changed(tmp_path):
-    """A pickle that sets attributes of the functions and classes it gets changes nothing that outlives the file."""
+    """A pickle that sets attributes of the functions and classes it gets changes nothing that
+    outlives the file.
+    """
     attribute = b"}X\x05\x00\x00\x00stateK\x01s"
-    for found in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n", b"ctorch\nSize\n"):
+    for found in (
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ccollections\nOrderedDict\n",
+        b"cargparse\nNamespace\n",
+        b"ctorch\nSize\n",
+    ):
         for state in (attribute, b"N" + attribute + b"\x86"):
             with pytest.raises(InputError, match="damaged"):
                 read_torch(archive_of(tmp_path / "a.pth", found + state + b"b"))
@@ -128,7 +155,12 @@ def test_damaged_archives(tmp_path):
     def fresh():
         return save_torch(tmp_path / "a.pth", OrderedDict(a=np.arange(6.0)))
 
-    for name, value in (("data/0", b"\0" * 40), ("data/0", None), ("data.pkl", b"\x80\x02N"), ("data.pkl", b"nonsense")):
+    for name, value in (
+        ("data/0", b"\0" * 40),
+        ("data/0", None),
+        ("data.pkl", b"\x80\x02N"),
+        ("data.pkl", b"nonsense"),
+    ):
         edit_archive(fresh(), {f"archive/{name}": value})
         with pytest.raises(InputError, match="damaged or cut short"):
             read_torch(tmp_path / "a.pth")
@@ -166,6 +198,10 @@ def test_other_files(tmp_path):
     (tmp_path / "a.pth").write_bytes(pickle.dumps({"a": 1}, 2))
     with pytest.raises(InputError, match=r"is a pickle, but not one of torch\.save"):
         read_torch(tmp_path / "a.pth")
-    for content, found in (({"epoch": 3, "lr": 0.1}, "the keys epoch, lr"), ([1, 2], "list"), ({}, "the keys")):
+    for content, found in (
+        ({"epoch": 3, "lr": 0.1}, "the keys epoch, lr"),
+        ([1, 2], "list"),
+        ({}, "the keys"),
+    ):
         with pytest.raises(InputError, match=f"expected a state dict .* found {found}"):
             read_torch(save_torch(tmp_path / "a.pth", content))

@@ -18,14 +18,26 @@ from tests.pretrained.vit_files import save_torch, weights
 
 @functools.cache
 def shapes(image=16, classes=5, variant="mu/8", depth=2, bits=4, num_luts=32, **options):
-    model = ViT(ViTConfig(classes, variant=variant, depth=depth, weightless=WeightlessOptions(num_luts=num_luts, thermometer_bits=bits), **options))
-    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image, image, 3), jnp.float32))
+    model = ViT(
+        ViTConfig(
+            classes,
+            variant=variant,
+            depth=depth,
+            weightless=WeightlessOptions(num_luts=num_luts, thermometer_bits=bits),
+            **options,
+        )
+    )
+    return jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image, image, 3), jnp.float32)
+    )
 
 
 def variables(seed, **options):
-    """Variables of a ViT, each array of other numbers, without initialising it."""
+    """Variables of a ViT, each array of other numbers, without initializing it."""
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(draw.integers(0, 100, s.shape), s.dtype), shapes(**options))
+    return jax.tree.map(
+        lambda s: jnp.asarray(draw.integers(0, 100, s.shape), s.dtype), shapes(**options)
+    )
 
 
 def leaves(tree):
@@ -36,9 +48,17 @@ def split(merged, target, source):
     """Which arrays of merged are the source's, and which the target's own."""
     merged, target, source = leaves(merged), leaves(target), leaves(source)
     assert merged.keys() == target.keys()
-    assert all(merged[n].shape == target[n].shape and merged[n].dtype == target[n].dtype for n in merged)
-    taken = {name for name in merged if name in source and np.array_equal(merged[name], source[name])}
-    assert all(np.array_equal(merged[name], target[name]) for name in merged.keys() - taken if "position" not in name)
+    assert all(
+        merged[n].shape == target[n].shape and merged[n].dtype == target[n].dtype for n in merged
+    )
+    taken = {
+        name for name in merged if name in source and np.array_equal(merged[name], source[name])
+    }
+    assert all(
+        np.array_equal(merged[name], target[name])
+        for name in merged.keys() - taken
+        if "position" not in name
+    )
     return taken
 
 
@@ -57,8 +77,14 @@ def test_other_classes_and_image_size():
     split(merged, target, source)
     position = resample_positions(source["params"]["position_embedding"], (4, 4))
     np.testing.assert_allclose(merged["params"]["position_embedding"], position, rtol=1e-6)
-    assert report.resampled == ("position_embedding",) and report.fresh == ("head/bias", "head/kernel") == report.unused
-    assert report.describe() == "init_from: 30 of 32 arrays taken; resampled: position_embedding; fresh: head; unused: head"
+    assert (
+        report.resampled == ("position_embedding",)
+        and report.fresh == ("head/bias", "head/kernel") == report.unused
+    )
+    assert (
+        report.describe()
+        == "init_from: 30 of 32 arrays taken; resampled: position_embedding; fresh: head; unused: head"
+    )
 
 
 def test_class_token_only_on_one_side():
@@ -68,7 +94,9 @@ def test_class_token_only_on_one_side():
     np.testing.assert_allclose(merged["params"]["position_embedding"], position[:, 1:], rtol=1e-6)
     assert report.unused == ("cls_token",)
     merged, report = merge(source, target)
-    np.testing.assert_array_equal(merged["params"]["position_embedding"][:, :1], source["params"]["position_embedding"][:, :1])
+    np.testing.assert_array_equal(
+        merged["params"]["position_embedding"][:, :1], source["params"]["position_embedding"][:, :1]
+    )
     assert report.fresh == ("cls_token",)
 
 
@@ -78,7 +106,10 @@ def test_weightless_in_place_of_dense():
         target = variables(1, mlp=mlp, classes=6)
         merged, report = merge(target, source)
         taken = split(merged, target, source)
-        assert not any("/luts_" in name for name in taken) and "params/block_1/mlp_norm/norm/scale" in taken
+        assert (
+            not any("/luts_" in name for name in taken)
+            and "params/block_1/mlp_norm/norm/scale" in taken
+        )
         assert report.describe().endswith(f"; fresh: head, {named}; unused: head, {named}")
 
 
@@ -86,7 +117,8 @@ def test_tables_and_wiring_go_together():
     target, source = variables(1, mlp="weightless"), variables(2, mlp="weightless")
     merged, report = merge(target, source)
     assert split(merged, target, source) == leaves(target).keys() and not report.fresh
-    # Other thresholds: tables, vectors and mapping have the same shapes, but mean something else; so do those without a wiring.
+    # Other thresholds: tables, vectors and mapping have the same shapes, but mean something else;
+    # so do those without a wiring.
     unwired = {"params": source["params"]}
     for other in (variables(2, mlp="weightless", bits=2), unwired):
         merged, report = merge(target, other)
@@ -97,7 +129,10 @@ def test_tables_and_wiring_go_together():
 
 def test_look_up_layers_outside_of_blocks():
     def layers(inputs, fill):
-        wiring = {"mapping": np.full((8, 4), fill, np.int32), "inverse": np.full((inputs, 32 // inputs), fill, np.int32)}
+        wiring = {
+            "mapping": np.full((8, 4), fill, np.int32),
+            "inverse": np.full((inputs, 32 // inputs), fill, np.int32),
+        }
         first = {"tables": np.full((8, 16), fill, np.float32)}
         return {
             "params": {"luts_0": first, "luts_1": {"tables": np.full((4, 4), fill, np.float32)}},
@@ -106,14 +141,20 @@ def test_look_up_layers_outside_of_blocks():
 
     merged, report = merge(layers(8, 1), layers(16, 2))
     assert report.fresh == ("luts_0/inverse", "luts_0/mapping", "luts_0/tables")
-    assert merged["params"]["luts_1"]["tables"][0, 0] == 2 == merged["wiring"]["luts_1"]["mapping"][0, 0]
+    assert (
+        merged["params"]["luts_1"]["tables"][0, 0]
+        == 2
+        == merged["wiring"]["luts_1"]["mapping"][0, 0]
+    )
     assert merged["wiring"]["luts_0"]["mapping"][0, 0] == 1
 
 
 def test_ranges():
     floats, integers = variables(1), variables(2, integer=True)
     merged, report = merge(integers, floats)
-    assert split(merged, integers, floats) == {name for name in leaves(integers) if name.startswith("params/")}
+    assert split(merged, integers, floats) == {
+        name for name in leaves(integers) if name.startswith("params/")
+    }
     assert report.describe().endswith("; fresh: ranges")
     assert merge(floats, integers)[1].describe().endswith("arrays taken; unused: ranges")
     other = variables(3, integer=True)
@@ -121,7 +162,10 @@ def test_ranges():
 
 
 def test_nothing_fits():
-    with pytest.raises(InputError, match=r"init_from: none of the source's 32 arrays fits .*--config\.model\.variant"):
+    with pytest.raises(
+        InputError,
+        match=r"init_from: none of the source's 32 arrays fits .*--config\.model\.variant",
+    ):
         merge(variables(1), variables(2, variant="Mi/4", depth=2))
     with pytest.raises(InputError, match="init_from: none"):
         merge(variables(1), {"params": {}})
@@ -135,11 +179,19 @@ def test_sources(tmp_path):
     assert source.keys() == {"params"}
     merged, report = merge(variables(1, variant="mu/4", depth=1, image=8, mlp_ratio=2), source)
     assert report.describe() == "init_from: 20 of 20 arrays taken"
-    np.testing.assert_array_equal(merged["params"]["block_0"]["mlp"]["up"]["kernel"], tensors["blocks.0.mlp.fc1.weight"].T)
-    save_file({"module." + name: value for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(read_source(tmp_path)["params"]["head"]["bias"], tensors["head.bias"])
+    np.testing.assert_array_equal(
+        merged["params"]["block_0"]["mlp"]["up"]["kernel"], tensors["blocks.0.mlp.fc1.weight"].T
+    )
+    save_file(
+        {"module." + name: value for name, value in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    np.testing.assert_array_equal(
+        read_source(tmp_path)["params"]["head"]["bias"], tensors["head.bias"]
+    )
     save_file({"wte.weight": np.ones((2, 2), np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"expected the weights of a vision transformer .* found wte\.weight"):
+    with pytest.raises(
+        InputError, match=r"expected the weights of a vision transformer .* found wte\.weight"
+    ):
         read_source(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):
         read_source(tmp_path / "nowhere")

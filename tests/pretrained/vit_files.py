@@ -1,4 +1,6 @@
-"""Checkpoints of vision transformers for tests: weights in timm's names, and files as torch.save writes them, made without torch."""
+"""Checkpoints of vision transformers for tests: weights in timm's names, and files as torch.save
+writes them, made without torch.
+"""
 
 import pickle
 import struct
@@ -44,10 +46,16 @@ def weights(width=64, depth=1, patch=4, grid=2, classes=5, ratio=2, channels=3, 
             "mlp.fc1": (ratio * width, width),
             "mlp.fc2": (width, ratio * width),
         }.items():
-            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+            shapes |= {
+                f"blocks.{i}.{name}.weight": (rows, columns),
+                f"blocks.{i}.{name}.bias": (rows,),
+            }
         for name in ("norm1", "norm2"):
             shapes |= {f"blocks.{i}.{name}.weight": (width,), f"blocks.{i}.{name}.bias": (width,)}
-    return {name: draw.normal(0.3 * ("norm" in name), 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        name: draw.normal(0.3 * ("norm" in name), 0.1, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 class Parameter:
@@ -72,7 +80,9 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj):
         if isinstance(obj, _Storage):
             kind = getattr(self.torch, STORAGES[str(obj.numbers.dtype)])
-            return ("storage", kind, obj.key, "cpu", obj.numbers.size) + ((None,) if self.legacy else ())
+            return ("storage", kind, obj.key, "cpu", obj.numbers.size) + (
+                (None,) if self.legacy else ()
+            )
         return None
 
     def reducer_override(self, obj):
@@ -87,7 +97,14 @@ class _Pickler(pickle.Pickler):
         storage = self.storages.setdefault(id(base), _Storage(key, base))
         places = (obj.ctypes.data - base.ctypes.data) // obj.itemsize
         strides = tuple(s // obj.itemsize for s in obj.strides)
-        return self.torch._utils._rebuild_tensor_v2, (storage, places, obj.shape, strides, False, OrderedDict())
+        return self.torch._utils._rebuild_tensor_v2, (
+            storage,
+            places,
+            obj.shape,
+            strides,
+            False,
+            OrderedDict(),
+        )
 
 
 def _fake_torch():
@@ -103,7 +120,9 @@ def _fake_torch():
 
 
 def save_torch(path, content, legacy=False, big_endian=False, compression=zipfile.ZIP_STORED):
-    """Writes content, NumPy arrays for tensors, in torch.save's zip format or in the one before 1.6."""
+    """Writes content, NumPy arrays for tensors, in torch.save's zip format or in the one before
+    1.6.
+    """
     torch, utils = _fake_torch()
     with mock.patch.dict(sys.modules, {"torch": torch, "torch._utils": utils}):
         name = path.with_suffix(".pickle")
@@ -112,12 +131,26 @@ def save_torch(path, content, legacy=False, big_endian=False, compression=zipfil
             pickler.dump(content)
     pickled = name.read_bytes()
     name.unlink()
-    storages = {s.key: s.numbers.byteswap().tobytes() if big_endian else s.numbers.tobytes() for s in pickler.storages.values()}
+    storages = {
+        s.key: s.numbers.byteswap().tobytes() if big_endian else s.numbers.tobytes()
+        for s in pickler.storages.values()
+    }
     if legacy:
         sizes = {s.key: s.numbers.size for s in pickler.storages.values()}
-        header = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": not big_endian}]
-        data = b"".join(pickle.dumps(part, 2) for part in header) + pickled + pickle.dumps(sorted(storages), 2)
-        path.write_bytes(data + b"".join(struct.pack("<q", sizes[key]) + storages[key] for key in sorted(storages)))
+        header = [
+            0x1950A86A20F9469CFC6C,
+            1001,
+            {"protocol_version": 1001, "little_endian": not big_endian},
+        ]
+        data = (
+            b"".join(pickle.dumps(part, 2) for part in header)
+            + pickled
+            + pickle.dumps(sorted(storages), 2)
+        )
+        path.write_bytes(
+            data
+            + b"".join(struct.pack("<q", sizes[key]) + storages[key] for key in sorted(storages))
+        )
         return path
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)

@@ -1,4 +1,6 @@
-"""Two processes, each with half of every batch, train what one process trains; one process goes on with their checkpoint."""
+"""Two processes, each with half of every batch, train what one process trains; one process goes on
+with their checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +27,39 @@ def free_port() -> int:
 
 def start(arguments: list[str], workdir: Path, count: int) -> list[subprocess.Popen]:
     """A training command on each of `count` processes of one CPU device."""
-    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count), "JAX_NUM_CPU_DEVICES": "1"}
+    shared = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
     command = [sys.executable, "-m", "quweit_jax.train", *arguments, f"--workdir={workdir}"]
     return [
         subprocess.Popen(
-            command, cwd=REPOSITORY, env=os.environ | shared | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | shared | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(count)
     ]
 
 
 def losses(workdir: Path) -> dict[tuple[int, str], float]:
-    return {(row["step"], row["split"]): row["loss"] for row in metrics.read_rows(workdir / "metrics.jsonl")}
+    return {
+        (row["step"], row["split"]): row["loss"]
+        for row in metrics.read_rows(workdir / "metrics.jsonl")
+    }
 
 
 def test_two_processes_train_what_one_does(tiny_config, tiny_arguments, tmp_path):
     processes = start(tiny_arguments(VALUES), tmp_path / "two", 2)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "step 20: validation loss" in outputs[0][0] and "step" not in outputs[1][0], "only the first process speaks"
+    assert "step 20: validation loss" in outputs[0][0] and "step" not in outputs[1][0], (
+        "only the first process speaks"
+    )
 
     loop.fit(tiny_config(VALUES | {"mesh.data": 1}), tmp_path / "one")
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
@@ -66,10 +82,20 @@ def test_two_processes_train_what_one_does(tiny_config, tiny_arguments, tmp_path
 
 
 def test_processes_stop_together(tiny_arguments, tmp_path):
-    """A scheduler's SIGTERM may reach one process first; they agree on the step to stop at, and save."""
-    processes = start(tiny_arguments(VALUES | {"steps": 100_000, "checkpoint_every": 100_000, "eval_every": 100_000}), tmp_path / "run", 2)
+    """A scheduler's SIGTERM may reach one process first; they agree on the step to stop at, and
+    save.
+    """
+    processes = start(
+        tiny_arguments(
+            VALUES | {"steps": 100_000, "checkpoint_every": 100_000, "eval_every": 100_000}
+        ),
+        tmp_path / "run",
+        2,
+    )
     rows = tmp_path / "run" / "metrics.jsonl"
-    while not (rows.exists() and rows.stat().st_size) and all(process.poll() is None for process in processes):
+    while not (rows.exists() and rows.stat().st_size) and all(
+        process.poll() is None for process in processes
+    ):
         try:
             processes[0].wait(0.05)
         except subprocess.TimeoutExpired:
@@ -79,4 +105,7 @@ def test_processes_stop_together(tiny_arguments, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     step = read_checkpoint(tmp_path / "run")["step"]
     assert 1 <= step < 100_000
-    assert f"stopped at step {step} of 100000, saved. To go on: python -m quweit_jax.train --workdir=" in outputs[0][0]
+    assert (
+        f"stopped at step {step} of 100000, saved. To go on: python -m quweit_jax.train --workdir="
+        in outputs[0][0]
+    )

@@ -13,7 +13,9 @@ TARGETS = np.asarray([0, 1, 2, 3, 0, 1])
 
 
 def mix(seed, **config):
-    return mixing.mix(jnp.asarray(IMAGES), jnp.asarray(TARGETS), 4, AugmentConfig(**config), jax.random.key(seed))
+    return mixing.mix(
+        jnp.asarray(IMAGES), jnp.asarray(TARGETS), 4, AugmentConfig(**config), jax.random.key(seed)
+    )
 
 
 def test_label_smoothing_alone():
@@ -27,7 +29,9 @@ def test_mixup_blends_pixels_and_targets_alike(seed):
     inputs, targets = mix(seed, mixup=0.8)
     share = (np.asarray(inputs) - IMAGES[::-1])[0, 0, 0, 0] / (IMAGES - IMAGES[::-1])[0, 0, 0, 0]
     np.testing.assert_allclose(inputs, share * IMAGES + (1 - share) * IMAGES[::-1], atol=1e-5)
-    np.testing.assert_allclose(targets, share * np.eye(4)[TARGETS] + (1 - share) * np.eye(4)[TARGETS[::-1]], atol=1e-5)
+    np.testing.assert_allclose(
+        targets, share * np.eye(4)[TARGETS] + (1 - share) * np.eye(4)[TARGETS[::-1]], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -40,7 +44,9 @@ def test_cutmix_pastes_a_box_and_counts_its_area(seed):
         box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
     np.testing.assert_array_equal(inputs, np.where(box[None, :, :, None], IMAGES[::-1], IMAGES))
     share = 1 - box.mean()
-    np.testing.assert_allclose(targets, share * np.eye(4)[TARGETS] + (1 - share) * np.eye(4)[TARGETS[::-1]], atol=1e-6)
+    np.testing.assert_allclose(
+        targets, share * np.eye(4)[TARGETS] + (1 - share) * np.eye(4)[TARGETS[::-1]], atol=1e-6
+    )
 
 
 def test_switch_and_probability():
@@ -61,6 +67,9 @@ def test_same_key_same_batch():
 
 def test_soft_targets_in_the_loss():
     logits = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
-    hard, soft = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(TARGETS)), losses.cross_entropy(jnp.asarray(logits), jnp.eye(4)[TARGETS])
+    hard, soft = (
+        losses.cross_entropy(jnp.asarray(logits), jnp.asarray(TARGETS)),
+        losses.cross_entropy(jnp.asarray(logits), jnp.eye(4)[TARGETS]),
+    )
     for name in hard:
         np.testing.assert_allclose(hard[name], soft[name], rtol=1e-6)

@@ -1,6 +1,8 @@
-"""A run that is killed, stopped, damaged or out of disk goes on exactly where an uninterrupted one would be.
+"""A run that is killed, stopped, damaged or out of disk goes on exactly where an uninterrupted one
+would be.
 
-'Exactly' is bit for bit: parameters, optimizer, averages, random key and the data iterator's place, and every row of metrics.jsonl.
+'Exactly' is bit for bit: parameters, optimizer, averages, random key and the data iterator's place,
+and every row of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 import optax
 import pytest
 
-from quweit_jax import cli, train
+from quweit_jax.commands import cli, train
 from quweit_jax.errors import RunError
 from quweit_jax.training import loop, metrics, run, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
@@ -46,7 +48,9 @@ def losses(workdir: Path) -> dict[tuple[int, str], float]:
 
 def start(arguments: list[str], workdir: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "quweit_jax.train", *arguments, f"--workdir={workdir}"]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
@@ -87,7 +91,9 @@ def test_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tiny_arguments
     finish(start(tiny_arguments(LONG), workdir))
     assert_same_checkpoint(read_checkpoint(workdir), read_checkpoint(uninterrupted))
     assert losses(workdir) == losses(uninterrupted)
-    assert not list((workdir / "checkpoints").glob("*tmp*")), "what a kill left half written is cleaned up"
+    assert not list((workdir / "checkpoints").glob("*tmp*")), (
+        "what a kill left half written is cleaned up"
+    )
 
 
 def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, tiny_arguments, tmp_path):
@@ -98,9 +104,20 @@ def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, tiny_arguments, tmp_
     out, _ = finish(process)
     stopped = read_checkpoint(workdir)["step"]
     assert 9 <= stopped < 60
-    assert f"stopped at step {stopped} of 60, saved. To go on: python -m quweit_jax.train --workdir={workdir}" in out
+    assert (
+        f"stopped at step {stopped} of 60, saved. To go on: python -m quweit_jax.train "
+        f"--workdir={workdir}" in out
+    )
     again = shlex.split(out.split("To go on: python ")[1].splitlines()[0])
-    finish(subprocess.Popen([sys.executable, *again], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    finish(
+        subprocess.Popen(
+            [sys.executable, *again],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
     assert_same_checkpoint(read_checkpoint(workdir), read_checkpoint(uninterrupted))
     assert losses(workdir) == losses(uninterrupted)
 
@@ -131,7 +148,9 @@ def test_goes_on_with_other_numbers_of_devices(whole, tiny_config, tmp_path):
     workdir = tmp_path / "run"
     for shape, stop in (((2, 2, 2), 7), ((1, 2, 1), 13), ((1, 1, 1), None)):
         mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape))
-        result = loop.fit(tiny_config(SMALL | mesh), workdir, on_step=stop_at(stop) if stop else None)
+        result = loop.fit(
+            tiny_config(SMALL | mesh), workdir, on_step=stop_at(stop) if stop else None
+        )
         devices = {d for x in jax.tree.leaves(result.state) for d in x.sharding.device_set}
         assert len(devices) == np.prod(shape)
     expected = losses(whole)
@@ -167,7 +186,12 @@ def delete(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"), [(truncate, r"has \d+ bytes instead of \d+"), (flip, "the content of .* has changed"), (delete, "is missing")]
+    ("damage", "said"),
+    [
+        (truncate, r"has \d+ bytes instead of \d+"),
+        (flip, "the content of .* has changed"),
+        (delete, "is missing"),
+    ],
 )
 def test_damaged_newest_checkpoint_falls_back(whole, tiny_config, tmp_path, caplog, damage, said):
     workdir = tmp_path / "run"
@@ -191,14 +215,21 @@ def collected() -> Iterator[None]:
 
 
 def orbax_gives_up(test):
-    """Orbax's own event loops and coroutines complain from their finalisers, now and then, when a save or a load under them fails."""
-    warnings = ("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    """Orbax's own event loops and coroutines complain from their finalisers, now and then, when a
+    save or a load under them fails.
+    """
+    warnings = (
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+    )
     return pytest.mark.filterwarnings(*warnings)(pytest.mark.usefixtures("collected")(test))
 
 
 @orbax_gives_up
 def test_a_checkpoint_without_checksums_is_tried(whole, tiny_config, tmp_path, caplog):
-    """A kill can come between a save and its checksums: a good one is used, a bad one noticed when it is loaded."""
+    """A kill can come between a save and its checksums: a good one is used, a bad one noticed when
+    it is loaded.
+    """
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     (workdir / "checksums" / "20.json").unlink()
@@ -214,7 +245,10 @@ def test_all_checkpoints_damaged(whole, tiny_config, tmp_path):
     shutil.copytree(whole, workdir)
     for folder in (workdir / "checkpoints").iterdir():
         truncate(folder)
-    with pytest.raises(RunError, match=r"every checkpoint in .*checkpoints is damaged \(10, 15, 20\); start again in a new --workdir"):
+    with pytest.raises(
+        RunError,
+        match=r"every checkpoint in .*checkpoints is damaged \(10, 15, 20\); start again in a new --workdir",
+    ):
         loop.fit(tiny_config(SMALL), workdir)
 
 
@@ -222,7 +256,10 @@ def test_damaged_checkpoint_asked_for(whole, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     flip(workdir / "checkpoints" / "15")
-    with pytest.raises(RunError, match=r"the checkpoint of step 15 is damaged .*there are also 10, 20; choose one with --step"):
+    with pytest.raises(
+        RunError,
+        match=r"the checkpoint of step 15 is damaged .*there are also 10, 20; choose one with --step",
+    ):
         run.open_run(workdir, 15)
     assert run.open_run(workdir, 10).step == 10
     assert (workdir / "checkpoints" / "15").is_dir(), "reading moves nothing"
@@ -232,7 +269,11 @@ def test_damaged_checkpoint_asked_for(whole, tmp_path):
 def small_disk(folder: Path) -> Iterator[None]:
     """A file system of 4 MB on `folder`."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a small file system: {mounted.stderr.strip()}")
     try:
@@ -253,7 +294,10 @@ def test_full_disk_keeps_the_checkpoint_before(whole, tiny_config, tmp_path):
                 free = shutil.disk_usage(tmp_path / "disk").free
                 ballast.write_bytes(b"x" * (free - 30_000))
 
-        with pytest.raises(RunError, match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is whole. Free some space"):
+        with pytest.raises(
+            RunError,
+            match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is whole. Free some space",
+        ):
             loop.fit(tiny_config(SMALL), workdir, on_step=fill)
         assert run.open_run(workdir, 10).step == 10
         ballast.unlink()
@@ -264,7 +308,9 @@ def test_full_disk_keeps_the_checkpoint_before(whole, tiny_config, tmp_path):
 
 @orbax_gives_up
 def test_refused_writes_keep_the_checkpoint_before(whole, tiny_config, tmp_path):
-    """The same where nothing may be mounted: a limit on the size of files, which the large one of a checkpoint exceeds."""
+    """The same where nothing may be mounted: a limit on the size of files, which the large one of a
+    checkpoint exceeds.
+    """
     workdir, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(step: int) -> None:
@@ -273,7 +319,10 @@ def test_refused_writes_keep_the_checkpoint_before(whole, tiny_config, tmp_path)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
     try:
-        with pytest.raises(RunError, match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is whole"):
+        with pytest.raises(
+            RunError,
+            match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is whole",
+        ):
             loop.fit(tiny_config(SMALL), workdir, on_step=limit)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -290,7 +339,10 @@ def test_rows_that_cannot_be_written_end_the_run(whole, tiny_config, tmp_path, m
         write(self, row)
 
     monkeypatch.setattr(metrics.MetricsWriter, "write", full)
-    with pytest.raises(RunError, match=r"cannot go on in .*run \(No space left on device\); the last checkpoint is whole. Free some space"):
+    with pytest.raises(
+        RunError,
+        match=r"cannot go on in .*run \(No space left on device\); the last checkpoint is whole. Free some space",
+    ):
         loop.fit(tiny_config(SMALL), tmp_path / "run")
     monkeypatch.undo()
     assert loop.fit(tiny_config(SMALL), tmp_path / "run").complete
@@ -309,14 +361,19 @@ def test_loss_that_is_not_finite_stops_the_run(whole, tiny_config, tmp_path, mon
 
         def one(current, batch):
             if int(current.step) == 11:
-                current = current.replace(params=jax.tree_util.tree_map_with_path(poison, current.params))
+                current = current.replace(
+                    params=jax.tree_util.tree_map_with_path(poison, current.params)
+                )
             return step(current, batch)
 
         return one
 
     monkeypatch.setattr(state, "make_train_step", poisoned)
     workdir = tmp_path / "run"
-    with pytest.raises(RunError, match=r"step 12: .* not finite in the parameter group\(s\) .*Nothing of it was saved; the last good .* step 10"):
+    with pytest.raises(
+        RunError,
+        match=r"step 12: .* not finite in the parameter group\(s\) .*Nothing of it was saved; the last good .* step 10",
+    ):
         loop.fit(tiny_config(SMALL), workdir)
     assert max(s for s, _ in losses(workdir)) == 11
     monkeypatch.undo()
@@ -324,22 +381,39 @@ def test_loss_that_is_not_finite_stops_the_run(whole, tiny_config, tmp_path, mon
     assert_same_checkpoint(read_checkpoint(workdir), read_checkpoint(whole))
 
 
-def test_absurd_learning_rate_ends_the_command_with_status_1(tiny_arguments, tmp_path, monkeypatch, capsys):
-    """The loss and gradients of step 1 are fine, its update isn't: nothing of it may reach a checkpoint."""
-    arguments = tiny_arguments(SMALL | {"optimizer.learning_rate": 1e30, "optimizer.warmup": 0, "checkpoint_every": 1, "eval_every": 1})
+def test_absurd_learning_rate_ends_the_command_with_status_1(
+    tiny_arguments, tmp_path, monkeypatch, capsys
+):
+    """The loss and gradients of step 1 are fine, its update isn't: nothing of it may reach a
+    checkpoint.
+    """
+    arguments = tiny_arguments(
+        SMALL
+        | {
+            "optimizer.learning_rate": 1e30,
+            "optimizer.warmup": 0,
+            "checkpoint_every": 1,
+            "eval_every": 1,
+        }
+    )
     monkeypatch.setattr(sys, "argv", ["train", *arguments, f"--workdir={tmp_path / 'run'}"])
     with pytest.raises(SystemExit) as exit:
         cli.run(train.main)
     assert exit.value.code == 1
     error = capsys.readouterr().err
-    assert "error: step 1: " in error and "decay" in error and "there was no checkpoint yet" in error
+    assert (
+        "error: step 1: " in error and "decay" in error and "there was no checkpoint yet" in error
+    )
     assert "--config.optimizer.learning_rate" in error and "Traceback" not in error
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def first_batches(parts: run.Parts, count: int) -> list:
     examples = [parts.dataset.train[i] for i in range(count * 8)]
-    batches = [{k: np.stack([e[k] for e in examples[i * 8 : i * 8 + 8]]) for k in ("inputs", "targets")} for i in range(count)]
+    batches = [
+        {k: np.stack([e[k] for e in examples[i * 8 : i * 8 + 8]]) for k in ("inputs", "targets")}
+        for i in range(count)
+    ]
     return [sharding.put_batch(b, sharding.batch_sharding(parts.mesh)) for b in batches]
 
 
@@ -350,29 +424,49 @@ def test_ema_is_the_moving_average_of_the_parameters(tiny_config):
     step = state.make_train_step(parts.model, parts.optimizer, ema=0.9)
     for batch in first_batches(parts, 3):
         current, _ = step(current, batch)
-        expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * np.asarray(p), expected, jax.device_get(current.params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), jax.device_get(current.ema), expected)
+        expected = jax.tree.map(
+            lambda a, p: 0.9 * a + 0.1 * np.asarray(p), expected, jax.device_get(current.params)
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        jax.device_get(current.ema),
+        expected,
+    )
     difference = jax.tree.map(lambda a, p: float(abs(a - p).max()), current.ema, current.params)
     assert max(jax.tree.leaves(difference)) > 1e-4, "the average is not the parameters themselves"
-    assert current.variables()["params"] is current.ema and current.variables(averaged=False)["params"] is current.params
+    assert (
+        current.variables()["params"] is current.ema
+        and current.variables(averaged=False)["params"] is current.params
+    )
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_config):
     parts = run.assemble(tiny_config(SMALL))
     (batch,) = first_batches(parts, 1)
     found = []
-    for accumulate in (1, 4):  # plain gradient descent: Adam would divide rounding errors by themselves
+    for accumulate in (
+        1,
+        4,
+    ):  # plain gradient descent: Adam would divide rounding errors by themselves
         first = state.init_state(parts.model, optax.sgd(1.0), 0, parts.init_inputs, parts.mesh)
-        found.append(state.make_train_step(parts.model, optax.sgd(1.0), grad_accum=accumulate)(first, batch))
+        found.append(
+            state.make_train_step(parts.model, optax.sgd(1.0), grad_accum=accumulate)(first, batch)
+        )
     (whole_state, whole_metrics), (parts_state, parts_metrics) = jax.device_get(found)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts_state.params, whole_state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        parts_state.params,
+        whole_state.params,
+    )
     for name, value in whole_metrics.items():
         np.testing.assert_allclose(parts_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": next(scores), "accuracy": 0.0, "count": 1.0})
+    monkeypatch.setattr(
+        loop, "evaluate", lambda *_: {"loss": next(scores), "accuracy": 0.0, "count": 1.0}
+    )
     loop.fit(tiny_config(SMALL | {"eval_every": 5, "keep": 1}), tmp_path / "run")
     saved = Checkpoints(tmp_path / "run", read_only=True)
     assert saved.steps() == [10, 20]

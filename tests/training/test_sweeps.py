@@ -1,4 +1,6 @@
-"""Sweeps: points and their errors, a sweep killed half-way that ends with the table of one left alone, and what fails."""
+"""Sweeps: points and their errors, a sweep killed half-way that ends with the table of one left
+alone, and what fails.
+"""
 
 import os
 import signal
@@ -8,14 +10,13 @@ import time
 
 import pytest
 
-from quweit_jax import sweep
+from quweit_jax.commands import sweep, sweeps
 from quweit_jax.errors import InputError
-from quweit_jax.training import sweeps
 from tests.conftest import REPOSITORY
 
 EXPERIMENT = """
 from experiments import dwn_digits
-from quweit_jax import configs
+from quweit_jax import config as configs
 
 
 def get_config(argument=None):
@@ -44,26 +45,56 @@ def experiment(tmp_path, monkeypatch):
 
 
 def command(file, root, *extra):
-    return [sys.executable, "-m", "quweit_jax.sweep", f"--config={file}", f"--workdir={root}", *extra]
+    return [
+        sys.executable,
+        "-m",
+        "quweit_jax.sweep",
+        f"--config={file}",
+        f"--workdir={root}",
+        *extra,
+    ]
 
 
 def environment():
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
+    return {
+        **kept,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
 
 
 def test_points(experiment, tmp_path):
-    points = sweeps.enumerate_points(f"{experiment()}:small,steps=7", tmp_path / "sweep", {"optimizer.clip": "0.5"})
-    assert [p.name for p in points] == [f"seed={seed},luts={luts}" for luts in (20, 40) for seed in (0, 1)]
-    assert points[2].config.steps == 7 and points[2].config.seed == 0 and points[2].config.optimizer.clip == 0.5
-    assert points[2].line().endswith(f"--workdir={points[2].workdir} --progress=off --config.optimizer.clip=0.5")
+    points = sweeps.enumerate_points(
+        f"{experiment()}:small,steps=7", tmp_path / "sweep", {"optimizer.clip": "0.5"}
+    )
+    assert [p.name for p in points] == [
+        f"seed={seed},luts={luts}" for luts in (20, 40) for seed in (0, 1)
+    ]
+    assert (
+        points[2].config.steps == 7
+        and points[2].config.seed == 0
+        and points[2].config.optimizer.clip == 0.5
+    )
+    assert (
+        points[2]
+        .line()
+        .endswith(f"--workdir={points[2].workdir} --progress=off --config.optimizer.clip=0.5")
+    )
     assert all(sweeps.result_of(point) == {"state": "new", "step": 0} for point in points)
 
 
 def test_print_only_says_the_commands(experiment, tmp_path, capsys):
-    assert sweep.main([f"--config={experiment()}", f"--workdir={tmp_path / 'sweep'}", "--print"]) == 0
+    assert (
+        sweep.main([f"--config={experiment()}", f"--workdir={tmp_path / 'sweep'}", "--print"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all("-m quweit_jax.train --config=" in line for line in lines) and not (tmp_path / "sweep").exists()
+    assert (
+        len(lines) == 4
+        and all("-m quweit_jax.train --config=" in line for line in lines)
+        and not (tmp_path / "sweep").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,11 +115,21 @@ def test_errors_before_anything_starts(experiment, tmp_path, points, said):
 
 
 def test_killed_half_way_ends_with_the_same_table(experiment, tmp_path):
-    """kill -9 once two of four are finished; its runs end with it, and the same command goes on to the table of a sweep left alone."""
+    """kill -9 once two of four are finished; its runs end with it, and the same command goes on to
+    the table of a sweep left alone.
+    """
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     file = experiment()
-    subprocess.run(command(file, alone, "--workers=2"), env=environment(), check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen(command(file, killed, "--workers=2"), env=environment(), stdout=subprocess.PIPE, text=True)
+    subprocess.run(
+        command(file, alone, "--workers=2"),
+        env=environment(),
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    process = subprocess.Popen(
+        command(file, killed, "--workers=2"), env=environment(), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     finished = 0
     for line in process.stdout:
@@ -99,9 +140,22 @@ def test_killed_half_way_ends_with_the_same_table(experiment, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    again = subprocess.run(command(file, killed, "--workers=2"), env=environment(), check=True, capture_output=True, text=True, timeout=300).stdout
-    begun = [line.removeprefix("begun: ") for line in again.splitlines() if line.startswith("begun:")]
-    assert "4 points, 2 finished already" in again and len(begun) == 2 and "4 of 4 points finished" in again
+    again = subprocess.run(
+        command(file, killed, "--workers=2"),
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+    begun = [
+        line.removeprefix("begun: ") for line in again.splitlines() if line.startswith("begun:")
+    ]
+    assert (
+        "4 points, 2 finished already" in again
+        and len(begun) == 2
+        and "4 of 4 points finished" in again
+    )
     for name in ("sweep.md", "sweep.csv"):
         assert (killed / name).read_text() == (alone / name).read_text()
     assert (alone / "sweep.md").read_text().count("finished") == 4
@@ -109,7 +163,17 @@ def test_killed_half_way_ends_with_the_same_table(experiment, tmp_path):
 
 def test_a_failing_point_does_not_stop_the_others(experiment, tmp_path):
     file = experiment("    add({'mesh.data': 3})\n    add(seed=1)\n")
-    done = subprocess.run(command(file, tmp_path / "sweep"), env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(file, tmp_path / "sweep"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     table = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
     assert done.returncode == 1 and "failed: mesh.data=3: error: mesh" in done.stdout
-    assert "| failed |" in table[2] and "| finished |" in table[3] and "1 of 2 points finished" in done.stdout
+    assert (
+        "| failed |" in table[2]
+        and "| finished |" in table[3]
+        and "1 of 2 points finished" in done.stdout
+    )

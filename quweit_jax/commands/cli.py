@@ -1,0 +1,122 @@
+"""What the command lines share: reading arguments, printing errors as sentences, joining several
+processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging as standard_logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quweit_jax.errors import InputError, RunError
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command; our own errors end it with their message alone: status 2 for input, 1 for a
+    run that cannot go on.
+    """
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(_Plain())
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+class _Plain(standard_logging.Formatter):
+    """'warning: ...' instead of absl's line numbers."""
+
+    def format(self, record: Any) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.path=value` (or `--config.path value`) out of the arguments."""
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    pieces = list(argv)
+    while pieces:
+        piece = pieces.pop(0)
+        if not piece.startswith("--config."):
+            rest.append(piece)
+            continue
+        key, equals, value = piece[len("--config.") :].partition("=")
+        if not equals:
+            if not pieces or pieces[0].startswith("--"):
+                raise InputError(f"{piece}: expected a value; write {piece}=VALUE.")
+            value = pieces.pop(0)
+        overrides[key] = value
+    return rest, overrides
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser for `python -m quweit_jax.NAME`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m quweit_jax.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+    """Prints names and values, a line each, or all as one JSON object."""
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        shown = (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:,.0f}"
+            if isinstance(value, float) and value >= 1e6
+            else value
+        )
+        print(f"{name:>{width}}: {f'{shown:.6g}' if isinstance(shown, float) else shown}")
+
+
+def join_processes() -> None:
+    """`jax.distributed` when launched on several processes.
+
+    By environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on a TPU pod or
+    under a launcher JAX knows, JAX_DISTRIBUTED=1 lets it find them itself.
+    """
+    import jax
+
+    if "JAX_NUM_PROCESSES" in os.environ:
+        missing = [v for v in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if v not in os.environ]
+        if missing:
+            raise InputError(
+                f"JAX_NUM_PROCESSES is set without {' and '.join(missing)}; set all three on every "
+                "process, or none."
+            )
+        try:
+            count, number = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        except ValueError:
+            raise InputError(
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID: expected whole numbers such as 2 and 0, "
+                f"found '{os.environ['JAX_NUM_PROCESSES']}' and '{os.environ['JAX_PROCESS_ID']}'."
+            ) from None
+        if not 0 <= number < count:
+            raise InputError(
+                f"JAX_PROCESS_ID: expected 0 to {count - 1}, as JAX_NUM_PROCESSES is {count}, "
+                f"found {number}."
+            )
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+    elif os.environ.get("JAX_DISTRIBUTED") == "1":
+        jax.distributed.initialize()

@@ -1,0 +1,5 @@
+"""`python -m quweit_jax.costs`, the same as `python -m quweit_jax costs`."""
+
+from quweit_jax.commands.costs import console
+
+console()

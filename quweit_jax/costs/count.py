@@ -1,0 +1,265 @@
+"""What one inference of a model costs, counted from its config alone: operations, table look-ups,
+bytes moved and stored.
+
+Nothing is built and nothing is read: a model of 13 billion weights is counted in milliseconds. An
+image model is counted for one image, a language model for one token at the end of `context` tokens,
+which attention reads from a key-value cache. Published shares follow
+from this: of nanoGPT's multiplications a token (6 blocks of 12 d^2 for the matrices and 2 T d for
+  attention at T = 256), MLPs hold 8 d^2
+a block: 60.0 % without the head and 59.9 % with it, which is counted here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from quweit_jax.costs import dwn_costs, language_costs, vit_costs
+from quweit_jax.errors import InputError, check_choice
+from quweit_jax.models import MODELS
+from quweit_jax.models.options import LM_SIZES, from_mapping
+from quweit_jax.ops.counts import Costs, Elementwise, LayerCosts
+
+__all__ = [
+    "Costs",
+    "DataShape",
+    "Elementwise",
+    "LayerCosts",
+    "baseline",
+    "count",
+    "data_shape",
+    "multiplications_replaced",
+    "of_config",
+]
+
+# Classes and channels of image sets, characters of texts, by TFDS name (of 'digits', by source).
+CLASSES = {
+    "cifar10": (10, 3),
+    "cifar100": (100, 3),
+    "digits": (10, 1),
+    "fashion_mnist": (10, 1),
+    "imagenet2012": (1000, 3),
+    "mnist": (10, 1),
+    "svhn_cropped": (10, 3),
+}
+SIDES = {
+    "cifar10": 32,
+    "cifar100": 32,
+    "digits": 8,
+    "fashion_mnist": 28,
+    "mnist": 28,
+    "svhn_cropped": 32,
+}
+CHARACTERS = {"tiny_shakespeare": 65, "python_stdlib": 96}
+CHARACTERS_ARE = {
+    "tiny_shakespeare": "the characters of tiny_shakespeare",
+    "python_stdlib": "the characters of the first 2 MB of CPython 3.11's standard library; --outputs=N for another",
+}
+
+
+def count(
+    model_config: Mapping[str, Any],
+    outputs: int,
+    *,
+    image_size: int | None = None,
+    channels: int = 3,
+    context: int | None = None,
+    precision: str | None = None,
+) -> Costs:
+    """The costs of one inference.
+
+    Args:
+      model_config: `config.model` of an experiment: 'name' and the keys of the model's config.
+      outputs: vocabulary size or number of classes. image_size: side of the images, of `channels`
+        channels; for 'vit' and 'dwn'.
+      context: tokens the token attends to, itself among them; None for the model's whole context.
+        Of no consequence to 'matmulfree'.
+      precision: operands of the dense matrix products, 'float32', 'bfloat16', 'float16' or 'int8';
+        None for the model as it is: its dtype, or for an integer model int8 with attention's 16-bit
+        weights. Ternary layers and weightless blocks have a precision of their own.
+
+    Returns:
+      Costs of the deployed form: ternary weights at 2 bits, tables at 1 bit, matrices in the type
+        of their products, vectors in float32.
+
+    Raises:
+      InputError: an unknown model, key or value; no image_size where it is needed; a context that
+        the model doesn't have.
+    """
+    values = dict(model_config)
+    name = values.pop("name", None)
+    check_choice("model.name", name, MODELS)
+    _, config_class, outputs_field = MODELS[name]
+    config = from_mapping(config_class, values | {outputs_field: outputs})
+    if name in ("vit", "dwn"):
+        if image_size is None:
+            raise InputError(
+                f"image_size: the costs of a {name} depend on the side of its images; give it."
+            )
+        if name == "vit":
+            return Costs(
+                tuple(vit_costs.vit(config, image_size, channels, precision)), "image", None
+            )
+        return Costs(tuple(dwn_costs.dwn(config, image_size**2 * channels)), "image", None)
+    attended = language_costs.attended_tokens(context, config)
+    return Costs(
+        tuple(getattr(language_costs, name)(config, attended, precision)), "token", attended
+    )
+
+
+def multiplications_replaced(costs: Costs, dense_costs: Costs) -> float:
+    """The share (0 to 1) of the dense baseline's multiplications in matrix products that the
+    variant no longer does.
+
+    Raises:
+      InputError: the baseline has none, or is not of the same unit.
+    """
+    if costs.unit != dense_costs.unit:
+        raise InputError(
+            f"multiplications_replaced: expected two costs of one unit, found {costs.unit} and "
+            f"{dense_costs.unit}."
+        )
+    if not dense_costs.total_multiplications:
+        raise InputError(
+            "multiplications_replaced: the baseline multiplies nothing; give a dense model's costs."
+        )
+    return 1 - costs.total_multiplications / dense_costs.total_multiplications
+
+
+def baseline(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
+    """The dense model to compare with, and what it is: every MLP dense or, for 'matmulfree',
+    Transformer++ of the same size.
+
+    None for 'dwn', which takes the place of no dense model.
+    """
+    values = dict(model_config)
+    if values.get("name") == "dwn":
+        return None
+    if values.get("name") != "matmulfree":
+        return values | {"mlp": "dense"}, "the same model with dense MLPs"
+    kept = ("size", "width", "layers", "context", "hidden", "epsilon", "dtype", "weightless")
+    dense = {
+        "name": "transformer_pp",
+        **{key: values[key] for key in kept if key in values},
+        "mlp": "dense",
+    }
+    size = LM_SIZES.get(dense.get("size", "tiny"))
+    if size is not None and dense.get("width"):  # a width that the size's heads may not divide
+        heads = size[2]
+        while heads > 1 and dense["width"] % (2 * heads):
+            heads -= 1
+        dense["heads"] = heads
+    return dense, "Transformer++ of the same width and layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataShape:
+    """What the data decides of a model: outputs, and of images their side and channels.
+    assumptions: where that came from, in sentences.
+    """
+
+    outputs: int
+    image_size: int | None
+    channels: int
+    assumptions: tuple[str, ...]
+
+
+def of_config(
+    config: Any,
+    *,
+    outputs: int | None = None,
+    image_size: int | None = None,
+    context: int | None = None,
+    precision: str | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> Costs:
+    """The costs of a whole experiment config (or of a run's config.json), with what the data
+    decides taken from a table of known sets.
+
+    Args:
+      config: with 'model' and 'data'. outputs, image_size: where the table doesn't know, or to
+        overrule it. context, precision: see `count`.
+      model: another model on the same data, such as `baseline(config.model)[0]`.
+
+    Returns:
+      Costs, whose `assumptions` say what was taken from the table.
+
+    Raises:
+      InputError: see `count`; or the table doesn't know the data.
+    """
+    values = _plain(config["model"]) if model is None else model
+    data = data_shape(config, outputs=outputs, image_size=image_size)
+    costs = count(
+        values,
+        data.outputs,
+        image_size=data.image_size,
+        channels=data.channels,
+        context=context,
+        precision=precision,
+    )
+    return dataclasses.replace(costs, assumptions=data.assumptions)
+
+
+def data_shape(
+    config: Any, *, outputs: int | None = None, image_size: int | None = None
+) -> DataShape:
+    """What is known of a config's data without reading them; `outputs` and `image_size` overrule
+    the table.
+
+    Raises:
+      InputError: the data are not in the table, naming what to give.
+    """
+    data, images, assumptions, channels = (
+        _plain(config["data"]),
+        config["model"].get("name") in ("vit", "dwn"),
+        [],
+        3,
+    )
+    name = str(data.get("name") if data.get("source") == "tfds" else data.get("source"))
+    if outputs is None:
+        outputs, assumed = _classes(name) if images else _vocabulary(data, name)
+        assumptions.append(assumed)
+    if images:
+        channels = 3 if data.get("to_rgb") else CLASSES.get(name, (0, 3))[1]
+        image_size = image_size or data.get("image_size") or SIDES.get(name)
+        if image_size is None:
+            raise InputError(
+                f"image_size: the side of the images of {name} is not known without reading them; "
+                "give --config.data.image_size=SIZE."
+            )
+        assumptions.append(
+            f"images of {image_size} x {image_size} pixels and {channels} "
+            f"channel{'s' if channels > 1 else ''}"
+        )
+    return DataShape(outputs, image_size, channels, tuple(assumptions))
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """A mapping or an ml_collections.ConfigDict as a dict."""
+    return values.to_dict() if hasattr(values, "to_dict") else dict(values)
+
+
+def _classes(name: str) -> tuple[int, str]:
+    if name not in CLASSES:
+        raise InputError(
+            f"outputs: the classes of {name} are not known without reading it; give --outputs=N. "
+            f"Known: {', '.join(sorted(CLASSES))}."
+        )
+    return CLASSES[name][0], f"{CLASSES[name][0]} classes of {name}"
+
+
+def _vocabulary(data: Mapping[str, Any], name: str) -> tuple[int, str]:
+    tokenizer = data.get("tokenizer")
+    if tokenizer == "byte":
+        return 256, "a vocabulary of 256 bytes"
+    if tokenizer == "bpe":
+        return data[
+            "bpe_vocab_size"
+        ], f"a vocabulary of {data['bpe_vocab_size']:,} byte pairs, the most the tokenizer may have"
+    if tokenizer == "char" and name in CHARACTERS:
+        return CHARACTERS[name], f"a vocabulary of {CHARACTERS[name]}, {CHARACTERS_ARE[name]}"
+    raise InputError(
+        f"outputs: the vocabulary of {name} with tokenizer '{tokenizer}' is not known without "
+        "reading it; give --outputs=N."
+    )

@@ -1,0 +1,286 @@
+"""Costs, energies and memory of a model beside its dense baseline as one plain object, and that
+object as text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quweit_jax.costs.count import baseline, multiplications_replaced, of_config
+from quweit_jax.costs.energy import Energy, estimate
+from quweit_jax.costs.memory import of_inference
+from quweit_jax.ops.counts import Costs
+
+
+def account(
+    config: Any,
+    technologies: Sequence[str],
+    outputs: int | None = None,
+    *,
+    context: int | None = None,
+    precision: str | None = None,
+    **energy_options: Any,
+) -> tuple[dict[str, Any], Costs]:
+    """A config's costs beside its dense baseline's: (the object of `compared`, the config's own
+    costs).
+
+    technologies: names or files, see `energy.estimate`, which takes energy_options. outputs,
+      context, precision: see `costs.of_config`.
+
+    Raises:
+      InputError: see `costs.of_config` and `energy.estimate`.
+    """
+
+    def both(model: Mapping[str, Any] | None) -> tuple[Costs, list[Energy]]:
+        counted = of_config(
+            config, outputs=outputs, context=context, precision=precision, model=model
+        )
+        return counted, [
+            estimate(counted, technology, **energy_options) for technology in technologies
+        ]
+
+    own, dense = both(None), baseline(config["model"])
+    return compared(*own, None if dense is None else (*both(dense[0]), dense[1])), own[0]
+
+
+def with_total(counts: Mapping[Any, int]) -> dict[str, int]:
+    """By type, with their sum as 'total'."""
+    return {"total": sum(counts.values()), **{str(key): value for key, value in counts.items()}}
+
+
+def statement(costs: Costs, energies: Sequence[Energy]) -> dict[str, Any]:
+    """All sums of one model, in plain values: what `--json` prints. Energies by technology, in
+    picojoules.
+    """
+    elementwise = costs.elementwise
+    return {
+        "unit": costs.unit,
+        "context": costs.context,
+        "multiplications": with_total(costs.multiplications),
+        "additions": with_total(costs.additions),
+        "elementwise": {
+            f.name: with_total(getattr(elementwise, f.name))
+            for f in dataclasses.fields(elementwise)
+        },
+        "lookups": with_total(costs.lookups),
+        "comparisons": with_total(costs.comparisons),
+        "bytes": {
+            "moved": with_total(costs.bytes_moved),
+            "stored": with_total(costs.bytes_stored),
+            "state": costs.state_bytes,
+            "inference": dataclasses.asdict(memory := of_inference(costs))
+            | {"total": memory.total},
+        },
+        "parameters": costs.parameters,
+        "by_kind": {
+            kind: {
+                "multiplications": part.total_multiplications,
+                "additions": sum(part.additions.values()),
+                "lookups": sum(part.lookups.values()),
+                "comparisons": sum(part.comparisons.values()),
+                "bytes_moved": sum(part.bytes_moved.values()),
+                "bytes_stored": sum(part.bytes_stored.values()),
+                "parameters": part.parameters,
+            }
+            for kind, part in costs.by_kind().items()
+        },
+        "energy_pj": {
+            energy.technology: {
+                "total": energy.total_pj,
+                "arithmetic": energy.arithmetic_pj,
+                "counted_arithmetic": energy.matrix_pj,
+                "memory": energy.memory_pj,
+                "by_kind": energy.by_kind,
+                "arithmetic_by_kind": energy.arithmetic_by_kind,
+                "memory_by_traffic": energy.memory_by_traffic,
+            }
+            for energy in energies
+        },
+        "assumptions": {energy.technology: energy.assumptions for energy in energies},
+    }
+
+
+def compared(
+    costs: Costs, energies: Sequence[Energy], dense: tuple[Costs, Sequence[Energy], str] | None
+) -> dict[str, Any]:
+    """`statement`, with what a dense baseline (its costs, energies and what it is) costs, and the
+    ratios to it.
+
+    multiplications_replaced: a share, None without a baseline. energy_ratio: how many times more
+    the baseline takes, by technology.
+    """
+    result = statement(costs, energies) | {
+        "multiplications_replaced": None,
+        "baseline": None,
+        "energy_ratio": None,
+    }
+    if dense is None:
+        return result
+    baseline, dense_energies, name = dense
+    result["multiplications_replaced"] = multiplications_replaced(costs, baseline)
+    result["baseline"] = {"name": name, **statement(baseline, dense_energies)}
+    result["energy_ratio"] = {
+        ours.technology: {
+            "total": theirs.total_pj / ours.total_pj,
+            "arithmetic": theirs.arithmetic_pj / ours.arithmetic_pj,
+            "counted_arithmetic": theirs.matrix_pj / ours.matrix_pj,
+            "memory": theirs.memory_pj / ours.memory_pj,
+        }
+        for ours, theirs in zip(energies, dense_energies)
+    }
+    return result
+
+
+def render(result: Mapping[str, Any], title: str, layers: Costs | None = None) -> str:
+    """The object of `compared` as a table a person reads; layers: every layer's row too."""
+    unit = (
+        result["unit"]
+        if result["context"] is None
+        else f"{result['unit']} at a context of {result['context']:,}"
+    )
+    lines = [f"{title}: one {unit}", ""]
+    columns = (
+        "multiplications",
+        "additions",
+        "lookups",
+        "comparisons",
+        "bytes_moved",
+        "bytes_stored",
+    )
+    technologies = list(result["energy_pj"])
+    header = ["kind", *(c.replace("_", " ") for c in columns), *(f"uJ {t}" for t in technologies)]
+    rows = [
+        [
+            kind,
+            *(f"{part[c]:,}" for c in columns),
+            *(_micro(result["energy_pj"][t]["by_kind"][kind]) for t in technologies),
+        ]
+        for kind, part in result["by_kind"].items()
+    ]
+    sums = [f"{sum(part[c] for part in result['by_kind'].values()):,}" for c in columns]
+    rows.append(["total", *sums, *(_micro(result["energy_pj"][t]["total"]) for t in technologies)])
+    lines += table(header, rows)
+    if layers is not None:
+        lines += ["", *_layers(layers)]
+    lines += [""]
+    for name in ("multiplications", "additions", "lookups", "comparisons"):
+        lines.append(f"{name}: {_by_type(result[name], ' inputs' if name == 'lookups' else '')}")
+    outside = ", ".join(
+        f"{name} {part['total']:,}" for name, part in result["elementwise"].items() if part["total"]
+    )
+    lines.append(f"elementwise, outside products and sums of vectors: {outside or 'nothing'}")
+    stored = result["bytes"]
+    lines.append(f"bytes moved: {_by_type(stored['moved'])}")
+    lines.append(
+        f"bytes stored: {_by_type(stored['stored'])}; {result['parameters']:,} parameters before "
+        "deployment"
+    )
+    if stored["state"]:
+        lines.append(f"bytes of state kept for one text: {stored['state']:,}")
+    for technology, energy in result["energy_pj"].items():
+        lines.append(
+            f"energy at {technology}: {_micro(energy['total'])} uJ, arithmetic "
+            f"{_micro(energy['arithmetic'])} (of products, sums, look-ups and "
+            f"thermometers {_micro(energy['counted_arithmetic'])}), memory "
+            f"{_micro(energy['memory'])}"
+        )
+    for name, needed in result.get("training_memory", {}).items():
+        each = ", ".join(f"{what} {count:,}" for what, count in needed.items() if what != "total")
+        lines.append(f"bytes of a training step, {name}: {needed['total']:,} ({each})")
+    return "\n".join([*lines, *_beside(result), "", *_assumptions(result)])
+
+
+def _beside(result: Mapping[str, Any]) -> list[str]:
+    dense = result["baseline"]
+    if dense is None:
+        return ["multiplications replaced: no dense baseline to compare with"]
+    lines = [
+        "",
+        f"baseline, {dense['name']}: {dense['multiplications']['total']:,} multiplications, "
+        f"{dense['bytes']['stored']['total']:,} bytes stored",
+        f"multiplications replaced: {result['multiplications_replaced']:.2%}",
+    ]
+    for technology, ratio in result["energy_ratio"].items():
+        energy = dense["energy_pj"][technology]
+        lines.append(
+            f"energy of the baseline at {technology}: {_micro(energy['total'])} uJ, "
+            f"{ratio['total']:.2f} times; arithmetic {ratio['arithmetic']:.2f} times "
+            f"(of products, sums, look-ups and thermometers {ratio['counted_arithmetic']:.2f}), "
+            f"memory {ratio['memory']:.2f}"
+        )
+    return lines
+
+
+def _assumptions(result: Mapping[str, Any]) -> list[str]:
+    """Those shared by all technologies once."""
+    everywhere = list(result["assumptions"].items())
+    shared = (
+        [said for said in everywhere[0][1] if all(said in other for _, other in everywhere)]
+        if everywhere
+        else []
+    )
+    lines = ["assumed:", *(f"- {said}" for said in shared)]
+    return lines + [
+        f"- {technology}: {said}"
+        for technology, all_said in everywhere
+        for said in all_said
+        if said not in shared
+    ]
+
+
+def _layers(costs: Costs) -> list[str]:
+    header = [
+        "layer",
+        "kind",
+        "multiplications",
+        "additions",
+        "lookups",
+        "comparisons",
+        "bytes moved",
+        "bytes stored",
+    ]
+    groups = [
+        (
+            layer.multiplications,
+            layer.additions,
+            layer.lookups,
+            layer.bytes_moved,
+            layer.bytes_stored,
+        )
+        for layer in costs.layers
+    ]
+    rows = [
+        [
+            layer.name,
+            layer.kind,
+            *(f"{sum(g.values()):,}" for g in group[:3]),
+            f"{layer.comparisons:,}",
+            *(f"{sum(g.values()):,}" for g in group[3:]),
+        ]
+        for layer, group in zip(costs.layers, groups)
+    ]
+    return table(header, rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their contents, the first to the left and numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    left = [i == 0 or not any(row[i][:1].isdigit() for row in rows) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(w) if l else cell.rjust(w) for cell, w, l in zip(row, widths, left)
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def _by_type(counts: Mapping[str, int], suffix: str = "") -> str:
+    if not counts["total"]:
+        return "none"
+    return f"{counts['total']:,} ({', '.join(f'{key}{suffix} {value:,}' for key, value in counts.items() if key != 'total')})"
+
+
+def _micro(picojoules: float) -> str:
+    return f"{picojoules / 1e6:,.4g}" if picojoules < 1e9 else f"{picojoules / 1e6:,.0f}"

@@ -1,0 +1,194 @@
+"""Sampling from a language model with a key-value cache, one token at a time.
+
+Dimensions: B batch (1 here), T tokens, V vocabulary, C context.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from quweit_jax.deploy import packed
+from quweit_jax.errors import InputError
+
+_KNOWN = 16  # tokens before a piece that are decoded with it
+
+
+def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
+    """Raises InputError for settings that cannot be sampled with."""
+    if not temperature >= 0:
+        raise InputError(
+            f"--temperature: expected 0 (always the likeliest) or more, found {temperature}."
+        )
+    if top_k < 0:
+        raise InputError(f"--top_k: expected 0 (all) or a number of tokens, found {top_k}.")
+    if max_tokens < 0:
+        raise InputError(f"--max_tokens: expected 0 or more, found {max_tokens}.")
+
+
+def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> Array:
+    """One token id from logits (V,): among the top_k likeliest (0: all), at a temperature (0: the
+    likeliest).
+    """
+    if temperature == 0:
+        return jnp.argmax(logits).astype(jnp.int32)
+    if 0 < top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, top_k)[0][-1]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode_step(
+    model: nn.Module,
+    variables: dict[str, Any],
+    cache: Any,
+    tokens: Array,
+    valid: Array | None = None,
+) -> tuple[Array, Any]:
+    """Reads tokens (B, T), of which valid (B, T) are not padding, behind the cache: (logits (B, T,
+    V), the new cache).
+
+    The variables may be packed.
+    """
+    logits, changed = packed.apply(
+        model, {**variables, "cache": cache}, tokens, valid, decode=True, mutable=["cache"]
+    )
+    return logits, changed["cache"]  # type: ignore[return-value]
+
+
+def empty_cache(model: nn.Module, batch: int = 1) -> Any:
+    """A cache that holds nothing yet."""
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((batch, 1), jnp.int32), decode=True)
+    )["cache"]
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def prefill(model: nn.Module, variables: dict[str, Any], tokens: np.ndarray) -> tuple[Array, Any]:
+    """Reads a prompt (T,) in pieces of powers of two (few shapes to compile): (logits of the last
+    token (V,), cache).
+    """
+    cache, start, logits = empty_cache(model), 0, None
+    while start < len(tokens):
+        size = 1 << ((len(tokens) - start).bit_length() - 1)
+        logits, cache = decode_step(
+            model, variables, cache, jnp.asarray(tokens[None, start : start + size], jnp.int32)
+        )
+        start += size
+    assert logits is not None
+    return logits[0, -1], cache
+
+
+def generate_tokens(
+    model: Any,
+    variables: dict[str, Any],
+    prompt: np.ndarray,
+    max_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+    end_of_text: int | None = None,
+) -> Iterator[int]:
+    """Yields up to `max_tokens` new token ids after a prompt (T,) of at least one; variables may be
+    packed.
+
+    Stops before `end_of_text`, the tokenizer's token of that meaning, if there is one. When the
+    context is full, the newer half of it is read again into an empty cache and generation goes on
+    behind that; a model that carries a state has no limit.
+
+    Raises:
+      InputError: settings that cannot be sampled with, or a prompt that is empty, too long or of
+        unknown tokens.
+    """
+    check_sampling(temperature, top_k, max_tokens)
+    check_prompt(prompt, model.config.vocab_size, context_of(model))
+    return itertools.takewhile(
+        lambda token: token != end_of_text,
+        _generate(model, variables, prompt, max_tokens, temperature, top_k, seed),
+    )
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens a language model reads at a time; None for no limit."""
+    return model.config.context if getattr(model, "limited_context", True) else None
+
+
+def check_prompt(prompt: np.ndarray, vocab_size: int, context: int | None) -> None:
+    """Raises InputError for a prompt (T,) that is empty, longer than the context (None: no limit)
+    or of ids outside the vocabulary.
+    """
+    if len(prompt) < 1:
+        raise InputError("generate: the prompt has no tokens; give at least one character.")
+    if context is not None and len(prompt) > context:
+        raise InputError(
+            f"generate: the prompt has {len(prompt)} tokens, but this model reads at most "
+            f"{context} at a time; give its last {context}, or a "
+            "model trained with a larger --config.model.context."
+        )
+    wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
+    if wrong:
+        raise InputError(
+            f"generate: expected token ids from 0 to {vocab_size - 1}, found {wrong[0]}; encode "
+            "the prompt with the tokenizer the model was trained with."
+        )
+
+
+def _generate(
+    model: Any,
+    variables: dict[str, Any],
+    prompt: np.ndarray,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> Iterator[int]:
+    text, context = [int(t) for t in prompt], context_of(model)
+    held = len(text)
+    logits, cache = prefill(model, variables, np.asarray(text))
+    key = jax.random.key(seed)
+    pick = jax.jit(functools.partial(sample_logits, temperature=temperature, top_k=top_k))
+    for i in range(max_tokens):
+        token = int(pick(jax.random.fold_in(key, i), logits))
+        yield token
+        text.append(token)
+        if context is not None and held == context:
+            held = max(1, context // 2)
+            logits, cache = prefill(model, variables, np.asarray(text[-held:]))
+        else:
+            out, cache = decode_step(model, variables, cache, jnp.asarray([[token]], jnp.int32))
+            logits, held = out[0, -1], held + 1
+
+
+def stream_text(
+    tokenizer: Any, tokens: Iterator[int], after: Sequence[int] | np.ndarray = ()
+) -> Iterator[str]:
+    """Decodes tokens as they come, holding back pieces that aren't whole characters yet.
+
+    after: ids before them (the prompt's), without which some tokenizers take the first token for
+    the beginning of a text.
+    """
+    known, ids, shown = [int(i) for i in after][-_KNOWN:], [], ""
+    before = tokenizer.decode(known) if known else ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(known + ids)[len(before) :]
+        # Only the last U+FFFD can be a character that isn't whole yet.
+        whole = text[:-1] if text.endswith("\ufffd") else text
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+            shown = whole
+        if whole == text:
+            known, ids, shown = ids[-_KNOWN:], [], ""
+            before = tokenizer.decode(known)
+    if ids:
+        yield tokenizer.decode(known + ids)[len(before) + len(shown) :]

@@ -1,0 +1,347 @@
+"""A trained model as one StableHLO file, weights inside, that plain JAX runs on CPU, TPU and GPU
+without this project:
+
+    import jax.export, numpy as np
+    with open("model.stablehlo", "rb") as file:
+        program = jax.export.deserialize(bytearray(file.read()))
+    print(program.in_avals, "->", program.out_avals)
+    logits = program.call(np.zeros((3, 16), np.int32))  # 3 texts of 16 tokens
+
+What went in and what comes out, the tokenizer or the images' normalization, and the config are in
+`model.json` beside it. It needs the packages jax and flatbuffers, a jax of the version it was
+written with or up to about half a year newer (JAX's promise for such files).
+
+Dimensions: b batch, t tokens; both are free until the program is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from quweit_jax.data.images import NORMALIZATIONS
+from quweit_jax.data.pipeline import Dataset
+from quweit_jax.data.tokenizers import Tokenizer
+from quweit_jax.errors import InputError, nearest
+
+Tree = dict[str, Any]
+# (variables, input, ...) -> outputs
+Apply = Callable[..., Any]
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+DEFAULT_PLATFORMS = PLATFORMS[:3]
+# A serialized program is one flatbuffer, which is below 2 GiB; something is left for the program
+# itself.
+MAX_WEIGHT_BYTES = 2**31 - 2**26
+_LOAD = """import jax.export, numpy as np
+with open("{file}", "rb") as file:
+    program = jax.export.deserialize(bytearray(file.read()))
+print(program.in_avals, "->", program.out_avals)
+{call}"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """An array that a program takes; a dimension is a number, or 'b' or 't' for one that is free
+    within `limits`. example_t: a t to show.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    meaning: str
+    limits: tuple[str, ...] = ("b >= 1",)
+    example_t: int = 1
+
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Shape with symbolic dimensions, and dtype."""
+        return _abstract(self.shape, self.dtype, jax.export.SymbolicScope(self.limits))
+
+
+def _abstract(
+    shape: Sequence[int | str], dtype: Any, scope: jax.export.SymbolicScope
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        jax.export.symbolic_shape(",".join(map(str, shape)), scope=scope), dtype
+    )
+
+
+def tokens_input(vocab_size: int, context: int | None) -> Input:
+    """Texts (b, t) of at most `context` tokens (None: of any length)."""
+    limits = ("b >= 1", "t >= 1") + ((f"t <= {context}",) if context is not None else ())
+    return Input("tokens", ("b", "t"), "int32", _tokens(vocab_size), limits, min(16, context or 16))
+
+
+def token_input(vocab_size: int) -> Input:
+    """One token of each text, (b, 1), of a decoding step."""
+    return Input("tokens", ("b", 1), "int32", _tokens(vocab_size))
+
+
+def _tokens(vocab_size: int) -> str:
+    return f"ids of tokens, 0 to {vocab_size - 1}"
+
+
+def examples_input(
+    shape: Sequence[int], meaning: str = "images (batch, height, width, channels), normalized"
+) -> Input:
+    """Images (b, H, W, C), or other inputs of one size: (b, *shape)."""
+    return Input("images" if len(shape) == 3 else "inputs", ("b", *shape), "float32", meaning)
+
+
+def input_of(
+    tokenizer: Any, context: int | None, shape: Sequence[int], *, one_step: bool = False
+) -> Input:
+    """What a model takes: tokens where it has a tokenizer, of a whole text or of one decoding step,
+    else examples of a shape.
+    """
+    if tokenizer is None:
+        return examples_input(shape)
+    return (
+        token_input(tokenizer.vocab_size)
+        if one_step
+        else tokens_input(tokenizer.vocab_size, context)
+    )
+
+
+def portable(model: Any) -> Any:
+    """The model without what only one platform has (cuDNN's attention); its variables are the same."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "attention", "xla") == "xla":
+        return model
+    return model.clone(config=dataclasses.replace(config, attention="xla"))
+
+
+def to_program(
+    apply: Apply, variables: Tree, given: Input, platforms: Sequence[str] = DEFAULT_PLATFORMS
+) -> jax.export.Exported:
+    """`x -> apply(variables, x)` with the variables inside.
+
+    Raises:
+      InputError: an unknown platform, or variables too large for one file.
+    """
+    check(variables, platforms)
+    return jax.export.export(
+        jax.jit(lambda x: apply(_inside(variables), x)), platforms=tuple(platforms)
+    )(given.abstract())
+
+
+def to_step_program(
+    apply: Apply, model: nn.Module, variables: Tree, platforms: Sequence[str] = DEFAULT_PLATFORMS
+) -> jax.export.Exported:
+    """One step of decoding: (tokens (b, 1) int32, state) -> (logits (b, V), the next state). The
+    first state is all zeros.
+
+    apply: as `model.apply`, which it may stand for. The state is a tree of arrays; see
+      `state_shapes`.
+
+    Raises:
+      InputError: see `to_program`.
+    """
+    check(variables, platforms)
+
+    def step(tokens: Any, state: Tree) -> tuple[Any, Tree]:
+        logits, changed = apply(
+            {**_inside(variables), "cache": state}, tokens, decode=True, mutable=["cache"]
+        )
+        return logits[:, -1], changed["cache"]
+
+    scope = jax.export.SymbolicScope(("b >= 1",))
+    state = jax.tree.map(
+        lambda s: _abstract(s["shape"], s["dtype"], scope), state_shapes(model), is_leaf=_is_shape
+    )
+    return jax.export.export(jax.jit(step), platforms=tuple(platforms))(
+        _abstract(("b", 1), np.int32, scope), state
+    )
+
+
+def _inside(variables: Tree) -> Tree:
+    """The variables as the program holds them: in their own types, those that are used, each behind
+    a barrier.
+
+    Without it what is computed from weights alone (wiring from scores, say) would be computed by
+    the compiler, whenever the program is
+    compiled, and very slowly: 18 s for the largest of 2,048 x 256 numbers, and 0.1 s for the whole
+    program with the barrier (XLA on a CPU).
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, variables)
+
+
+def state_shapes(model: nn.Module) -> Tree:
+    """What a language model carries from token to token, with {'shape': ['b', ...], 'dtype': ...}
+    for each array.
+    """
+    # The batch is where caches for two and for three texts differ.
+    two, three = (
+        jax.eval_shape(
+            lambda n=n: model.init(jax.random.key(0), jnp.zeros((n, 1), jnp.int32), decode=True)
+        )["cache"]
+        for n in (2, 3)
+    )
+
+    def described(a: Any, b: Any) -> Tree:
+        return {
+            "shape": ["b" if m != n else m for m, n in zip(a.shape, b.shape)],
+            "dtype": np.dtype(a.dtype).name,
+        }
+
+    return jax.tree.map(described, two, three)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"shape", "dtype"}
+
+
+def check(variables: Tree, platforms: Sequence[str]) -> None:
+    """Raises InputError for an unknown platform, or for variables too large for one file."""
+    if not platforms:
+        raise InputError(f"platforms: expected one or more of {', '.join(PLATFORMS)}, found none.")
+    for name in platforms:
+        if name not in PLATFORMS:
+            hint = (
+                " JAX calls NVIDIA GPUs cuda, and AMD's rocm."
+                if name == "gpu"
+                else nearest(name, PLATFORMS)
+            )
+            raise InputError(
+                f"platforms: expected some of {', '.join(PLATFORMS)}, found '{name}'.{hint}"
+            )
+    if (size := weight_bytes(variables)) > MAX_WEIGHT_BYTES:
+        raise InputError(
+            f"export: the weights are {size:,} bytes, and a StableHLO file with weights inside "
+            f"holds at most {MAX_WEIGHT_BYTES:,}; export the packed "
+            "form (--packed) if that is smaller, or write the weights as safetensors "
+            "(pretrained.save)."
+        )
+
+
+def weight_bytes(variables: Tree) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(
+        int(np.prod(np.shape(leaf))) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(variables)
+    )
+
+
+def check_target(out: Path, overwrite: bool = False) -> None:
+    """Raises InputError unless a program and its description can be written to `out` without losing
+    anything.
+    """
+    if out.suffix == ".json" or not out.name or out.is_dir():
+        raise InputError(
+            "--out: expected a file such as model.stablehlo (its description becomes model.json), "
+            f"found {out}."
+        )
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out: no folder {out.absolute().parent}; make it first.")
+    for path in (out, out.with_suffix(".json")):
+        if path.exists() and not overwrite:
+            raise InputError(f"--out: {path} exists; give another name, or --overwrite.")
+
+
+def save(
+    program: jax.export.Exported,
+    out: Path,
+    about: Mapping[str, Any],
+    given: Input,
+    *,
+    overwrite: bool = False,
+) -> Tree:
+    """Writes the program to `out` and its description, which is returned, to the same name with
+    .json.
+
+    about: what the description says besides inputs, outputs and platforms: {'config': ...,
+      'tokenizer': ...}. given: the first input.
+
+    Raises:
+      InputError: there is something at `out` already, or nothing can be written there.
+    """
+    check_target(out, overwrite)
+    try:
+        data = bytes(program.serialize())
+    except ImportError:
+        raise InputError(
+            "export: programs are serialized by the package flatbuffers, which isn't there; pip "
+            "install flatbuffers."
+        ) from None
+    description = (
+        describe(program, given, out.name)
+        | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        | dict(about)
+    )
+    for path, content in (
+        (out, data),
+        (out.with_suffix(".json"), json.dumps(description, indent=2, ensure_ascii=False).encode()),
+    ):
+        temporary = path.with_name(path.name + ".tmp")  # whole or not there
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    return description
+
+
+def describe(program: jax.export.Exported, given: Input, file: str = "model.stablehlo") -> Tree:
+    """What somebody who only has the file needs to know to call it; `state` of a step, a tree of
+    shapes, is zeros at first.
+    """
+    arguments, _ = jax.tree.unflatten(program.in_tree, [_shape(a) for a in program.in_avals])
+    results = jax.tree.unflatten(program.out_tree, [_shape(a) for a in program.out_avals])
+    free: dict[int | str, int] = {"b": 3, "t": given.example_t}
+    example = f"np.zeros({tuple(free.get(d, d) for d in given.shape)}, np.{given.dtype})"
+    call = f"logits = program.call({example})"
+    state = arguments[1] if len(arguments) > 1 else None
+    if state is not None:
+        call = (
+            f'import json\nstate = json.load(open("{Path(file).with_suffix(".json")}"))["state"]\n'
+            'zeros = lambda s: np.zeros([3 if n == "b" else n for n in s["shape"]], s["dtype"])\n'
+            'state = jax.tree.map(zeros, state, is_leaf=lambda s: "dtype" in s)\n'
+            f"logits, state = program.call({example}, state)  # and again with the next tokens"
+        )
+    logits = results if state is None else results[0]
+    return {
+        "inputs": [
+            {
+                "name": given.name,
+                "meaning": given.meaning,
+                **arguments[0],
+                "limits": list(given.limits),
+            }
+        ],
+        "outputs": [{"name": "logits", **logits}],
+        **({"state": state} if state is not None else {}),
+        "platforms": list(program.platforms),
+        "calling_convention_version": program.calling_convention_version,
+        "load": _LOAD.format(file=file, call=call).splitlines(),
+    }
+
+
+def about_data(tokenizer: Tokenizer | None, normalize: str, dataset: Dataset | None) -> Tree:
+    """What somebody needs to make inputs and read outputs: the tokenizer, or the classes' names and
+    how pixels become inputs.
+    """
+    if tokenizer is not None:
+        return {"tokenizer": tokenizer.to_json()}
+    assert dataset is not None
+    about: Tree = {"labels": list(dataset.labels)}
+    if dataset.image_shape is not None:
+        mean, deviation = NORMALIZATIONS[normalize]
+        about["pixels"] = {
+            "formula": "(pixel / 255 - mean) / deviation",
+            "mean": mean,
+            "deviation": deviation,
+        }
+    return about
+
+
+def _shape(aval: Any) -> Tree:
+    return {
+        "shape": [n if isinstance(n, int) else str(n) for n in aval.shape],
+        "dtype": np.dtype(aval.dtype).name,
+    }

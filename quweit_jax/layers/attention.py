@@ -1,0 +1,201 @@
+"""Attention: causal with a key-value cache, and of every token to every token.
+
+Dimensions: B batch, T tokens, C context (cache length), H heads, K width of a head, d model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from quweit_jax.errors import check_choice
+from quweit_jax.layers.norms import Initializer, normal
+
+ATTENTIONS = ("auto", "xla", "cudnn")
+
+
+def pick_attention(implementation: str, dtype: Any) -> str:
+    """'cudnn' (flash attention) for half precision on a GPU when 'auto', else 'xla'."""
+    check_choice("attention", implementation, ATTENTIONS)
+    if implementation != "auto":
+        return implementation
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+
+
+def rotate(x: Array, positions: Array, theta: float) -> Array:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864; pairs are the two halves of a head, as
+    in Llama).
+
+    x (B, T, H, K) with even K, positions (B or 1, T) -> the same shape and dtype.
+    """
+    half = x.shape[-1] // 2
+    angles = positions[..., None, None].astype(jnp.float32) * theta ** (
+        -jnp.arange(half, dtype=jnp.float32) / half
+    )
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], -1
+    ).astype(x.dtype)
+
+
+def token_positions(
+    module: nn.Module, shape: tuple[int, ...], valid: Array | None, decode: bool
+) -> Array:
+    """The place of each of (B, T) tokens in its text, (B or 1, T): padding (valid (B, T) False)
+    doesn't count.
+
+    With decode=True they go on from what the module's `cache` has counted.
+    """
+    batch, tokens = shape
+    counted = (
+        jnp.arange(tokens)[None] if valid is None else jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
+    )
+    if not decode:
+        return counted
+    seen = module.variable("cache", "positions", jnp.zeros, (batch,), jnp.int32)
+    start = seen.value[:, None]
+    if not module.is_initializing():
+        seen.value = seen.value + (tokens if valid is None else valid.sum(1, dtype=jnp.int32))
+    return start + counted
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention. With decode=True it appends to a cache of `context` keys and
+    values.
+
+    Args:
+      num_heads: H. context: the cache's length. dropout: of attention weights and of the output.
+      use_bias: biases of both projections. kernel_init, output_init: of the queries, keys and
+        values, and of the output projection.
+      implementation: 'auto', 'xla' or 'cudnn' (flash attention on NVIDIA GPUs, half precision).
+      num_kv_heads: fewer heads of keys and values, each shared by several of queries (0: as many).
+        head_width: K (0: d / H).
+      rotary: base of rotary position embeddings, 0 for none.
+    """
+
+    num_heads: int
+    context: int
+    dropout: float = 0.0
+    use_bias: bool = False
+    kernel_init: Initializer = normal(0.02)
+    output_init: Initializer = normal(0.02)
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+    num_kv_heads: int = 0
+    head_width: int = 0
+    rotary: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        valid: Array | None = None,
+        *,
+        positions: Array | None = None,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Array:
+        """x (B, T, d), valid (B, T) bool: tokens that are not padding, positions (B or 1, T) if
+        rotary -> (B, T, d).
+        """
+        batch, tokens, width = x.shape
+        heads, kv_heads, head = (
+            self.num_heads,
+            self.num_kv_heads or self.num_heads,
+            self.head_width or width // self.num_heads,
+        )
+        dense = {"use_bias": self.use_bias, "dtype": self.dtype}
+        qkv = nn.Dense(
+            (heads + 2 * kv_heads) * head, kernel_init=self.kernel_init, name="qkv", **dense
+        )(x)
+        q, k, v = jnp.split(qkv.reshape(batch, tokens, -1, head), [heads, heads + kv_heads], axis=2)
+        if self.rotary:
+            assert positions is not None
+            q, k = rotate(q, positions, self.rotary), rotate(k, positions, self.rotary)
+        mask = None
+        if decode:
+            k, v, mask = self._cache(k, v, valid)
+        elif valid is not None:
+            # Padding sees itself, so that its results are numbers; nobody else sees it.
+            mask = (valid[:, None, :] | jnp.eye(tokens, dtype=bool))[:, None]
+        implementation: Any = (
+            "xla" if mask is not None else pick_attention(self.implementation, self.dtype)
+        )
+        if train and self.dropout > 0:
+            mixed = self._attend_with_dropout(q, k, v, mask)
+        else:
+            mixed = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=not decode, implementation=implementation
+            )
+        out = nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(
+            mixed.reshape(batch, tokens, heads * head)
+        )
+        return nn.Dropout(self.dropout, deterministic=not train)(out)
+
+    def _attend_with_dropout(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
+        visible = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool)) & (
+            True if mask is None else mask
+        )
+        weights = jax.nn.softmax(
+            jnp.where(visible, scores.astype(jnp.float32), -jnp.inf), axis=-1
+        ).astype(q.dtype)
+        weights = nn.Dropout(self.dropout, deterministic=False)(weights)
+        return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+    def _cache(self, k: Array, v: Array, valid: Array | None) -> tuple[Array, Array, Array]:
+        """Writes k and v behind what the cache holds; returns all of it and which places each query
+        may see.
+        """
+        batch, tokens, heads, width = k.shape
+        shape = (batch, self.context, heads, width)
+        keys = self.variable("cache", "keys", jnp.zeros, shape, k.dtype)
+        values = self.variable("cache", "values", jnp.zeros, shape, v.dtype)
+        length = self.variable("cache", "length", lambda: jnp.zeros((), jnp.int32))
+        padding = self.variable("cache", "padding", jnp.zeros, (batch, self.context), jnp.bool_)
+        start = length.value
+        if not self.is_initializing():
+            keys.value = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
+            values.value = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
+            if valid is not None:
+                padding.value = jax.lax.dynamic_update_slice(padding.value, ~valid, (0, start))
+            length.value = start + tokens
+        places, queries = jnp.arange(self.context)[None, :], (start + jnp.arange(tokens))[:, None]
+        visible = (places <= queries) & (~padding.value[:, None, :] | (places == queries))
+        return keys.value, values.value, visible[:, None]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of every token to every token, as in an encoder.
+
+    Args:
+      num_heads: H. use_bias: biases of both projections. kernel_init, output_init: of the queries,
+        keys and values, and of the output projection.
+      implementation: 'auto', 'xla' or 'cudnn', see `CausalSelfAttention`.
+    """
+
+    num_heads: int
+    use_bias: bool = True
+    kernel_init: Initializer = normal(0.02)
+    output_init: Initializer = normal(0.02)
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (B, T, d) -> (B, T, d)."""
+        batch, tokens, width = x.shape
+        dense = {"use_bias": self.use_bias, "dtype": self.dtype}
+        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, name="qkv", **dense)(x)
+        q, k, v = jnp.split(qkv.reshape(batch, tokens, 3 * self.num_heads, -1), 3, axis=2)
+        implementation: Any = pick_attention(self.implementation, self.dtype)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        return nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(
+            mixed.reshape(batch, tokens, width)
+        )

@@ -1,0 +1,52 @@
+"""Normalization over the last axis, with statistics in float32.
+
+Dimensions: d features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from quweit_jax.ops import ternary
+
+Initializer = nn.initializers.Initializer
+
+
+def normal(std: float) -> Initializer:
+    """Normal initializer with the given standard deviation."""
+    return nn.initializers.normal(std)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, statistics in float32, with an optional bias."""
+
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (..., d) -> the same shape, in `dtype`."""
+        return nn.LayerNorm(
+            epsilon=self.epsilon, use_bias=self.use_bias, dtype=self.dtype, name="norm"
+        )(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32."""
+
+    epsilon: float = ternary.EPSILON
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (..., d) -> the same shape, in `dtype`."""
+        return ternary.rms_norm(
+            x,
+            self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32),
+            eps=self.epsilon,
+        ).astype(self.dtype)

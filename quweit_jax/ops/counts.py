@@ -1,0 +1,169 @@
+"""The counts of one inference: what a layer does, moves and stores, and their sums.
+
+Nothing here knows a model; `analysis.costs` makes these from configs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+K = TypeVar("K", str, int)
+
+# Bytes of one number of a type.
+BYTES = {"int8": 1, "int16": 2, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def merge(*counts: Mapping[K, int]) -> dict[K, int]:
+    """The sums of counts by key; keys that count nothing are left out."""
+    total: dict[K, int] = {}
+    for count in counts:
+        for key, value in count.items():
+            total[key] = total.get(key, 0) + value
+    return {key: value for key, value in total.items() if value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """Operations outside matrix products and sums of vectors, by operand type: norms, softmax,
+    activations, gates, rescaling, residuals.
+
+    functions: exp, sigmoid, tanh, erf, cosine, 1 / sqrt, each one value. shifts: of integers by
+    whole bits.
+    """
+
+    multiplications: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    additions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    divisions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    functions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    shifts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCosts:
+    """One layer, or a group of identical operations, of one inference: an image, or a token at a
+    context length.
+
+    name: its path, 'block_3/attention/query'. kind: what the energy is summed by: 'embedding',
+      'projection', 'attention', 'mlp', 'lookup', 'thermometer', 'conditional_sum', 'norm',
+      'activation', 'recurrence', 'requantize', 'residual', 'head'.
+    multiplications, additions: of matrix products and of sums of vectors, by operand type, what
+      papers count; 'int16xint8' has two different operands. A product of I inputs has I additions
+      an output: the sum starts from the bias, or from zero. Additions of a conditional sum or of
+      ternary weights are the most there can be: all bits set, no weight zero.
+    elementwise: the operations outside them.
+    lookups: reads of one-bit tables by n, the table's inputs. A table of 32-bit values counts as 32
+      of them.
+    comparisons: of two values of `comparison_type`: thermometers, clamping, largest values.
+    bytes_moved: 'weights', 'activations' and 'state' (key-value cache or recurrent state, read and
+      written). Each weight is read once per inference; every product, norm, softmax, thermometer,
+      look-up layer and sum reads its inputs and writes its results once, while operations of one
+      value at a time (activations, residuals, requantization, biases) happen on the way.
+    bytes_stored: of the deployed form, by format: 'float32', 'bfloat16', 'float16', 'int8',
+      'int16', 'int32', '2-bit', '1-bit', 'wiring'.
+    state_bytes: kept between the tokens of one text. parameters: trained numbers, before
+    deployment.
+    """
+
+    name: str
+    kind: str
+    multiplications: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    additions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    elementwise: Elementwise = Elementwise()
+    lookups: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    comparisons: int = 0
+    comparison_type: str = "float32"
+    bytes_moved: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bytes_stored: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    state_bytes: int = 0
+    parameters: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The layers of one inference.
+
+    unit: 'image' (any example of a classifier) or 'token'. context: tokens the token attends to,
+      itself among them; None for images.
+    assumptions: what was taken for granted about model and data, in sentences.
+    """
+
+    layers: tuple[LayerCosts, ...]
+    unit: str
+    context: int | None
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def multiplications(self) -> dict[str, int]:
+        """Of matrix products, by operand type."""
+        return merge(*(layer.multiplications for layer in self.layers))
+
+    @property
+    def total_multiplications(self) -> int:
+        """Of matrix products, of all types."""
+        return sum(self.multiplications.values())
+
+    @property
+    def additions(self) -> dict[str, int]:
+        """Of matrix products and sums of vectors, by operand type."""
+        return merge(*(layer.additions for layer in self.layers))
+
+    @property
+    def elementwise(self) -> Elementwise:
+        """Operations outside matrix products."""
+        return _merge_elementwise(layer.elementwise for layer in self.layers)
+
+    @property
+    def lookups(self) -> dict[int, int]:
+        """By the number of inputs of a table."""
+        return merge(*(layer.lookups for layer in self.layers))
+
+    @property
+    def comparisons(self) -> dict[str, int]:
+        """By operand type."""
+        return merge(*({layer.comparison_type: layer.comparisons} for layer in self.layers))
+
+    @property
+    def bytes_moved(self) -> dict[str, int]:
+        """Of weights, activations and state."""
+        return merge(*(layer.bytes_moved for layer in self.layers))
+
+    @property
+    def bytes_stored(self) -> dict[str, int]:
+        """By format."""
+        return merge(*(layer.bytes_stored for layer in self.layers))
+
+    @property
+    def state_bytes(self) -> int:
+        """Kept between the tokens of one text."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layers there are, in the order of their first appearance."""
+        return tuple(dict.fromkeys(layer.kind for layer in self.layers))
+
+    def of_kind(self, *kinds: str) -> Costs:
+        """The layers of some kinds alone."""
+        return dataclasses.replace(
+            self, layers=tuple(layer for layer in self.layers if layer.kind in kinds)
+        )
+
+    def by_kind(self) -> dict[str, Costs]:
+        """The layers of each kind."""
+        return {kind: self.of_kind(kind) for kind in self.kinds()}
+
+
+def _merge_elementwise(parts: Iterable[Elementwise]) -> Elementwise:
+    parts = list(parts)
+    return Elementwise(
+        **{
+            f.name: merge(*(getattr(part, f.name) for part in parts))
+            for f in dataclasses.fields(Elementwise)
+        }
+    )

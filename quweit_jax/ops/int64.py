@@ -1,0 +1,126 @@
+"""64-bit integer arithmetic in pairs of 32-bit words, which is what dyadic requantization needs and
+JAX lacks by default.
+
+Everything works on int32 and uint32 arrays of any broadcastable shapes, on every platform, without
+float64.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+INT32_MAX = 2**31 - 1
+_MANTISSA_BITS = 31
+
+
+def magnitude(x: Array) -> Array:
+    """|x| of int32 as uint32, right for -2**31 too."""
+    unsigned = jax.lax.bitcast_convert_type(x.astype(jnp.int32), jnp.uint32)
+    return jnp.where(x < 0, jnp.uint32(0) - unsigned, unsigned)
+
+
+def multiply(a: Array, b: Array) -> tuple[Array, Array]:
+    """The 64-bit product of uint32 values: (high word, low word)."""
+    a, b = a.astype(jnp.uint32), b.astype(jnp.uint32)
+    half = jnp.uint32(0xFFFF)
+    a1, a0, b1, b0 = a >> 16, a & half, b >> 16, b & half
+    low, cross, other, high = a0 * b0, a0 * b1, a1 * b0, a1 * b1
+    middle = (low >> 16) + (cross & half) + (other & half)
+    return high + (cross >> 16) + (other >> 16) + (middle >> 16), (low & half) | (middle << 16)
+
+
+def dyadic(scale_in: Array, scale_out: Array) -> tuple[Array, Array]:
+    """The ratio of two float32 scales as multiplier / 2**shift: (int32 with a 31-bit magnitude,
+    int32 from 0 to 63).
+
+    The quotient of the two float32 numbers is exact to 31 bits, rounded half up, as float64
+    division would give. A ratio below 2**-32 becomes 0; one of 2**31 or more becomes the largest
+    there is.
+    """
+    scale_in, scale_out = jnp.broadcast_arrays(
+        jnp.asarray(scale_in, jnp.float32), jnp.asarray(scale_out, jnp.float32)
+    )
+    mantissa_in, exponent_in = jnp.frexp(jnp.abs(scale_in))
+    mantissa_out, exponent_out = jnp.frexp(jnp.abs(scale_out))
+    rest = (mantissa_in * 2**24).astype(jnp.uint32)
+    divisor = jnp.maximum((mantissa_out * 2**24).astype(jnp.uint32), 1)
+    exponent = exponent_in - exponent_out
+    large = rest >= divisor
+    exponent, divisor = exponent + large, jnp.where(large, 2 * divisor, divisor)
+    quotient = jnp.zeros_like(rest)
+    for bits in (
+        6,
+        6,
+        6,
+        6,
+        6,
+        1,
+    ):  # long division; the rest is below 2**25, so six more bits still fit a word
+        rest = rest << bits
+        digit = rest // divisor
+        quotient, rest = (quotient << bits) | digit, rest - digit * divisor
+    quotient = quotient + (2 * rest >= divisor)
+    full = quotient > jnp.uint32(INT32_MAX)  # rounded up to the next power of two
+    quotient, exponent = jnp.where(full, quotient >> 1, quotient), exponent + full
+    shift = _MANTISSA_BITS - exponent
+    quotient = jnp.where(
+        (scale_in == 0) | (shift > 63), 0, jnp.where(shift < 0, INT32_MAX, quotient)
+    ).astype(jnp.int32)
+    return jnp.where((scale_in < 0) != (scale_out < 0), -quotient, quotient), jnp.clip(
+        shift, 0, 63
+    ).astype(jnp.int32)
+
+
+def multiply_shift(x: Array, multiplier: Array, shift: Array) -> Array:
+    """round(x * multiplier / 2**shift) in exact 64-bit arithmetic, ties to even, saturated to
+    +-(2**31 - 1).
+
+    Args:
+      x, multiplier: int32, broadcastable. shift: int32, 0 to 63.
+    """
+    x, multiplier = x.astype(jnp.int32), jnp.asarray(multiplier, jnp.int32)
+    high, low = multiply(magnitude(x), magnitude(multiplier))
+    shift = jnp.asarray(shift).astype(jnp.uint32)
+    # Align so that the whole part is in `whole` and the fraction in `part`; shifts go in two steps
+    # as 32 at once is undefined.
+    right, left = jnp.where(shift >= 32, shift - 32, 0), jnp.where(shift >= 32, 0, 32 - shift)
+    one = jnp.uint32(1)
+    far = shift >= 32
+    whole_far, part_far = (
+        high >> right,
+        jnp.where(right == 0, low, ((high << (31 - right)) << 1) | (low >> right)),
+    )
+    sticky = far & ((low & ((one << right) - 1)) != 0)
+    before = jnp.minimum(shift, 31)
+    half_left = jnp.where(left == 0, 0, left - 1)
+    whole_near, part_near = (
+        ((high << half_left) << 1) | (low >> before),
+        jnp.where(shift == 0, 0, (low << half_left) << 1),
+    )
+    overflow = ~far & ((high >> before) != 0)
+    whole, part = jnp.where(far, whole_far, whole_near), jnp.where(far, part_far, part_near)
+    half = jnp.uint32(2**31)
+    up = (part > half) | ((part == half) & (sticky | ((whole & 1) == 1)))
+    whole = jnp.minimum(whole, INT32_MAX) + up
+    result = jnp.where(overflow, INT32_MAX, jnp.minimum(whole, INT32_MAX)).astype(jnp.int32)
+    return jnp.where((x < 0) != (multiplier < 0), -result, result)
+
+
+def divide(high: Array, low: Array, divisor: Array) -> Array:
+    """floor((high * 2**32 + low) / divisor) for uint32 words with high < divisor < 2**31, so that
+    the quotient fits: uint32.
+    """
+    rest, quotient = high, jnp.zeros_like(low)
+    for bit in range(31, -1, -1):
+        rest = (rest << 1) | ((low >> bit) & 1)
+        fits = rest >= divisor
+        rest, quotient = jnp.where(fits, rest - divisor, rest), (quotient << 1) | fits
+    return quotient
+
+
+def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The sum of two 64-bit numbers given as (high word, low word)."""
+    low = a[1] + b[1]
+    return a[0] + b[0] + (low < a[1]), low

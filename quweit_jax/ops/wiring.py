@@ -1,0 +1,249 @@
+"""Which input each slot of each look-up table reads: random, arange and learnable wiring (arXiv
+2410.11112, section 3.3).
+
+Dimensions: F inputs, L tables, n inputs a table, M = n * L slots, C candidates a slot, T tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, PRNGKeyArray, Shaped, UInt32
+
+from quweit_jax.errors import InputError
+
+Key = PRNGKeyArray | UInt32[Array, "2"]
+
+
+def _check_sizes(name: str, num_inputs: int, num_luts: int, lut_inputs: int) -> None:
+    if num_inputs < 1 or num_luts < 0 or lut_inputs < 1:
+        raise InputError(
+            f"{name}: expected num_inputs >= 1, num_luts >= 0 and lut_inputs >= 1, found "
+            f"{num_inputs}, {num_luts} and {lut_inputs}."
+        )
+
+
+def random_mapping(key: Key, num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
+    """Concatenated random permutations of the inputs, cut at n * L: every input is used equally
+    often, give or take one.
+
+    Returns (L, n) int32.
+    """
+    _check_sizes("random_mapping", num_inputs, num_luts, lut_inputs)
+    slots = num_luts * lut_inputs
+    rounds = -(-slots // num_inputs)
+    keys = jax.random.split(key, rounds)
+    permutations = (
+        jax.vmap(lambda k: jax.random.permutation(k, num_inputs))(keys)
+        if rounds
+        else jnp.zeros((0,))
+    )
+    return permutations.reshape(-1)[:slots].reshape(num_luts, lut_inputs).astype(jnp.int32)
+
+
+def arange_mapping(num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
+    """The inputs in order, round and round: (L, n) int32, `mapping[j, l] = (j * n + l) mod F`."""
+    _check_sizes("arange_mapping", num_inputs, num_luts, lut_inputs)
+    slots = jnp.arange(num_luts * lut_inputs, dtype=jnp.int32)
+    return (slots % num_inputs).reshape(num_luts, lut_inputs)
+
+
+def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array, "F K"]:
+    """The slots that read each input, for a wiring that uses every input equally often: (F, ceil(M
+    / F)) int32.
+
+    Slots are numbered input-major, l * L + j; an empty place holds M. With it `lut_lookup` gathers
+    its gradient to the bits.
+
+    Raises:
+      InputError: a mapping known at trace time that uses some input more often than ceil(M / F),
+        leave the inverse out then; or one that refers to an input that isn't there.
+    """
+    num_luts, lut_inputs = jnp.shape(mapping)
+    slots = num_luts * lut_inputs
+    fan_out = -(-slots // num_inputs)
+    if not isinstance(mapping, Tracer) and slots:
+        known = np.asarray(mapping).reshape(-1)
+        if known.min() < 0 or known.max() >= num_inputs:
+            raise InputError(
+                f"invert_mapping: mapping refers to inputs {known.min()}..{known.max()}, of "
+                f"{num_inputs} (valid: 0..{num_inputs - 1})."
+            )
+        uses = np.bincount(known, minlength=num_inputs)
+        if uses.max() > fan_out:
+            raise InputError(
+                f"invert_mapping: input {int(uses.argmax())} is read {int(uses.max())} times, more "
+                f"than ceil(M / F) = {fan_out}; "
+                "only an evenly used wiring has an inverse of this form. Call lut_lookup without "
+                "one."
+            )
+    return even_inverse(jnp.asarray(mapping), num_inputs)
+
+
+def even_inverse(mapping_Ln: Array, num_inputs: int) -> Array:
+    """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F)
+    times: (F, ceil(M / F)), M if empty.
+    """
+    slots = math.prod(mapping_Ln.shape)
+    reads = mapping_Ln.T.reshape(-1)
+    order = jnp.argsort(reads, stable=True).astype(jnp.int32)
+    ordered = reads[order]
+    place = jnp.arange(slots) - jnp.searchsorted(ordered, jnp.arange(num_inputs))[ordered]
+    return (
+        jnp.full((num_inputs, -(-slots // num_inputs)), slots, jnp.int32)
+        .at[ordered, place]
+        .set(order, mode="drop")
+    )
+
+
+def random_candidates(
+    key: Key, num_inputs: int, num_slots: int, num_candidates: int
+) -> Int[Array, "M C"]:
+    """Fixed random candidates for each slot, column by column an even wiring: (M, C) int32."""
+    return random_mapping(key, num_inputs, num_candidates, num_slots).T
+
+
+def strongest(scores: ArrayLike, candidates: ArrayLike | None = None) -> Array:
+    """The input each slot of a learnable mapping reads: scores (F, M), or (M, C) with candidates
+    (M, C) -> int (M,).
+    """
+    if candidates is None:
+        return jnp.argmax(jnp.asarray(scores), axis=0)
+    return jnp.take_along_axis(
+        jnp.asarray(candidates), jnp.argmax(jnp.asarray(scores), axis=1)[:, None], axis=1
+    )[:, 0]
+
+
+def _inexact(bits: ArrayLike, like: Array) -> Array:
+    bits = jnp.asarray(bits)
+    return bits if jnp.issubdtype(bits.dtype, jnp.floating) else bits.astype(like.dtype)
+
+
+def learnable_mapping(
+    bits: Shaped[ArrayLike, "*tokens F"], scores: Float[ArrayLike, "F M"], *, tau: float = 0.001
+) -> Float[Array, "*tokens M"]:
+    """Each slot reads the input with the largest score: `y[..., m] = bits[..., argmax_f scores[f,
+    m]]`.
+
+    Gradients: `dscores = (2 bits - 1)^T g` (no softmax Jacobian), `dbits = g softmax(scores / tau,
+      axis=0)^T`.
+
+    Args:
+      bits: (..., F) in {0, 1}. scores: (F, M). tau: temperature of the gradient to the bits.
+
+    Returns:
+      (..., M), the bits' dtype (the scores' if the bits are not floating). Ties go to the lowest
+      input.
+    """
+    scores = jnp.asarray(scores)
+    bits = _inexact(bits, scores)
+    if scores.ndim != 2 or bits.ndim < 1 or bits.shape[-1] != scores.shape[0]:
+        raise InputError(
+            "learnable_mapping: expected bits (..., F) and scores (F, M), found "
+            f"{list(bits.shape)} and {list(scores.shape)}."
+        )
+    return _learnable(bits, scores, float(tau))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _learnable(bits, scores, tau):
+    return jnp.take(bits, strongest(scores), axis=-1, mode="clip")
+
+
+def _learnable_forward(bits, scores, tau):
+    return _learnable(bits, scores, tau), (bits, scores)
+
+
+def _learnable_backward(tau, saved, grad):
+    bits, scores = saved
+    bits_TF, grad_TM = bits.reshape(-1, bits.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_scores = (2 * bits_TF - 1).T @ grad_TM
+    weights = jax.nn.softmax(scores.astype(jnp.float32) / tau, axis=0).astype(grad.dtype)
+    grad_bits = (grad_TM @ weights.T).reshape(bits.shape)
+    return grad_bits.astype(bits.dtype), grad_scores.astype(scores.dtype)
+
+
+_learnable.defvjp(_learnable_forward, _learnable_backward)
+
+
+def sparse_learnable_mapping(
+    bits: Shaped[ArrayLike, "*tokens F"],
+    scores: Float[ArrayLike, "M C"],
+    candidates: Int[ArrayLike, "M C"],
+    *,
+    tau: float = 0.001,
+) -> Float[Array, "*tokens M"]:
+    """`learnable_mapping` among C candidates a slot: what a transformer can afford.
+
+    Args:
+      bits: (..., F) in {0, 1}. scores: (M, C). candidates: (M, C) int, the inputs among which each
+        slot chooses.
+      tau: temperature of the gradient to the bits.
+
+    Returns:
+      (..., M), the bits' dtype (the scores' if the bits are not floating).
+    """
+    scores = jnp.asarray(scores)
+    bits = _inexact(bits, scores)
+    if scores.ndim != 2 or jnp.shape(candidates) != scores.shape:
+        raise InputError(
+            "sparse_learnable_mapping: scores and candidates must both be (M, C), found "
+            f"{list(scores.shape)} and {list(jnp.shape(candidates))}."
+        )
+    if not isinstance(candidates, Tracer) and np.size(candidates):
+        low, high = int(np.min(np.asarray(candidates))), int(np.max(np.asarray(candidates)))
+        if low < 0 or high >= bits.shape[-1]:
+            raise InputError(
+                f"sparse_learnable_mapping: candidates refer to inputs {low}..{high} but bits has "
+                f"{bits.shape[-1]} (valid: 0..{bits.shape[-1] - 1})."
+            )
+    tokens_FT = bits.reshape(-1, bits.shape[-1]).T
+    chosen = sparse_mapping_feature_major(tokens_FT, scores, jnp.asarray(candidates), tau=tau)
+    return chosen.T.reshape(*bits.shape[:-1], scores.shape[0])
+
+
+def sparse_mapping_feature_major(
+    bits_FT: Array, scores: Array, candidates: Array, *, tau: float = 0.001
+) -> Array:
+    """`sparse_learnable_mapping` for (F, T) floating bits: (M, T)."""
+    return _sparse(bits_FT, scores, candidates, float(tau))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sparse(bits_FT, scores, candidates, tau):
+    chosen = strongest(scores, candidates)
+    return jnp.take(bits_FT, chosen, axis=0, mode="clip")
+
+
+def _sparse_forward(bits_FT, scores, candidates, tau):
+    return _sparse(bits_FT, scores, candidates, tau), (bits_FT, scores, candidates)
+
+
+def _sparse_backward(tau, saved, grad_MT):
+    bits_FT, scores, candidates = saved
+    weights = jax.nn.softmax(scores.astype(jnp.float32) / tau, axis=1).astype(grad_MT.dtype)
+    signed_FT = 2 * bits_FT - 1
+
+    def one_candidate(grad_bits, column):
+        inputs, weight = column
+        grad_scores = jnp.einsum(
+            "mt,mt->m", jnp.take(signed_FT, inputs, axis=0, mode="clip"), grad_MT
+        )
+        return grad_bits.at[inputs].add(
+            (weight[:, None] * grad_MT).astype(grad_bits.dtype), mode="drop"
+        ), grad_scores
+
+    grad_bits, grad_scores = jax.lax.scan(
+        one_candidate, jnp.zeros_like(bits_FT), (candidates.T, weights.T)
+    )
+    return grad_bits, grad_scores.T.astype(scores.dtype), None
+
+
+_sparse.defvjp(_sparse_forward, _sparse_backward)

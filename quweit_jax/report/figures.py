@@ -1,0 +1,128 @@
+"""Matplotlib figures that suit a light and a dark page, a phone and a desk: one SVG whose colors
+the page decides, and a PNG.
+
+Figures are narrow, so that their letters stay readable on a phone; wide pages put several beside
+one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import re
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+WIDTH = 5.0  # inches
+
+# name: (on a light page, on a dark page). In the SVG each light color is replaced by a CSS
+# variable of that name.
+COLOURS = {
+    "ink": ("#1c2127", "#e8ebee"),
+    "muted": ("#5a636e", "#a9b2bd"),
+    "grid": ("#d3d9df", "#3a424b"),
+    "series-0": ("#2360c4", "#7fabff"),
+    "series-1": ("#b8420e", "#ff9d6b"),
+    "series-2": ("#157a3c", "#62d28c"),
+    "series-3": ("#9a1fa6", "#e794f2"),
+    "series-4": ("#0d6f88", "#55cfe0"),
+    "series-5": ("#7d6300", "#e2c452"),
+    "series-6": ("#b0202e", "#ff8d92"),
+    "series-7": ("#55514c", "#c9c1b8"),
+    "series-8": ("#5b3fb8", "#b8a3ff"),
+    "series-9": ("#3d6b00", "#a5d84f"),
+    "series-10": ("#8c3b63", "#f09bc4"),
+    "series-11": ("#00705f", "#4ed6bd"),
+}
+INK, MUTED, GRID = (COLOURS[name][0] for name in ("ink", "muted", "grid"))
+SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series-")]
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "quweit_jax",  # the same figure is the same file
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure for the page. name: of its PNG file, without suffix. alt: what it shows, for those
+    who don't see it. svg: an element.
+    """
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+def style() -> Any:
+    """A context manager in which figures look as they should."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def new(height: float) -> tuple[Figure, Any]:
+    """A figure of one plot, WIDTH wide; to be drawn within `style()`."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def picture(figure: Figure, name: str, title: str, alt: str) -> Picture:
+    """Draws a figure for light and dark pages at once; to be called within `style()`."""
+    text = io.StringIO()
+    figure.savefig(
+        text,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    )
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=200, facecolor="white")
+    return Picture(name, title, alt, _element(text.getvalue(), name, alt), png.getvalue())
+
+
+def _element(svg: str, name: str, alt: str) -> str:
+    """An SVG file as an element of a page: no ids that another has, no size of its own, colors by
+    name.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'(xlink:)?href="#([^"]+)"', rf'href="#{name}-\2"', svg)
+    # Presentation attributes know no variables, styles do; Matplotlib writes styles.
+    for variable, (light, _) in COLOURS.items():
+        svg = svg.replace(light, f"var(--{variable})")
+    head, rest = svg[: svg.index(">")], svg[svg.index(">") :]
+    head = re.sub(r'\s(width|height|version|xmlns(:\w+)?)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{html.escape(alt, quote=True)}" focusable="false"{rest}'
+
+
+def css_variables(dark: bool) -> str:
+    """The colors as CSS declarations."""
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())

@@ -1,0 +1,85 @@
+"""A folder of files that may be written again, but never over anything else.
+
+A list of what was written, `report.json`, lies beside the files. A folder that has one may be
+written to again: the files it lists are replaced, or removed if there is no such file any more;
+others are left alone, and stop the writing if they are in the way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from quweit_jax.errors import InputError
+
+LIST = "report.json"
+_AUTHOR = "quweit_jax.report"
+
+
+def check(folder: Path) -> list[str]:
+    """The names of the files that an earlier report wrote to a folder; call it before the work, as
+    it may end it.
+
+    Raises:
+      InputError: the folder holds files and no list of a report's, or is a file, or its list cannot
+        be read.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out: {folder} is a file; give a folder.")
+    path = folder / LIST
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"--out: {folder} holds files and no {LIST}, so no report wrote them; give a new "
+                "or empty folder."
+            )
+        return []
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        names = written["files"] if written["written_by"] == _AUTHOR else None
+    except (ValueError, KeyError, TypeError):
+        names = None
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and Path(name).name == name for name in names
+    ):
+        raise InputError(
+            f"--out: {path} is not the list of an earlier report's files; give a new or empty "
+            "folder, or remove that file."
+        )
+    return names
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files in the place of those an earlier report wrote.
+
+    Raises:
+      InputError: see `check`; or a file that no report wrote has the name of one of these.
+    """
+    before = check(folder)
+    for name in files:
+        if name not in before and (folder / name).exists():
+            raise InputError(
+                f"--out: {folder / name} is there, and no report wrote it; move it away, or give "
+                "another folder."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # First the list, of the old and the new: wherever this is stopped, the next report may go
+        # on.
+        _list(folder, [*dict.fromkeys([*before, *files])])
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        for name in set(before) - set(files):
+            (folder / name).unlink(missing_ok=True)
+        _list(folder, [*files])
+    except OSError as error:
+        raise InputError(
+            f"--out: cannot write to {folder} ({error.strerror}); give a folder you can write to."
+        ) from None
+
+
+def _list(folder: Path, names: list[str]) -> None:
+    (folder / LIST).write_text(
+        json.dumps({"written_by": _AUTHOR, "files": names}, indent=1) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,176 @@
+"""`inference.generation`: with a cache the text is the one found without, for prompts and texts
+longer than the context too.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from quweit_jax.data import tokenizers
+from quweit_jax.deploy import generate as generation
+from quweit_jax.errors import InputError
+from quweit_jax.models.gpt import GPT, GPTConfig
+from quweit_jax.models.options import WeightlessOptions
+from tests.compiled import quick_jit
+
+VOCABULARY, CONTEXT = 11, 8
+MODEL = GPT(
+    GPTConfig(
+        VOCABULARY,
+        context=CONTEXT,
+        layers=2,
+        heads=2,
+        width=8,
+        mlp="dense+weightless",
+        tie_embeddings=False,
+        weightless=WeightlessOptions(num_luts=16, vector_init=0.3),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Larger than at the start, so that texts do not repeat one token."""
+    start = jax.device_get(quick_jit(MODEL.init)(jax.random.key(1), np.zeros((1, 1), np.int32)))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, p: (
+            20 * p if path[-1].key in ("kernel", "embedding", "position_embedding") else p
+        ),
+        start["params"],
+    )
+    return {**start, "params": params}
+
+
+@pytest.fixture(scope="module")
+def logits_of(variables):
+    """The logits behind up to CONTEXT tokens, in one parallel pass without a cache."""
+    apply = quick_jit(MODEL.apply)
+
+    def run(tokens):
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(apply(variables, padded))[0, len(tokens) - 1]
+
+    return run
+
+
+def greedy_without_cache(logits_of, prompt, count):
+    text, window = list(prompt), list(prompt)[-CONTEXT:]
+    for _ in range(count):
+        token = int(np.argmax(logits_of(window)))
+        text.append(token)
+        window = [*window, token] if len(window) < CONTEXT else text[-(CONTEXT // 2) :]
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [1, 3, CONTEXT - 1, CONTEXT])
+def test_greedy_with_cache_is_greedy_without(variables, logits_of, length):
+    prompt = np.random.default_rng(length).integers(0, VOCABULARY, length)
+    count = 3 * CONTEXT  # past the context several times
+    found = list(generation.generate_tokens(MODEL, variables, prompt, count, temperature=0))
+    assert found == greedy_without_cache(logits_of, prompt, count)
+    assert len(set(found)) > 2
+
+
+@pytest.mark.parametrize("length", range(1, CONTEXT + 1))
+def test_prefill_in_pieces(variables, logits_of, length):
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, length)
+    logits, cache = generation.prefill(MODEL, variables, prompt)
+    np.testing.assert_allclose(logits, logits_of(prompt), rtol=1e-4, atol=1e-3)
+    assert cache["positions"].tolist() == [length]
+
+
+def test_same_seed_same_text(variables):
+    sample = functools.partial(generation.generate_tokens, MODEL, variables, np.asarray([1, 2]), 25)
+    one, again, other = (list(sample(temperature=1.5, seed=seed)) for seed in (0, 0, 1))
+    assert one == again and one != other
+    assert all(isinstance(token, int) and 0 <= token < VOCABULARY for token in one)
+
+
+def test_one_candidate_is_the_likeliest(variables):
+    sample = functools.partial(generation.generate_tokens, MODEL, variables, np.asarray([1, 2]), 20)
+    assert list(sample(temperature=0.9, top_k=1, seed=3)) == list(sample(temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k"), [(1.0, 0), (0.5, 0), (1.0, 2), (2.0, 3), (1.0, 9)]
+)
+def test_samples_have_the_right_frequencies(temperature, top_k):
+    logits = np.asarray([1.0, 3.0, 2.0, 2.5], np.float32)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    draws = quick_jit(
+        jax.vmap(lambda key: generation.sample_logits(key, logits, temperature, top_k))
+    )(keys)
+    kept = np.argsort(-logits)[: top_k or None]
+    expected = np.zeros(4)
+    expected[kept] = np.exp(logits[kept] / temperature)
+    np.testing.assert_allclose(
+        np.bincount(draws, minlength=4) / 20_000, expected / expected.sum(), atol=0.015
+    )
+    assert (np.bincount(draws, minlength=4)[expected == 0] == 0).all()
+
+
+def test_no_tokens_wanted(variables):
+    assert list(generation.generate_tokens(MODEL, variables, np.asarray([1]), 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "the prompt has no tokens; give at least one character"),
+        ([1], {"temperature": -0.1}, r"--temperature: .*found -0\.1"),
+        ([1], {"temperature": float("nan")}, r"--temperature: .*found nan"),
+        ([1], {"top_k": -1}, "--top_k: .*found -1"),
+        ([1], {"max_tokens": -1}, "--max_tokens: .*found -1"),
+    ],
+)
+def test_errors(prompt, options, message):
+    arguments = {"max_tokens": 3} | options
+    with pytest.raises(InputError, match=message):
+        next(generation.generate_tokens(MODEL, {}, np.asarray(prompt, np.int32), **arguments))
+
+
+TEXTS = ["plain", "größe", "数据🦊!", "🦊🦊🦊", "a\u0301 e", "\ufffd stays"]
+
+
+@pytest.mark.parametrize("kind", tokenizers.KINDS)
+def test_streamed_text_is_the_text(kind):
+    tokenizer = tokenizers.train(kind, "".join(TEXTS), bpe_vocab_size=260)
+    for text in TEXTS:
+        pieces = list(generation.stream_text(tokenizer, iter(map(int, tokenizer.encode(text)))))
+        assert "".join(pieces) == text
+
+
+def test_each_character_is_streamed_as_soon_as_it_is_whole():
+    pieces = list(generation.stream_text(tokenizers.ByteTokenizer(), iter("aé🦊b".encode())))
+    assert pieces == ["a", "é", "🦊", "b"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xffabcdefgh" + "é🦊".encode(),  # a stray byte long before whole characters
+        b"\xff" * 7 + "é".encode(),
+        b"\x80" * 12 + "z🦊".encode(),
+        "🦊".encode()[:3],  # ends in the middle
+        "🦊".encode()[:2] + b"a",
+        "é".encode() + b"\xf0\x9f" + "é".encode(),
+    ],
+)
+def test_streaming_bytes_that_are_not_text(data):
+    tokenizer = tokenizers.ByteTokenizer()
+    assert "".join(generation.stream_text(tokenizer, iter(data))) == tokenizer.decode(list(data))
+
+
+def test_generation_stops_at_the_end_of_text(variables):
+    prompt = np.asarray([1, 2])
+    whole = list(generation.generate_tokens(MODEL, variables, prompt, 12, temperature=1.0, seed=3))
+    end = whole[5]
+    short = list(
+        generation.generate_tokens(
+            MODEL, variables, prompt, 12, temperature=1.0, seed=3, end_of_text=end
+        )
+    )
+    assert short == whole[: whole.index(end)]

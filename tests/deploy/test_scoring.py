@@ -1,0 +1,160 @@
+"""Log-likelihoods against a plain loop over tokens, for a model with a fixed context and for one
+without.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quweit_jax import models
+from quweit_jax.data import tokenizers
+from quweit_jax.deploy import score as scoring
+from quweit_jax.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+TEXT = "the quick brown fox jumps over the lazy dog\n"
+TOKENIZER = tokenizers.CharTokenizer.train(TEXT)
+CONTEXT = 24
+CONFIGS = {
+    "gpt": {"name": "gpt", "width": 16, "layers": 1, "heads": 2, "context": CONTEXT},
+    "matmulfree": {
+        "name": "matmulfree",
+        "width": 16,
+        "layers": 1,
+        "context": CONTEXT,
+        "hidden": 16,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def scorer(request):
+    model = models.build(CONFIGS[request.param], TOKENIZER.vocab_size)
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+    variables = {
+        **variables,
+        "params": jax.tree.map(
+            lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, variables["params"]
+        ),
+    }
+    return scoring.Scorer(model, variables, TOKENIZER, batch_size=3)
+
+
+def plain(scorer, tokens, begin):
+    """Log-probability of tokens[begin:] given all before each, and whether each is the likeliest;
+    in one piece.
+    """
+    logits = np.asarray(
+        jax.nn.log_softmax(scorer.model.apply(scorer.variables, jnp.asarray(tokens[None, :-1]))[0]),
+        np.float64,
+    )
+    found = [logits[i - 1, tokens[i]] for i in range(begin, len(tokens))]
+    return sum(found), all(logits[i - 1].argmax() == tokens[i] for i in range(begin, len(tokens)))
+
+
+def test_log_likelihoods(scorer):
+    pairs = [
+        ("the quick", " brown"),
+        ("the", " fox jumps over"),
+        ("", "dog"),
+        ("lazy ", "dog"),
+        ("the lazy do", "g"),
+    ]
+    results = scorer.log_likelihoods(pairs)
+    newline = TOKENIZER.encode("\n")
+    for (context, continuation), (value, greedy) in zip(pairs, results, strict=True):
+        tokens = TOKENIZER.encode(context + continuation)
+        scored = len(continuation) + (len(context) - len(context.rstrip(" ")))
+        tokens = tokens if context else np.concatenate([newline, tokens])
+        expected, likeliest = plain(scorer, tokens, len(tokens) - scored)
+        assert value == pytest.approx(expected, abs=1e-3) and greedy == likeliest
+
+
+def test_greedy_continuations_are_known_as_such(scorer):
+    text = scorer.generate_until("the ", [], 4)
+    wrong = "q" if text[0] != "q" else "z"
+    (_, greedy), (_, other) = scorer.log_likelihoods([("the", " " + text), ("the ", wrong)])
+    # The space before the continuation belongs to it, so only what comes after it is greedy for
+    # certain.
+    assert not other
+    assert isinstance(greedy, bool)
+    assert scorer.log_likelihoods([("the q", scorer.generate_until("the q", [], 3))])[0][1]
+
+
+def test_rolling_scores_every_token_once(scorer):
+    text = TEXT * 2
+    tokens = np.concatenate([TOKENIZER.encode("\n"), TOKENIZER.encode(text)])
+    size = scorer.context or len(tokens)
+    expected = sum(
+        plain(scorer, tokens[i : i + size + 1], 1)[0] for i in range(0, len(tokens) - 1, size)
+    )
+    values = scorer.rolling_log_likelihoods([text, "", "a"])
+    assert values[0] == pytest.approx(expected, rel=1e-4) and values[1] == 0 and values[2] < 0
+
+
+def test_long_contexts_are_cut_at_the_front(scorer):
+    context = TEXT * 3 + "the quick"
+    value, _ = scorer.log_likelihoods([(context, " brown")])[0]
+    tokens = TOKENIZER.encode(context + " brown")
+    kept = tokens if scorer.context is None else tokens[-(CONTEXT + 1) :]
+    assert value == pytest.approx(plain(scorer, kept, len(kept) - 6)[0], abs=1e-3)
+
+
+def test_generation_stops_at_the_first_stop(scorer):
+    whole = scorer.generate_until("the", [], 12)
+    assert len(whole) == 12
+    stop = whole[5]
+    assert scorer.generate_until("the", ["#", stop], 12) == whole[: whole.index(stop)]
+
+
+def test_errors(scorer):
+    with pytest.raises(
+        InputError, match="expected a continuation of at least one token, found '' after 'the'"
+    ):
+        scorer.log_likelihoods([("the", "")])
+    if scorer.context is not None:
+        with pytest.raises(
+            InputError, match="a continuation of 30 tokens doesn't fit the model's context of 24"
+        ):
+            scorer.log_likelihoods([("the", "x" * 30)])
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_the_harness_on_tasks_of_our_own(scorer, tmp_path, monkeypatch):
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is an extra: pip install 'quweit_jax[harness]'"
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        ("the quick", ["fox", "dog"], 1),
+        ("over the", ["lazy", "azyl", "zzz"], 0),
+    ]  # the harness puts a space before each
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": t, "choices": c, "answer": a}) + "\n" for t, c, a in rows)
+    )
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test\n"
+    choice = 'output_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+    rolling = 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n'
+    (tmp_path / "choice.yaml").write_text(
+        f"task: own_choice\n{common}{choice}metric_list:\n  - metric: acc\n"
+    )
+    (tmp_path / "rolling.yaml").write_text(f"task: own_rolling\n{common}{rolling}")
+    results = scoring.evaluate_tasks(scorer, [str(tmp_path)])
+    best = [
+        int(np.argmax([scorer.log_likelihoods([(text, " " + choice)])[0][0] for choice in choices]))
+        for text, choices, _ in rows
+    ]
+    assert results["own_choice"]["acc,none"] == np.mean(
+        [b == answer for b, (_, _, answer) in zip(best, rows)]
+    )
+    nats = -sum(scorer.rolling_log_likelihoods([text for text, _, _ in rows]))
+    assert results["own_rolling"]["bits_per_byte,none"] == pytest.approx(
+        nats / np.log(2) / sum(len(text) for text, _, _ in rows)
+    )
+    with pytest.raises(InputError, match="has no task no_such_task"):
+        scoring.evaluate_tasks(scorer, ["no_such_task"])

@@ -1,0 +1,230 @@
+"""`ops.mapping` against the golden cases and the naive reference: wiring, its inverse, and the two
+learnable kinds.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quweit_jax.errors import InputError
+from quweit_jax.ops import wiring as mapping
+from tests.compiled import quick_jit
+from tests.ops import naive
+from tests.ops.gradients import value_and_vjp
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "luts", "n"), [(7, 5, 3), (6, 4, 3), (40, 3, 2), (2, 3, 5), (1, 4, 2), (5, 0, 3)]
+)
+def test_random_mapping_uses_inputs_equally_often(inputs, luts, n):
+    wiring = np.asarray(mapping.random_mapping(jax.random.key(0), inputs, luts, n))
+    assert wiring.shape == (luts, n) and wiring.dtype == np.int32
+    uses = np.bincount(wiring.reshape(-1), minlength=inputs)
+    assert len(uses) == inputs and uses.max() - uses.min() <= 1
+
+
+def test_random_mapping_depends_on_its_key_alone():
+    draw = functools.partial(mapping.random_mapping, num_inputs=20, num_luts=10, lut_inputs=4)
+    first = np.asarray(draw(jax.random.key(0)))
+    np.testing.assert_array_equal(first, draw(jax.random.key(0)))
+    assert (first != np.asarray(draw(jax.random.key(1)))).any()
+    rounds = first.reshape(2, 20)
+    assert (
+        (np.sort(rounds, axis=1) == np.arange(20)).all()
+        and (rounds[0] != rounds[1]).any()
+        and (rounds[0] != np.arange(20)).any()
+    )
+
+
+def test_arange_mapping():
+    np.testing.assert_array_equal(mapping.arange_mapping(5, 4, 2), [[0, 1], [2, 3], [4, 0], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "luts", "n"), [(7, 5, 3), (6, 4, 3), (40, 3, 2), (2, 3, 5), (5, 0, 3)]
+)
+@pytest.mark.parametrize("traced", [False, True])
+def test_invert_mapping_finds_every_slot_once(inputs, luts, n, traced):
+    wiring = mapping.random_mapping(jax.random.key(1), inputs, luts, n)
+    invert = functools.partial(mapping.invert_mapping, num_inputs=inputs)
+    inverse = np.asarray((quick_jit(invert) if traced else invert)(wiring))
+    assert inverse.shape == (inputs, -(-luts * n // inputs))
+    flat = np.asarray(wiring).T.reshape(-1)  # slot l * L + j
+    for f in range(inputs):
+        np.testing.assert_array_equal(
+            [s for s in inverse[f] if s < luts * n], np.flatnonzero(flat == f)
+        )
+    assert set(inverse.reshape(-1)) <= set(range(luts * n + 1))
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.1])
+def test_golden_learnable_mapping(shared, tau):
+    golden = np.load(shared / "golden" / "dwn.npz")
+    bits, scores, grad = (
+        golden[f"learnable_mapping_tau{tau}/{key}"] for key in ("bits", "scores", "grad_out")
+    )
+    results = value_and_vjp(
+        lambda b, s: mapping.learnable_mapping(b, s, tau=tau), (bits, scores), grad
+    )
+    for found, key in zip(results, ("out", "grad_bits", "grad_scores")):
+        np.testing.assert_allclose(
+            found, golden[f"learnable_mapping_tau{tau}/{key}"], atol=1e-5, rtol=0
+        )
+
+
+def learnable_case(tokens, inputs, slots, choices=None, seed=0):
+    draw = np.random.default_rng(seed)
+    bits = draw.integers(0, 2, (tokens, inputs)).astype(np.float32)
+    scores = draw.uniform(size=(inputs, slots) if choices is None else (slots, choices)).astype(
+        np.float32
+    )
+    return (
+        bits,
+        scores,
+        draw.normal(size=(tokens, slots)).astype(np.float32),
+        draw.integers(0, inputs, (slots, choices or 1)).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.3])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "slots"), [(5, 7, 4), (1, 1, 3), (3, 9, 1), (0, 4, 2)]
+)
+def test_learnable_mapping(tokens, inputs, slots, tau):
+    bits, scores, grad, _ = learnable_case(tokens, inputs, slots)
+    results = value_and_vjp(
+        lambda b, s: mapping.learnable_mapping(b, s, tau=tau), (bits, scores), grad
+    )
+    for found, expected in zip(results, naive.learnable_mapping(bits, scores, grad, tau)):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.3])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "slots", "choices"),
+    [(5, 7, 4, 3), (1, 1, 3, 2), (3, 9, 1, 1), (4, 3, 6, 8), (0, 4, 2, 2)],
+)
+def test_candidates(tokens, inputs, slots, choices, tau):
+    bits, scores, grad, candidates = learnable_case(tokens, inputs, slots, choices)
+    results = value_and_vjp(
+        lambda b, s: mapping.sparse_learnable_mapping(b, s, candidates, tau=tau),
+        (bits, scores),
+        grad,
+    )
+    for found, expected in zip(
+        results, naive.sparse_learnable_mapping(bits, scores, candidates, grad, tau)
+    ):
+        close(found, expected)
+
+
+def test_all_inputs_as_candidates_is_the_dense_form():
+    bits, scores, grad, _ = learnable_case(6, 5, 4)
+    every = np.tile(np.arange(5, dtype=np.int32), (4, 1))
+    dense = value_and_vjp(
+        lambda b, s: mapping.learnable_mapping(b, s, tau=0.2), (bits, scores), grad
+    )
+    sparse = value_and_vjp(
+        lambda b, s: mapping.sparse_learnable_mapping(b, s.T, every, tau=0.2), (bits, scores), grad
+    )
+    jax.tree.map(close, dense, sparse)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "candidates"])
+@pytest.mark.parametrize("lead", [(), (2, 3), (2, 0)], ids=str)
+def test_leading_dimensions_and_dtypes(lead, sparse):
+    bits, scores, grad, candidates = learnable_case(int(np.prod(lead)), 6, 4, 3 if sparse else None)
+    read = (
+        (lambda b, s: mapping.sparse_learnable_mapping(b, s, candidates))
+        if sparse
+        else mapping.learnable_mapping
+    )
+    reference = naive.sparse_learnable_mapping if sparse else naive.learnable_mapping
+    expected = reference(bits, scores, *((candidates, grad) if sparse else (grad,)), 0.001)
+    half = jnp.bfloat16
+    out, grad_bits, grad_scores = value_and_vjp(
+        read, (bits.reshape(*lead, 6).astype(half), scores), grad.reshape(*lead, 4).astype(half)
+    )
+    assert out.shape == (*lead, 4) and (out.dtype, grad_bits.dtype, grad_scores.dtype) == (
+        half,
+        half,
+        jnp.float32,
+    )
+    np.testing.assert_array_equal(np.asarray(out, np.float32).reshape(-1, 4), expected[0])
+    np.testing.assert_allclose(
+        np.asarray(grad_bits, np.float32).reshape(-1, 6), expected[1], rtol=0.02, atol=0.02
+    )
+    np.testing.assert_allclose(grad_scores, expected[2], rtol=0.02, atol=0.05)
+    for dtype in (bool, np.int32):
+        whole = read(bits.reshape(*lead, 6).astype(dtype), scores)
+        assert whole.dtype == jnp.float32
+        np.testing.assert_array_equal(whole, np.asarray(out, np.float32))
+
+
+def test_ties_go_to_the_lowest():
+    bits = np.eye(3, dtype=np.float32)
+    np.testing.assert_array_equal(
+        mapping.learnable_mapping(bits, np.ones((3, 1), np.float32))[:, 0], [1, 0, 0]
+    )
+    chosen = mapping.sparse_learnable_mapping(
+        bits, np.ones((1, 2), np.float32), np.asarray([[2, 1]])
+    )
+    np.testing.assert_array_equal(chosen[:, 0], [0, 0, 1])
+
+
+def test_random_candidates_are_an_even_wiring_column_by_column():
+    candidates = np.asarray(mapping.random_candidates(jax.random.key(0), 6, 9, 4))
+    assert candidates.shape == (9, 4) and candidates.dtype == np.int32
+    uses = np.bincount(candidates.reshape(-1), minlength=6)
+    assert len(uses) == 6 and uses.max() - uses.min() <= 1
+
+
+ONES = np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: mapping.random_mapping(jax.random.key(0), 0, 2, 2),
+            "random_mapping: expected num_inputs >= 1.*found 0, 2 and 2",
+        ),
+        (lambda: mapping.arange_mapping(3, -1, 2), "arange_mapping: .*found 3, -1 and 2"),
+        (lambda: mapping.arange_mapping(3, 1, 0), "arange_mapping: .*found 3, 1 and 0"),
+        (
+            lambda: mapping.invert_mapping(np.asarray([[0, 0], [0, 1]]), 2),
+            "invert_mapping: input 0 is read 3 times, more than .* = 2",
+        ),
+        (
+            lambda: mapping.invert_mapping(np.asarray([[0, 5]]), 3),
+            r"invert_mapping: mapping refers to inputs 0\.\.5, of 3 \(valid: 0\.\.2\)",
+        ),
+        (
+            lambda: mapping.invert_mapping(np.asarray([[0, -1]]), 3),
+            r"invert_mapping: mapping refers to inputs -1\.\.0, of 3",
+        ),
+        (
+            lambda: mapping.learnable_mapping(ONES, np.ones((4, 2), np.float32)),
+            r"learnable_mapping: .*found \[2, 3\] and \[4, 2\]",
+        ),
+        (
+            lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.zeros((2, 2), int)),
+            r"must both be \(M, C\), found \[2, 3\] and \[2, 2\]",
+        ),
+        (
+            lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.full((2, 3), 3)),
+            r"candidates refer to inputs 3\.\.3 but bits has 3 \(valid: 0\.\.2\)",
+        ),
+        (
+            lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.full((2, 3), -1)),
+            "candidates refer to inputs -1",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
