@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from quweit_jax.deploy import packed
 from quweit_jax.errors import InputError
 
 _KNOWN = 16  # tokens before a piece that are decoded with it
@@ -59,9 +58,8 @@ def decode_step(
 
     The variables may be packed.
     """
-    logits, changed = packed.apply(
-        model, {**variables, "cache": cache}, tokens, valid, decode=True, mutable=["cache"]
-    )
+    given = {**variables, "cache": cache}
+    logits, changed = model.apply(given, tokens, valid, decode=True, mutable=["cache"])
     return logits, changed["cache"]  # type: ignore[return-value]
 
 

@@ -16,14 +16,19 @@ Dimensions: L tables, n inputs a table, A = 2**n entries, T tokens, B batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from quweit_jax.deploy.tables import Block, Deployed, Fold, Tree
+from quweit_jax.deploy.pack import pack
+from quweit_jax.deploy.tables import Block, Tree, at, find_blocks, pack_bits, watch
+from quweit_jax.errors import InputError
+from quweit_jax.models.dwn import DWN
 
 # Inputs of a batch and the examples' weights (B,): 0 for those that only fill it up.
 Batch = tuple[np.ndarray, np.ndarray]
@@ -54,22 +59,64 @@ class Comparison:
     same_logits: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """What is left of a block when tables that always give the same bit are dropped.
+
+    kept: of each layer, bool (L,). tables, wiring: of each layer, of the kept tables, wired to the
+    kept tables below. last_bits: bool (L,), the bits that the dropped tables of the last layer always
+    give (anything for the kept ones).
+    """
+
+    kept: tuple[np.ndarray, ...]
+    tables: tuple[np.ndarray, ...]
+    wiring: tuple[np.ndarray, ...]
+    last_bits: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployed:
+    """A packed model, its variables for `model.apply`, and its blocks by path."""
+
+    model: nn.Module
+    variables: Tree
+    blocks: dict[str, Block]
+
+
+def deploy(model: nn.Module, variables: Tree, inputs: np.ndarray) -> Deployed | None:
+    """A trained model as deployed; None if it has no look-up tables.
+
+    inputs: any that the model can be applied to; only their shape matters.
+
+    Raises:
+      InputError: an integer model whose activation ranges were never set.
+    """
+    try:
+        packed = pack(model, variables, inputs)
+    except InputError:
+        if "ranges" in variables:
+            raise
+        return None
+    blocks = find_blocks(model, packed, inputs)
+    return Deployed(model, packed, blocks) if blocks else None
+
+
 def count_ones(deployed: Deployed, batches: Iterable[Batch]) -> dict[str, Counts]:
     """For each block, what its tables gave on the data."""
 
     def counts(
         variables: Tree, inputs: Array, weights: Array
     ) -> dict[str, tuple[list[Array], Array]]:
-        found: dict[str, tuple[list[Array], Array]] = {}
-
-        def observe(block: str, bits_LT: Array) -> None:
-            counted_T = jnp.repeat(
-                weights > 0, bits_LT.shape[1] // weights.shape[0]
-            )  # tokens follow one another example by example
-            layers, _ = found.setdefault(block, ([], counted_T.sum(dtype=jnp.int32)))
-            layers.append((bits_LT.astype(bool) & counted_T).sum(1, dtype=jnp.int32))
-
-        deployed.apply(variables, inputs, observe)
+        _, bits = watch(deployed.model, variables, inputs)
+        found = {}
+        for name, block in deployed.blocks.items():
+            layers = [at(bits, "/".join(layer))["bits"][0] for layer in block.layers]
+            # tokens follow one another example by example
+            counted_T = jnp.repeat(weights > 0, layers[0].shape[1] // weights.shape[0])
+            ones = [
+                (bits_LT.astype(bool) & counted_T).sum(1, dtype=jnp.int32) for bits_LT in layers
+            ]
+            found[name] = (ones, counted_T.sum(dtype=jnp.int32))
         return found
 
     totals: dict[str, Counts] = {}
@@ -138,17 +185,83 @@ def prune(deployed: Deployed, counts: dict[str, Counts]) -> tuple[Deployed, dict
         name: fold(block, counts[name].constant(), [ones > 0 for ones in counts[name].ones])
         for name, block in deployed.blocks.items()
     }
-    return deployed.drop(folds), folds
+    return drop(deployed, folds), folds
+
+
+def drop(deployed: Deployed, folds: Mapping[str, Fold]) -> Deployed:
+    """The model whose blocks are what `folds` leave of them. Its sums are the same integers wherever
+    the dropped tables give the bits they are said to give.
+    """
+    variables = jax.tree.map(lambda leaf: leaf, deployed.variables)  # dicts of its own
+    blocks = dict(deployed.blocks)
+    for name, left in folds.items():
+        block, whole = blocks[name], variables["packed"]
+        for path, tables, wiring in zip(block.layers, left.tables, left.wiring):
+            _node(whole, path).update(tables=pack_bits(tables), wiring=wiring)
+        own = _node(whole, tuple(name.split("/")) if name else ())
+        if isinstance(deployed.model, DWN):
+            _drop_classes(deployed.model, own, left)
+        else:
+            _drop_vectors(own, left, deployed.model.config.weightless.signed)  # type: ignore[attr-defined]
+        blocks[name] = dataclasses.replace(block, tables=left.tables, wiring=left.wiring)
+    return dataclasses.replace(deployed, variables=variables, blocks=blocks)
+
+
+def _drop_vectors(own: Tree, left: Fold, signed: bool) -> None:
+    """Of a weightless block's constants, in place, those of the dropped tables."""
+    vectors = _spread(np.asarray(own["vectors"]), len(own["bias"]))
+    if "scale" in own:
+        own["vectors"], own["offset"] = _sums_without(vectors, left, signed)
+        return
+    # In the integer form signed bits are 0 and 2: what makes them -1 and 1 is in the bias already.
+    own["vectors"], constant = _sums_without(vectors, left, signed=False)
+    own["bias"] = np.asarray(own["bias"]) + (constant << int(signed))
+
+
+def _drop_classes(model: DWN, own: Tree, left: Fold) -> None:
+    """The same of a classifier: of its group sum, or of the pyramid's top, whose entries are numbers."""
+    if model.config.reduction == "group_sum":
+        ones = _spread(np.ones(len(left.last_bits), np.int8), model.config.num_classes)
+        vectors, offset = _sums_without(ones, left, signed=False)
+        own["reduction"] = {"vectors": vectors, "offset": offset}
+        return
+    pyramid = own["reduction"]
+    top = pyramid[f"luts_{len(pyramid) - 1}"]
+    tables, wiring = np.array(top["tables"]), np.asarray(top["wiring"])
+    kept = left.kept[-1]
+    _fix_inputs(tables, wiring, ~kept, left.last_bits)
+    top.update(tables=tables, wiring=np.where(kept, np.cumsum(kept) - 1, 0)[wiring])
+
+
+def _node(tree: Tree, path: tuple[str, ...]) -> Tree:
+    """The dict at a path, itself."""
+    return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+def _spread(vectors: np.ndarray, outputs: int) -> np.ndarray:
+    """Vectors of a grouped sum, (L,), as those (L, d) of the dense sum that is equal to it; dense
+    ones as they are.
+    """
+    if vectors.ndim == 2:
+        return vectors
+    groups = np.arange(len(vectors)) // -(-len(vectors) // outputs)
+    return vectors[:, None] * (groups[:, None] == np.arange(outputs)).astype(vectors.dtype)
+
+
+def _sums_without(vectors: np.ndarray, left: Fold, signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (L, d) of the kept tables, and what those of the dropped ones always add, int32 (d,);
+    signed: bits count as -1 and 1.
+    """
+    counted = np.where(left.last_bits, 1, -1 if signed else 0) * ~left.kept[-1]
+    constant = (counted[:, None] * vectors.astype(np.int32)).sum(0, dtype=np.int32)
+    return vectors[left.kept[-1]], constant
 
 
 def compare(one: Deployed, other: Deployed, batches: Iterable[Batch]) -> Comparison:
     """Evaluates two forms of a model on the same batches, each by itself, and counts the outputs
     that agree.
     """
-    run_one, run_other = (
-        jax.jit(lambda variables, inputs, form=form: form.apply(variables, inputs, None))
-        for form in (one, other)
-    )
+    run_one, run_other = jax.jit(one.model.apply), jax.jit(other.model.apply)
     totals = np.zeros(3, np.int64)
     for inputs, weights in batches:
         totals += np.asarray(

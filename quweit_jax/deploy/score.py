@@ -19,7 +19,6 @@ import numpy as np
 from jax import Array
 
 from quweit_jax.deploy import generate as generation
-from quweit_jax.deploy import packed
 from quweit_jax.errors import InputError
 
 _SHORTEST = 16
@@ -173,7 +172,7 @@ def _token_scores(
     """tokens (B, T + 1) -> (log-probability of each of the last T given those before, whether it is
     the likeliest), both (B, T).
     """
-    logits = packed.apply(model, variables, tokens[:, :-1])
+    logits = model.apply(variables, tokens[:, :-1])
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]
     return chosen, logits.argmax(-1) == tokens[:, 1:]
 

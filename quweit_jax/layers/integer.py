@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from quweit_jax.layers.lookup import packing
+from quweit_jax.errors import InputError
 from quweit_jax.layers.norms import Initializer, normal
-from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.ops import int64 as wide
-from quweit_jax.ops import integer, packed_lut, thermometer
-from quweit_jax.ops import sums as reductions
+from quweit_jax.layers.packing import Packable
+from quweit_jax.layers.weightless import WeightlessBlock, above
+from quweit_jax.ops import int64, integer, packed_lut, sums, thermometer
 from quweit_jax.ops.fusion import no_fusion
 
 MOMENTUM = 0.95
@@ -53,6 +52,11 @@ class Quantized:
     scale: Any = None
     real: Any = None
 
+    @classmethod
+    def of(cls, ints: Array, scale: Array, surrogate: Array) -> Quantized:
+        """Integers and their scale, with the gradient of `surrogate`, the real function."""
+        return cls(ints, scale, integer.straight_through(ints * scale, surrogate))
+
     @property
     def packed(self) -> bool:
         """Whether there are only integers."""
@@ -65,22 +69,7 @@ class Quantized:
         )
 
 
-class IntegerModule(nn.Module):
-    """What the layers share: constants that are computed once, written down in `packed`, and later
-    read from there.
-    """
-
-    def constant(self, name: str, value: Array) -> None:
-        """Writes a constant of the packed form down, if it is being made."""
-        if packing(self):
-            self.put_variable("packed", name, value)
-
-    def read(self, *names: str) -> list[Array]:
-        """Constants of the packed form."""
-        return [jnp.asarray(self.get_variable("packed", name)) for name in names]
-
-
-class ActivationQuantizer(IntegerModule):
+class ActivationQuantizer(Packable):
     """Requantizes to `bits` bits with a running symmetric range (momentum 0.95), adding a residual
     branch if there is one.
 
@@ -95,12 +84,10 @@ class ActivationQuantizer(IntegerModule):
         self, x: Quantized, identity: Quantized | None = None, *, train: bool = False
     ) -> Quantized:
         """x (..., d) [and identity of the same shape] -> the same shape at `bits` bits."""
-        names = (
-            ("multiplier", "shift")
-            if identity is None
-            else ("multiplier", "shift", "identity_multiplier", "identity_shift")
-        )
         branches = [x] if identity is None else [x, identity]
+        names = ["multiplier", "shift", "identity_multiplier", "identity_shift"][
+            : 2 * len(branches)
+        ]
         if x.packed:
             factors = self.read(*names)
             pairs = zip(branches, factors[::2], factors[1::2])
@@ -112,40 +99,35 @@ class ActivationQuantizer(IntegerModule):
         real = x.real if identity is None else x.real + identity.real
         scale = self.running_scale(real, train)
         scales = [jax.lax.stop_gradient(b.scale) for b in branches]
-        if packing(self):
-            for name, factor in zip(
-                names, [factor for s in scales for factor in wide.dyadic(s, scale)]
-            ):
-                self.constant(name, factor)
+        if self.is_packing:
+            factors = [factor for s in scales for factor in int64.dyadic(s, scale)]
+            self.write(**dict(zip(names, factors)))
         out = integer.requantize_units(
             [(b.ints, s) for b, s in zip(branches, scales)], scale, self.bits
         )
-        return Quantized(
-            out,
-            scale,
-            integer.straight_through(out * scale, integer.clip_shadow(real, scale, self.bits)),
-        )
+        return Quantized.of(out, scale, integer.clip_shadow(real, scale, self.bits))
 
     @nn.compact
     def from_real(self, x: Array, *, train: bool = False) -> Quantized:
         """Rounds real values. In packed form the scale is the one number that is read."""
-        if self.has_variable("packed", "scale") and not packing(self):
+        if self.is_packed:
             out = integer.quantize(x, self.read("scale")[0], self.bits)
             return Quantized(out.astype(jnp.int8) if self.bits <= 8 else out)
         scale = self.running_scale(x, train)
-        self.constant("scale", scale)
+        self.write(scale=scale)
         out = integer.quantize(jax.lax.stop_gradient(x), scale, self.bits).astype(jnp.float32)
-        return Quantized(
-            out,
-            scale,
-            integer.straight_through(out * scale, integer.clip_shadow(x, scale, self.bits)),
-        )
+        return Quantized.of(out, scale, integer.clip_shadow(x, scale, self.bits))
 
     def running_scale(self, x: Array, train: bool) -> Array:
         """The scale of the running range, which training moves on first. A range never set is that
         of x.
         """
         x = jax.lax.stop_gradient(x)
+        if not self.has_variable("ranges", "min") and not self.is_mutable_collection("ranges"):
+            raise InputError(
+                f"{'/'.join(self.path)}: its activation range was never set; train a few steps, or "
+                "calibrate the model with pretrained.calibrate(model, variables, batches)."
+            )
         low = self.variable("ranges", "min", lambda: jnp.zeros((), jnp.float32))
         high = self.variable("ranges", "max", lambda: jnp.zeros((), jnp.float32))
         found = (x.min().astype(jnp.float32), x.max().astype(jnp.float32))
@@ -159,7 +141,7 @@ class ActivationQuantizer(IntegerModule):
         return integer.symmetric_scale(new[0], new[1], self.bits)
 
 
-class IntegerDense(IntegerModule):
+class IntegerDense(Packable):
     """A linear layer with int8 weights (a scale an output) and an int32 bias; `scale` is that of
     its int32 results.
     """
@@ -180,45 +162,30 @@ class IntegerDense(IntegerModule):
         kernel_int, kernel_scale = integer.quantize_weights(kernel)
         scale = kernel_scale * x.scale
         bias_int = integer.quantize_bias(bias, scale)
-        self.constant("kernel", kernel_int.astype(jnp.int8))
-        self.constant("bias", bias_int)
+        self.write(kernel=kernel_int.astype(jnp.int8), bias=bias_int)
         out = integer.matmul_units(x.ints, kernel_int) + bias_int
         shadow = x.real @ integer.straight_through(kernel_int * kernel_scale, kernel) + bias
-        return Quantized(out, scale, integer.straight_through(out * scale, shadow))
+        return Quantized.of(out, scale, shadow)
 
 
-class _NormParameters(nn.Module):
-    """`scale` and `bias` under the name the float LayerNorm gives them, so that either model reads
-    the other's parameters.
-    """
-
-    @nn.compact
-    def __call__(self, width: int) -> tuple[Array, Array]:
-        scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
-        return scale, self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
-
-
-class IntegerLayerNorm(IntegerModule):
-    """I-LayerNorm over the last axis."""
+class IntegerLayerNorm(Packable):
+    """I-LayerNorm over the last axis, with the parameters of a float LayerNorm."""
 
     @nn.compact
     def __call__(self, x: Quantized) -> Quantized:
         """x (..., d) at 16 bits -> (..., d) int32, a scale a feature."""
         if x.packed:
             return Quantized(integer.layer_norm_units(x.ints, *self.read("bias", "halvings")))
-        weight, bias = _NormParameters(name="norm")(x.ints.shape[-1])
+        width = x.ints.shape[-1]
+        weight = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
         bias_int, halvings, scale = integer.layer_norm_constants(weight, bias)
-        self.constant("bias", bias_int)
-        self.constant("halvings", halvings)
+        self.write(bias=bias_int, halvings=halvings)
         out = integer.layer_norm_units(x.ints, bias_int, halvings)
-        return Quantized(
-            out,
-            scale,
-            integer.straight_through(out * scale, integer.layer_norm_shadow(x.real, weight, bias)),
-        )
+        return Quantized.of(out, scale, integer.layer_norm_shadow(x.real, weight, bias))
 
 
-class Shiftmax(IntegerModule):
+class Shiftmax(Packable):
     """Softmax over the last axis by shifts: 16 bits."""
 
     @nn.compact
@@ -231,17 +198,15 @@ class Shiftmax(IntegerModule):
                 )
             )
         inverse = integer.inverse_scale(x.scale)
-        self.constant("inverse", inverse)
+        self.write(inverse=inverse)
         out, scale = (
             integer.shiftmax_units(x.ints, inverse, bits=ATTENTION_BITS),
             jnp.float32(2.0 ** (1 - ATTENTION_BITS)),
         )
-        return Quantized(
-            out, scale, integer.straight_through(out * scale, jax.nn.softmax(x.real, axis=-1))
-        )
+        return Quantized.of(out, scale, jax.nn.softmax(x.real, axis=-1))
 
 
-class ShiftGELU(IntegerModule):
+class ShiftGELU(Packable):
     """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid."""
 
     @nn.compact
@@ -252,14 +217,12 @@ class ShiftGELU(IntegerModule):
                 integer.shift_gelu_units(x.ints.astype(jnp.int32), self.read("inverse")[0])
             )
         inverse = integer.inverse_scale(x.scale * integer.GELU_SLOPE)
-        self.constant("inverse", inverse)
+        self.write(inverse=inverse)
         out, scale = (
             integer.shift_gelu_units(x.ints, inverse),
             x.scale * 2.0 ** (1 - integer.GELU_BITS),
         )
-        return Quantized(
-            out, scale, integer.straight_through(out * scale, integer.gelu_shadow(x.real))
-        )
+        return Quantized.of(out, scale, integer.gelu_shadow(x.real))
 
 
 def mean_of_tokens(x: Quantized) -> Quantized:
@@ -277,11 +240,7 @@ def _product(subscripts: str, a: Quantized, b: Quantized, factor: float = 1.0) -
     if a.packed:
         return Quantized(ints)
     scale = a.scale * b.scale * factor
-    return Quantized(
-        ints,
-        scale,
-        integer.straight_through(ints * scale, jnp.einsum(subscripts, a.real, b.real) * factor),
-    )
+    return Quantized.of(ints, scale, jnp.einsum(subscripts, a.real, b.real) * factor)
 
 
 class IntegerAttention(nn.Module):
@@ -339,7 +298,7 @@ class IntegerMLP(nn.Module):
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
 
 
-class IntegerWeightlessBlock(WeightlessBlock, IntegerModule):
+class IntegerWeightlessBlock(WeightlessBlock):
     """A weightless block on integers (QuWeiT on I-ViT): 8-bit integers are compared, 1-bit tables
     read, int8 vectors added in int32.
 
@@ -349,78 +308,60 @@ class IntegerWeightlessBlock(WeightlessBlock, IntegerModule):
     """
 
     @nn.compact
-    def __call__(self, x: Quantized) -> Quantized:  # type: ignore[override]
-        """x (..., d_in) at 8 bits -> (..., features) int32, a scale a feature."""
+    def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:  # type: ignore[override]
+        """x (..., d_in) at 8 bits -> (..., features) int32, a scale a feature; `train` changes nothing."""
         self._layers()
         lead, width = x.ints.shape[:-1], x.ints.shape[-1]
         flat = x.map(lambda a: a.reshape(-1, width).T)
         if x.packed:
             thresholds, vectors, bias = self.read("thresholds", "vectors", "bias")
-            bits_FT = _above(flat.ints, thresholds).reshape(-1, flat.ints.shape[1])
-            return Quantized(
-                (self._add(self._look_up(bits_FT), vectors) + bias).reshape(*lead, self.features)
-            )
+            total = self._add(self._look_up(above(flat.ints, thresholds)), vectors) + bias
+            return Quantized(total.reshape(*lead, self.features))
         real = self._thresholds(width)
         thresholds = integer.saturate(jnp.floor(jax.lax.stop_gradient(real) / x.scale))
-        bits = no_fusion(_above, flat.ints, thresholds).astype(
-            jnp.float32
-        )  # or each of a table's reads repeats what made the integers
-        bits = integer.straight_through(
-            bits,
-            thermometer.step_ste(
-                flat.real[:, None, :], real[:, :, None], self.window, self.window_shape
-            ),
+        # without no_fusion each of a table's reads would repeat what made the integers
+        bits = no_fusion(above, flat.ints, thresholds).astype(jnp.float32)
+        surrogate = thermometer.step_ste(
+            flat.real[:, None, :], real[:, :, None], self.window, self.window_shape
         )
-        bits_LT = self._look_up(bits.reshape(width * self.thermometer_bits, -1))
+        bits_LT = self._look_up(integer.straight_through(bits, surrogate.reshape(bits.shape)))
         vectors, bias = self._vectors(bits_LT.shape[0])
         out, scale = self._integer_sum(bits_LT, vectors, bias)
         out = out.astype(x.ints.dtype)
-        self.constant("thresholds", jnp.clip(thresholds, -129, 127).astype(jnp.int16))
+        self.write(thresholds=jnp.clip(thresholds, -129, 127).astype(jnp.int16))
         shadow = self._sum(bits_LT, vectors, bias)
-        return Quantized(out, scale, integer.straight_through(out * scale, shadow)).map(
-            lambda a: a.reshape(*lead, self.features)
-        )
+        return Quantized.of(out, scale, shadow).map(lambda a: a.reshape(*lead, self.features))
 
     def _integer_sum(self, bits_LT: Array, vectors: Array, bias: Array) -> tuple[Array, Array]:
         """The conditional sum in whole numbers, (T, d) float32, and its scales (d,). Exact: 2**16
         vectors would still fit 24 bits.
         """
         bits_LT, vectors, bias = (jax.lax.stop_gradient(a) for a in (bits_LT, vectors, bias))
-        vectors_int, scale = reductions.quantize_int8(
-            vectors if self.sum == "dense" else vectors[:, None], axis=0
-        )
+        vectors_int, scale = sums.quantize_int8(vectors, axis=0)
         scale = jnp.broadcast_to(scale.reshape(-1), (self.features,))
         bias_int = integer.quantize_bias(bias, scale)
         if self.signed:  # sum (2 bit - 1) v = sum bit 2v - sum v
             bias_int = bias_int - self._per_feature(vectors_int.astype(jnp.int32)).sum(0)
-        self.constant("vectors", vectors_int)
-        self.constant("bias", bias_int)
+        self.write(vectors=vectors_int, bias=bias_int)
         if self.sum == "dense":
-            total = reductions.conditional_sum_feature_major(
-                bits_LT, vectors_int.astype(jnp.float32)
-            )
+            total = sums.conditional_sum_feature_major(bits_LT, vectors_int.astype(jnp.float32))
         else:
-            total = reductions.conditional_sum(
-                bits_LT.T, vectors_int.reshape(-1).astype(jnp.float32), jnp.zeros_like(scale)
+            total = sums.conditional_sum(
+                bits_LT.T, vectors_int.astype(jnp.float32), jnp.zeros_like(scale)
             )
         return (1 + self.signed) * total + bias_int, scale
 
     def _per_feature(self, vectors: Array) -> Array:
-        """Grouped vectors (L, 1) as (L / d, d); dense ones (L, d) as they are."""
-        return vectors if self.sum == "dense" else vectors.reshape(self.features, -1).T
+        """Grouped vectors (L,) as (L / d, d); dense ones (L, d) as they are."""
+        return vectors if vectors.ndim == 2 else vectors.reshape(self.features, -1).T
 
     def _add(self, bits_LT: Array, vectors: Array) -> Array:
-        """Adds what is selected, twice where bits are signed: bool (L, T), int8 (L, d) or (L, 1) ->
+        """Adds what is selected, twice where bits are signed: bool (L, T), int8 (L, d) or (L,) ->
         int32 (T, d).
         """
-        if self.sum == "dense":
+        if vectors.ndim == 2:
             total = packed_lut.add_vectors(bits_LT, vectors)
         else:
-            chosen = jnp.where(bits_LT, vectors.astype(jnp.int32), 0)
+            chosen = jnp.where(bits_LT, vectors[:, None].astype(jnp.int32), 0)
             total = chosen.reshape(self.features, -1, chosen.shape[1]).sum(1, dtype=jnp.int32).T
         return total << int(self.signed)
-
-
-def _above(x: Array, thresholds: Array) -> Array:
-    """x (d, T) and thresholds (d, z) -> (d, z, T), whether x is above each threshold."""
-    return x[:, None, :] > thresholds[:, :, None]

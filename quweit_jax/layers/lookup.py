@@ -6,7 +6,7 @@ Dimensions: T tokens (all leading dimensions), F input bits, L look-up tables, n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import lut, packed_lut
 from quweit_jax.ops import sums as reductions
 from quweit_jax.ops import wiring as mapping
@@ -42,27 +43,18 @@ def residual_tables(scale: float = 1.0) -> Callable[..., Array]:
     return init
 
 
-def packing(module: nn.Module) -> bool:
-    """Whether the constants of the packed form are being written down: `model.apply(variables, ...,
-    mutable=['packed'])`.
-    """
-    return module.is_mutable_collection("packed") and not module.is_initializing()
+def check_lookup(options: Any, where: str) -> None:
+    """Raises InputError for a mapping, table_init or lut_inputs that tables cannot have."""
+    check_choice(f"{where}mapping", options.mapping, MAPPINGS)
+    check_choice(f"{where}table_init", options.table_init, TABLE_INITS)
+    if not 1 <= options.lut_inputs <= lut.MAX_LUT_INPUTS:
+        raise InputError(
+            f"{where}lut_inputs: a table can have 1 to {lut.MAX_LUT_INPUTS} inputs, found "
+            f"{options.lut_inputs}; use more, smaller tables."
+        )
 
 
-def wiring_of(params: Mapping[str, Any], constants: Mapping[str, Any]) -> Array:
-    """The input each slot of a look-up layer reads, (L, n), whatever the kind of mapping, from its
-    `params` and its `wiring`.
-    """
-    num_luts, entries = params["tables"].shape
-    wiring = (
-        constants["mapping"]
-        if "mapping" in constants
-        else mapping.strongest(params["scores"], constants.get("candidates"))
-    )
-    return jnp.asarray(wiring).reshape(num_luts, entries.bit_length() - 1)
-
-
-class LUTLayer(nn.Module):
+class LUTLayer(Packable):
     """One layer of learned look-up tables: bits (..., F) -> bits (..., num_luts), in {0, 1}.
 
     Args:
@@ -92,70 +84,51 @@ class LUTLayer(nn.Module):
     def __call__(self, bits: Array) -> Array:
         """bits (..., F), 0 or 1 -> (..., num_luts) float."""
         out_LT = self.feature_major(bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1]).T)
-        return out_LT.T.reshape(*bits.shape[:-1], self.num_luts)
+        return out_LT.T.reshape(*bits.shape[:-1], out_LT.shape[0])
 
     @nn.compact
     def feature_major(self, bits_FT: Array) -> Array:
-        """The same for bits (F, T): (num_luts, T)."""
-        check_choice("LUTLayer: mapping", self.mapping, MAPPINGS)
-        check_choice("LUTLayer: table_init", self.table_init, TABLE_INITS)
-        if not 1 <= self.lut_inputs <= lut.MAX_LUT_INPUTS:
-            raise InputError(
-                f"LUTLayer: lut_inputs must be 1 to {lut.MAX_LUT_INPUTS}, found {self.lut_inputs}; "
-                "use more, smaller tables."
-            )
-        if self.has_variable("packed", "tables") and not packing(self):
-            return packed_lut.look_up(
-                bits_FT,
-                self.get_variable("packed", "wiring"),
-                self.get_variable("packed", "tables"),
-            )
-        num_inputs, slots = bits_FT.shape[0], self.num_luts * self.lut_inputs
+        """The same for bits (F, T): (num_luts, T), bool in packed form.
+
+        The bits that come out are in the collection `intermediates`, if that is mutable.
+        """
+        out_LT = self._packed(bits_FT) if self.is_packed else self._trained(bits_FT)
+        if self.binary:
+            self.show(bits=out_LT)
+        return out_LT
+
+    def _packed(self, bits_FT: Array) -> Array:
+        wiring, tables = self.read("wiring", "tables")
+        if self.binary:
+            return packed_lut.look_up(bits_FT, wiring, tables)
+        wiring = wiring.astype(jnp.int32)
+        return lut.lut_lookup_feature_major(bits_FT.astype(jnp.float32), wiring, tables)
+
+    def _trained(self, bits_FT: Array) -> Array:
+        check_lookup(self, "LUTLayer: ")
         init = symmetric_uniform if self.table_init == "uniform" else residual_tables
-        tables = self.param(
-            "tables", init(self.table_scale), (self.num_luts, 2**self.lut_inputs), jnp.float32
-        )
-        bits_FT, wiring, inverse = self._wire(bits_FT, num_inputs, slots)
-        if packing(self):
-            self.put_variable("packed", "tables", packed_lut.pack_tables(tables))
-            dtype = (
-                jnp.uint8
-                if num_inputs <= 2**8
-                else jnp.uint16
-                if num_inputs <= 2**16
-                else jnp.int32
-            )
-            self.put_variable(
-                "packed",
-                "wiring",
-                wiring_of(self.variables["params"], self.variables.get("wiring", {})).astype(dtype),
-            )
-        values = lut.lut_lookup_feature_major(
-            bits_FT,
-            wiring,
-            tables,
-            decay=self.decay,
-            alpha=self.alpha,
-            beta=self.beta,
-            inverse=inverse,
-        )
+        shape = (self.num_luts, 2**self.lut_inputs)
+        tables = self.param("tables", init(self.table_scale), shape, jnp.float32)
+        bits_FT, wiring, inverse = self._wire(bits_FT)
+        self.write(tables=packed_lut.pack_tables(tables) if self.binary else tables)
+        weighting = {"decay": self.decay, "alpha": self.alpha, "beta": self.beta}
+        values = lut.lut_lookup_feature_major(bits_FT, wiring, tables, inverse=inverse, **weighting)
         return lut.binarize(values) if self.binary else values
 
-    def _wire(
-        self, bits_FT: Array, num_inputs: int, slots: int
-    ) -> tuple[Array, Array, Array | None]:
-        """The bits to read, the mapping into them, and its inverse."""
+    def _wire(self, bits_FT: Array) -> tuple[Array, Array, Array | None]:
+        """The bits to read, the wiring into them, and its inverse."""
+        num_inputs, slots = bits_FT.shape[0], self.num_luts * self.lut_inputs
         shape = (num_inputs, self.num_luts, self.lut_inputs)
         if self.mapping in ("random", "arange"):
-            wiring = self.variable("wiring", "mapping", lambda: self._fixed_mapping(shape)).value
+            wiring = self.variable("wiring", "mapping", lambda: self._fixed_wiring(shape)).value
             inverse = self.variable(
                 "wiring", "inverse", lambda: mapping.invert_mapping(wiring, num_inputs)
             ).value
+            self._write_wiring(wiring, num_inputs)
             return bits_FT, wiring, inverse
+        uniform, candidates = nn.initializers.uniform(1.0), None
         if self.mapping == "learnable":
-            scores = self.param(
-                "scores", nn.initializers.uniform(1.0), (num_inputs, slots), jnp.float32
-            )
+            scores = self.param("scores", uniform, (num_inputs, slots), jnp.float32)
             chosen_MT = mapping.learnable_mapping(bits_FT.T, scores, tau=self.tau).T
         else:
             choices = min(self.candidates, num_inputs)
@@ -166,33 +139,45 @@ class LUTLayer(nn.Module):
                     self.make_rng("params"), num_inputs, slots, choices
                 ),
             ).value
-            scores = self.param(
-                "scores", nn.initializers.uniform(1.0), (slots, choices), jnp.float32
-            )
+            scores = self.param("scores", uniform, (slots, choices), jnp.float32)
             chosen_MT = mapping.sparse_mapping_feature_major(
                 bits_FT, scores, candidates, tau=self.tau
             )
+        self._write_wiring(mapping.strongest(scores, candidates), num_inputs)
         straight = mapping.arange_mapping(slots, self.num_luts, self.lut_inputs)
         return chosen_MT, straight, mapping.invert_mapping(straight, slots)
 
-    def _fixed_mapping(self, shape: tuple[int, int, int]) -> Array:
-        return (
-            mapping.random_mapping(self.make_rng("params"), *shape)
-            if self.mapping == "random"
-            else mapping.arange_mapping(*shape)
+    def _fixed_wiring(self, shape: tuple[int, int, int]) -> Array:
+        if self.mapping == "random":
+            return mapping.random_mapping(self.make_rng("params"), *shape)
+        return mapping.arange_mapping(*shape)
+
+    def _write_wiring(self, wiring: Array, num_inputs: int) -> None:
+        """Writes the input of each slot, (L, n), in the smallest integers that hold them all."""
+        fits = [d for d in (jnp.uint8, jnp.uint16, jnp.int32) if num_inputs - 1 <= jnp.iinfo(d).max]
+        self.write(
+            wiring=jnp.asarray(wiring).reshape(self.num_luts, self.lut_inputs).astype(fits[0])
         )
 
 
-class GroupSum(nn.Module):
+class GroupSum(Packable):
     """Sums contiguous groups of bits and divides by tau: (..., L) -> (..., num_groups). See
-    `ops.reductions.group_sum`.
+    `ops.sums.group_sum`.
+
+    In a packed form from which tables were pruned the groups are no longer equal: there `vectors`,
+    int8 (L, num_groups), say what each bit adds, and `offset`, int32 (num_groups,), where sums begin.
     """
 
     num_groups: int
     tau: float = 1.0
 
+    @nn.compact
     def __call__(self, bits: Array) -> Array:
         """bits (..., L) -> (..., num_groups)."""
+        if self.is_packed:
+            vectors, offset = self.read("vectors", "offset")
+            total = jnp.matmul(bits.astype(jnp.int8), vectors, preferred_element_type=jnp.int32)
+            return (total + offset).astype(jnp.float32) / jnp.float32(self.tau)
         return reductions.group_sum(bits, self.num_groups, tau=self.tau)
 
 

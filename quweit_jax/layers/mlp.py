@@ -1,10 +1,13 @@
-"""Dense channel mixers: the MLP of GPT and ViT, and the gated one of Llama.
+"""Channel mixers: the MLP of GPT and ViT, the gated one of Llama, and `make`, which picks what takes
+their place.
 
 Dimensions: d model width.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.errors import check_choice
+from quweit_jax.layers.integer import IntegerWeightlessBlock
 from quweit_jax.layers.norms import Initializer, normal
+from quweit_jax.layers.weightless import WeightlessBlock
 
 GELUS = ("exact", "tanh")
+
+# What any model can have in the place of its own MLP: kind -> (block, its integer-only form or
+# None). A kind's options are the section of that name in the model's config. A block that brings a
+# norm of its own says so by a field `use_norm`.
+BLOCKS: dict[str, tuple[type[nn.Module], type[nn.Module] | None]] = {
+    "weightless": (WeightlessBlock, IntegerWeightlessBlock)
+}
 
 
 class MLP(nn.Module):
@@ -25,7 +38,6 @@ class MLP(nn.Module):
     """
 
     ratio: int = 4
-    dropout: float = 0.0
     use_bias: bool = False
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
@@ -33,15 +45,14 @@ class MLP(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
+    def __call__(self, x: Array) -> Array:
         """x (..., d) -> (..., d)."""
         dense = {"use_bias": self.use_bias, "dtype": self.dtype}
         hidden = nn.gelu(
             nn.Dense(self.ratio * x.shape[-1], kernel_init=self.kernel_init, name="up", **dense)(x),
             approximate=self.gelu == "tanh",
         )
-        out = nn.Dense(x.shape[-1], kernel_init=self.output_init, name="down", **dense)(hidden)
-        return nn.Dropout(self.dropout, deterministic=not train)(out)
+        return nn.Dense(x.shape[-1], kernel_init=self.output_init, name="down", **dense)(hidden)
 
 
 class SwiGLU(nn.Module):
@@ -61,3 +72,38 @@ class SwiGLU(nn.Module):
         return nn.Dense(
             x.shape[-1], use_bias=False, kernel_init=self.output_init, dtype=self.dtype, name="down"
         )(jax.nn.silu(gate) * up)
+
+
+def kinds(integer: bool = False) -> tuple[str, ...]:
+    """What `make` knows: the model's own MLP, the blocks (with an integer form), and none at all."""
+    return ("dense", *(kind for kind, forms in BLOCKS.items() if forms[1] or not integer), "none")
+
+
+def make(
+    kind: str,
+    features: int,
+    config: Any,
+    dense: Callable[[], nn.Module],
+    *,
+    integer: bool = False,
+    name: str = "mlp",
+    **fields: Any,
+) -> nn.Module | None:
+    """The channel mixer of one block, (..., d) -> (..., d), or None for 'none'.
+
+    Args:
+      kind: one of `kinds`. features: d. config: the model's, whose section `kind` has the options.
+      dense: makes the model's own MLP. integer: the integer-only form.
+      fields: of the block beside its options, such as dtype or use_norm.
+
+    Raises:
+      InputError: an unknown kind.
+    """
+    check_choice("model.mlp", kind, kinds(integer))
+    if kind == "none":
+        return None
+    if kind == "dense":
+        return dense()
+    options = dataclasses.asdict(getattr(config, kind))
+    block: Any = BLOCKS[kind][integer]
+    return block(features, name=name, **fields, **options)

@@ -21,21 +21,6 @@ def normal(std: float) -> Initializer:
     return nn.initializers.normal(std)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, statistics in float32, with an optional bias."""
-
-    use_bias: bool = False
-    dtype: Any = jnp.float32
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x (..., d) -> the same shape, in `dtype`."""
-        return nn.LayerNorm(
-            epsilon=self.epsilon, use_bias=self.use_bias, dtype=self.dtype, name="norm"
-        )(x)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, in float32."""
 

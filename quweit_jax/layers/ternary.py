@@ -1,9 +1,8 @@
 """The layers of MatMul-free language models (Zhu et al. 2024, arXiv 2406.02528): BitLinear, MLGRU
 and the gated linear unit.
 
-Each BitLinear has two forms: from `params` (a float kernel that is made ternary as it is used), and
-from the `packed` collection that `quweit_jax.deploy.packed.pack` makes, with four weights a
-byte.
+Each BitLinear has two forms: from `params`, a float kernel that is made ternary as it is used, and
+from `packed` (see `layers.packing`), four weights a byte.
 
 Dimensions: B batch, T tokens, d model width, I inputs, O outputs.
 """
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.layers.norms import Initializer, RMSNorm, normal
+from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import ternary
 from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
 
@@ -25,7 +25,7 @@ from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
 MIXER_INIT = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
 
 
-class BitLinear(nn.Module):
+class BitLinear(Packable):
     """RMSNorm, 8-bit activations, ternary weights: x (..., I) -> (..., features). No bias.
 
     Args:
@@ -42,17 +42,18 @@ class BitLinear(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x (..., I) -> (..., features)."""
         x = x.astype(self.dtype)
-        if self.has_variable("packed", "kernel"):
-            kernel, scale, norm_scale = (
-                jnp.asarray(self.get_variable("packed", name))
-                for name in ("kernel", "scale", "norm_scale")
-            )
-            x_int, x_scale = ternary.quantize_activations(
-                ternary.rms_norm(x.astype(jnp.float32), norm_scale, eps=self.epsilon)
-            )
+        if self.is_packed:
+            kernel, scale, norm_scale = self.read("kernel", "scale", "norm_scale")
+            normed = ternary.rms_norm(x.astype(jnp.float32), norm_scale, eps=self.epsilon)
+            x_int, x_scale = ternary.quantize_activations(normed)
             return ternary.packed_matmul(x_int, kernel, x_scale * scale).astype(self.dtype)
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        norm_scale = self.param("norm_scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        norm_scale = self.param("norm_scale", nn.initializers.ones, shape[:1], jnp.float32)
+        if self.is_packing:
+            weights, scale = ternary.quantize_weights(kernel)
+            packed = ternary.pack_ternary(weights)
+            self.write(kernel=packed, scale=scale, norm_scale=norm_scale)
         return ternary.bit_linear(x, kernel, norm_scale, eps=self.epsilon)
 
 

@@ -17,18 +17,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.lookup import LUTLayer
-from quweit_jax.ops import sums as reductions
-from quweit_jax.ops import thermometer
+from quweit_jax.layers.lookup import LUTLayer, check_lookup
+from quweit_jax.layers.packing import Packable
+from quweit_jax.ops import sums, thermometer
+from quweit_jax.ops.lut import DECAYS
 
 SUMS = ("dense", "grouped")
 
 
-class WeightlessBlock(nn.Module):
+class WeightlessBlock(Packable):
     """LayerNorm -> thermometer bits -> look-up layers -> conditional sum (QuWeiT, arXiv
     2411.01818). Takes the place of an MLP.
 
@@ -87,13 +89,42 @@ class WeightlessBlock(nn.Module):
                 x
             )
         lead, width = x.shape[:-1], x.shape[-1]
-        bits_FT = self._encode(x.reshape(math.prod(lead), width).T)
-        bits_LT = self._look_up(bits_FT)
-        return self._sum(bits_LT, *self._vectors(bits_LT.shape[0])).reshape(*lead, self.features)
+        x_DT = x.reshape(math.prod(lead), width).T
+        out = self._packed(x_DT) if self.is_packed else self._trained(x_DT)
+        return out.reshape(*lead, self.features)
+
+    def _trained(self, x_DT: Array) -> Array:
+        bits_LT = self._look_up(self._encode(x_DT))
+        vectors, bias = self._vectors(bits_LT.shape[0])
+        if self.is_packing:
+            vectors_int, scale = sums.quantize_int8(vectors, axis=0)
+            self.write(vectors=vectors_int, scale=scale.reshape(-1), bias=bias)
+        return self._sum(bits_LT, vectors, bias)
+
+    def _packed(self, x_DT: Array) -> Array:
+        """Comparisons, table reads and int32 sums; floats only around them.
+
+        A block from which tables were pruned has an `offset`, int32 (d,), where its sums begin.
+        """
+        thresholds, vectors, scale, bias = self.read("thresholds", "vectors", "scale", "bias")
+        bits_LT = self._look_up(above(x_DT.astype(jnp.float32), thresholds))
+        bits_LT = bits_LT.astype(jnp.int8)
+        counted = 2 * bits_LT - 1 if self.signed else bits_LT
+        if vectors.ndim == 2:
+            contract = (((0,), (0,)), ((), ()))
+            total = jax.lax.dot_general(
+                counted, vectors, contract, preferred_element_type=jnp.int32
+            )
+        else:
+            products = counted.astype(jnp.int32) * vectors.astype(jnp.int32)[:, None]
+            total = products.reshape(self.features, -1, products.shape[1]).sum(1).T
+        if self.has_variable("packed", "offset"):
+            total = total + self.read("offset")[0]
+        return (total * scale + bias).astype(self.dtype)
 
     def _layers(self) -> tuple[int, ...]:
         """The number of tables of each look-up layer, checked."""
-        check_choice("WeightlessBlock: sum", self.sum, SUMS)
+        check_options(self, "WeightlessBlock: ")
         layers = (self.num_luts,) if isinstance(self.num_luts, int) else tuple(self.num_luts)
         if not layers or min(layers) < 1:
             raise InputError(
@@ -110,6 +141,7 @@ class WeightlessBlock(nn.Module):
 
     def _look_up(self, bits_FT: Array) -> Array:
         """All look-up layers, one after another: bits (F, T) -> (L, T)."""
+        self.show(thermometer=bits_FT)
         for i, num_luts in enumerate(self._layers()):
             bits_FT = LUTLayer(
                 num_luts,
@@ -127,12 +159,12 @@ class WeightlessBlock(nn.Module):
         return bits_FT
 
     def _encode(self, x_DT: Array) -> Array:
-        width, thresholds = x_DT.shape[0], self._thresholds(x_DT.shape[0])
-        check_choice("WeightlessBlock: window_shape", self.window_shape, thermometer.WINDOWS)
+        thresholds = self._thresholds(x_DT.shape[0])
+        self.write(thresholds=thresholds)
         bits_DzT: Array = thermometer.step_ste(
             x_DT[:, None, :], thresholds[:, :, None], self.window, self.window_shape
         )
-        return bits_DzT.reshape(width * self.thermometer_bits, x_DT.shape[1])
+        return bits_DzT.reshape(-1, x_DT.shape[1])
 
     def _vectors(self, num_luts: int) -> tuple[Array, Array]:
         """The conditional sum's parameters: vectors (L, d), or (L,) if grouped, and bias (d,)."""
@@ -158,10 +190,30 @@ class WeightlessBlock(nn.Module):
 
     def _sum(self, bits_LT: Array, vectors: Array, bias: Array) -> Array:
         if self.int8_sums:
-            vectors = reductions.fake_quantize_int8(vectors, axis=0)
+            vectors = sums.fake_quantize_int8(vectors, axis=0)
         if self.signed:
             bits_LT = 2 * bits_LT - 1
         vectors, bias = vectors.astype(self.dtype), bias.astype(self.dtype)
         if self.sum == "dense":
-            return reductions.conditional_sum_feature_major(bits_LT, vectors) + bias
-        return reductions.conditional_sum(bits_LT.T, vectors, bias)
+            return sums.conditional_sum_feature_major(bits_LT, vectors) + bias
+        return sums.conditional_sum(bits_LT.T, vectors, bias)
+
+
+def above(x_DT: Array, thresholds: Array) -> Array:
+    """Thermometer bits: x (d, T) and thresholds (d, z) -> bool (d * z, T)."""
+    return (x_DT[:, None, :] > thresholds[:, :, None]).reshape(-1, x_DT.shape[1])
+
+
+def check_options(options: Any, where: str) -> None:
+    """Raises InputError for a value that a block's field of that name cannot have.
+
+    options: a WeightlessBlock, or what has its fields. where: is put before the field's name.
+    """
+    check_choice(f"{where}window_shape", options.window_shape, thermometer.WINDOWS)
+    check_choice(f"{where}sum", options.sum, SUMS)
+    check_choice(f"{where}decay", options.decay, DECAYS)
+    check_lookup(options, where)
+    if options.thermometer_bits < 1:
+        raise InputError(
+            f"{where}thermometer_bits: expected at least 1, found {options.thermometer_bits}."
+        )

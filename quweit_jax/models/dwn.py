@@ -12,6 +12,7 @@ from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer
+from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import thermometer
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
 
@@ -64,7 +65,7 @@ class DWNConfig:
             )
 
 
-class DWN(nn.Module):
+class DWN(Packable):
     """Inputs (B, ...) of any shape -> class scores (B, num_classes). Initializing it fits the
     thermometer to the given inputs.
     """
@@ -77,13 +78,9 @@ class DWN(nn.Module):
         """inputs (B, ...) real -> (B, num_classes) float32."""
         c = self.config
         features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
-        fit = thermometer.FITS[c.thermometer]
-        thresholds = self.variable(
-            "wiring",
-            "thresholds",
-            lambda: fit(features, c.thermometer_bits, per_feature=c.per_feature),
-        ).value
+        thresholds = self._thresholds(features)
         bits = thermometer.encode(features, thresholds).reshape(inputs.shape[0], -1)
+        self.show(thermometer=bits.T)
         shared = {"lut_inputs": c.lut_inputs, "decay": c.decay, "alpha": c.alpha, "beta": c.beta}
         for i, width in enumerate(c.num_luts):
             first = (
@@ -95,3 +92,16 @@ class DWN(nn.Module):
         if c.reduction == "group_sum":
             return GroupSum(c.num_classes, c.tau, name="reduction")(bits)
         return LearnableReduction(c.num_classes, c.lut_inputs, 1.0 / c.tau, name="reduction")(bits)
+
+    def _thresholds(self, features: Array) -> Array:
+        """The thermometer's (features or 1, z), fitted to the first inputs."""
+        if self.is_packed:
+            return self.read("thresholds")[0]
+        c, fit = self.config, thermometer.FITS[self.config.thermometer]
+        thresholds = self.variable(
+            "wiring",
+            "thresholds",
+            lambda: fit(features, c.thermometer_bits, per_feature=c.per_feature),
+        ).value
+        self.write(thresholds=thresholds)
+        return thresholds

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,15 +14,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
-from quweit_jax.layers.mlp import GELUS, MLP
-from quweit_jax.layers.norms import LayerNorm, normal
-from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp
+from quweit_jax.layers.mlp import GELUS
+from quweit_jax.layers.norms import normal
+from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(ChannelMixers):
     """What decides a GPT's shape; the defaults are nanoGPT's for characters.
 
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+':
@@ -35,7 +34,6 @@ class GPTConfig:
     layers: int = 6
     heads: int = 6
     width: int = 384
-    mlp: str = "dense"
     dropout: float = 0.0
     bias: bool = False
     gelu: str = "exact"
@@ -43,7 +41,6 @@ class GPTConfig:
     remat: bool = False
     dtype: str = "float32"
     attention: str = "auto"
-    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "context", "layers", "heads", "width")
@@ -78,33 +75,31 @@ class GPTBlock(nn.Module):
     ) -> Array:
         """x (B, T, d), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        output_init = normal(0.02 / math.sqrt(2 * c.layers))
-        shared: dict[str, Any] = {
-            "dropout": c.dropout,
-            "use_bias": c.bias,
-            "output_init": output_init,
-            "dtype": dtype,
-        }
+        shared = {"use_bias": c.bias, "output_init": normal(0.02 / math.sqrt(2 * c.layers))}
+        norm = {"use_bias": c.bias, "epsilon": 1e-5, "dtype": dtype}
         attention = CausalSelfAttention(
-            c.heads, c.context, implementation=c.attention, name="attention", **shared
+            c.heads,
+            c.context,
+            c.dropout,
+            implementation=c.attention,
+            dtype=dtype,
+            name="attention",
+            **shared,
         )
-        x = x + attention(
-            LayerNorm(c.bias, dtype, name="attention_norm")(x), valid, train=train, decode=decode
+        y = nn.LayerNorm(name="attention_norm", **norm)(x)
+        x = x + attention(y, valid, train=train, decode=decode)
+        mixer = mlp.make(
+            self.mlp,
+            c.width,
+            c,
+            lambda: mlp.MLP(gelu=c.gelu, dtype=dtype, name="mlp", **shared),
+            norm_bias=c.bias,
+            dtype=dtype,
         )
-        if self.mlp == "dense":
-            x = x + MLP(gelu=c.gelu, name="mlp", **shared)(
-                LayerNorm(c.bias, dtype, name="mlp_norm")(x), train=train
-            )
-        elif self.mlp == "weightless":
-            y = WeightlessBlock(
-                c.width,
-                norm_bias=c.bias,
-                dtype=dtype,
-                name="mlp",
-                **dataclasses.asdict(c.weightless),
-            )(x)
-            x = x + nn.Dropout(c.dropout, deterministic=not train)(y)
-        return x
+        if mixer is None:
+            return x
+        y = x if getattr(mixer, "use_norm", False) else nn.LayerNorm(name="mlp_norm", **norm)(x)
+        return x + nn.Dropout(c.dropout, deterministic=not train)(mixer(y))
 
 
 class GPT(nn.Module):
@@ -152,7 +147,7 @@ class GPT(nn.Module):
         block = nn.remat(GPTBlock, static_argnums=(3, 4)) if c.remat and not decode else GPTBlock
         for i, kind in enumerate(c.mlps()):
             x = block(c, kind, name=f"block_{i}")(x, valid, train, decode)
-        x = LayerNorm(c.bias, dtype, name="final_norm")(x)
+        x = nn.LayerNorm(epsilon=1e-5, use_bias=c.bias, dtype=dtype, name="final_norm")(x)
         if c.tie_embeddings:
             return embed.attend(x).astype(jnp.float32)
         return nn.Dense(

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import mlp
 from quweit_jax.layers.norms import RMSNorm, normal
 from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
-from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.options import (
     DTYPES,
-    WeightlessOptions,
+    ChannelMixers,
     check_positive,
     glu_width,
     kinds_of_mlp,
@@ -33,7 +33,7 @@ from quweit_jax.ops.recurrence import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
-class MatMulFreeConfig:
+class MatMulFreeConfig(ChannelMixers):
     """What decides the shape; the published models are sizes '370m', '1.3b', '2.7b' with a
     vocabulary of 32,000.
 
@@ -49,13 +49,11 @@ class MatMulFreeConfig:
     width: int = 0
     layers: int = 0
     context: int = 256
-    mlp: str = "dense"
     hidden: int = 0
     epsilon: float = 1e-6
     recurrence: str = "auto"
     remat: bool = False
     dtype: str = "float32"
-    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "context")
@@ -103,16 +101,18 @@ class MatMulFreeBlock(nn.Module):
         shared: dict[str, Any] = {"epsilon": c.epsilon, "dtype": dtype}
         mixer = MLGRU(method=c.recurrence, name="mixer", **shared)
         x = x + mixer(RMSNorm(name="mixer_norm", **shared)(x), lower_bound, valid, decode=decode)
-        if self.mlp == "dense":
-            output_init = normal(0.02 / math.sqrt(2 * c.sizes()[1]))
-            x = x + BitGLU(c.hidden_width(), output_init=output_init, name="mlp", **shared)(
-                RMSNorm(name="mlp_norm", **shared)(x)
-            )
-        elif self.mlp == "weightless":
-            x = x + WeightlessBlock(
-                x.shape[-1], dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless)
-            )(x)
-        return x
+        output_init = normal(0.02 / math.sqrt(2 * c.sizes()[1]))
+        mixer = mlp.make(
+            self.mlp,
+            x.shape[-1],
+            c,
+            lambda: BitGLU(c.hidden_width(), output_init=output_init, name="mlp", **shared),
+            dtype=dtype,
+        )
+        if mixer is None:
+            return x
+        y = x if getattr(mixer, "use_norm", False) else RMSNorm(name="mlp_norm", **shared)(x)
+        return x + mixer(y)
 
 
 class MatMulFree(nn.Module):

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from quweit_jax.errors import InputError, check_choice, nearest
-from quweit_jax.layers.lookup import MAPPINGS, TABLE_INITS
-from quweit_jax.layers.weightless import SUMS, WeightlessBlock
-from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
-from quweit_jax.ops.thermometer import WINDOWS
+from quweit_jax.layers import mlp
+from quweit_jax.layers.weightless import WeightlessBlock, check_options
 
 T = TypeVar("T")
 
@@ -45,7 +44,6 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") 
     return cls(**arguments)
 
 
-MLPS = ("dense", "weightless", "none")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -81,62 +79,50 @@ def check_positive(config: Any, *names: str, zero: str = "") -> None:
             raise InputError(f"model.{name}: expected {expected}, found {getattr(config, name)}.")
 
 
-def kinds_of_mlp(mlp: str | Sequence[str], blocks: int) -> tuple[str, ...]:
+def kinds_of_mlp(kinds: str, blocks: int, integer: bool = False) -> tuple[str, ...]:
     """The kind of each block's MLP, from one kind for all or one for each, joined by '+'
     ('dense+weightless').
 
     Raises:
       InputError: an unknown kind, or another number of them.
     """
-    kinds = tuple(mlp.split("+")) if isinstance(mlp, str) else tuple(mlp)
-    kinds = kinds * blocks if len(kinds) == 1 else kinds
-    if len(kinds) != blocks:
+    found = tuple(kinds.split("+"))
+    found = found * blocks if len(found) == 1 else found
+    if len(found) != blocks:
         raise InputError(
-            f"model.mlp: expected 1 kind or {blocks} (one a block), found {len(kinds)}: {mlp!r}."
+            f"model.mlp: expected 1 kind or {blocks} (one a block), found {len(found)}: {kinds!r}."
         )
-    for kind in kinds:
-        check_choice("model.mlp", kind, MLPS)
-    return kinds
+    for kind in found:
+        check_choice("model.mlp", kind, mlp.kinds(integer))
+    return found
+
+
+def _options_of(block: type, *left_out: str) -> type:
+    """A dataclass with the fields of a block's that an experiment may set, and their defaults."""
+    space = vars(sys.modules[block.__module__])
+    fields = [
+        (f.name, eval(f.type, space) if isinstance(f.type, str) else f.type, f.default)
+        for f in dataclasses.fields(block)
+        if f.name not in ("parent", "name", "features", "dtype", *left_out)
+    ]
+    return dataclasses.make_dataclass(f"{block.__name__}Fields", fields, frozen=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightlessOptions:
-    """The fields of `layers.weightless.WeightlessBlock` that an experiment may set; see there for
-    each, and for the defaults.
-    """
-
-    num_luts: int | Sequence[int] = WeightlessBlock.num_luts
-    lut_inputs: int = WeightlessBlock.lut_inputs
-    thermometer_bits: int = WeightlessBlock.thermometer_bits
-    learn_thresholds: bool = WeightlessBlock.learn_thresholds
-    window: float = WeightlessBlock.window
-    window_shape: str = WeightlessBlock.window_shape
-    sum: str = WeightlessBlock.sum
-    signed: bool = WeightlessBlock.signed
-    int8_sums: bool = WeightlessBlock.int8_sums
-    vector_init: float = WeightlessBlock.vector_init
-    mapping: str = WeightlessBlock.mapping
-    candidates: int = WeightlessBlock.candidates
-    tau: float = WeightlessBlock.tau
-    decay: str = WeightlessBlock.decay
-    alpha: float | None = WeightlessBlock.alpha
-    beta: float | None = WeightlessBlock.beta
-    table_init: str = WeightlessBlock.table_init
-    table_scale: float = WeightlessBlock.table_scale
+class WeightlessOptions(_options_of(WeightlessBlock, "use_norm", "norm_bias")):
+    """The fields of `layers.weightless.WeightlessBlock`, where each is described."""
 
     def __post_init__(self):
-        check_choice("model.weightless.window_shape", self.window_shape, WINDOWS)
-        check_choice("model.weightless.sum", self.sum, SUMS)
-        check_choice("model.weightless.mapping", self.mapping, MAPPINGS)
-        check_choice("model.weightless.decay", self.decay, DECAYS)
-        check_choice("model.weightless.table_init", self.table_init, TABLE_INITS)
-        if not 1 <= self.lut_inputs <= MAX_LUT_INPUTS:
-            raise InputError(
-                f"model.weightless.lut_inputs: a table can have 1 to {MAX_LUT_INPUTS} inputs, "
-                f"found {self.lut_inputs}; use more, smaller tables."
-            )
-        if self.thermometer_bits < 1:
-            raise InputError(
-                "model.weightless.thermometer_bits: expected at least 1, found "
-                f"{self.thermometer_bits}."
-            )
+        check_options(self, "model.weightless.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelMixers:
+    """What the configs of all models say of channel mixers.
+
+    mlp: the kind for every block, or one for each block joined by '+', see `layers.mlp.kinds`.
+    weightless: options of the blocks of that kind.
+    """
+
+    mlp: str = "dense"
+    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)

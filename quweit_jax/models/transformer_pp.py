@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
 from quweit_jax.layers.norms import normal
-from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.options import (
     DTYPES,
-    WeightlessOptions,
+    ChannelMixers,
     check_positive,
     glu_width,
     kinds_of_mlp,
@@ -28,7 +28,7 @@ from quweit_jax.models.options import (
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerPPConfig:
+class TransformerPPConfig(ChannelMixers):
     """What decides the shape; sizes are those of `MatMulFreeConfig`.
 
     size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads
@@ -45,14 +45,12 @@ class TransformerPPConfig:
     kv_heads: int = 0
     head_width: int = 0
     context: int = 256
-    mlp: str = "dense"
     hidden: int = 0
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
     remat: bool = False
     dtype: str = "float32"
     attention: str = "auto"
-    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "context")
@@ -134,14 +132,18 @@ class TransformerPPBlock(nn.Module):
             positions=positions,
             decode=decode,
         )
-        if self.mlp == "dense":
-            mlp = SwiGLU(c.hidden_width(), output_init, dtype, name="mlp")
-            x = x + mlp(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
-        elif self.mlp == "weightless":
-            x = x + WeightlessBlock(
-                width, dtype=dtype, name="mlp", **dataclasses.asdict(c.weightless)
-            )(x)
-        return x
+        mixer = mlp.make(
+            self.mlp,
+            width,
+            c,
+            lambda: mlp.SwiGLU(c.hidden_width(), output_init, dtype, name="mlp"),
+            dtype=dtype,
+        )
+        if mixer is None:
+            return x
+        if not getattr(mixer, "use_norm", False):
+            return x + mixer(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
+        return x + mixer(x)
 
 
 class TransformerPP(nn.Module):

@@ -22,12 +22,12 @@ from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import integer as layers
+from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
-from quweit_jax.layers.integer import ActivationQuantizer, IntegerModule, Quantized
-from quweit_jax.layers.mlp import MLP
-from quweit_jax.layers.norms import LayerNorm
-from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp
+from quweit_jax.layers.drop_path import DropPath
+from quweit_jax.layers.integer import ActivationQuantizer, Quantized
+from quweit_jax.layers.packing import Packable
+from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
 from quweit_jax.ops.integer import straight_through
 
 # Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests
@@ -49,7 +49,7 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(ChannelMixers):
     """What decides a ViT's shape; the image size comes with the images.
 
     variant: size and patch, 'Ti/16'; sizes: mu, Mi, Ti, S, M, B, L. width, depth, heads: other than
@@ -66,7 +66,6 @@ class ViTConfig:
     width: int = 0
     depth: int = 0
     heads: int = 0
-    mlp: str = "dense"
     mlp_ratio: int = 4
     integer: bool = False
     pool: str = "cls"
@@ -74,7 +73,6 @@ class ViTConfig:
     remat: bool = False
     dtype: str = "float32"
     attention: str = "auto"
-    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
 
     def __post_init__(self):
         match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", self.variant)
@@ -121,7 +119,7 @@ class ViTConfig:
 
     def mlps(self) -> tuple[str, ...]:
         """The kind of each block's MLP."""
-        return kinds_of_mlp(self.mlp, self.sizes()[1])
+        return kinds_of_mlp(self.mlp, self.sizes()[1], self.integer)
 
     def initializers(self) -> dict[str, Any]:
         """Of the kernels within a block: `kernel_init`, and of those whose results are added to the
@@ -138,31 +136,6 @@ class ViTConfig:
         return [self.drop_path * i / max(1, depth - 1) for i in range(depth)]
 
 
-class DropPath(nn.Module):
-    """Leaves a branch out for a share `rate` of the examples while training, and scales up the
-    others; whole numbers stay whole.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Any, train: bool) -> Any:
-        """x, (B, ...) array or Quantized -> the same."""
-        if not train or self.rate == 0:
-            return x
-        shape = x.ints.shape if isinstance(x, Quantized) else x.shape
-        kept = jax.random.bernoulli(
-            self.make_rng("dropout"), 1 - self.rate, (shape[0],) + (1,) * (len(shape) - 1)
-        )
-        if isinstance(x, Quantized):
-            return Quantized(
-                jnp.where(kept, jnp.round(x.ints / (1 - self.rate)), 0),
-                x.scale,
-                jnp.where(kept, x.real / (1 - self.rate), 0),
-            )
-        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
-
-
 class ViTBlock(nn.Module):
     """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its
     input.
@@ -176,28 +149,23 @@ class ViTBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         """x (B, T, d) -> (B, T, d)."""
         c, dtype, heads = self.config, jnp.dtype(self.config.dtype), self.config.sizes()[2]
-        norm: Any = {"use_bias": True, "dtype": dtype, "epsilon": 1e-6}
+        norm: Any = {"dtype": dtype}
         drop = DropPath(self.drop_path, name="drop_path")
         attention = SelfAttention(
             heads, implementation=c.attention, dtype=dtype, name="attention", **c.initializers()
         )
-        x = x + drop(attention(LayerNorm(name="attention_norm", **norm)(x)), train)
-        if self.mlp == "none":
+        x = x + drop(attention(nn.LayerNorm(name="attention_norm", **norm)(x)), train)
+        mixer = mlp.make(
+            self.mlp,
+            x.shape[-1],
+            c,
+            lambda: mlp.MLP(c.mlp_ratio, True, dtype=dtype, name="mlp", **c.initializers()),
+            use_norm=False,
+            dtype=dtype,
+        )
+        if mixer is None:
             return x
-        y = LayerNorm(name="mlp_norm", **norm)(x)
-        if self.mlp == "dense":
-            y = MLP(c.mlp_ratio, use_bias=True, dtype=dtype, name="mlp", **c.initializers())(
-                y, train=train
-            )
-        else:
-            y = WeightlessBlock(
-                x.shape[-1],
-                use_norm=False,
-                dtype=dtype,
-                name="mlp",
-                **dataclasses.asdict(c.weightless),
-            )(y)
-        return x + drop(y, train)
+        return x + drop(mixer(nn.LayerNorm(name="mlp_norm", **norm)(x)), train)
 
 
 class IntegerViTBlock(nn.Module):
@@ -220,31 +188,28 @@ class IntegerViTBlock(nn.Module):
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(
             drop(y, train), x, train=train
         )
-        if self.mlp == "none":
+        c = self.config
+        mixer = mlp.make(
+            self.mlp,
+            x.ints.shape[-1],
+            c,
+            lambda: layers.IntegerMLP(c.mlp_ratio, name="mlp", **c.initializers()),
+            integer=True,
+            use_norm=False,
+        )
+        if mixer is None:
             return x
-        y = ActivationQuantizer(name="quant_mlp_norm")(
-            layers.IntegerLayerNorm(name="mlp_norm")(x), train=train
-        )
-        if self.mlp == "dense":
-            y = layers.IntegerMLP(self.config.mlp_ratio, name="mlp", **self.config.initializers())(
-                y, train=train
-            )
-        else:
-            options: dict[str, Any] = dataclasses.asdict(self.config.weightless)
-            y = layers.IntegerWeightlessBlock(
-                x.ints.shape[-1], use_norm=False, name="mlp", **options
-            )(y)
-        return ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_mlp")(
-            drop(y, train), x, train=train
-        )
+        y = layers.IntegerLayerNorm(name="mlp_norm")(x)
+        y = mixer(ActivationQuantizer(name="quant_mlp_norm")(y, train=train))
+        residual = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_mlp")
+        return residual(drop(y, train), x, train=train)
 
 
-class ViT(IntegerModule):
+class ViT(Packable):
     """A vision transformer: images (B, H, W, C) -> logits (B, num_classes).
 
-    In integer form, `model.apply({'packed': packed}, images)` with what
-    `quweit_jax.deploy.integer.pack` makes of the variables is evaluated without floats between
-    the image and the logits.
+    In integer form, what `quweit_jax.deploy.pack` makes of the variables is evaluated without floats
+    between the image and the logits.
     """
 
     config: ViTConfig
@@ -269,9 +234,9 @@ class ViT(IntegerModule):
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, width)).astype(dtype), x], 1)
         x = x + self._positions(images.shape, width).astype(dtype)
         block = nn.remat(ViTBlock, static_argnums=(2,)) if c.remat else ViTBlock
-        for i, (mlp, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
-            x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
-        x = LayerNorm(True, dtype, 1e-6, name="final_norm")(x)
+        for i, (kind, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
+            x = block(c, kind, drop_path, name=f"block_{i}")(x, train)
+        x = nn.LayerNorm(dtype=dtype, name="final_norm")(x)
         x = x[:, 0] if c.pool == "cls" else x.mean(1)
         return nn.Dense(c.num_classes, kernel_init=KERNEL_INIT, dtype=dtype, name="head")(x).astype(
             jnp.float32
@@ -290,14 +255,14 @@ class ViT(IntegerModule):
         else:
             quantizer = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_position")
             position = quantizer.from_real(self._positions(shape, width), train=train)
-            self.constant("position_embedding", position.ints.astype(jnp.int32))
+            self.write(position_embedding=position.ints.astype(jnp.int32))
         position = position.map(lambda a: jnp.broadcast_to(a, x.ints.shape))
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_embedding")(
             x, position, train=train
         )
         block = nn.remat(IntegerViTBlock, static_argnums=(2,)) if c.remat else IntegerViTBlock
-        for i, (mlp, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
-            x = block(c, mlp, drop_path, name=f"block_{i}")(x, train)
+        for i, (kind, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
+            x = block(c, kind, drop_path, name=f"block_{i}")(x, train)
         if c.pool == "cls":
             x = x.map(lambda a: a[:, 0])
         x = ActivationQuantizer(name="quant_final")(
@@ -308,7 +273,7 @@ class ViT(IntegerModule):
         logits = layers.IntegerDense(c.num_classes, KERNEL_INIT, name="head")(x)
         if logits.packed:
             return logits.ints * self.read("logit_scale")[0]
-        self.constant("logit_scale", logits.scale)
+        self.write(logit_scale=logits.scale)
         return logits.real
 
     def _with_class_token(self, x: Quantized) -> Quantized:
@@ -319,7 +284,7 @@ class ViT(IntegerModule):
             "cls_token", nn.initializers.normal(0.02), (1, 1, x.ints.shape[-1]), jnp.float32
         )
         ints = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
-        self.constant("cls_token", ints.astype(jnp.int32))
+        self.write(cls_token=ints.astype(jnp.int32))
         return _append(Quantized(ints, x.scale, straight_through(ints * x.scale, token)), x)
 
     def _positions(self, shape: Sequence[int], width: int) -> Array:

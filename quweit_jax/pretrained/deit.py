@@ -275,10 +275,8 @@ def _params(tensors: Tensors, s: _Sizes) -> dict[str, Any]:
 
     def norm(name: str) -> dict[str, Any]:
         return {
-            "norm": {
-                "scale": tensors.take(f"{name}.weight", (s.width,)),
-                "bias": tensors.take(f"{name}.bias", (s.width,)),
-            }
+            "scale": tensors.take(f"{name}.weight", (s.width,)),
+            "bias": tensors.take(f"{name}.bias", (s.width,)),
         }
 
     def block(name: str) -> dict[str, Any]:

@@ -76,9 +76,7 @@ def _convert(tensors: Tensors, c: GPTConfig, transposed: bool) -> dict[str, Any]
 
     def norm(name: str) -> dict[str, Any]:
         scale = {"scale": tensors.take(f"{name}.weight", (c.width,))}
-        return {
-            "norm": scale | ({"bias": tensors.take(f"{name}.bias", (c.width,))} if c.bias else {})
-        }
+        return scale | ({"bias": tensors.take(f"{name}.bias", (c.width,))} if c.bias else {})
 
     params: dict[str, Any] = {
         "token_embedding": {"embedding": tensors.take("wte.weight", (c.vocab_size, c.width))},

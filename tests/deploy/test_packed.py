@@ -1,4 +1,4 @@
-"""`inference.packed`: a model evaluated in its deployed form gives the logits it was trained to
+"""`deploy.pack`: a model evaluated in its deployed form gives the logits it was trained to
 give.
 """
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from quweit_jax.deploy import packed
+from quweit_jax.deploy.pack import describe, describe_lines, pack, stored_bytes
 from quweit_jax.errors import InputError
 from quweit_jax.layers.lookup import MAPPINGS
 from quweit_jax.layers.weightless import SUMS, WeightlessBlock
@@ -50,8 +50,8 @@ def start(model, inputs):
 
 def check(model, variables, inputs, **options):
     expected = quick_jit(functools.partial(model.apply, **options))(variables, inputs)
-    weights = packed.pack(variables)
-    found = quick_jit(lambda inputs: packed.apply(model, weights, inputs, **options))(inputs)
+    weights = pack(model, variables, inputs)
+    found = quick_jit(lambda inputs: model.apply(weights, inputs, **options))(inputs)
     assert found.dtype == expected.dtype and found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.std(expected) > 1e-3
@@ -105,7 +105,7 @@ def test_real_sums_are_rounded_to_int8():
     x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     block = WeightlessBlock(4, int8_sums=False, **SMALL)
     variables = start(block, x)
-    found = packed.apply(block, packed.pack(variables), x)
+    found = block.apply(pack(block, variables, x), x)
     largest = np.abs(variables["params"]["vectors"]).max(axis=0)
     error = np.abs(np.asarray(found) - np.asarray(block.apply(variables, x)))
     assert (error <= 16 * largest / 127 / 2 + 1e-5).all() and error.max() > 0
@@ -114,50 +114,75 @@ def test_real_sums_are_rounded_to_int8():
 def test_packing_leaves_no_block_behind():
     x = np.zeros((1, 6), np.float32)
     model = Stack(tuple(SMALL.items()))
-    weights = packed.pack(start(model, x))
-    assert set(weights["blocks"]) == {"first", "WeightlessBlock_0"}
-    assert set(weights["params"]) == {"Dense_0", "Dense_1"}
-    block = weights["blocks"]["first"]
-    assert (
-        block["vectors"].dtype == np.int8
-        and [t.dtype for t in block["tables"]] == [np.uint8]
-        and [w.dtype for w in block["wiring"]] == [np.uint8]
-    )
+    weights = pack(model, start(model, x), x)
+    assert set(weights) == {"params", "packed"}
+    assert set(weights["packed"]) == {"first", "WeightlessBlock_0"}
+    assert {name: set(held) for name, held in weights["params"].items()} == {
+        "Dense_0": {"kernel", "bias"},
+        "Dense_1": {"kernel", "bias"},
+        "first": {"norm"},
+        "WeightlessBlock_0": {"norm"},
+    }
+    block = weights["packed"]["first"]
+    assert block["vectors"].dtype == np.int8
+    assert {name: held.dtype for name, held in block["luts_0"].items()} == {
+        "tables": np.uint8,
+        "wiring": np.uint8,
+    }
 
 
 def test_wiring_of_many_inputs_takes_wider_integers():
     x = np.zeros((1, 150), np.float32)
     block = WeightlessBlock(4, num_luts=200, lut_inputs=3, thermometer_bits=2)
-    (found,) = packed.pack(start(block, x))["blocks"].values()
-    assert found["wiring"][0].dtype == np.uint16 and found["wiring"][0].max() == 299
+    wiring = pack(block, start(block, x), x)["packed"]["luts_0"]["wiring"]
+    assert wiring.dtype == np.uint16 and wiring.max() == 299
+
+
+class Mixer(nn.Module):
+    """A block that is not the whole model."""
+
+    block: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.block(x)
 
 
 def test_bytes_counted_by_hand():
     block = WeightlessBlock(4, num_luts=10, lut_inputs=3, thermometer_bits=2)
-    variables = {"params": {"mlp": None}, "wiring": {"mlp": None}}
-    for collection, values in start(block, np.zeros((1, 6), np.float32)).items():
-        variables[collection]["mlp"] = values
-    found = packed.pack(variables)["blocks"]["mlp"]
+    model, x = Mixer(block), np.zeros((1, 6), np.float32)
+    found = pack(model, start(model, x), x)
     tables, wiring, thresholds = 10 * 1, 10 * 3 * 1, 6 * 2 * 4
     vectors, scales, bias, norm = 10 * 4 * 1, 4 * 4, 4 * 4, 6 * 4
     assert (
-        packed.block_bytes(found)
-        == tables + wiring + thresholds + vectors + scales + bias + norm
-        == 184
+        stored_bytes(found) == tables + wiring + thresholds + vectors + scales + bias + norm == 184
     )
-    assert packed.dense_bytes(found) == 8 * 6 * 4
-    (line,) = packed.describe(variables)
+    facts = describe(model, found, x)
+    assert facts == {
+        "form": "packed",
+        "block_bytes": 184,
+        "dense_mlp_bytes_int8": 8 * 6 * 4,
+        "model_bytes": 184,
+    }
+    (line,) = describe_lines(facts)
     assert (
         line.startswith("weightless blocks at inference: 184 bytes")
         and "192 in int8, 768 in float32" in line
     )
 
 
-def test_models_without_a_block():
-    model = DWN(DWNConfig(2, num_luts=4, lut_inputs=2, thermometer_bits=2))
-    variables = quick_jit(model.init)(
-        jax.random.key(0), np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    )
-    assert packed.describe(variables) == []
-    with pytest.raises(InputError, match="pack: this model has no weightless block"):
-        packed.pack(variables)
+def test_models_without_a_packed_form():
+    model, x = nn.Dense(3), np.zeros((1, 6), np.float32)
+    with pytest.raises(InputError, match="nothing to pack"):
+        pack(model, start(model, x), x)
+
+
+@pytest.mark.parametrize("reduction", ["group_sum", "learnable"])
+def test_a_classifier(reduction):
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    model = DWN(DWNConfig(2, num_luts=8, lut_inputs=2, thermometer_bits=2, reduction=reduction))
+    variables = start(model, x)
+    packed = pack(model, variables, x)
+    assert set(packed) == {"packed"}
+    np.testing.assert_array_equal(model.apply(packed, x), model.apply(variables, x))
+    assert describe_lines(describe(model, packed, x)) == []

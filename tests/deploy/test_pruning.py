@@ -1,4 +1,4 @@
-"""`inference.deployed` and `inference.pruning`: tables that are constant on the data go, and no
+"""`deploy.prune`: tables that are constant on the data go, and no
 output changes.
 """
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from quweit_jax.deploy import prune as pruning
-from quweit_jax.deploy import tables as deployed
 from quweit_jax.deploy.tables import Block
 from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.models.gpt import GPT, GPTConfig
@@ -84,7 +83,7 @@ def trained(name):
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_stay_the_same_to_the_bit(name):
     model, variables, inputs = trained(name)
-    whole = deployed.deploy(model, variables, inputs.shape[1:])
+    whole = pruning.deploy(model, variables, inputs)
     batches = [
         (inputs, np.ones(len(inputs), np.float32)),
         (inputs[::-1].copy(), np.arange(len(inputs), dtype=np.float32)),
@@ -100,14 +99,14 @@ def test_outputs_stay_the_same_to_the_bit(name):
     assert pruning.compare(whole, pruned, batches) == pruning.Comparison(outputs, outputs, outputs)
     # Both are the model that was trained.
     expected = quick_jit(model.apply)(variables, inputs)
-    found = quick_jit(lambda v, x: pruned.apply(v, x, None))(pruned.variables, inputs)
+    found = quick_jit(model.apply)(pruned.variables, inputs)
     np.testing.assert_allclose(found, expected, atol=0.02 if "ranges" in variables else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["dwn", "gpt"])
 def test_counts_are_those_of_examples_with_weight(name):
     model, variables, inputs = trained(name)
-    whole = deployed.deploy(model, variables, inputs.shape[1:])
+    whole = pruning.deploy(model, variables, inputs)
     batches = [(inputs, np.eye(len(inputs), dtype=np.float32)[i]) for i in (0, 1)]
     first, both = pruning.count_ones(whole, batches[:1]), pruning.count_ones(whole, batches)
     repeated = pruning.count_ones(
@@ -121,13 +120,13 @@ def test_counts_are_those_of_examples_with_weight(name):
 
 def test_a_change_that_matters_is_told():
     model, variables, inputs = trained("dwn")
-    whole = deployed.deploy(model, variables, inputs.shape[1:])
-    other = dataclasses.replace(
-        whole,
-        apply=lambda v, x, observe: (
-            whole.apply(v, x, observe) + (np.arange(len(inputs)) == 2)[:, None] * [0, 0, 99.0]
-        ),
-    )
+    whole = pruning.deploy(model, variables, inputs)
+
+    class Changed:
+        def apply(self, variables, x):
+            return model.apply(variables, x) + (np.arange(len(x)) == 2)[:, None] * [0, 0, 99.0]
+
+    other = dataclasses.replace(whole, model=Changed())
     found = pruning.compare(whole, other, [(inputs, np.ones(len(inputs), np.float32))])
     assert (
         found.outputs == len(inputs)
@@ -200,4 +199,4 @@ def test_a_layer_keeps_a_table():
 def test_models_without_tables():
     model = GPT(GPTConfig(11, context=9, layers=1, heads=2, width=8))
     variables = quick_jit(model.init)(jax.random.key(0), TOKENS)
-    assert deployed.deploy(model, variables) is None
+    assert pruning.deploy(model, variables, TOKENS) is None

@@ -13,7 +13,7 @@ import pytest
 from quweit_jax import config as configs
 from quweit_jax import models
 from quweit_jax.errors import InputError
-from quweit_jax.models.gpt import GPT, GPTConfig
+from quweit_jax.models.gpt import GPT, GPTBlock, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
 from tests.compiled import quick_jit
 
@@ -239,3 +239,19 @@ def test_too_many_tokens(variables):
         InputError, match="GPT: 10 tokens do not fit its context of 9; pass the last 9"
     ):
         GPT(CONFIG).apply(variables, tokens(length=CONTEXT + 1))
+
+
+@pytest.mark.parametrize("mlp", ["dense", "weightless"])
+def test_mlps_drop_only_while_training(mlp):
+    block = GPTBlock(GPTConfig(11, context=4, heads=2, width=8, dropout=0.5, mlp=mlp), mlp)
+    x = np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)
+    variables = jax.device_get(block.init(jax.random.key(0), x))
+    # attention adds nothing, so that what is added is the MLP's
+    variables["params"]["attention"]["proj"]["kernel"][:] = 0
+    plain = np.asarray(block.apply(variables, x) - x)
+    np.testing.assert_array_equal(block.apply(variables, x) - x, plain)
+    rngs = {"dropout": jax.random.key(1)}
+    dropped = np.asarray(block.apply(variables, x, None, True, rngs=rngs) - x)
+    assert 0.2 < np.mean(dropped == 0) < 0.8
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], 2 * plain[kept], rtol=1e-3, atol=1e-6)

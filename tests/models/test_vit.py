@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quweit_jax import models
-from quweit_jax.deploy import integer as deployed
+from quweit_jax.deploy.pack import pack, stored_bytes
 from quweit_jax.errors import InputError
 from quweit_jax.models.vit import DropPath, ViT, ViTConfig, cut_patches, resample_positions
 from tests.compiled import quick_jit
@@ -158,7 +158,7 @@ def test_packed_integers_give_the_same_logits(mlp, pool):
     model = build(mlp=mlp, pool=pool, integer=True, depth=1)
     variables = calibrated(model)
     expected = quick_jit(model.apply)(variables, IMAGES)
-    packed = deployed.pack(model, variables, (8, 8, 3))
+    packed = pack(model, variables, IMAGES)
     found = quick_jit(model.apply)(packed, IMAGES)
     # float32 rounds sums of more than 24 bits; a floor may then fall elsewhere, by a step or two of
     # the head's integers
@@ -169,8 +169,7 @@ def test_packed_integers_give_the_same_logits(mlp, pool):
         if path not in ("scale", "logit_scale")
     } <= set("iu")
     assert (
-        deployed.packed_bytes(packed)
-        < sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"])) / 2
+        stored_bytes(packed) < sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"])) / 2
     )
 
 
@@ -275,6 +274,9 @@ def test_no_multiplication_inside_a_weightless_block():
 def test_pack_names_what_is_missing():
     model = build(integer=True, depth=1)
     with pytest.raises(InputError, match="activation ranges were never set"):
-        deployed.pack(model, variables_of(model), (8, 8, 3))
-    with pytest.raises(InputError, match="computes in floats"):
-        deployed.pack(build(), {}, (8, 8, 3))
+        pack(model, variables_of(model), IMAGES)
+    with pytest.raises(InputError, match="activation range was never set"):
+        pack(model, {"params": variables_of(model)["params"]}, IMAGES)
+    model = build()
+    with pytest.raises(InputError, match="nothing to pack"):
+        pack(model, variables_of(model), IMAGES)

@@ -107,8 +107,7 @@ def test_weightless_in_place_of_dense():
         merged, report = merge(target, source)
         taken = split(merged, target, source)
         assert (
-            not any("/luts_" in name for name in taken)
-            and "params/block_1/mlp_norm/norm/scale" in taken
+            not any("/luts_" in name for name in taken) and "params/block_1/mlp_norm/scale" in taken
         )
         assert report.describe().endswith(f"; fresh: head, {named}; unused: head, {named}")
 

@@ -1,0 +1,113 @@
+"""The deployed form of a trained model: what its layers write into `packed`, and whatever else inference
+needs.
+
+`model.apply(pack(model, variables, inputs), inputs)` is the deployed model: look-up tables at one bit
+an entry, sums of int8 vectors in int32, ternary weights at two bits, integer models without a float
+between the image and the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax import Array
+
+from quweit_jax.deploy.tables import Tree, at, find_blocks
+from quweit_jax.errors import InputError
+from quweit_jax.ops.ternary import WEIGHTS_PER_BYTE
+
+
+def pack(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
+    """Makes the deployed form of trained variables, for `model.apply`.
+
+    Args:
+      inputs: any that `model` can be applied to, such as one token or one image; only their shapes
+        and dtypes matter.
+
+    Returns:
+      {'packed': what the layers wrote, 'params': ..., ...}: a layer that wrote something is read from
+      there alone, and what it trained is left out.
+
+    Raises:
+      InputError: no layer has a packed form, or the activation ranges of an integer model were never
+        set.
+    """
+    ranges = flatten_dict(jax.device_get(variables.get("ranges", {})))
+    unset = [p[:-1] for p in ranges if p[-1] == "min" and ranges[p] == ranges[(*p[:-1], "max")]]
+    if unset:
+        raise InputError(
+            f"pack: {len(unset)} activation ranges were never set ({'/'.join(unset[0])}, ...); train a "
+            "few steps, or calibrate the model with pretrained.calibrate(model, variables, batches)."
+        )
+    packed = jax.jit(lambda v: constants(model, v, *inputs))(variables)
+    if not packed:
+        raise InputError(
+            "pack: this model has no look-up tables, no ternary layer and no integer layer, so there "
+            "is nothing to pack."
+        )
+    left = {name: without(tree, packed) for name, tree in variables.items() if name != "ranges"}
+    return jax.device_get({name: tree for name, tree in left.items() if tree} | {"packed": packed})
+
+
+def constants(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
+    """What the layers of a model write into `packed`; can be traced."""
+    _, written = model.apply(variables, *inputs, mutable=["packed"])
+    return dict(written.get("packed", {}))
+
+
+def without(tree: Mapping[str, Any], packed: Mapping[str, Any]) -> Tree:
+    """What is left of a collection when layers that wrote packed constants no longer need theirs."""
+    wrote = any(not isinstance(value, Mapping) for value in packed.values())
+    left: Tree = {}
+    for name, value in tree.items():
+        if not isinstance(value, Mapping):
+            left |= {} if wrote else {name: value}
+        elif inner := without(value, packed.get(name, {})):
+            left[name] = inner
+    return left
+
+
+def stored_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a packed model, or of a part of one."""
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+
+
+def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> Tree:
+    """Sizes of a packed model by name: its bytes and those of its weightless blocks and ternary
+    layers, beside what they take the place of.
+    """
+    integer = "params" not in packed
+    blocks = find_blocks(model, packed, *inputs)
+    facts: Tree = {"form": "integer" if integer else "packed"}
+    if replaced := sum(block.replaced_weights for block in blocks.values()):
+        held = [at(tree, name) for tree in packed.values() for name in blocks]
+        facts |= {"block_bytes": stored_bytes(held), "dense_mlp_bytes_int8": replaced}
+    above = tuple(f"{name}/" if name else "" for name in blocks)
+    written = flatten_dict(packed["packed"], sep="/")
+    ternary = [leaf for path, leaf in written.items() if not path.startswith(above)]
+    if ternary and not integer:
+        weights = WEIGHTS_PER_BYTE * sum(leaf.size for leaf in ternary if leaf.dtype == np.uint8)
+        facts |= {"ternary_bytes": stored_bytes(ternary), "ternary_weights": weights}
+    return facts | {"model_bytes": stored_bytes(packed)}
+
+
+def describe_lines(facts: Tree) -> list[str]:
+    """`describe` in sentences, for people."""
+    lines = []
+    if "block_bytes" in facts:
+        dense = facts["dense_mlp_bytes_int8"]
+        lines.append(
+            f"weightless blocks at inference: {facts['block_bytes']:,} bytes (1-bit tables, int8 sums, "
+            f"wiring); the MLPs they replace: {dense:,} in int8, {4 * dense:,} in float32"
+        )
+    if "ternary_bytes" in facts:
+        lines.append(
+            f"ternary layers at inference: {facts['ternary_bytes']:,} bytes (2 bits a weight, norms); "
+            f"their weights in bfloat16: {2 * facts['ternary_weights']:,}"
+        )
+    return lines
