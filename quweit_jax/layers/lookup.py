@@ -181,7 +181,7 @@ class GroupSum(Packable):
         return reductions.group_sum(bits, self.num_groups, tau=self.tau)
 
 
-class LearnableReduction(nn.Module):
+class LearnableReduction(Packable):
     """A pyramid of look-up layers, each about `lut_inputs` times narrower, down to `num_outputs`
     real scores.
 
@@ -207,7 +207,9 @@ class LearnableReduction(nn.Module):
     @nn.compact
     def __call__(self, bits: Array) -> Array:
         """bits (..., L) -> (..., num_outputs)."""
-        widths = self.widths(bits.shape[-1])
+        # a packed form from which tables were pruned has its own widths, but as many layers
+        held = {} if self.is_packing else self.variables.get("packed", {})
+        widths = [self.num_outputs] * len(held) or self.widths(bits.shape[-1])
         for i, width in enumerate(widths):
             top = i == len(widths) - 1
             options: dict[str, Any] = {"mapping": "arange", **(self.lut or {})}
