@@ -18,7 +18,8 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,12 +28,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.layers.costs import Call
 from quweit_jax.layers.lookup import packing
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.ops import int64 as wide
 from quweit_jax.ops import integer, packed_lut, thermometer
 from quweit_jax.ops import sums as reductions
+from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.fusion import no_fusion
 
 MOMENTUM = 0.95
@@ -158,6 +161,25 @@ class ActivationQuantizer(IntegerModule):
             low.value, high.value = new
         return integer.symmetric_scale(new[0], new[1], self.bits)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """`from_real`: one rounding and clamping of a value; else see `requantize_costs`."""
+        values = math.prod(call.shape)
+        if call.method == "from_real":
+            moved = values * (BYTES[FLOAT] + self.bits // 8)
+            return [
+                LayerCosts(
+                    call.at(),
+                    "requantize",
+                    elementwise=Elementwise({FLOAT: values}),
+                    comparisons=2 * values,
+                    bytes_moved={"weights": BYTES[FLOAT], "activations": moved},
+                    bytes_stored={FLOAT: BYTES[FLOAT]},
+                )
+            ]
+        scales = [branch.scale.size for branch in call.args if isinstance(branch, Quantized)]
+        reads = values * RESIDUAL_BITS // 8 * (len(scales) - 1)
+        return [requantize_costs(call.at(), values, scales, reads=reads)]
+
 
 class IntegerDense(IntegerModule):
     """A linear layer with int8 weights (a scale an output) and an int32 bias; `scale` is that of
@@ -185,6 +207,29 @@ class IntegerDense(IntegerModule):
         out = integer.matmul_units(x.ints, kernel_int) + bias_int
         shadow = x.real @ integer.straight_through(kernel_int * kernel_scale, kernel) + bias
         return Quantized(out, scale, integer.straight_through(out * scale, shadow))
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """int8 times int8 into int32, an int32 bias. A quantizer that follows makes its results
+        smaller on the way to memory.
+        """
+        count, outputs = call.rows * call.width * self.features, call.rows * self.features
+        stored = {"int8": call.width * self.features, INT: self.features * BYTES[INT]}
+        follows = call.following.layer if call.following else None
+        out = follows.bits // 8 if isinstance(follows, ActivationQuantizer) else BYTES[INT]
+        return [
+            LayerCosts(
+                call.at(),
+                call.kind,
+                multiplications={"int8": count},
+                additions={INT: count},
+                bytes_moved={
+                    "weights": sum(stored.values()),
+                    "activations": call.rows * call.width + outputs * out,
+                },
+                bytes_stored=stored,
+                parameters=call.width * self.features + self.features,
+            )
+        ]
 
 
 class _NormParameters(nn.Module):
@@ -217,6 +262,29 @@ class IntegerLayerNorm(IntegerModule):
             integer.straight_through(out * scale, integer.layer_norm_shadow(x.real, weight, bias)),
         )
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Integer mean, sum of squares, Newton's square root, one factor a token; 16 bits in, 8 out
+        after requantization.
+        """
+        rows, width, steps = call.rows, call.width, integer.LAYER_NORM_ITERATIONS
+        stored = 2 * width * BYTES[INT]
+        counts = Elementwise(
+            multiplications={INT: rows * 2 * width},
+            additions={INT: rows * (4 * width + steps)},
+            divisions={INT: rows * (2 + steps)},
+            shifts={INT: rows * (width + steps)},
+        )
+        return [
+            LayerCosts(
+                call.at(),
+                "norm",
+                elementwise=counts,
+                bytes_moved={"weights": stored, "activations": rows * width * (2 + 1)},
+                bytes_stored={INT: stored},
+                parameters=2 * width,
+            )
+        ]
+
 
 class Shiftmax(IntegerModule):
     """Softmax over the last axis by shifts: 16 bits."""
@@ -240,6 +308,29 @@ class Shiftmax(IntegerModule):
             out, scale, integer.straight_through(out * scale, jax.nn.softmax(x.real, axis=-1))
         )
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Less the largest; x + x / 2 - x / 16; quotient and rest by the constant for 1; shifted,
+        summed, times the sum's inverse, shifted.
+        """
+        scores = math.prod(call.shape)
+        counts = Elementwise(
+            multiplications={INT: 2 * scores},
+            additions={INT: 6 * scores},
+            divisions={INT: scores + call.rows},
+            shifts={INT: 6 * scores},
+        )
+        return [
+            LayerCosts(
+                call.at(),
+                "attention",
+                elementwise=counts,
+                comparisons=4 * scores,
+                comparison_type=INT,
+                bytes_moved={"weights": BYTES[INT], "activations": scores * (1 + 2)},
+                bytes_stored={INT: BYTES[INT]},
+            )
+        ]
+
 
 class ShiftGELU(IntegerModule):
     """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid."""
@@ -260,6 +351,53 @@ class ShiftGELU(IntegerModule):
         return Quantized(
             out, scale, integer.straight_through(out * scale, integer.gelu_shadow(x.real))
         )
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """An exponential of each value and of each token's largest, a division, two products."""
+        values, tokens = math.prod(call.shape), call.rows
+        counts = Elementwise(
+            multiplications={INT: 3 * values + tokens},
+            additions={INT: 6 * values + 4 * tokens},
+            divisions={INT: 2 * values + tokens},
+            shifts={INT: 5 * values + 4 * tokens},
+        )
+        return [
+            LayerCosts(
+                call.at(),
+                "activation",
+                elementwise=counts,
+                comparisons=4 * values + 3 * tokens,
+                comparison_type=INT,
+                bytes_moved={"weights": BYTES[INT]},
+                bytes_stored={INT: BYTES[INT]},
+            )
+        ]
+
+
+def requantize_costs(
+    name: str, values: int, scales: Sequence[int], *, reads: int = 0
+) -> LayerCosts:
+    """A dyadic multiplication (32 bits by 31, 64 bits of product), a shift and a rounding addition
+    a value and branch; clamped.
+
+    scales: for each branch how many it has, one or one a feature; two branches are added. reads:
+      bytes of the second branch.
+    """
+    branches, stored = len(scales), sum(scales) * 2 * BYTES[INT]  # a multiplier and a shift each
+    counts = Elementwise(
+        multiplications={INT: branches * values},
+        additions={INT: (2 * branches - 1) * values},
+        shifts={INT: branches * values},
+    )
+    return LayerCosts(
+        name,
+        "requantize",
+        elementwise=counts,
+        comparisons=(2 * branches + 2) * values,
+        comparison_type=INT,
+        bytes_moved={"weights": stored, "activations": reads},
+        bytes_stored={INT: stored},
+    )
 
 
 def mean_of_tokens(x: Quantized) -> Quantized:
@@ -319,6 +457,25 @@ class IntegerAttention(nn.Module):
         out = IntegerDense(width, self.output_init, name="proj")(mixed)
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_proj")(out, train=train)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """8-bit queries, keys and scores; 16-bit weights times 8-bit values, or both of 8 bits
+        where that precision is asked for.
+        """
+        values, scores = call.rows * call.width, call.rows * self.num_heads * call.shape[-2]
+        count = scores * (call.width // self.num_heads)
+
+        def product(part: str, operands: str, moved: int) -> list[LayerCosts]:
+            moving = {"activations": moved}
+            sums = {operands: count}, {INT: count}
+            return [LayerCosts(call.at(part), "attention", *sums, bytes_moved=moving)]
+
+        mixed = "int8" if call.precision else "int16xint8"
+        after = {
+            "quant_qkv": product("scores", "int8", 2 * values + scores),
+            "shiftmax": product("mix", mixed, 2 * scores + 2 * values),
+        }
+        return call.inner("projection", after=after)
+
 
 class IntegerMLP(nn.Module):
     """Linear, ShiftGELU, linear: 8 bits in, 16 bits out; the hidden layer `ratio` times wider."""
@@ -337,6 +494,10 @@ class IntegerMLP(nn.Module):
         hidden = ActivationQuantizer(name="quant_gelu")(ShiftGELU(name="gelu")(hidden), train=train)
         out = IntegerDense(width, self.output_init, name="down")(hidden)
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside."""
+        return call.inner("mlp")
 
 
 class IntegerWeightlessBlock(WeightlessBlock, IntegerModule):
@@ -419,6 +580,19 @@ class IntegerWeightlessBlock(WeightlessBlock, IntegerModule):
             chosen = jnp.where(bits_LT, vectors.astype(jnp.int32), 0)
             total = chosen.reshape(self.features, -1, chosen.shape[1]).sum(1, dtype=jnp.int32).T
         return total << int(self.signed)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """8-bit integers compared, one-bit tables read, int8 vectors added in int32 (and doubled
+        where bits are signed): no multiplication.
+        """
+        values = call.rows * self.features
+        stored = {"int8": self._count_vectors(), INT: self.features * BYTES[INT]}
+        doubled = Elementwise(shifts={INT: values} if self.signed else {})
+        return [
+            self._thermometer_costs(call, "int8", "int16"),
+            *call.inner(),
+            self._sum_costs(call, stored, doubled, values * RESIDUAL_BITS // 8),
+        ]
 
 
 def _above(x: Array, thresholds: Array) -> Array:

@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.layers.costs import Call, layer_norm, rms_norm
 from quweit_jax.ops import ternary
+from quweit_jax.ops.counts import LayerCosts
 
 Initializer = nn.initializers.Initializer
 
@@ -35,6 +37,11 @@ class LayerNorm(nn.Module):
             epsilon=self.epsilon, use_bias=self.use_bias, dtype=self.dtype, name="norm"
         )(x)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """See `layers.costs.layer_norm`."""
+        act, bias = call.types.activations, self.use_bias
+        return [layer_norm(call.at(), call.rows, call.width, act, bias=bias)]
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, in float32."""
@@ -50,3 +57,7 @@ class RMSNorm(nn.Module):
             self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32),
             eps=self.epsilon,
         ).astype(self.dtype)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """See `layers.costs.rms_norm`."""
+        return [rms_norm(call.at(), call.rows, call.width, call.types.activations)]

@@ -11,8 +11,10 @@ import flax.linen as nn
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.costs import Call
 from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer
 from quweit_jax.ops import thermometer
+from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
 
 REDUCTIONS = ("group_sum", "learnable")
@@ -95,3 +97,18 @@ class DWN(nn.Module):
         if c.reduction == "group_sum":
             return GroupSum(c.num_classes, c.tau, name="reduction")(bits)
         return LearnableReduction(c.num_classes, c.lut_inputs, 1.0 / c.tau, name="reduction")(bits)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """The thermometer of float32 inputs, and those of the layers inside."""
+        c, rows, features = self.config, call.shape[0], math.prod(call.shape[1:])
+        bits = features * c.thermometer_bits
+        held = (features if c.per_feature else 1) * c.thermometer_bits * BYTES[FLOAT]
+        moved = rows * (features * BYTES[FLOAT] + packed_bits(bits))
+        thermometer = LayerCosts(
+            call.at("thermometer"),
+            "thermometer",
+            comparisons=rows * bits,
+            bytes_moved={"weights": held, "activations": moved},
+            bytes_stored={FLOAT: held},
+        )
+        return [thermometer, *call.inner()]

@@ -23,11 +23,13 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import integer as layers
 from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
+from quweit_jax.layers.costs import Call, layer_norm, residuals
 from quweit_jax.layers.integer import ActivationQuantizer, IntegerModule, Quantized
 from quweit_jax.layers.mlp import MLP
 from quweit_jax.layers.norms import LayerNorm
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.options import DTYPES, WeightlessOptions, check_positive, kinds_of_mlp
+from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.integer import straight_through
 
 # Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests
@@ -162,6 +164,10 @@ class DropPath(nn.Module):
             )
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """None: nothing is left out at inference."""
+        return []
+
 
 class ViTBlock(nn.Module):
     """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its
@@ -198,6 +204,10 @@ class ViTBlock(nn.Module):
                 **dataclasses.asdict(c.weightless),
             )(y)
         return x + drop(y, train)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and the additions to the stream."""
+        return call.inner("mlp", after=residuals(call, "attention", "mlp"))
 
 
 class IntegerViTBlock(nn.Module):
@@ -337,6 +347,56 @@ class ViT(IntegerModule):
             nn.initializers.normal(width**-0.5),
             (1, math.prod(grid) + extra, width),
             jnp.float32,
+        )
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and positions and the class token in front, or the mean.
+
+        The last norm is that of the class token alone where only that is read.
+        """
+        c, images, width = self.config, call.shape[0], self.config.sizes()[0]
+        count = sum(leaf.size for leaf in call.params.values())  # positions and the class token
+        extra = int(c.pool == "cls")
+        tokens = count // width - extra
+        values, kinds = images * tokens * width, {"patch_embed": "embedding", "head": "head"}
+        act = INT if c.integer else call.types_of(c.dtype).activations
+        mean = LayerCosts(
+            call.at("pool"),
+            "activation",
+            elementwise=Elementwise({}, {act: values}, {} if c.integer else {act: images * width}),
+            bytes_moved={
+                "activations": (values + images * width) * (1 if c.integer else BYTES[act])
+            },
+        )
+        pooled = [] if extra else [mean]
+        stored = {act: count * BYTES[act]} | ({FLOAT: BYTES[FLOAT]} if c.integer else {})
+        positions = LayerCosts(
+            call.at("position_embedding"),
+            "embedding",
+            elementwise=Elementwise({}, {} if c.integer else {act: values}),
+            bytes_moved={"weights": count * BYTES[act]},
+            bytes_stored=stored,  # beside integers the scale that they were rounded with
+            parameters=count,
+        )
+        if not c.integer:
+            norm = layer_norm(
+                call.at("final_norm"), images * (1 if extra else tokens), width, act, bias=True
+            )
+            after = {"patch_embed": [positions]}
+            return call.inner(kinds, after=after, instead={"final_norm": [norm, *pooled]})
+        check_choice("precision of an integer model", call.precision or "int8", ("int8",))
+        scaled = LayerCosts(
+            call.at("logit_scale"),
+            "requantize",
+            elementwise=Elementwise({FLOAT: images * c.num_classes}),
+            bytes_moved={"weights": c.num_classes * BYTES[FLOAT]},
+            bytes_stored={FLOAT: c.num_classes * BYTES[FLOAT]},
+        )
+        added = layers.requantize_costs(call.at("quant_embedding"), values, [1, 1])
+        return call.inner(
+            kinds,
+            after={"quant_final": pooled, "head": [scaled]},
+            instead={"quant_position": [positions], "quant_embedding": [added]},
         )
 
 
