@@ -1,24 +1,28 @@
-"""What one inference of a model costs, counted from its config alone: operations, table look-ups,
-bytes moved and stored.
+"""What one inference of a model costs: operations, table look-ups, bytes moved and stored.
 
-Nothing is built and nothing is read: a model of 13 billion weights is counted in milliseconds. An
-image model is counted for one image, a language model for one token at the end of `context` tokens,
-which attention reads from a key-value cache. Published shares follow
-from this: of nanoGPT's multiplications a token (6 blocks of 12 d^2 for the matrices and 2 T d for
-  attention at T = 256), MLPs hold 8 d^2
-a block: 60.0 % without the head and 59.9 % with it, which is counted here.
+The model is traced, not run: no array is made, and one of 13 billion weights is counted in seconds.
+Its layers say what each call of them costs (`layers.costs`). An image model is counted for one
+image, a language model for one token at the end of `context` tokens, which attention reads from a
+key-value cache. Published shares follow: of nanoGPT's multiplications a token (6 blocks of 12 d^2
+for the matrices and 2 T d for attention at T = 256), MLPs hold 8 d^2 a block: 60.0 % without the
+head and 59.9 % with it, which is counted here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from quweit_jax.costs import dwn_costs, language_costs, vit_costs
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.models import MODELS
-from quweit_jax.models.options import LM_SIZES, from_mapping
+from quweit_jax.layers.costs import Call
+from quweit_jax.models import MODELS, build
+from quweit_jax.models.options import LM_SIZES
 from quweit_jax.ops.counts import Costs, Elementwise, LayerCosts
 
 __all__ = [
@@ -31,7 +35,10 @@ __all__ = [
     "data_shape",
     "multiplications_replaced",
     "of_config",
+    "of_model",
 ]
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 # Classes and channels of image sets, characters of texts, by TFDS name (of 'digits', by source).
 CLASSES = {
@@ -87,25 +94,112 @@ def count(
       InputError: an unknown model, key or value; no image_size where it is needed; a context that
         the model doesn't have.
     """
-    values = dict(model_config)
-    name = values.pop("name", None)
-    check_choice("model.name", name, MODELS)
-    _, config_class, outputs_field = MODELS[name]
-    config = from_mapping(config_class, values | {outputs_field: outputs})
-    if name in ("vit", "dwn"):
-        if image_size is None:
+    model: Any = build(model_config, outputs)
+    if not _reads_images(model_config):
+        limit = model.config.context if getattr(model, "limited_context", True) else None
+        context = model.config.context if context is None else context
+        if context < 1 or (limit is not None and context > limit):
             raise InputError(
-                f"image_size: the costs of a {name} depend on the side of its images; give it."
+                f"context: expected 1 to {limit or 'any number of'} tokens, found {context}; a "
+                "longer one is --config.model.context."
             )
-        if name == "vit":
-            return Costs(
-                tuple(vit_costs.vit(config, image_size, channels, precision)), "image", None
-            )
-        return Costs(tuple(dwn_costs.dwn(config, image_size**2 * channels)), "image", None)
-    attended = language_costs.attended_tokens(context, config)
-    return Costs(
-        tuple(getattr(language_costs, name)(config, attended, precision)), "token", attended
+        return _costs(_one_token(model), context, precision)
+    if image_size is None:
+        raise InputError(
+            f"image_size: the costs of a {model_config['name']} depend on the side of its images; "
+            "give it."
+        )
+    patch = getattr(model.config, "patch", 1)
+    if image_size < 1 or image_size % patch:
+        raise InputError(
+            f"image_size: expected a multiple of the patch size {patch}, found {image_size}."
+        )
+    return _costs(_one_image(model, (1, image_size, image_size, channels)), None, precision)
+
+
+def of_model(
+    model: nn.Module,
+    *inputs: Any,
+    context: int | None = None,
+    precision: str | None = None,
+    **options: Any,
+) -> Costs:
+    """The costs of any Flax model on one example, its own layers among ours or Flax's.
+
+    Args:
+      inputs: what the model is called with, a batch of one; shapes (`jax.ShapeDtypeStruct`) will
+        do. options: keywords of the call; a language model of ours takes one token, (1, 1) int32,
+        and decode=True.
+      context: of a language model the tokens that the token attends to. precision: see `count`.
+
+    Raises:
+      InputError: a layer without a rule, or one that is called in a way that can't be followed.
+    """
+    return _costs(recorded(model, *inputs, **options), context, precision)
+
+
+def recorded(model: nn.Module, *inputs: Any, **options: Any) -> Call:
+    """The calls of a model and of its layers as its initialization makes them, abstractly."""
+    stack: list[tuple[tuple[str, ...], list[Call]]] = [((), [])]
+    known: set[tuple[str, ...]] = set()
+
+    def record(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        layer = context.module
+        if layer.scope is None or context.method_name == "setup":
+            return call(*args, **kwargs)
+        if len(stack) > 1 and stack[-1][0] == layer.path:  # a layer's call of its own method
+            return call(*args, **kwargs)
+        stack.append((layer.path, []))
+        output = call(*args, **kwargs)
+        path, inside = stack.pop()
+        params = {
+            name: leaf
+            for name, leaf in layer.variables.get("params", {}).items()
+            if not isinstance(leaf, Mapping)
+        }
+        given, made, own = (_shapes(tree) for tree in ((*args, *kwargs.values()), output, params))
+        unbound, again = layer.clone(parent=None), path in known
+        made = Call(unbound, path, context.method_name, given, made, own, again, tuple(inside))
+        stack[-1][1].append(made)
+        known.add(path)
+        return output
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda *given: model.init(jax.random.key(0), *given, **options), *inputs)
+    return stack[0][1][0]
+
+
+def _shapes(tree: Any) -> Any:
+    """A tree with shapes in place of its arrays."""
+    return jax.tree.map(
+        lambda leaf: (
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
+        ),
+        tree,
     )
+
+
+@functools.lru_cache(64)
+def _one_token(model: nn.Module) -> Call:
+    return recorded(model, jax.ShapeDtypeStruct((1, 1), jnp.int32), decode=True)
+
+
+@functools.lru_cache(64)
+def _one_image(model: nn.Module, shape: tuple[int, ...]) -> Call:
+    return recorded(model, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _costs(call: Call, context: int | None, precision: str | None) -> Costs:
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+    call = dataclasses.replace(call, precision=precision, context=context)
+    return Costs(tuple(call.costs()), "image" if context is None else "token", context)
+
+
+def _reads_images(model_config: Mapping[str, Any]) -> bool:
+    return MODELS.get(model_config.get("name"), ("", "", ""))[2] == "num_classes"
 
 
 def multiplications_replaced(costs: Costs, dense_costs: Costs) -> float:

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import check_choice
+from quweit_jax.layers.costs import Call
 from quweit_jax.layers.norms import Initializer, normal
+from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
 
 ATTENTIONS = ("auto", "xla", "cudnn")
 
@@ -170,6 +172,21 @@ class CausalSelfAttention(nn.Module):
         visible = (places <= queries) & (~padding.value[:, None, :] | (places == queries))
         return keys.value, values.value, visible[:, None]
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """The newest of `call.context` tokens (None: of as many as fit) reads the others' keys and
+        values from the cache.
+        """
+        heads, kv_heads = self.num_heads, self.num_kv_heads or self.num_heads
+        head = self.head_width or call.width // heads
+        rows = _attention_costs(call, call.context or self.context, heads, kv_heads, head, True)
+        if self.rotary:  # cosine and sine of half a head's angles, then two products and a sum
+            values = call.rows * (heads + kv_heads) * head
+            angles = call.rows * head // 2
+            counts = {FLOAT: 2 * values + angles}, {FLOAT: values}, {}, {FLOAT: 2 * angles}
+            turned = LayerCosts(call.at("rotary"), "attention", elementwise=Elementwise(*counts))
+            rows.insert(0, turned)
+        return call.inner("projection", after={"qkv": rows})
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention of every token to every token, as in an encoder.
@@ -199,3 +216,54 @@ class SelfAttention(nn.Module):
         return nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(
             mixed.reshape(batch, tokens, width)
         )
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Keys and values are activations, of as many tokens as there are queries."""
+        heads, tokens = self.num_heads, call.shape[-2]
+        rows = _attention_costs(call, tokens, heads, heads, call.width // heads, False)
+        return call.inner("projection", after={"qkv": rows})
+
+
+def _attention_costs(
+    call: Call, attended: int, heads: int, kv_heads: int, head: int, cached: bool
+) -> list[LayerCosts]:
+    """Scores, softmax and mix of all queries. cached: keys and values come from a cache, to which
+    each query's own are added; else they are activations.
+    """
+    types, queries = call.types, call.rows
+    scores, mixed, written = (
+        queries * heads * attended,
+        queries * heads * head,
+        queries * kv_heads * head,
+    )
+    texts = 1 if cached else queries // attended
+    held, operand, act = (
+        texts * attended * kv_heads * head,
+        BYTES[types.operands],
+        BYTES[types.activations],
+    )
+    rounds = types.operands == "int8"
+
+    def one(part: str, read: int, rescaled: int, wrote: int) -> LayerCosts:
+        moved = {"activations": (read + (0 if cached else held)) * operand + wrote * act}
+        return LayerCosts(
+            call.at(part),
+            "attention",
+            multiplications={types.operands: scores * head},
+            additions={types.accumulator: scores * head},
+            elementwise=Elementwise({FLOAT: rescaled + read + written} if rounds else {}),
+            comparisons=2 * (read + written) if rounds else 0,
+            bytes_moved=moved | ({"state": (held + written) * operand} if cached else {}),
+            state_bytes=held * operand if cached else 0,
+        )
+
+    # Times 1 / sqrt(K); less the largest, exponential, sum, division.
+    counts = {FLOAT: scores}, {FLOAT: 2 * scores}, {FLOAT: scores}, {FLOAT: scores}
+    softmax = LayerCosts(
+        call.at("softmax"),
+        "attention",
+        elementwise=Elementwise(*counts),
+        comparisons=scores,
+        bytes_moved={"activations": 2 * scores * act},
+    )
+    return [one("scores", mixed, scores, scores), softmax, one("mix", scores, mixed, mixed)]

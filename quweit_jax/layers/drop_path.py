@@ -6,7 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from quweit_jax.layers.costs import Call
 from quweit_jax.layers.integer import Quantized
+from quweit_jax.ops.counts import LayerCosts
 
 
 class DropPath(nn.Module):
@@ -32,3 +34,7 @@ class DropPath(nn.Module):
                 jnp.where(kept, x.real / (1 - self.rate), 0),
             )
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """None: nothing is left out at inference."""
+        return []

@@ -18,7 +18,8 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,11 +29,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError
+from quweit_jax.layers.costs import Call
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.packing import Packable
-from quweit_jax.layers.weightless import WeightlessBlock, above
-from quweit_jax.ops import int64, integer, packed_lut, sums, thermometer
-from quweit_jax.ops.fusion import no_fusion
+from quweit_jax.ops import int64, integer
+from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 
 MOMENTUM = 0.95
 ACTIVATION_BITS = 8
@@ -140,6 +141,25 @@ class ActivationQuantizer(Packable):
             low.value, high.value = new
         return integer.symmetric_scale(new[0], new[1], self.bits)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """`from_real`: one rounding and clamping of a value; else see `requantize_costs`."""
+        values = math.prod(call.shape)
+        if call.method == "from_real":
+            moved = values * (BYTES[FLOAT] + self.bits // 8)
+            return [
+                LayerCosts(
+                    call.at(),
+                    "requantize",
+                    elementwise=Elementwise({FLOAT: values}),
+                    comparisons=2 * values,
+                    bytes_moved={"weights": BYTES[FLOAT], "activations": moved},
+                    bytes_stored={FLOAT: BYTES[FLOAT]},
+                )
+            ]
+        scales = [branch.scale.size for branch in call.args if isinstance(branch, Quantized)]
+        reads = values * RESIDUAL_BITS // 8 * (len(scales) - 1)
+        return [requantize_costs(call.at(), values, scales, reads=reads)]
+
 
 class IntegerDense(Packable):
     """A linear layer with int8 weights (a scale an output) and an int32 bias; `scale` is that of
@@ -167,6 +187,29 @@ class IntegerDense(Packable):
         shadow = x.real @ integer.straight_through(kernel_int * kernel_scale, kernel) + bias
         return Quantized.of(out, scale, shadow)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """int8 times int8 into int32, an int32 bias. A quantizer that follows makes its results
+        smaller on the way to memory.
+        """
+        count, outputs = call.rows * call.width * self.features, call.rows * self.features
+        stored = {"int8": call.width * self.features, INT: self.features * BYTES[INT]}
+        follows = call.following.layer if call.following else None
+        out = follows.bits // 8 if isinstance(follows, ActivationQuantizer) else BYTES[INT]
+        return [
+            LayerCosts(
+                call.at(),
+                call.kind,
+                multiplications={"int8": count},
+                additions={INT: count},
+                bytes_moved={
+                    "weights": sum(stored.values()),
+                    "activations": call.rows * call.width + outputs * out,
+                },
+                bytes_stored=stored,
+                parameters=call.width * self.features + self.features,
+            )
+        ]
+
 
 class IntegerLayerNorm(Packable):
     """I-LayerNorm over the last axis, with the parameters of a float LayerNorm."""
@@ -183,6 +226,29 @@ class IntegerLayerNorm(Packable):
         self.write(bias=bias_int, halvings=halvings)
         out = integer.layer_norm_units(x.ints, bias_int, halvings)
         return Quantized.of(out, scale, integer.layer_norm_shadow(x.real, weight, bias))
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Integer mean, sum of squares, Newton's square root, one factor a token; 16 bits in, 8 out
+        after requantization.
+        """
+        rows, width, steps = call.rows, call.width, integer.LAYER_NORM_ITERATIONS
+        stored = 2 * width * BYTES[INT]
+        counts = Elementwise(
+            multiplications={INT: rows * 2 * width},
+            additions={INT: rows * (4 * width + steps)},
+            divisions={INT: rows * (2 + steps)},
+            shifts={INT: rows * (width + steps)},
+        )
+        return [
+            LayerCosts(
+                call.at(),
+                "norm",
+                elementwise=counts,
+                bytes_moved={"weights": stored, "activations": rows * width * (2 + 1)},
+                bytes_stored={INT: stored},
+                parameters=2 * width,
+            )
+        ]
 
 
 class Shiftmax(Packable):
@@ -205,6 +271,29 @@ class Shiftmax(Packable):
         )
         return Quantized.of(out, scale, jax.nn.softmax(x.real, axis=-1))
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Less the largest; x + x / 2 - x / 16; quotient and rest by the constant for 1; shifted,
+        summed, times the sum's inverse, shifted.
+        """
+        scores = math.prod(call.shape)
+        counts = Elementwise(
+            multiplications={INT: 2 * scores},
+            additions={INT: 6 * scores},
+            divisions={INT: scores + call.rows},
+            shifts={INT: 6 * scores},
+        )
+        return [
+            LayerCosts(
+                call.at(),
+                "attention",
+                elementwise=counts,
+                comparisons=4 * scores,
+                comparison_type=INT,
+                bytes_moved={"weights": BYTES[INT], "activations": scores * (1 + 2)},
+                bytes_stored={INT: BYTES[INT]},
+            )
+        ]
+
 
 class ShiftGELU(Packable):
     """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid."""
@@ -224,6 +313,53 @@ class ShiftGELU(Packable):
         )
         return Quantized.of(out, scale, integer.gelu_shadow(x.real))
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """An exponential of each value and of each token's largest, a division, two products."""
+        values, tokens = math.prod(call.shape), call.rows
+        counts = Elementwise(
+            multiplications={INT: 3 * values + tokens},
+            additions={INT: 6 * values + 4 * tokens},
+            divisions={INT: 2 * values + tokens},
+            shifts={INT: 5 * values + 4 * tokens},
+        )
+        return [
+            LayerCosts(
+                call.at(),
+                "activation",
+                elementwise=counts,
+                comparisons=4 * values + 3 * tokens,
+                comparison_type=INT,
+                bytes_moved={"weights": BYTES[INT]},
+                bytes_stored={INT: BYTES[INT]},
+            )
+        ]
+
+
+def requantize_costs(
+    name: str, values: int, scales: Sequence[int], *, reads: int = 0
+) -> LayerCosts:
+    """A dyadic multiplication (32 bits by 31, 64 bits of product), a shift and a rounding addition
+    a value and branch; clamped.
+
+    scales: for each branch how many it has, one or one a feature; two branches are added. reads:
+      bytes of the second branch.
+    """
+    branches, stored = len(scales), sum(scales) * 2 * BYTES[INT]  # a multiplier and a shift each
+    counts = Elementwise(
+        multiplications={INT: branches * values},
+        additions={INT: (2 * branches - 1) * values},
+        shifts={INT: branches * values},
+    )
+    return LayerCosts(
+        name,
+        "requantize",
+        elementwise=counts,
+        comparisons=(2 * branches + 2) * values,
+        comparison_type=INT,
+        bytes_moved={"weights": stored, "activations": reads},
+        bytes_stored={INT: stored},
+    )
+
 
 def mean_of_tokens(x: Quantized) -> Quantized:
     """The mean over the tokens: x (B, T, d) at 8 bits -> (B, d) int32, the sums; that they are T
@@ -232,136 +368,3 @@ def mean_of_tokens(x: Quantized) -> Quantized:
     if x.packed:
         return Quantized(x.ints.sum(1, dtype=jnp.int32))
     return Quantized(x.ints.sum(1), x.scale / x.ints.shape[1], x.real.mean(1))
-
-
-def _product(subscripts: str, a: Quantized, b: Quantized, factor: float = 1.0) -> Quantized:
-    """An einsum of two quantized arrays, times a real factor that only the scale takes."""
-    ints = integer.einsum_units(subscripts, a.ints, b.ints)
-    if a.packed:
-        return Quantized(ints)
-    scale = a.scale * b.scale * factor
-    return Quantized.of(ints, scale, jnp.einsum(subscripts, a.real, b.real) * factor)
-
-
-class IntegerAttention(nn.Module):
-    """I-ViT's attention: 8-bit queries, keys, values and scores, Shiftmax at 16 bits, 16 bits out.
-
-    Args:
-      num_heads: H. kernel_init, output_init: of the queries, keys and values, and of the output
-        projection.
-    """
-
-    num_heads: int
-    kernel_init: Initializer = normal(0.02)
-    output_init: Initializer = normal(0.02)
-
-    @nn.compact
-    def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
-        """x (B, T, d) at 8 bits -> (B, T, d) at 16 bits."""
-        batch, tokens, width = x.ints.shape
-        head = width // self.num_heads
-        qkv = ActivationQuantizer(name="quant_qkv")(
-            IntegerDense(3 * width, self.kernel_init, name="qkv")(x), train=train
-        )
-        q, k, v = (
-            qkv.map(lambda a, i=i: a.reshape(batch, tokens, 3, self.num_heads, head)[:, :, i])
-            for i in range(3)
-        )
-        scores = _product("bqhk,bshk->bhqs", q, k, head**-0.5)
-        weights = Shiftmax(name="shiftmax")(
-            ActivationQuantizer(name="quant_scores")(scores, train=train)
-        )
-        mixed = _product("bhqs,bshk->bqhk", weights, v)
-        mixed = ActivationQuantizer(name="quant_mixed")(
-            mixed.map(lambda a: a.reshape(batch, tokens, width)), train=train
-        )
-        out = IntegerDense(width, self.output_init, name="proj")(mixed)
-        return ActivationQuantizer(RESIDUAL_BITS, name="quant_proj")(out, train=train)
-
-
-class IntegerMLP(nn.Module):
-    """Linear, ShiftGELU, linear: 8 bits in, 16 bits out; the hidden layer `ratio` times wider."""
-
-    ratio: int = 4
-    kernel_init: Initializer = normal(0.02)
-    output_init: Initializer = normal(0.02)
-
-    @nn.compact
-    def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
-        """x (..., d) at 8 bits -> (..., d) at 16 bits."""
-        width = x.ints.shape[-1]
-        hidden = ActivationQuantizer(name="quant_up")(
-            IntegerDense(self.ratio * width, self.kernel_init, name="up")(x), train=train
-        )
-        hidden = ActivationQuantizer(name="quant_gelu")(ShiftGELU(name="gelu")(hidden), train=train)
-        out = IntegerDense(width, self.output_init, name="down")(hidden)
-        return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
-
-
-class IntegerWeightlessBlock(WeightlessBlock):
-    """A weightless block on integers (QuWeiT on I-ViT): 8-bit integers are compared, 1-bit tables
-    read, int8 vectors added in int32.
-
-    From the integers that come in to the int32 sums that go out there is no multiplication in
-    packed form. Takes the arguments of `WeightlessBlock`; the norm and the requantization of its
-    sums, with the residual, are the caller's.
-    """
-
-    @nn.compact
-    def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:  # type: ignore[override]
-        """x (..., d_in) at 8 bits -> (..., features) int32, a scale a feature; `train` changes nothing."""
-        self._layers()
-        lead, width = x.ints.shape[:-1], x.ints.shape[-1]
-        flat = x.map(lambda a: a.reshape(-1, width).T)
-        if x.packed:
-            thresholds, vectors, bias = self.read("thresholds", "vectors", "bias")
-            total = self._add(self._look_up(above(flat.ints, thresholds)), vectors) + bias
-            return Quantized(total.reshape(*lead, self.features))
-        real = self._thresholds(width)
-        thresholds = integer.saturate(jnp.floor(jax.lax.stop_gradient(real) / x.scale))
-        # without no_fusion each of a table's reads would repeat what made the integers
-        bits = no_fusion(above, flat.ints, thresholds).astype(jnp.float32)
-        surrogate = thermometer.step_ste(
-            flat.real[:, None, :], real[:, :, None], self.window, self.window_shape
-        )
-        bits_LT = self._look_up(integer.straight_through(bits, surrogate.reshape(bits.shape)))
-        vectors, bias = self._vectors(bits_LT.shape[0])
-        out, scale = self._integer_sum(bits_LT, vectors, bias)
-        out = out.astype(x.ints.dtype)
-        self.write(thresholds=jnp.clip(thresholds, -129, 127).astype(jnp.int16))
-        shadow = self._sum(bits_LT, vectors, bias)
-        return Quantized.of(out, scale, shadow).map(lambda a: a.reshape(*lead, self.features))
-
-    def _integer_sum(self, bits_LT: Array, vectors: Array, bias: Array) -> tuple[Array, Array]:
-        """The conditional sum in whole numbers, (T, d) float32, and its scales (d,). Exact: 2**16
-        vectors would still fit 24 bits.
-        """
-        bits_LT, vectors, bias = (jax.lax.stop_gradient(a) for a in (bits_LT, vectors, bias))
-        vectors_int, scale = sums.quantize_int8(vectors, axis=0)
-        scale = jnp.broadcast_to(scale.reshape(-1), (self.features,))
-        bias_int = integer.quantize_bias(bias, scale)
-        if self.signed:  # sum (2 bit - 1) v = sum bit 2v - sum v
-            bias_int = bias_int - self._per_feature(vectors_int.astype(jnp.int32)).sum(0)
-        self.write(vectors=vectors_int, bias=bias_int)
-        if self.sum == "dense":
-            total = sums.conditional_sum_feature_major(bits_LT, vectors_int.astype(jnp.float32))
-        else:
-            total = sums.conditional_sum(
-                bits_LT.T, vectors_int.astype(jnp.float32), jnp.zeros_like(scale)
-            )
-        return (1 + self.signed) * total + bias_int, scale
-
-    def _per_feature(self, vectors: Array) -> Array:
-        """Grouped vectors (L,) as (L / d, d); dense ones (L, d) as they are."""
-        return vectors if vectors.ndim == 2 else vectors.reshape(self.features, -1).T
-
-    def _add(self, bits_LT: Array, vectors: Array) -> Array:
-        """Adds what is selected, twice where bits are signed: bool (L, T), int8 (L, d) or (L,) ->
-        int32 (T, d).
-        """
-        if vectors.ndim == 2:
-            total = packed_lut.add_vectors(bits_LT, vectors)
-        else:
-            chosen = jnp.where(bits_LT, vectors[:, None].astype(jnp.int32), 0)
-            total = chosen.reshape(self.features, -1, chosen.shape[1]).sum(1, dtype=jnp.int32).T
-        return total << int(self.signed)

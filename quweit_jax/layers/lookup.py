@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.costs import Call
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import lut, packed_lut
 from quweit_jax.ops import sums as reductions
 from quweit_jax.ops import wiring as mapping
+from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 
 MAPPINGS = ("random", "arange", "learnable", "candidates")
 
@@ -159,6 +161,32 @@ class LUTLayer(Packable):
             wiring=jnp.asarray(wiring).reshape(self.num_luts, self.lut_inputs).astype(fits[0])
         )
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """A read a table and token. Tables of bits are stored as such, of real values in float32; a
+        learned wiring has a score for every choice.
+        """
+        bits, rows = call.shape if call.method == "feature_major" else (call.width, call.rows)
+        count, slots, entries = self.num_luts, self.num_luts * self.lut_inputs, 2**self.lut_inputs
+        choices = {"learnable": bits, "candidates": min(self.candidates, bits)}
+        stored = {"wiring": slots * (1 if bits <= 2**8 else 2 if bits <= 2**16 else 4)}
+        if self.binary:
+            stored["1-bit"], wrote = count * packed_bits(entries), packed_bits(count)
+        else:
+            stored[FLOAT], wrote = count * entries * BYTES[FLOAT], count * BYTES[FLOAT]
+        return [
+            LayerCosts(
+                call.at(),
+                "lookup",
+                lookups={self.lut_inputs: rows * count * (1 if self.binary else 32)},
+                bytes_moved={
+                    "weights": sum(stored.values()),
+                    "activations": rows * (packed_bits(bits) + wrote),
+                },
+                bytes_stored=stored,
+                parameters=count * entries + choices.get(self.mapping, 0) * slots,
+            )
+        ]
+
 
 class GroupSum(Packable):
     """Sums contiguous groups of bits and divides by tau: (..., L) -> (..., num_groups). See
@@ -179,6 +207,22 @@ class GroupSum(Packable):
             total = jnp.matmul(bits.astype(jnp.int8), vectors, preferred_element_type=jnp.int32)
             return (total + offset).astype(jnp.float32) / jnp.float32(self.tau)
         return reductions.group_sum(bits, self.num_groups, tau=self.tau)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Bits counted in the smallest integers that hold a group's count; the scores divided by
+        tau, a constant, in float32.
+        """
+        bits, scores = call.width, call.rows * self.num_groups
+        integer = "int8" if -(-bits // self.num_groups) < 2**8 else "int16"
+        return [
+            LayerCosts(
+                call.at(),
+                "head",
+                additions={integer: call.rows * bits},
+                elementwise=Elementwise({FLOAT: scores}),
+                bytes_moved={"activations": call.rows * packed_bits(bits) + scores * BYTES[FLOAT]},
+            )
+        ]
 
 
 class LearnableReduction(Packable):

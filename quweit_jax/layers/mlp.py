@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import check_choice
-from quweit_jax.layers.integer import IntegerWeightlessBlock
+from quweit_jax.layers.costs import Call, activation
+from quweit_jax.layers.integer_blocks import IntegerWeightlessBlock
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.weightless import WeightlessBlock
+from quweit_jax.ops.counts import LayerCosts
 
 GELUS = ("exact", "tanh")
 
@@ -54,6 +56,11 @@ class MLP(nn.Module):
         )
         return nn.Dense(x.shape[-1], kernel_init=self.output_init, name="down", **dense)(hidden)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Two dense layers and a GELU of what is between them."""
+        gelu = activation(call.at("gelu"), call.rows * self.ratio * call.width, self.gelu)
+        return call.inner("mlp", after={"up": [gelu]})
+
 
 class SwiGLU(nn.Module):
     """down(silu(a) * b) with [a, b] = gate(x), without biases (Shazeer 2020, arXiv 2002.05202)."""
@@ -72,6 +79,11 @@ class SwiGLU(nn.Module):
         return nn.Dense(
             x.shape[-1], use_bias=False, kernel_init=self.output_init, dtype=self.dtype, name="down"
         )(jax.nn.silu(gate) * up)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Two dense layers and a SiLU, times the other branch, of what is between them."""
+        silu = activation(call.at("silu"), call.rows * self.hidden, "gated_silu")
+        return call.inner("mlp", after={"gate": [silu]})
 
 
 def kinds(integer: bool = False) -> tuple[str, ...]:

@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.layers.costs import Call, rms_norm
 from quweit_jax.ops import ternary
+from quweit_jax.ops.counts import LayerCosts
 
 Initializer = nn.initializers.Initializer
 
@@ -35,3 +37,7 @@ class RMSNorm(nn.Module):
             self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32),
             eps=self.epsilon,
         ).astype(self.dtype)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """See `layers.costs.rms_norm`."""
+        return [rms_norm(call.at(), call.rows, call.width, call.types.activations)]

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.layers.costs import Call, activation, rms_norm
 from quweit_jax.layers.norms import Initializer, RMSNorm, normal
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import ternary
+from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
 from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
 
 # As published: Xavier uniform with gain 2**-2.5.
@@ -55,6 +57,32 @@ class BitLinear(Packable):
             packed = ternary.pack_ternary(weights)
             self.write(kernel=packed, scale=scale, norm_scale=norm_scale)
         return ternary.bit_linear(x, kernel, norm_scale, eps=self.epsilon)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Norm, rounding to int8 by the largest value, additions of int8 into int32 (at most one a
+        weight), one rescaling an output.
+        """
+        rows, inputs, outputs, act = call.rows, call.width, self.features, call.types.activations
+        packed = -(-inputs // ternary.WEIGHTS_PER_BYTE) * outputs
+        rounding = LayerCosts(
+            call.at("round"),
+            "requantize",
+            elementwise=Elementwise({FLOAT: rows * inputs}, {}, {FLOAT: rows}),
+            comparisons=3 * rows * inputs,  # the largest magnitude, and clamping on both sides
+        )
+        total = LayerCosts(
+            call.at(),
+            call.kind,
+            additions={"int32": rows * inputs * outputs},
+            elementwise=Elementwise({FLOAT: rows * (outputs + 1)}),
+            bytes_moved={
+                "weights": packed + BYTES[FLOAT],
+                "activations": rows * (inputs * BYTES["int8"] + outputs * BYTES[act]),
+            },
+            bytes_stored={"2-bit": packed, FLOAT: BYTES[FLOAT]},
+            parameters=inputs * outputs,
+        )
+        return [rms_norm(call.at("norm"), rows, inputs, act), rounding, total]
 
 
 class MLGRU(nn.Module):
@@ -110,6 +138,27 @@ class MLGRU(nn.Module):
             state.value = final
         return states
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Four ternary layers; gates, a step of h = f h + c and the output gate in float32, the
+        state read and written.
+
+        f = sigmoid(.) d functions; lower + (1 - lower) f: d multiplications, 2 d additions; c =
+        silu(.) (1 - f): 2 d multiplications, d additions, d functions; the step: d and d; gate *
+        silu(h): 2 d multiplications and d functions.
+        """
+        values, held = call.rows * call.width, call.width * BYTES[FLOAT]
+        recurrence = LayerCosts(
+            call.at("recurrence"),
+            "recurrence",
+            elementwise=Elementwise(
+                {FLOAT: 6 * values}, {FLOAT: 4 * values}, {}, {FLOAT: 3 * values}
+            ),
+            bytes_moved={"weights": held, "state": 2 * held},  # weights: the forget gate's bound
+            state_bytes=held,
+        )
+        norm = rms_norm(call.at("gate_norm"), call.rows, call.width, call.types.activations)
+        return call.inner("projection", after={"gate": [recurrence]}, instead={"gate_norm": [norm]})
+
 
 class BitGLU(nn.Module):
     """The channel mixer: BL_down(silu(a) * b) with [a, b] = BL_gate(x) (equation 9)."""
@@ -130,3 +179,8 @@ class BitGLU(nn.Module):
         return BitLinear(x.shape[-1], self.output_init, self.epsilon, self.dtype, name="down")(
             jax.nn.silu(gate) * up
         )
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Two ternary layers and a SiLU, times the other branch, of what is between them."""
+        silu = activation(call.at("silu"), call.rows * self.hidden, "gated_silu")
+        return call.inner("mlp", after={"gate": [silu]})

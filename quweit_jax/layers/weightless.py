@@ -22,9 +22,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.costs import Call, layer_norm
 from quweit_jax.layers.lookup import LUTLayer, check_lookup
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import sums, thermometer
+from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS
 
 SUMS = ("dense", "grouped")
@@ -197,6 +199,55 @@ class WeightlessBlock(Packable):
         if self.sum == "dense":
             return sums.conditional_sum_feature_major(bits_LT, vectors) + bias
         return sums.conditional_sum(bits_LT.T, vectors, bias)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """As deployed: float32 thresholds, tables of one bit an entry, int8 vectors added in int32,
+        a float32 scale and bias an output.
+        """
+        norm = layer_norm(call.at("norm"), call.rows, call.width, FLOAT, bias=self.norm_bias)
+        vectors, scales = self._count_vectors(), self.features if self.sum == "dense" else 1
+        values, act = call.rows * self.features, call.types.activations
+        stored = {"int8": vectors, FLOAT: (scales + self.features) * BYTES[FLOAT]}
+        scaled = Elementwise({FLOAT: values}, {FLOAT: values})  # and the bias
+        return [
+            *([norm] if self.use_norm else []),
+            self._thermometer_costs(call, FLOAT, FLOAT),
+            *call.inner(instead={"norm": []}),
+            self._sum_costs(call, stored, scaled, values * BYTES[act]),
+        ]
+
+    def _count_vectors(self) -> int:
+        return self._layers()[-1] * (self.features if self.sum == "dense" else 1)
+
+    def _thermometer_costs(self, call: Call, values: str, thresholds: str) -> LayerCosts:
+        """Of values of one type compared, with thresholds stored in another."""
+        bits = call.width * self.thermometer_bits
+        stored = bits * BYTES[thresholds]
+        moved = call.rows * (call.width * BYTES[values] + packed_bits(bits))
+        return LayerCosts(
+            call.at("thermometer"),
+            "thermometer",
+            comparisons=call.rows * bits,
+            comparison_type=values,
+            bytes_moved={"weights": stored, "activations": moved},
+            bytes_stored={thresholds: stored},
+            parameters=bits if self.learn_thresholds else 0,
+        )
+
+    def _sum_costs(
+        self, call: Call, stored: dict[str, int], elementwise: Elementwise, wrote: int
+    ) -> LayerCosts:
+        """Of the conditional sum: all vectors added, as if every bit were set."""
+        read = call.rows * packed_bits(self._layers()[-1])
+        return LayerCosts(
+            call.at("conditional_sum"),
+            "conditional_sum",
+            additions={"int32": call.rows * self._count_vectors()},
+            elementwise=elementwise,
+            bytes_moved={"weights": sum(stored.values()), "activations": read + wrote},
+            bytes_stored=stored,
+            parameters=self._count_vectors() + self.features,
+        )
 
 
 def above(x_DT: Array, thresholds: Array) -> Array:

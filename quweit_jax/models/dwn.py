@@ -11,9 +11,11 @@ import flax.linen as nn
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.costs import Call
 from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import thermometer
+from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
 
 REDUCTIONS = ("group_sum", "learnable")
@@ -105,3 +107,18 @@ class DWN(Packable):
         ).value
         self.write(thresholds=thresholds)
         return thresholds
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """The thermometer of float32 inputs, and those of the layers inside."""
+        c, rows, features = self.config, call.shape[0], math.prod(call.shape[1:])
+        bits = features * c.thermometer_bits
+        held = (features if c.per_feature else 1) * c.thermometer_bits * BYTES[FLOAT]
+        moved = rows * (features * BYTES[FLOAT] + packed_bits(bits))
+        thermometer = LayerCosts(
+            call.at("thermometer"),
+            "thermometer",
+            comparisons=rows * bits,
+            bytes_moved={"weights": held, "activations": moved},
+            bytes_stored={FLOAT: held},
+        )
+        return [thermometer, *call.inner()]

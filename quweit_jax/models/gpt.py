@@ -16,9 +16,11 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
+from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.mlp import GELUS
 from quweit_jax.layers.norms import normal
 from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
+from quweit_jax.ops.counts import BYTES, Elementwise, LayerCosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,10 @@ class GPTBlock(nn.Module):
         y = x if getattr(mixer, "use_norm", False) else nn.LayerNorm(name="mlp_norm", **norm)(x)
         return x + nn.Dropout(c.dropout, deterministic=not train)(mixer(y))
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and the additions to the stream."""
+        return call.inner("mlp", after=residuals(call, "attention", "mlp"))
+
 
 class GPT(nn.Module):
     """A decoder-only transformer language model: token ids -> logits."""
@@ -153,3 +159,17 @@ class GPT(nn.Module):
         return nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
         )(x).astype(jnp.float32)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and a row of the positions a token, added."""
+        act, width = call.types_of(self.config.dtype).activations, self.config.width
+        size, stored = BYTES[act], call.params["position_embedding"].size
+        positions = LayerCosts(
+            call.at("position_embedding"),
+            "embedding",
+            elementwise=Elementwise({}, {act: call.shape[-1] * width}),
+            bytes_moved={"weights": call.shape[-1] * width * size},
+            bytes_stored={act: stored * size},
+            parameters=stored,
+        )
+        return call.inner({"head": "head"}, after={"token_embedding": [positions]})

@@ -19,6 +19,7 @@ from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
+from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import RMSNorm, normal
 from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
 from quweit_jax.models.options import (
@@ -29,6 +30,7 @@ from quweit_jax.models.options import (
     kinds_of_mlp,
     size_of,
 )
+from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts
 from quweit_jax.ops.recurrence import METHODS
 
 
@@ -114,6 +116,10 @@ class MatMulFreeBlock(nn.Module):
         y = x if getattr(mixer, "use_norm", False) else RMSNorm(name="mlp_norm", **shared)(x)
         return x + mixer(y)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and the additions to the stream."""
+        return call.inner("mlp", after=residuals(call, "mixer", "mlp"))
+
 
 class MatMulFree(nn.Module):
     """A MatMul-free language model: token ids -> logits."""
@@ -156,3 +162,14 @@ class MatMulFree(nn.Module):
         return BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")(x).astype(
             jnp.float32
         )
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and the gates' bounds, which the mixers read."""
+        count = call.params["lower_bounds"].size
+        bounds = LayerCosts(
+            call.at("lower_bounds"),
+            "recurrence",
+            bytes_stored={FLOAT: count * BYTES[FLOAT]},
+            parameters=count,
+        )
+        return [*call.inner({"head": "head"}), bounds]

@@ -16,6 +16,7 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
+from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import normal
 from quweit_jax.models.options import (
     DTYPES,
@@ -25,6 +26,7 @@ from quweit_jax.models.options import (
     kinds_of_mlp,
     size_of,
 )
+from quweit_jax.ops.counts import LayerCosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,10 @@ class TransformerPPBlock(nn.Module):
             return x + mixer(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
         return x + mixer(x)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and the additions to the stream."""
+        return call.inner("mlp", after=residuals(call, "mixer", "mlp"))
+
 
 class TransformerPP(nn.Module):
     """A Llama-like language model: token ids -> logits."""
@@ -188,3 +194,7 @@ class TransformerPP(nn.Module):
         return nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
         )(x).astype(jnp.float32)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside."""
+        return call.inner({"head": "head"})

@@ -22,13 +22,17 @@ from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import integer as layers
+from quweit_jax.layers import integer_blocks as blocks
 from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
+from quweit_jax.layers.costs import Call, layer_norm, residuals
 from quweit_jax.layers.drop_path import DropPath
 from quweit_jax.layers.integer import ActivationQuantizer, Quantized
 from quweit_jax.layers.packing import Packable
 from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
+from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.integer import straight_through
+from quweit_jax.ops.patches import cut_patches, resample_positions
 
 # Width, depth and heads, as DeiT and ViT papers name them ('mu' and 'Mi' are small ones for tests
 # and for two cores).
@@ -167,6 +171,10 @@ class ViTBlock(nn.Module):
             return x
         return x + drop(mixer(nn.LayerNorm(name="mlp_norm", **norm)(x)), train)
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and the additions to the stream."""
+        return call.inner("mlp", after=residuals(call, "attention", "mlp"))
+
 
 class IntegerViTBlock(nn.Module):
     """The same on integers: the residual stream at 16 bits, what goes into products at 8."""
@@ -182,7 +190,7 @@ class IntegerViTBlock(nn.Module):
         y = ActivationQuantizer(name="quant_attention_norm")(
             layers.IntegerLayerNorm(name="attention_norm")(x), train=train
         )
-        y = layers.IntegerAttention(
+        y = blocks.IntegerAttention(
             self.config.sizes()[2], name="attention", **self.config.initializers()
         )(y, train=train)
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(
@@ -193,7 +201,7 @@ class IntegerViTBlock(nn.Module):
             self.mlp,
             x.ints.shape[-1],
             c,
-            lambda: layers.IntegerMLP(c.mlp_ratio, name="mlp", **c.initializers()),
+            lambda: blocks.IntegerMLP(c.mlp_ratio, name="mlp", **c.initializers()),
             integer=True,
             use_norm=False,
         )
@@ -304,35 +312,55 @@ class ViT(Packable):
             jnp.float32,
         )
 
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """Those of the layers inside, and positions and the class token in front, or the mean.
 
-def cut_patches(images: Array, patch: int) -> Array:
-    """(B, H, W, C) -> (B, N, P * P * C), patches in rows, each in rows, columns, channels."""
-    b, h, w, ch = images.shape
-    cut = images.reshape(b, h // patch, patch, w // patch, patch, ch).transpose(0, 1, 3, 2, 4, 5)
-    return cut.reshape(b, (h // patch) * (w // patch), patch * patch * ch)
-
-
-def resample_positions(embedding: Array, grid: tuple[int, int], extra: int = 1) -> Array:
-    """A positional embedding (1, extra + N, d) of a square grid for a grid of another size,
-    bicubic; the first `extra` tokens stay.
-
-    Raises:
-      InputError: its own grid isn't square and another one is asked for.
-    """
-    count = embedding.shape[1] - extra
-    if count == math.prod(grid):
-        return embedding
-    side = math.isqrt(count)
-    if side * side != count:
-        raise InputError(
-            f"ViT: a positional embedding of {count} patches that are not square cannot be "
-            f"resampled to {grid[0]} x {grid[1]}."
+        The last norm is that of the class token alone where only that is read.
+        """
+        c, images, width = self.config, call.shape[0], self.config.sizes()[0]
+        count = sum(leaf.size for leaf in call.params.values())  # positions and the class token
+        extra = int(c.pool == "cls")
+        tokens = count // width - extra
+        values, kinds = images * tokens * width, {"patch_embed": "embedding", "head": "head"}
+        act = INT if c.integer else call.types_of(c.dtype).activations
+        mean = LayerCosts(
+            call.at("pool"),
+            "activation",
+            elementwise=Elementwise({}, {act: values}, {} if c.integer else {act: images * width}),
+            bytes_moved={
+                "activations": (values + images * width) * (1 if c.integer else BYTES[act])
+            },
         )
-    square = embedding[:, extra:].reshape(1, side, side, -1)
-    resized = jax.image.resize(square, (1, *grid, square.shape[-1]), "cubic").reshape(
-        1, math.prod(grid), -1
-    )
-    return jnp.concatenate([embedding[:, :extra], resized], 1)
+        pooled = [] if extra else [mean]
+        stored = {act: count * BYTES[act]} | ({FLOAT: BYTES[FLOAT]} if c.integer else {})
+        positions = LayerCosts(
+            call.at("position_embedding"),
+            "embedding",
+            elementwise=Elementwise({}, {} if c.integer else {act: values}),
+            bytes_moved={"weights": count * BYTES[act]},
+            bytes_stored=stored,  # beside integers the scale that they were rounded with
+            parameters=count,
+        )
+        if not c.integer:
+            norm = layer_norm(
+                call.at("final_norm"), images * (1 if extra else tokens), width, act, bias=True
+            )
+            after = {"patch_embed": [positions]}
+            return call.inner(kinds, after=after, instead={"final_norm": [norm, *pooled]})
+        check_choice("precision of an integer model", call.precision or "int8", ("int8",))
+        scaled = LayerCosts(
+            call.at("logit_scale"),
+            "requantize",
+            elementwise=Elementwise({FLOAT: images * c.num_classes}),
+            bytes_moved={"weights": c.num_classes * BYTES[FLOAT]},
+            bytes_stored={FLOAT: c.num_classes * BYTES[FLOAT]},
+        )
+        added = layers.requantize_costs(call.at("quant_embedding"), values, [1, 1])
+        return call.inner(
+            kinds,
+            after={"quant_final": pooled, "head": [scaled]},
+            instead={"quant_position": [positions], "quant_embedding": [added]},
+        )
 
 
 def _append(first: Quantized, x: Quantized) -> Quantized:

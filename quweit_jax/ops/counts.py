@@ -1,16 +1,18 @@
 """The counts of one inference: what a layer does, moves and stores, and their sums.
 
-Nothing here knows a model; `analysis.costs` makes these from configs.
+Nothing here knows a model; layers make these (`layers.costs`) and `costs.count` collects them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 K = TypeVar("K", str, int)
 
+FLOAT = "float32"  # of statistics, scales, thresholds and gates, whatever a model's type
+INT = "int32"  # of integer sums, scales and constants
 # Bytes of one number of a type.
 BYTES = {"int8": 1, "int16": 2, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -22,6 +24,34 @@ def merge(*counts: Mapping[K, int]) -> dict[K, int]:
         for key, value in count.items():
             total[key] = total.get(key, 0) + value
     return {key: value for key, value in total.items() if value}
+
+
+def packed_bits(count: int) -> int:
+    """Bytes of bits, eight a byte."""
+    return -(-count // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Types:
+    """operands: of matrix products, and of their weights where they are stored. activations: of
+    what flows between layers.
+    """
+
+    operands: str
+    activations: str
+
+    @property
+    def accumulator(self) -> str:
+        """Of sums of products: int32 of integers, float32 of floats of any width, as matrix units
+        do.
+        """
+        return "int32" if self.operands.startswith("int") else FLOAT
+
+    def matrix(self, rows: int, columns: int) -> dict[str, int]:
+        """Bytes of a stored matrix; one of int8 has a float32 scale a column."""
+        stored = {self.operands: rows * columns * BYTES[self.operands]}
+        scales = {FLOAT: columns * BYTES[FLOAT]} if self.operands == "int8" else {}
+        return stored | scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +142,9 @@ class Costs:
     @property
     def elementwise(self) -> Elementwise:
         """Operations outside matrix products."""
-        return _merge_elementwise(layer.elementwise for layer in self.layers)
+        parts = [layer.elementwise for layer in self.layers]
+        names = [field.name for field in dataclasses.fields(Elementwise)]
+        return Elementwise(**{n: merge(*(getattr(part, n) for part in parts)) for n in names})
 
     @property
     def lookups(self) -> dict[int, int]:
@@ -150,20 +182,9 @@ class Costs:
 
     def of_kind(self, *kinds: str) -> Costs:
         """The layers of some kinds alone."""
-        return dataclasses.replace(
-            self, layers=tuple(layer for layer in self.layers if layer.kind in kinds)
-        )
+        layers = tuple(layer for layer in self.layers if layer.kind in kinds)
+        return dataclasses.replace(self, layers=layers)
 
     def by_kind(self) -> dict[str, Costs]:
         """The layers of each kind."""
         return {kind: self.of_kind(kind) for kind in self.kinds()}
-
-
-def _merge_elementwise(parts: Iterable[Elementwise]) -> Elementwise:
-    parts = list(parts)
-    return Elementwise(
-        **{
-            f.name: merge(*(getattr(part, f.name) for part in parts))
-            for f in dataclasses.fields(Elementwise)
-        }
-    )

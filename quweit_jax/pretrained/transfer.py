@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from quweit_jax.errors import InputError
-from quweit_jax.models.vit import resample_positions
+from quweit_jax.ops.patches import resample_positions
 from quweit_jax.pretrained import deit
 
 COLLECTIONS = (

@@ -281,8 +281,14 @@ def test_group_sum():
     [
         (LUTLayer(4, mapping="rand"), r"LUTLayer: mapping: .*Did you mean 'random'\?"),
         (LUTLayer(4, table_init="unifrom"), r"LUTLayer: table_init: .*Did you mean 'uniform'\?"),
-        (LUTLayer(4, lut_inputs=9), "LUTLayer: lut_inputs: a table can have 1 to 8 inputs, found 9"),
-        (LUTLayer(4, lut_inputs=0), "LUTLayer: lut_inputs: a table can have 1 to 8 inputs, found 0"),
+        (
+            LUTLayer(4, lut_inputs=9),
+            "LUTLayer: lut_inputs: a table can have 1 to 8 inputs, found 9",
+        ),
+        (
+            LUTLayer(4, lut_inputs=0),
+            "LUTLayer: lut_inputs: a table can have 1 to 8 inputs, found 0",
+        ),
         (LUTLayer(4, decay="harmonic", beta=0.5), "beta belongs to decay='exponential'"),
         (WeightlessBlock(4, sum="group"), r"WeightlessBlock: sum: .*Did you mean 'grouped'\?"),
         (

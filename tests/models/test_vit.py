@@ -8,7 +8,9 @@ import pytest
 from quweit_jax import models
 from quweit_jax.deploy.pack import pack, stored_bytes
 from quweit_jax.errors import InputError
-from quweit_jax.models.vit import DropPath, ViT, ViTConfig, cut_patches, resample_positions
+from quweit_jax.layers.drop_path import DropPath
+from quweit_jax.models.vit import ViT, ViTConfig
+from quweit_jax.ops.patches import cut_patches, resample_positions
 from tests.compiled import quick_jit
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -236,7 +238,8 @@ def test_nothing_but_integers_between_image_and_logits(mlp, pool):
 
 
 def test_no_multiplication_inside_a_weightless_block():
-    from quweit_jax.layers.integer import IntegerWeightlessBlock, Quantized
+    from quweit_jax.layers.integer import Quantized
+    from quweit_jax.layers.integer_blocks import IntegerWeightlessBlock
 
     rng = np.random.default_rng(0)
     block = IntegerWeightlessBlock(

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from quweit_jax.errors import InputError
 from quweit_jax.models.options import WeightlessOptions
-from quweit_jax.models.vit import ViT, ViTConfig, resample_positions
+from quweit_jax.models.vit import ViT, ViTConfig
+from quweit_jax.ops.patches import resample_positions
 from quweit_jax.pretrained import merge, read_source
 from tests.pretrained.vit_files import save_torch, weights
 
