@@ -75,7 +75,7 @@ def write(
         if r.insight is not None
     }
     environment = Environment(
-        loader=PackageLoader("quweit_jax", "analysis/templates"),
+        loader=PackageLoader("quweit_jax", "report/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
