@@ -11,9 +11,7 @@ training step of a MatMul-free model of that width.
 
 from __future__ import annotations
 
-import argparse
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,16 +110,12 @@ def _loss(model, form, ids, variables):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__, rounds=5)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
         "--depth", type=int, default=2, help="blocks of the model whose whole step is measured"
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     lines = [
         f"bit_linear, {args.tokens} tokens, {args.dtype}, {jax.default_backend()}",
@@ -138,8 +132,7 @@ def main() -> None:
         whole_step(args.tokens, args.dtype, 2048, args.depth, args.rounds),
     ]
     print("\n".join(lines[-2:]))
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+    timing.write(args.out, lines)
 
 
 if __name__ == "__main__":

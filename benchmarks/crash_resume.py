@@ -24,9 +24,9 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import processes
+from processes import finish
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
 # Dropout and the average make the random key and the second copy of the parameters part of what
 # must come back.
 CONFIG = {
@@ -49,27 +49,11 @@ CONFIG = {
 }
 
 
-def start(workdir: Path) -> subprocess.Popen:
-    experiment = REPOSITORY / "experiments" / "gpt_char.py"
+def start(workdir: Path) -> subprocess.Popen[str]:
+    experiment = processes.REPOSITORY / "experiments" / "gpt_char.py"
     overrides = [f"--config.{path}={value}" for path, value in CONFIG.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "quweit_jax.train",
-        f"--config={experiment}:quick",
-        *overrides,
-        f"--workdir={workdir}",
-        "--progress=off",
-    ]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    _, error = process.communicate()
-    if process.returncode:
-        sys.exit(f"the run failed with status {process.returncode}: {error}")
+    given = f"--config={experiment}:quick", f"--workdir={workdir}", "--progress=off"
+    return processes.start("train", *given, *overrides)
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -87,7 +71,7 @@ def wait(process: subprocess.Popen, happened) -> None:
         if process.poll() is not None:
             sys.exit(
                 f"the run ended (status {process.returncode}) before it could be killed: "
-                f"{process.communicate()[1]}"
+                f"{process.communicate()[0]}"
             )
         time.sleep(0.002)
 
@@ -151,19 +135,17 @@ def compare(interrupted: Path, uninterrupted: Path) -> dict[str, str]:
         for workdir in (interrupted, uninterrupted)
     ]
     repeated = len(rows(interrupted)) - len(losses[0])
+
+    def verdict(equal: bool, shown: object = "", word: str = "identical") -> str:
+        return word if equal else f"DIFFERENT: {shown}"
+
+    numbers = sum(expected[name].size for name in arrays)
+    same_place = found["data"] == expected["data"]
     return {
-        f"{len(arrays)} arrays, {sum(expected[n].size for n in arrays):,} numbers": "identical"
-        if not different
-        else f"DIFFERENT: {different[:5]}",
-        f"data iterator at {expected['data']}": "identical"
-        if found["data"] == expected["data"]
-        else f"DIFFERENT: {found['data']}",
-        f"{len(losses[1])} losses of metrics.jsonl": "identical"
-        if losses[0] == losses[1]
-        else "DIFFERENT",
-        "rows of metrics.jsonl that repeat a step": "none"
-        if not repeated
-        else f"DIFFERENT: {repeated}",
+        f"{len(arrays)} arrays, {numbers:,} numbers": verdict(not different, different[:5]),
+        f"data iterator at {expected['data']}": verdict(same_place, found["data"]),
+        f"{len(losses[1])} losses of metrics.jsonl": verdict(losses[0] == losses[1]),
+        "rows of metrics.jsonl that repeat a step": verdict(not repeated, repeated, "none"),
     }
 
 
@@ -181,11 +163,9 @@ def main() -> None:
         f"{', '.join(f'{p} {metadata.version(p)}' for p in packages)}; CPU, "
         f"{time.strftime('%Y-%m-%d')}"
     )
-    cached = (
-        ", compiled programs kept between starts (JAX_COMPILATION_CACHE_DIR)"
-        if "JAX_COMPILATION_CACHE_DIR" in os.environ
-        else ""
-    )
+    cached = ""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        cached = ", compiled programs kept between starts (JAX_COMPILATION_CACHE_DIR)"
     print(
         f"{CONFIG['steps']} steps, a checkpoint every {CONFIG['checkpoint_every']}, {args.kills} "
         f"kills, seed {args.seed}{cached}\n"
@@ -195,11 +175,8 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        interrupted, uninterrupted, cut = (
-            Path(folder) / "interrupted",
-            Path(folder) / "uninterrupted",
-            0,
-        )
+        interrupted, uninterrupted = Path(folder, "interrupted"), Path(folder, "uninterrupted")
+        cut = 0
         for i in range(args.kills):
             while_saving = i % 2 == 1
             step, cut_off = kill_once(interrupted, draw, while_saving)
@@ -219,9 +196,8 @@ def main() -> None:
         )
         for what, result in outcome.items():
             print(f"  {what:<50} {result}")
-        left = [p.name for p in (interrupted / "checkpoints").iterdir() if not p.name.isdigit()] + [
-            p.name for p in interrupted.glob("damaged/*")
-        ]
+        left = [p.name for p in (interrupted / "checkpoints").iterdir() if not p.name.isdigit()]
+        left += [p.name for p in interrupted.glob("damaged/*")]
         print(f"  {'left over from cut-off saves':<50} {', '.join(left) or 'nothing'}")
     if any("DIFFERENT" in result or "other" in result for result in outcome.values()):
         sys.exit("the interrupted run is NOT the uninterrupted one.")

@@ -8,11 +8,9 @@ matrix by matrix: its float weights, 51 GB, never exist.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,8 @@ import ml_dtypes
 import numpy as np
 import timing
 
-from quweit_jax.deploy import generate as generation
 from quweit_jax.deploy import packed
+from quweit_jax.deploy.generate import decode_step, empty_cache
 from quweit_jax.models import build
 
 
@@ -30,14 +28,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def packed_variables(model, rng: np.random.Generator):
-    """Random variables in the form `packed.pack` gives, of a model's shapes; dense ones in
-    bfloat16.
-    """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+def shapes_of(model):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
+
+def packed_variables(model, rng: np.random.Generator):
+    """Random variables in the form `packed.pack` gives; dense ones in bfloat16."""
     rest, layers = packed.split_ternary(
-        shapes,
+        shapes_of(model),
         lambda layer: ternary_layer(layer["kernel"].shape, rng),
         lambda leaf: dense(leaf.shape, rng),
     )
@@ -68,18 +67,17 @@ def dense(shape: tuple[int, ...], rng: np.random.Generator):
 
 
 def dense_variables(model, rng: np.random.Generator):
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return {"params": jax.tree.map(lambda leaf: dense(leaf.shape, rng), shapes)}
+    return {"params": jax.tree.map(lambda leaf: dense(leaf.shape, rng), shapes_of(model))}
 
 
 def decode(name: str, model, variables, tokens: int) -> str:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-    cache = generation.empty_cache(model)
+    cache = empty_cache(model)
     carried = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     seconds, token = [], jnp.zeros((1, 1), jnp.int32)
     for _ in range(tokens + 1):
         begun = time.perf_counter()
-        logits, cache = generation.decode_step(model, variables, cache, token)
+        logits, cache = decode_step(model, variables, cache, token)
         token = jnp.argmax(logits[:, -1:], -1).astype(jnp.int32)
         token.block_until_ready()
         seconds.append(time.perf_counter() - begun)
@@ -92,9 +90,7 @@ def decode(name: str, model, variables, tokens: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("--size", default="13b", help="of the packed MatMul-free model")
     parser.add_argument(
         "--baseline", default="", help="measure a bfloat16 Transformer++ of this size instead"
@@ -107,7 +103,6 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=2048, help="of the baseline's cache")
     parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="lines are added to this file")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     shared = {
@@ -117,26 +112,15 @@ def main() -> None:
         "context": args.context,
     }
     if args.baseline:
-        model = build({"name": "transformer_pp", **shared}, 32000)
-        line = decode(
-            f"Transformer++ {args.baseline}, {model.config.sizes()[1]} layers, bfloat16",
-            model,
-            dense_variables(model, rng),
-            args.tokens,
-        )
+        title, form, name, make = "Transformer++", "bfloat16", "transformer_pp", dense_variables
     else:
-        model = build({"name": "matmulfree", **shared}, 32000)
-        line = decode(
-            f"MatMul-free {args.size}, {model.config.sizes()[1]} layers, packed",
-            model,
-            packed_variables(model, rng),
-            args.tokens,
-        )
+        title, form, name, make = "MatMul-free", "packed", "matmulfree", packed_variables
+    model = build({"name": name, **shared}, 32000)
+    said = f"{title} {shared['size']}, {model.config.sizes()[1]} layers, {form}"
+    line = decode(said, model, make(model, rng), args.tokens)
     lines = [timing.machine() + f", {jax.default_backend()}", line]
     print("\n".join(lines))
-    if args.out:
-        with args.out.open("a") as file:
-            file.write("\n".join(lines) + "\n")
+    timing.write(args.out, lines, "a")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ is checked before anything is timed.
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import timing
 
 from quweit_jax.ops import lut
-from quweit_jax.ops import wiring as mapping
+from quweit_jax.ops.wiring import invert_mapping, random_mapping
 
 
 def textbook(bits, wiring, tables):
@@ -71,19 +69,18 @@ def contender(function, bits, tables, grad_out):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, rounds=7)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--inputs", type=int, default=1536)
     parser.add_argument("--luts", type=int, default=1536)
     parser.add_argument("--lut_inputs", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     bits = jnp.asarray(rng.integers(0, 2, (args.tokens, args.inputs)), jnp.float32)
     tables = jnp.asarray(rng.uniform(-1, 1, (args.luts, 2**args.lut_inputs)), jnp.float32)
     grad_out = jnp.asarray(rng.normal(size=(args.tokens, args.luts)), jnp.float32)
-    wiring = mapping.random_mapping(jax.random.key(0), args.inputs, args.luts, args.lut_inputs)
-    inverse = mapping.invert_mapping(wiring, args.inputs)
+    wiring = random_mapping(jax.random.key(0), args.inputs, args.luts, args.lut_inputs)
+    inverse = invert_mapping(wiring, args.inputs)
     contenders = {
         "textbook": contender(lambda b, t: textbook(b, wiring, t), bits, tables, grad_out),
         "lut_lookup": contender(lambda b, t: lut.lut_lookup(b, wiring, t), bits, tables, grad_out),
@@ -98,12 +95,14 @@ def main() -> None:
                 np.asarray(ours), np.asarray(theirs), atol=2e-3, err_msg=name
             )
     medians = timing.side_by_side(contenders, args.rounds, warmup=1)
-    print(
+    lines = [
         f"lut_lookup forward + backward, {args.tokens} tokens, F = {args.inputs}, L = {args.luts}, "
-        f"n = {args.lut_inputs}, {jax.default_backend()}"
-    )
-    print(timing.machine())
-    print(timing.table(medians, "lut_lookup, inverse given"))
+        f"n = {args.lut_inputs}, {jax.default_backend()}",
+        timing.machine(),
+        timing.table(medians, "lut_lookup, inverse given"),
+    ]
+    print("\n".join(lines))
+    timing.write(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ benchmarks/recurrence.py [--out=FILE]
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import timing
@@ -23,11 +20,7 @@ def contenders(steps: int, batch: int, features: int, backward: bool):
         def states(gates, candidates):
             return gated_recurrence(gates, candidates, method=method)[0]
 
-        def gradient(gates, candidates):
-            return jax.grad(lambda *args: jnp.square(states(*args)).sum(), argnums=(0, 1))(
-                gates, candidates
-            )
-
+        gradient = jax.grad(lambda *args: jnp.square(states(*args)).sum(), argnums=(0, 1))
         compiled = jax.jit(gradient if backward else states)
         return lambda: jax.block_until_ready(compiled(gates, candidates))
 
@@ -35,12 +28,10 @@ def contenders(steps: int, batch: int, features: int, backward: bool):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, rounds=7)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 8, 64, 512, 2048])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     lines = [
         f"gated_recurrence, batch {args.batch}, {args.features} features, {jax.default_backend()}",
@@ -48,17 +39,15 @@ def main() -> None:
     ]
     for backward in (False, True):
         for steps in args.lengths:
-            medians = timing.side_by_side(
-                contenders(steps, args.batch, args.features, backward), args.rounds
-            )
+            compared = contenders(steps, args.batch, args.features, backward)
+            medians = timing.side_by_side(compared, args.rounds)
             said = "forward + backward" if backward else "forward"
             lines += [
                 f"{said}, T = {steps} (auto picks {pick_method(steps)})",
                 timing.table(medians, "sequential"),
             ]
             print("\n".join(lines[-2:]), flush=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+    timing.write(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ sweep.csv must be the same bytes as those of the sweep that was left alone.
 
 from __future__ import annotations
 
-import argparse
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import processes
 import timing
+from processes import finish
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 EXPERIMENT = """
 from experiments import compare_lm
 
@@ -38,46 +37,18 @@ def sweep(add):
 """
 
 
-def start(experiment: Path, root: Path, workers: int) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "quweit_jax.sweep",
-        f"--config={experiment}:cpu",
-        f"--workdir={root}",
-        f"--workers={workers}",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate()
-    if process.returncode:
-        sys.exit(f"the sweep failed with status {process.returncode}:\n{said}")
-    return said
+def start(experiment: Path, root: Path, workers: int) -> subprocess.Popen[str]:
+    arguments = f"--config={experiment}:cpu", f"--workdir={root}", f"--workers={workers}"
+    return processes.start("sweep", *arguments)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        alone, killed, experiment = (
-            Path(folder, "alone"),
-            Path(folder, "killed"),
-            Path(folder, "experiment.py"),
-        )
+        alone, killed = Path(folder, "alone"), Path(folder, "killed")
+        experiment = Path(folder, "experiment.py")
         experiment.write_text(EXPERIMENT)
         finish(start(experiment, alone, args.workers))
         process, lines = start(experiment, killed, args.workers), []
@@ -95,23 +66,14 @@ def main() -> None:
             for name in ("sweep.md", "sweep.csv")
         }
         table = (killed / "sweep.md").read_text()
-    report = [
-        "before the kill -9:",
-        *map(str.rstrip, lines),
-        "",
-        "the same command again:",
-        said.rstrip(),
-        "",
-    ]
-    report += [
-        f"{name} {'is the same, byte for byte, as' if equal else 'DIFFERS from'} that of a sweep "
-        "left alone"
-        for name, equal in same.items()
-    ]
-    text = "\n".join([timing.machine(), "", *report]).replace(folder, "FOLDER") + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    lines = [timing.machine(), "", "before the kill -9:", *map(str.rstrip, lines), ""]
+    lines += ["the same command again:", said.rstrip(), ""]
+    for name, equal in same.items():
+        verdict = "is the same, byte for byte, as" if equal else "DIFFERS from"
+        lines.append(f"{name} {verdict} that of a sweep left alone")
+    lines = [line.replace(folder, "FOLDER") for line in lines]
+    print("\n".join(lines))
+    timing.write(args.out, lines)
     sys.exit(not all(same.values()) or table.count("finished") != 8)
 
 

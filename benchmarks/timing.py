@@ -1,15 +1,33 @@
-"""Side-by-side timing in one process: each contender in turn, round after round, medians and ratios
-of medians.
-"""
+"""Side-by-side timing in one process: each contender in turn, round after round, medians."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def parser(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """A parser of --out and, unless None, of --rounds."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if rounds is not None:
+        made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--out", type=Path, help="a file for what is printed")
+    return made
+
+
+def write(out: Path | None, lines: Sequence[str], mode: str = "w") -> None:
+    """Writes lines to a file, if one is given."""
+    if out:
+        with out.open(mode) as file:
+            file.write("\n".join(lines) + "\n")
 
 
 def side_by_side(

@@ -8,15 +8,14 @@ with the same sizes and the same batch.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import jax
 import numpy as np
 import timing
 
-from quweit_jax import config as configs
 from quweit_jax import models
+from quweit_jax.config import load_file
 from quweit_jax.training import optimizers, sharding, state
 
 VOCABULARY = 65
@@ -24,9 +23,8 @@ VOCABULARY = 65
 
 def ours(mlp: str, batch: dict[str, np.ndarray]):
     """A call that runs one step of our own train loop's compiled function to the end."""
-    config = configs.load_file(
-        f"{Path(__file__).parents[1] / 'experiments' / 'gpt_char.py'}:nanogpt_cpu,mlp={mlp}"
-    )
+    experiment = Path(__file__).parents[1] / "experiments" / "gpt_char.py"
+    config = load_file(f"{experiment}:nanogpt_cpu,mlp={mlp}")
     model = models.build(config.model.to_dict(), VOCABULARY)
     optimizer = optimizers.make_optimizer(
         optimizers.OptimizerConfig(**config.optimizer.to_dict()), config.steps
@@ -57,18 +55,12 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm1, self.norm2 = (
-                nn.LayerNorm(width, bias=False),
-                nn.LayerNorm(width, bias=False),
-            )
-            self.qkv, self.proj = (
-                nn.Linear(width, 3 * width, bias=False),
-                nn.Linear(width, width, bias=False),
-            )
-            self.up, self.down = (
-                nn.Linear(width, 4 * width, bias=False),
-                nn.Linear(4 * width, width, bias=False),
-            )
+            self.norm1 = nn.LayerNorm(width, bias=False)
+            self.norm2 = nn.LayerNorm(width, bias=False)
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
+            self.proj = nn.Linear(width, width, bias=False)
+            self.up = nn.Linear(width, 4 * width, bias=False)
+            self.down = nn.Linear(4 * width, width, bias=False)
 
         def forward(self, x):
             q, k, v = (
@@ -82,14 +74,10 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
     class GPT(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.positions = (
-                nn.Embedding(VOCABULARY, width),
-                nn.Embedding(context, width),
-            )
-            self.blocks, self.norm = (
-                nn.ModuleList(Block() for _ in range(layers)),
-                nn.LayerNorm(width, bias=False),
-            )
+            self.tokens = nn.Embedding(VOCABULARY, width)
+            self.positions = nn.Embedding(context, width)
+            self.blocks = nn.ModuleList(Block() for _ in range(layers))
+            self.norm = nn.LayerNorm(width, bias=False)
 
         def forward(self, ids):
             x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
@@ -115,8 +103,7 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser = timing.parser(__doc__, rounds=31)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     batch = {
@@ -130,14 +117,17 @@ def main() -> None:
     except ImportError:
         print("PyTorch is not installed: its row is left out (pip install torch).")
     medians = timing.side_by_side(contenders, args.rounds)
-    print(
+    lines = [
         "one training step of nanogpt_cpu (4 layers, width 128, 12 x 64 tokens), "
-        f"{jax.default_backend()}"
-    )
-    print(timing.machine(packages))
-    print(timing.table(medians, "jax dense"))
+        f"{jax.default_backend()}",
+        timing.machine(packages),
+        timing.table(medians, "jax dense"),
+    ]
     if "torch dense" in medians:
-        print(f"jax dense / torch dense: {medians['jax dense'] / medians['torch dense']:.3f}")
+        ratio = medians["jax dense"] / medians["torch dense"]
+        lines.append(f"jax dense / torch dense: {ratio:.3f}")
+    print("\n".join(lines))
+    timing.write(args.out, lines)
 
 
 if __name__ == "__main__":

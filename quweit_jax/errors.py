@@ -37,3 +37,8 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
         raise InputError(
             f"{what}: expected one of {choices}, found {value!r}.{nearest(str(value), choices)}"
         )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]

@@ -64,13 +64,12 @@ def main(argv: Sequence[str]) -> int:
         )
     if args.packed:
         variables, _ = forms.pack(model, variables, parts.init_inputs.shape[1:])
-    apply, context = (
-        functools.partial(packed.apply, model),
-        generation.context_of(model) if tokenizer else None,
-    )
-    given = stablehlo.input_of(
-        tokenizer, context, parts.init_inputs.shape[1:], one_step=args.step_function
-    )
+    apply = functools.partial(packed.apply, model)
+    if tokenizer is None:
+        given = stablehlo.examples_input(parts.init_inputs.shape[1:])
+    else:
+        context = generation.context_of(model)
+        given = stablehlo.tokens_input(tokenizer.vocab_size, context, one_step=args.step_function)
     if args.step_function:
         program = stablehlo.to_step_program(apply, model, variables, platforms)
     else:

@@ -19,28 +19,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from numpy.typing import DTypeLike
 
 from quweit_jax.data.images import NORMALIZATIONS
 from quweit_jax.data.pipeline import Dataset
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, nearest
 
-Tree = dict[str, Any]
-# (variables, input, ...) -> outputs
-Apply = Callable[..., Any]
+Tree: TypeAlias = dict[str, Any]  # variables, a state, or JSON
+Apply: TypeAlias = Callable[..., Any]  # (variables, input, ...) -> outputs
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT_PLATFORMS = PLATFORMS[:3]
-# A serialized program is one flatbuffer, which is below 2 GiB; something is left for the program
-# itself.
+# A serialized program is one flatbuffer, below 2 GiB; something is left for the program itself.
 MAX_WEIGHT_BYTES = 2**31 - 2**26
 _LOAD = """import jax.export, numpy as np
 with open("{file}", "rb") as file:
@@ -51,8 +51,10 @@ print(program.in_avals, "->", program.out_avals)
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """An array that a program takes; a dimension is a number, or 'b' or 't' for one that is free
-    within `limits`. example_t: a t to show.
+    """An array that a program takes.
+
+    shape: numbers, or 'b' or 't' for dimensions that are free within `limits`.
+    example_t: a t to show.
     """
 
     name: str
@@ -62,62 +64,38 @@ class Input:
     limits: tuple[str, ...] = ("b >= 1",)
     example_t: int = 1
 
-    def abstract(self) -> jax.ShapeDtypeStruct:
-        """Shape with symbolic dimensions, and dtype."""
-        return _abstract(self.shape, self.dtype, jax.export.SymbolicScope(self.limits))
-
 
 def _abstract(
-    shape: Sequence[int | str], dtype: Any, scope: jax.export.SymbolicScope
+    shape: Sequence[int | str], dtype: str, scope: jax.export.SymbolicScope
 ) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        jax.export.symbolic_shape(",".join(map(str, shape)), scope=scope), dtype
-    )
+    dimensions = jax.export.symbolic_shape(",".join(map(str, shape)), scope=scope)
+    return jax.ShapeDtypeStruct(dimensions, np.dtype(dtype))
 
 
-def tokens_input(vocab_size: int, context: int | None) -> Input:
-    """Texts (b, t) of at most `context` tokens (None: of any length)."""
-    limits = ("b >= 1", "t >= 1") + ((f"t <= {context}",) if context is not None else ())
-    return Input("tokens", ("b", "t"), "int32", _tokens(vocab_size), limits, min(16, context or 16))
-
-
-def token_input(vocab_size: int) -> Input:
-    """One token of each text, (b, 1), of a decoding step."""
-    return Input("tokens", ("b", 1), "int32", _tokens(vocab_size))
-
-
-def _tokens(vocab_size: int) -> str:
-    return f"ids of tokens, 0 to {vocab_size - 1}"
-
-
-def examples_input(
-    shape: Sequence[int], meaning: str = "images (batch, height, width, channels), normalized"
-) -> Input:
-    """Images (b, H, W, C), or other inputs of one size: (b, *shape)."""
-    return Input("images" if len(shape) == 3 else "inputs", ("b", *shape), "float32", meaning)
-
-
-def input_of(
-    tokenizer: Any, context: int | None, shape: Sequence[int], *, one_step: bool = False
-) -> Input:
-    """What a model takes: tokens where it has a tokenizer, of a whole text or of one decoding step,
-    else examples of a shape.
+def tokens_input(vocab_size: int, context: int | None, *, one_step: bool = False) -> Input:
+    """Texts (b, t) of at most `context` tokens (None: of any length), or one decoding step's
+    tokens (b, 1).
     """
-    if tokenizer is None:
-        return examples_input(shape)
-    return (
-        token_input(tokenizer.vocab_size)
-        if one_step
-        else tokens_input(tokenizer.vocab_size, context)
-    )
+    meaning = f"ids of tokens, 0 to {vocab_size - 1}"
+    if one_step:
+        return Input("tokens", ("b", 1), "int32", meaning)
+    limits = ("b >= 1", "t >= 1") + ((f"t <= {context}",) if context is not None else ())
+    return Input("tokens", ("b", "t"), "int32", meaning, limits, min(16, context or 16))
 
 
-def portable(model: Any) -> Any:
+def examples_input(shape: Sequence[int]) -> Input:
+    """Images (b, H, W, C), or other inputs of one size: (b, *shape)."""
+    name = "images" if len(shape) == 3 else "inputs"
+    meaning = "images (batch, height, width, channels), normalized"
+    return Input(name, ("b", *shape), "float32", meaning)
+
+
+def portable(model: nn.Module) -> nn.Module:
     """The model without what only one platform has (cuDNN's attention); its variables are the same."""
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     if getattr(config, "attention", "xla") == "xla":
         return model
-    return model.clone(config=dataclasses.replace(config, attention="xla"))
+    return model.clone(config=dataclasses.replace(config, attention="xla"))  # type: ignore[arg-type]
 
 
 def to_program(
@@ -129,29 +107,27 @@ def to_program(
       InputError: an unknown platform, or variables too large for one file.
     """
     check(variables, platforms)
-    return jax.export.export(
-        jax.jit(lambda x: apply(_inside(variables), x)), platforms=tuple(platforms)
-    )(given.abstract())
+    function = jax.jit(lambda x: apply(_inside(variables), x))
+    abstract = _abstract(given.shape, given.dtype, jax.export.SymbolicScope(given.limits))
+    return jax.export.export(function, platforms=tuple(platforms))(abstract)
 
 
 def to_step_program(
     apply: Apply, model: nn.Module, variables: Tree, platforms: Sequence[str] = DEFAULT_PLATFORMS
 ) -> jax.export.Exported:
-    """One step of decoding: (tokens (b, 1) int32, state) -> (logits (b, V), the next state). The
-    first state is all zeros.
+    """One step of decoding: (tokens (b, 1) int32, state) -> (logits (b, V), the next state).
 
-    apply: as `model.apply`, which it may stand for. The state is a tree of arrays; see
-      `state_shapes`.
+    The state is a tree of arrays, see `state_shapes`; the first is all zeros. apply: stands for
+    `model.apply`.
 
     Raises:
       InputError: see `to_program`.
     """
     check(variables, platforms)
 
-    def step(tokens: Any, state: Tree) -> tuple[Any, Tree]:
-        logits, changed = apply(
-            {**_inside(variables), "cache": state}, tokens, decode=True, mutable=["cache"]
-        )
+    def step(tokens: Array, state: Tree) -> tuple[Array, Tree]:
+        known = {**_inside(variables), "cache": state}
+        logits, changed = apply(known, tokens, decode=True, mutable=["cache"])
         return logits[:, -1], changed["cache"]
 
     scope = jax.export.SymbolicScope(("b >= 1",))
@@ -159,44 +135,37 @@ def to_step_program(
         lambda s: _abstract(s["shape"], s["dtype"], scope), state_shapes(model), is_leaf=_is_shape
     )
     return jax.export.export(jax.jit(step), platforms=tuple(platforms))(
-        _abstract(("b", 1), np.int32, scope), state
+        _abstract(("b", 1), "int32", scope), state
     )
 
 
 def _inside(variables: Tree) -> Tree:
-    """The variables as the program holds them: in their own types, those that are used, each behind
-    a barrier.
+    """The variables as the program holds them: in their own types, each behind a barrier.
 
-    Without it what is computed from weights alone (wiring from scores, say) would be computed by
-    the compiler, whenever the program is
-    compiled, and very slowly: 18 s for the largest of 2,048 x 256 numbers, and 0.1 s for the whole
-    program with the barrier (XLA on a CPU).
+    Without it the compiler would compute what depends on weights alone (wiring from scores, say)
+    itself, at each compilation and very slowly: 18 s for the largest of 2,048 x 256 numbers, and
+    0.1 s for the whole program with the barrier (XLA on a CPU).
     """
     return jax.tree.map(jax.lax.optimization_barrier, variables)
 
 
 def state_shapes(model: nn.Module) -> Tree:
-    """What a language model carries from token to token, with {'shape': ['b', ...], 'dtype': ...}
-    for each array.
+    """What a language model carries from token to token: {'shape': ['b', ...], 'dtype': ...} for
+    each array.
     """
-    # The batch is where caches for two and for three texts differ.
-    two, three = (
-        jax.eval_shape(
-            lambda n=n: model.init(jax.random.key(0), jnp.zeros((n, 1), jnp.int32), decode=True)
-        )["cache"]
-        for n in (2, 3)
-    )
 
-    def described(a: Any, b: Any) -> Tree:
-        return {
-            "shape": ["b" if m != n else m for m, n in zip(a.shape, b.shape)],
-            "dtype": np.dtype(a.dtype).name,
-        }
+    def cache(batch: int) -> Tree:
+        tokens = jnp.zeros((batch, 1), jnp.int32)
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, decode=True))["cache"]
 
-    return jax.tree.map(described, two, three)
+    def described(two: jax.ShapeDtypeStruct, three: jax.ShapeDtypeStruct) -> Tree:
+        # The batch is where caches for two and for three texts differ.
+        return _shown(("b" if m != n else m for m, n in zip(two.shape, three.shape)), two.dtype)
+
+    return jax.tree.map(described, cache(2), cache(3))
 
 
-def _is_shape(value: Any) -> bool:
+def _is_shape(value: object) -> bool:
     return isinstance(value, dict) and value.keys() == {"shape", "dtype"}
 
 
@@ -206,35 +175,27 @@ def check(variables: Tree, platforms: Sequence[str]) -> None:
         raise InputError(f"platforms: expected one or more of {', '.join(PLATFORMS)}, found none.")
     for name in platforms:
         if name not in PLATFORMS:
-            hint = (
-                " JAX calls NVIDIA GPUs cuda, and AMD's rocm."
-                if name == "gpu"
-                else nearest(name, PLATFORMS)
-            )
+            hint = nearest(name, PLATFORMS)
+            if name == "gpu":
+                hint = " JAX calls NVIDIA GPUs cuda, and AMD's rocm."
             raise InputError(
                 f"platforms: expected some of {', '.join(PLATFORMS)}, found '{name}'.{hint}"
             )
     if (size := weight_bytes(variables)) > MAX_WEIGHT_BYTES:
         raise InputError(
             f"export: the weights are {size:,} bytes, and a StableHLO file with weights inside "
-            f"holds at most {MAX_WEIGHT_BYTES:,}; export the packed "
-            "form (--packed) if that is smaller, or write the weights as safetensors "
-            "(pretrained.save)."
+            f"holds at most {MAX_WEIGHT_BYTES:,}; export the packed form (--packed) if that is "
+            "smaller, or write the weights as safetensors (pretrained.save)."
         )
 
 
 def weight_bytes(variables: Tree) -> int:
     """Bytes of all arrays of a tree."""
-    return sum(
-        int(np.prod(np.shape(leaf))) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(variables)
-    )
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
 
 
 def check_target(out: Path, overwrite: bool = False) -> None:
-    """Raises InputError unless a program and its description can be written to `out` without losing
-    anything.
-    """
+    """Raises InputError unless a program and its description can be written to `out` safely."""
     if out.suffix == ".json" or not out.name or out.is_dir():
         raise InputError(
             "--out: expected a file such as model.stablehlo (its description becomes model.json), "
@@ -255,11 +216,9 @@ def save(
     *,
     overwrite: bool = False,
 ) -> Tree:
-    """Writes the program to `out` and its description, which is returned, to the same name with
-    .json.
+    """Writes the program to `out` and its description, which is returned, beside it as .json.
 
-    about: what the description says besides inputs, outputs and platforms: {'config': ...,
-      'tokenizer': ...}. given: the first input.
+    about: what the description says besides inputs, outputs and platforms. given: the first input.
 
     Raises:
       InputError: there is something at `out` already, or nothing can be written there.
@@ -272,15 +231,10 @@ def save(
             "export: programs are serialized by the package flatbuffers, which isn't there; pip "
             "install flatbuffers."
         ) from None
-    description = (
-        describe(program, given, out.name)
-        | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        | dict(about)
-    )
-    for path, content in (
-        (out, data),
-        (out.with_suffix(".json"), json.dumps(description, indent=2, ensure_ascii=False).encode()),
-    ):
+    sums = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    description = describe(program, given, out.name) | sums | dict(about)
+    text = json.dumps(description, indent=2, ensure_ascii=False)
+    for path, content in ((out, data), (out.with_suffix(".json"), text.encode())):
         temporary = path.with_name(path.name + ".tmp")  # whole or not there
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -288,11 +242,12 @@ def save(
 
 
 def describe(program: jax.export.Exported, given: Input, file: str = "model.stablehlo") -> Tree:
-    """What somebody who only has the file needs to know to call it; `state` of a step, a tree of
-    shapes, is zeros at first.
-    """
-    arguments, _ = jax.tree.unflatten(program.in_tree, [_shape(a) for a in program.in_avals])
-    results = jax.tree.unflatten(program.out_tree, [_shape(a) for a in program.out_avals])
+    """What somebody who only has the file needs to call it; a step's `state` is zeros at first."""
+    taken, given_back = (
+        [_shown(a.shape, a.dtype) for a in avals] for avals in (program.in_avals, program.out_avals)
+    )
+    arguments, _ = jax.tree.unflatten(program.in_tree, taken)
+    results = jax.tree.unflatten(program.out_tree, given_back)
     free: dict[int | str, int] = {"b": 3, "t": given.example_t}
     example = f"np.zeros({tuple(free.get(d, d) for d in given.shape)}, np.{given.dtype})"
     call = f"logits = program.call({example})"
@@ -305,15 +260,9 @@ def describe(program: jax.export.Exported, given: Input, file: str = "model.stab
             f"logits, state = program.call({example}, state)  # and again with the next tokens"
         )
     logits = results if state is None else results[0]
+    described = {"name": given.name, "meaning": given.meaning, **arguments[0]}
     return {
-        "inputs": [
-            {
-                "name": given.name,
-                "meaning": given.meaning,
-                **arguments[0],
-                "limits": list(given.limits),
-            }
-        ],
+        "inputs": [described | {"limits": list(given.limits)}],
         "outputs": [{"name": "logits", **logits}],
         **({"state": state} if state is not None else {}),
         "platforms": list(program.platforms),
@@ -323,25 +272,18 @@ def describe(program: jax.export.Exported, given: Input, file: str = "model.stab
 
 
 def about_data(tokenizer: Tokenizer | None, normalize: str, dataset: Dataset | None) -> Tree:
-    """What somebody needs to make inputs and read outputs: the tokenizer, or the classes' names and
-    how pixels become inputs.
-    """
+    """What makes inputs and reads outputs: the tokenizer, or classes' names and the normalization."""
     if tokenizer is not None:
         return {"tokenizer": tokenizer.to_json()}
     assert dataset is not None
     about: Tree = {"labels": list(dataset.labels)}
     if dataset.image_shape is not None:
         mean, deviation = NORMALIZATIONS[normalize]
-        about["pixels"] = {
-            "formula": "(pixel / 255 - mean) / deviation",
-            "mean": mean,
-            "deviation": deviation,
-        }
+        formula = "(pixel / 255 - mean) / deviation"
+        about["pixels"] = {"formula": formula, "mean": mean, "deviation": deviation}
     return about
 
 
-def _shape(aval: Any) -> Tree:
-    return {
-        "shape": [n if isinstance(n, int) else str(n) for n in aval.shape],
-        "dtype": np.dtype(aval.dtype).name,
-    }
+def _shown(shape: Iterable[object], dtype: DTypeLike) -> Tree:
+    dimensions = [n if isinstance(n, int) else str(n) for n in shape]
+    return {"shape": dimensions, "dtype": np.dtype(dtype).name}

@@ -1,8 +1,6 @@
-"""Matplotlib figures that suit a light and a dark page, a phone and a desk: one SVG whose colors
-the page decides, and a PNG.
+"""Matplotlib figures for light and dark pages: an SVG whose colors the page decides, and a PNG.
 
-Figures are narrow, so that their letters stay readable on a phone; wide pages put several beside
-one another.
+They are narrow, so that letters stay readable on a phone; wide pages put several side by side.
 """
 
 from __future__ import annotations
@@ -14,14 +12,14 @@ import re
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 WIDTH = 5.0  # inches
 
-# name: (on a light page, on a dark page). In the SVG each light color is replaced by a CSS
-# variable of that name.
-COLOURS = {
+# name: (on a light page, on a dark page); in the SVG the light color becomes a CSS variable.
+COLORS = {
     "ink": ("#1c2127", "#e8ebee"),
     "muted": ("#5a636e", "#a9b2bd"),
     "grid": ("#d3d9df", "#3a424b"),
@@ -38,8 +36,10 @@ COLOURS = {
     "series-10": ("#8c3b63", "#f09bc4"),
     "series-11": ("#00705f", "#4ed6bd"),
 }
-INK, MUTED, GRID = (COLOURS[name][0] for name in ("ink", "muted", "grid"))
-SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series-")]
+INK, MUTED, GRID = (COLORS[name][0] for name in ("ink", "muted", "grid"))
+SERIES = [light for name, (light, _) in COLORS.items() if name.startswith("series-")]
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -69,8 +69,9 @@ _STYLE: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A figure for the page. name: of its PNG file, without suffix. alt: what it shows, for those
-    who don't see it. svg: an element.
+    """A figure for the page.
+
+    name: of its PNG file, without suffix. alt: what it shows, in words. svg: an element.
     """
 
     name: str
@@ -81,42 +82,56 @@ class Picture:
 
 
 def style() -> Any:
-    """A context manager in which figures look as they should."""
+    """The context manager, or decorator, within which all figures are made and drawn."""
     return matplotlib.rc_context(_STYLE)
 
 
-def new(height: float) -> tuple[Figure, Any]:
-    """A figure of one plot, WIDTH wide; to be drawn within `style()`."""
+def series_style(i: int) -> dict[str, Any]:
+    """Color, line and marker of the i-th of several things in a plot."""
+    return {
+        "color": SERIES[i % len(SERIES)],
+        "linestyle": _LINES[i // len(SERIES) % len(_LINES)],
+        "marker": _MARKERS[i % len(_MARKERS)],
+    }
+
+
+def shortened(text: str, longest: int = 24) -> str:
+    """At most so many letters, the middle left out; tables have the whole."""
+    return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
+
+
+def legend(figure: Figure, columns: int = 2, **options: Any) -> None:
+    """A legend below the plot."""
+    chosen = {"handlelength": 1.6, "columnspacing": 1.0, **options}
+    figure.legend(loc="outside lower center", ncols=columns, **chosen)
+
+
+def new(height: float) -> tuple[Figure, Axes]:
+    """A figure of one plot, WIDTH wide."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
 
 def picture(figure: Figure, name: str, title: str, alt: str) -> Picture:
-    """Draws a figure for light and dark pages at once; to be called within `style()`."""
+    """Draws a figure for light and dark pages at once."""
     text = io.StringIO()
-    figure.savefig(
-        text,
-        format="svg",
-        transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-    )
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=200, facecolor="white")
     return Picture(name, title, alt, _element(text.getvalue(), name, alt), png.getvalue())
 
 
 def _element(svg: str, name: str, alt: str) -> str:
-    """An SVG file as an element of a page: no ids that another has, no size of its own, colors by
-    name.
-    """
+    """An SVG file as an element of a page: ids of its own, no size of its own, colors by name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'(xlink:)?href="#([^"]+)"', rf'href="#{name}-\2"', svg)
     # Presentation attributes know no variables, styles do; Matplotlib writes styles.
-    for variable, (light, _) in COLOURS.items():
+    for variable, (light, _) in COLORS.items():
         svg = svg.replace(light, f"var(--{variable})")
     head, rest = svg[: svg.index(">")], svg[svg.index(">") :]
     head = re.sub(r'\s(width|height|version|xmlns(:\w+)?)="[^"]*"', "", head)
@@ -125,4 +140,4 @@ def _element(svg: str, name: str, alt: str) -> str:
 
 def css_variables(dark: bool) -> str:
     """The colors as CSS declarations."""
-    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLORS.items())

@@ -1,5 +1,4 @@
-"""What look-up tables learned: the functions they compute, the inputs they read, and how balanced
-their outputs are.
+"""What look-up tables learned: the functions they compute, and the inputs they read.
 
 Everything here is about tables as deployed, one bit an entry. Dimensions: L tables, n inputs a
 table, A = 2**n entries, F input bits, d features, z thresholds a feature (input f * z + t is
@@ -29,10 +28,10 @@ _LEAST_MARGIN = 1e-4
 class LayerInsight:
     """One look-up layer of one block.
 
-    block: its path in the model. layer: 0 for the first. kinds: how many tables are of each of
-      KINDS. reads: (F,), how many slots of the
-    tables read each input. influence: (F,), see `influences`. thresholds: z of the thermometer
-      whose bits the layer reads, 0 where it reads another layer's.
+    block: its path in the model. layer: 0 for the first.
+    kinds: how many tables are of each of KINDS. reads: (F,), how many slots read each input.
+    influence: (F,), see `influences`.
+    thresholds: z of the thermometer whose bits the layer reads, 0 where it reads another layer's.
     balance: (L,), the share of evaluated tokens for which each table gave 1; None without data.
     kept: tables that cannot be dropped without changing an output on that data; None without data.
     """
@@ -55,19 +54,16 @@ class LayerInsight:
     @property
     def name(self) -> str:
         """Block and layer, for people."""
-        return (
-            f"{self.block or 'model'}, layer {self.layer}" if self.layer else self.block or "model"
-        )
+        return (self.block or "model") + (f", layer {self.layer}" if self.layer else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """The model without the tables that were constant on the evaluated data, compared with the
-    whole one on the same data.
+    """The model without the tables that were constant on some data, compared with the whole there.
 
-    outputs: images, or tokens of text. same_decisions: outputs of the same class (or the same
-      likeliest next token).
-    same_logits: outputs of which every logit has the same bits. tables, dropped: of all blocks.
+    outputs: images, or tokens of text. tables, dropped: of all blocks.
+    same_decisions: outputs of the same class, or the same likeliest next token.
+    same_logits: outputs of which every logit has the same bits.
     """
 
     outputs: int
@@ -79,9 +75,7 @@ class Pruned:
 
 @dataclasses.dataclass(frozen=True)
 class Insight:
-    """What is known of one model's tables; `pruned` is None, and `note` says why, where there was
-    no data.
-    """
+    """What is known of one model's tables; without data `pruned` is None, and `note` says why."""
 
     layers: tuple[LayerInsight, ...]
     pruned: Pruned | None = None
@@ -89,8 +83,8 @@ class Insight:
 
 
 def reduce_repeated(table: np.ndarray, wiring: Sequence[int]) -> np.ndarray:
-    """A table (A,) whose slots read inputs `wiring` (n,), as the function of its distinct inputs:
-    entries that cannot be reached go.
+    """A table (A,) whose slots read inputs `wiring` (n,), without the entries that cannot be
+    reached as two slots read the same input.
     """
     slots = [int(place) for place in wiring]
     if len(set(slots)) == len(slots):
@@ -104,12 +98,10 @@ def reduce_repeated(table: np.ndarray, wiring: Sequence[int]) -> np.ndarray:
 
 
 def kind_of(table: np.ndarray) -> str:
-    """The first of KINDS that a truth table (A,) of bits fits: 'constant', 'copy' (of one input or
-    its negation), 'threshold', 'other'.
+    """The first of KINDS that a truth table (A,) of bits fits; entry a has input l = bit l of a.
 
-    'threshold': the table says on which side of a plane its inputs lie, w . x > b for real w and b,
-    as one artificial neuron would; constants and copies are such functions too, and counted before.
-    Entry a has input l equal to bit l of a.
+    'copy': of one input or its negation. 'threshold': the table says on which side of a plane its
+    inputs lie, w . x > b for real w and b, as one artificial neuron would.
 
     Raises:
       InputError: the length isn't a power of two up to 256.
@@ -143,11 +135,8 @@ def is_linear_threshold(table: np.ndarray) -> bool:
         if (high & ~low).any():
             if (low & ~high).any():
                 return False
-        elif (
-            low & ~high
-            # decreasing: turned round, so that tables that differ by negations alone are decided
-            # once
-        ).any():
+        elif (low & ~high).any():
+            # Decreasing: turned round, so that tables that differ by negations are decided once.
             cube = np.flip(cube, axis)
     # The order of the inputs doesn't matter either: the more an input decides (its Chow parameter),
     # the earlier it stands.
@@ -163,27 +152,18 @@ def _separable(bits: bytes) -> bool:
     # Maximize t with side * (w . x - b) >= t, |w| <= 1: variables w, b, t.
     constraints = np.column_stack([-sides[:, None] * corners, sides, np.ones(len(bits))])
     bounds = [(-1.0, 1.0)] * inputs + [(None, None), (None, 1.0 + inputs)]
-    found = linprog(
-        [0.0] * (inputs + 1) + [-1.0],
-        A_ub=constraints,
-        b_ub=np.zeros(len(bits)),
-        bounds=bounds,
-        method="highs",
-    )
+    goal = [0.0] * (inputs + 1) + [-1.0]
+    found = linprog(goal, A_ub=constraints, b_ub=np.zeros(len(bits)), bounds=bounds, method="highs")
     if not found.success:
         raise RuntimeError(
             f"the linear program of a table of {inputs} inputs was not solved: {found.message}"
         )
     weights, offset, margin = found.x[:inputs], found.x[inputs], found.x[-1]
-    if margin < _LEAST_MARGIN:
-        return False
-    return bool((sides * (corners @ weights - offset) > 0).all())
+    return bool(margin >= _LEAST_MARGIN and (sides * (corners @ weights - offset) > 0).all())
 
 
 def count_kinds(tables: np.ndarray, wiring: np.ndarray) -> dict[str, int]:
-    """How many of tables (L, A), bool, that read inputs `wiring` (L, n), are of each of KINDS, as
-    functions of their distinct inputs.
-    """
+    """How many of bool tables (L, A), wired to inputs `wiring` (L, n), are of each of KINDS."""
     kinds = dict.fromkeys(KINDS, 0)
     known: dict[bytes, str] = {}
     for table, places in zip(np.asarray(tables).astype(bool), np.asarray(wiring)):
@@ -201,8 +181,7 @@ def count_reads(wiring: np.ndarray, num_inputs: int) -> np.ndarray:
 
 
 def influences(tables: np.ndarray, wiring: np.ndarray, num_inputs: int) -> np.ndarray:
-    """How much tables (L, A), bool, that read inputs `wiring` (L, n), depend on each of the inputs:
-    float (F,).
+    """How much bool tables (L, A), wired to inputs `wiring` (L, n), depend on each: float (F,).
 
     A slot's influence is the share of the table's entries whose bit changes when the slot's input
     does (O'Donnell, Analysis of Boolean Functions, section 2.2): 0 for an input that doesn't
@@ -210,7 +189,6 @@ def influences(tables: np.ndarray, wiring: np.ndarray, num_inputs: int) -> np.nd
     """
     tables, wiring = np.asarray(tables).astype(bool), np.asarray(wiring, np.int64)
     entries = np.arange(tables.shape[1])
-    each = np.stack(
-        [(tables != tables[:, entries ^ (1 << slot)]).mean(1) for slot in range(wiring.shape[1])], 1
-    )
+    slots = range(wiring.shape[1])
+    each = np.stack([(tables != tables[:, entries ^ (1 << slot)]).mean(1) for slot in slots], 1)
     return np.bincount(wiring.ravel(), each.ravel(), minlength=num_inputs)

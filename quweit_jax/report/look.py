@@ -4,23 +4,20 @@ look-up tables learned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from quweit_jax import config as configs
+from quweit_jax.config import flat
 from quweit_jax.data import pipeline
 from quweit_jax.data.images import NORMALIZATIONS
-from quweit_jax.deploy import generate as generation
-from quweit_jax.deploy import packed
-from quweit_jax.deploy import prune as pruning
-from quweit_jax.deploy import tables as deployed
-from quweit_jax.errors import InputError, RunError
+from quweit_jax.deploy import packed, prune, tables
+from quweit_jax.deploy.generate import generate_tokens, stream_text
+from quweit_jax.errors import InputError, RunError, first_line
 from quweit_jax.report import insight
-from quweit_jax.report.summary import ClassifiedImage, Record
+from quweit_jax.report.summary import ClassifiedImage, Json, RunSummary
 from quweit_jax.training import run
 
 _IMAGES = 8
@@ -28,91 +25,97 @@ _TOKENS = 200
 _PROMPT = 16
 
 
-def look(record: Record, overrides: Mapping[str, str], batches: int) -> dict[str, Any]:
-    """Opens the run's best checkpoint and adds to the record what it shows; tells 'outputs' and
-    'image_size' where they are known.
+def look(summary: RunSummary, overrides: Mapping[str, str], batches: int, training: bool) -> Json:
+    """Opens the run's best checkpoint and adds to the summary what it shows, or why it shows
+    nothing.
 
-    A data set that isn't there is never fetched. Of a language model without its data there is
-    still text.
+    A data set that isn't there is never fetched. A language model without its data still writes.
+    batches: of validation data on which tables are watched. training: the run is being trained now.
 
-    Raises:
-      Exception: whatever goes wrong in opening it; see `explain`.
+    Returns:
+      'outputs' and 'image_size', where they are known.
     """
-    path, keys = Path(record.path), configs.flat(record.config)
-    if not run.has_checkpoints(path):
-        record.notes.append("no checkpoint yet, so there is no model to look at")
-        return {}
-    given = {
-        key: value for key, value in {"data.download": "False", **overrides}.items() if key in keys
-    }
     try:
-        opened, missing = run.open_run(path, None, given), ""
+        return _look(summary, overrides, batches)
+    except Exception as error:  # a report of many runs does not stop for one
+        _explain(error, summary, training)
+        return {}
+
+
+def _look(summary: RunSummary, overrides: Mapping[str, str], batches: int) -> Json:
+    path, keys = Path(summary.path), flat(summary.config)
+    if not run.has_checkpoints(path):
+        summary.notes.append("no checkpoint yet, so there is no model to look at")
+        return {}
+    wanted = {"data.download": "False", **overrides}
+    given = {key: value for key, value in wanted.items() if key in keys}
+    missing = ""
+    try:
+        opened = run.open_run(path, None, given)
     except InputError as error:
-        if not record.language:
+        if not summary.language:
             raise
         missing = str(error)
         opened = run.open_run(path, None, given, data=False)
-    if missing:
-        record.notes.append(f"without its data ({missing})")
-    parts = opened.parts
-    _try(record, "tables", lambda: _tables(record, opened, batches, missing))
-    if parts.tokenizer is not None:
-        _try(record, "text", lambda: _text(record, opened))
-        return {"outputs": parts.tokenizer.vocab_size}
-    _try(record, "images", lambda: _images(record, opened))
-    shape = parts.dataset.image_shape or (
-        round(len(np.ravel(parts.dataset.validation[0]["inputs"])) ** 0.5),
-    )
-    return {"outputs": parts.dataset.outputs, "image_size": shape[0]}
+        summary.notes.append(f"without its data ({missing})")
+    _try(summary, "tables", lambda: _tables(summary, opened, batches, missing))
+    if opened.parts.tokenizer is not None:
+        _try(summary, "text", lambda: _text(summary, opened))
+        return {"outputs": opened.parts.tokenizer.vocab_size}
+    _try(summary, "images", lambda: _images(summary, opened))
+    data = opened.parts.dataset
+    if data.image_shape is not None:
+        return {"outputs": data.outputs, "image_size": data.image_shape[0]}
+    size = round(np.size(data.validation[0]["inputs"]) ** 0.5)
+    return {"outputs": data.outputs, "image_size": size}
 
 
-def explain(error: Exception, record: Record) -> tuple[str, str]:
-    """A state and a reason for a run that could not be opened; a run without its data keeps its
-    state.
-    """
-    text = str(error).split("\n")[0]
+def _explain(error: Exception, summary: RunSummary, training: bool) -> None:
+    """Says why a run could not be opened; one without its data keeps its state."""
+    text = first_line(error)
+    named = f"{type(error).__name__}: {text}"
     if isinstance(error, RunError):
-        return "damaged", text
-    if isinstance(error, InputError):
-        if "checkpoint of step" in text or text.startswith(("model", "optimizer", "mesh")):
-            return "older version", f"this version cannot open it: {text}"
-        record.notes.append(
-            f"the model was not opened, so there are no samples and no look-up tables: {text}"
-        )
-        return record.state, ""
-    if isinstance(error, AttributeError | KeyError) and record.config:
-        return "older version", f"this version cannot open it ({type(error).__name__}: {text})"
-    return "damaged", f"it could not be opened ({type(error).__name__}: {text})"
+        state, reason = "damaged", text
+    elif isinstance(error, InputError):
+        if "checkpoint of step" not in text and not text.startswith(("model", "optimizer", "mesh")):
+            summary.notes.append(
+                f"the model was not opened, so there are no samples and no look-up tables: {text}"
+            )
+            return
+        state, reason = "older version", f"this version cannot open it: {text}"
+    elif isinstance(error, AttributeError | KeyError):
+        state, reason = "older version", f"this version cannot open it ({named})"
+    else:
+        state, reason = "damaged", f"it could not be opened ({named})"
+    if training and state == "damaged":  # its checkpoints come and go
+        summary.notes.append(f"the model was not opened while the run is being trained ({reason})")
+    else:
+        summary.mark(state, reason)
 
 
-def _try(record: Record, what: str, action: Any) -> None:
+def _try(summary: RunSummary, what: str, action: Callable[[], None]) -> None:
     try:
         action()
     except Exception as error:  # one part that fails leaves the others
-        record.notes.append(
-            f"no {what} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''})"
-        )
+        summary.notes.append(f"no {what} ({type(error).__name__}: {first_line(error)})")
 
 
-def _text(record: Record, opened: run.OpenRun) -> None:
-    parts, tokenizer = opened.parts, opened.parts.tokenizer
+def _text(summary: RunSummary, opened: run.OpenRun) -> None:
+    setup, tokenizer = opened.parts, opened.parts.tokenizer
     assert tokenizer is not None
-    if parts.data is not None:
-        prompt = np.asarray(parts.data.validation[0]["inputs"][:_PROMPT])
+    if setup.data is not None:
+        prompt = np.asarray(setup.data.validation[0]["inputs"][:_PROMPT])
     else:
         prompt = np.asarray(tokenizer.encode("\n"), np.int32)
         prompt = prompt if len(prompt) else np.zeros(1, np.int32)
-    tokens = generation.generate_tokens(
-        parts.model, _packed(opened), prompt, _TOKENS, temperature=0.8, seed=parts.config.seed
+    tokens = generate_tokens(
+        setup.model, _packed(opened), prompt, _TOKENS, temperature=0.8, seed=setup.config.seed
     )
-    record.text = (
-        tokenizer.decode(prompt),
-        "".join(generation.stream_text(tokenizer, tokens, prompt)),
-    )
+    written = "".join(stream_text(tokenizer, tokens, prompt))
+    summary.text = (tokenizer.decode(prompt), written)
 
 
-def _packed(opened: run.OpenRun) -> Any:
+def _packed(opened: run.OpenRun) -> Json:
     """The variables as deployed, where there is something to pack."""
     try:
         return packed.pack(jax.device_get(opened.variables))
@@ -120,33 +123,22 @@ def _packed(opened: run.OpenRun) -> Any:
         return opened.variables
 
 
-def _images(record: Record, opened: run.OpenRun) -> None:
-    data = opened.parts.dataset
-    places = [i * len(data.validation) // _IMAGES for i in range(_IMAGES)]
-    examples = [example for i in places if (example := _example(data.validation, i)) is not None]
-    inputs = np.stack([example["inputs"] for example in examples])
-    probabilities = np.asarray(
-        jax.nn.softmax(jax.jit(opened.parts.model.apply)(opened.variables, inputs))
-    )
+def _images(summary: RunSummary, opened: run.OpenRun) -> None:
+    setup, data = opened.parts, opened.parts.dataset
+    (batch,) = pipeline.eval_batches(data.validation, _IMAGES, 1)
+    logits = jax.jit(setup.model.apply)(opened.variables, batch["inputs"])
+    probabilities = np.asarray(jax.nn.softmax(logits))
     names = data.labels or tuple(map(str, range(data.outputs)))
-    for example, each in zip(examples, probabilities):
-        pixels = _pixels(np.asarray(example["inputs"]), opened.parts.data_config.normalize)
+    for i in np.flatnonzero(batch["weights"]):
+        pixels = _pixels(batch["inputs"][i], setup.data_config.normalize)
         if pixels is not None:
-            found = ClassifiedImage(
-                pixels, names[int(example["targets"])], names[int(each.argmax())], float(each.max())
-            )
-            record.images.append(found)
-
-
-def _example(examples: Any, index: int) -> dict[str, Any] | None:
-    """An example, or None for an image that is left out (data.skip_bad)."""
-    return examples.get(index) if hasattr(examples, "get") else examples[index]
+            expected, found = int(batch["targets"][i]), int(probabilities[i].argmax())
+            share = float(probabilities[i].max())
+            summary.images.append(ClassifiedImage(pixels, names[expected], names[found], share))
 
 
 def _pixels(inputs: np.ndarray, normalize: str) -> np.ndarray | None:
-    """What an input looks like, uint8: (H, W, C), or a square of numbers (H, W); None for what is
-    no picture.
-    """
+    """An input as uint8 pixels: (H, W, C), or a square of numbers (H, W); None if it is neither."""
     if inputs.ndim == 3:
         mean, deviation = (np.asarray(v, np.float32) for v in NORMALIZATIONS[normalize])
         pixels = np.clip(np.round(255 * (inputs * deviation + mean)), 0, 255).astype(np.uint8)
@@ -155,55 +147,51 @@ def _pixels(inputs: np.ndarray, normalize: str) -> np.ndarray | None:
     if side * side != inputs.size:
         return None
     low, high = inputs.min(), inputs.max()
-    return (
-        np.round(255 * (inputs - low) / max(high - low, 1e-9)).astype(np.uint8).reshape(side, side)
-    )
+    scaled = 255 * (inputs - low) / max(high - low, 1e-9)
+    return np.round(scaled).astype(np.uint8).reshape(side, side)
 
 
-def _tables(record: Record, opened: run.OpenRun, batches: int, missing: str) -> None:
-    parts = opened.parts
-    shape = np.shape(parts.data.validation[0]["inputs"]) if parts.data is not None else ()
-    form = deployed.deploy(parts.model, opened.variables, shape)
+def _tables(summary: RunSummary, opened: run.OpenRun, batches: int, missing: str) -> None:
+    setup, data = opened.parts, opened.parts.data
+    shape = np.shape(data.validation[0]["inputs"]) if data is not None else ()
+    form = tables.deploy(setup.model, opened.variables, shape)
     if form is None:
         return
-    counts: dict[str, pruning.Counts] = {}
-    folds: dict[str, deployed.Fold] = {}
-    compared = None
-    if parts.data is not None:
-        size = run.eval_batch_size(parts.config, parts.mesh)
-        data = [
-            (b["inputs"], b["weights"])
-            for b in pipeline.eval_batches(parts.data.validation, size, batches)
-        ]
-        counts = pruning.count_ones(form, data)
-        pruned, folds = pruning.prune(form, counts)
-        result = pruning.compare(form, pruned, data)
-        tables = sum(len(layer) for block in form.blocks.values() for layer in block.tables)
+    counts: dict[str, prune.Counts] = {}
+    folds: dict[str, tables.Fold] = {}
+    compared, note = None, f"tables were not watched at work: {missing or 'no data'}"
+    if data is not None:
+        size = run.eval_batch_size(setup.config, setup.mesh)
+        found = pipeline.eval_batches(data.validation, size, batches)
+        watched = [(batch["inputs"], batch["weights"]) for batch in found]
+        counts = prune.count_ones(form, watched)
+        pruned, folds = prune.prune(form, counts)
+        result = prune.compare(form, pruned, watched)
+        total = sum(len(layer) for block in form.blocks.values() for layer in block.tables)
         kept = sum(int(layer.sum()) for left in folds.values() for layer in left.kept)
-        compared = insight.Pruned(
-            result.outputs, result.same_decisions, result.same_logits, tables, tables - kept
-        )
-    layers = []
-    for name, block in form.blocks.items():
-        for i, (tables, wiring) in enumerate(zip(block.tables, block.wiring)):
-            inputs = len(block.tables[i - 1]) if i else block.num_inputs
-            layers.append(
-                insight.LayerInsight(
-                    block=name,
-                    layer=i,
-                    lut_inputs=wiring.shape[1],
-                    kinds=insight.count_kinds(tables, wiring),
-                    reads=insight.count_reads(wiring, inputs),
-                    influence=insight.influences(tables, wiring, inputs),
-                    thresholds=0 if i else block.thresholds,
-                    balance=counts[name].ones[i] / max(1, counts[name].tokens)
-                    if name in counts
-                    else None,
-                    kept=int(folds[name].kept[i].sum()) if name in folds else None,
-                )
-            )
-    record.insight = insight.Insight(
-        tuple(layers),
-        compared,
-        "" if compared else f"tables were not watched at work: {missing or 'no data'}",
+        same = result.same_decisions, result.same_logits
+        compared, note = insight.Pruned(result.outputs, *same, total, total - kept), ""
+    layers = tuple(
+        _layer(name, i, block, counts.get(name), folds.get(name))
+        for name, block in form.blocks.items()
+        for i in range(len(block.tables))
+    )
+    summary.insight = insight.Insight(layers, compared, note)
+
+
+def _layer(
+    name: str, i: int, block: tables.Block, counts: prune.Counts | None, left: tables.Fold | None
+) -> insight.LayerInsight:
+    luts, wiring = block.tables[i], block.wiring[i]
+    inputs = len(block.tables[i - 1]) if i else block.num_inputs
+    return insight.LayerInsight(
+        block=name,
+        layer=i,
+        lut_inputs=wiring.shape[1],
+        kinds=insight.count_kinds(luts, wiring),
+        reads=insight.count_reads(wiring, inputs),
+        influence=insight.influences(luts, wiring, inputs),
+        thresholds=0 if i else block.thresholds,
+        balance=counts.ones[i] / max(1, counts.tokens) if counts else None,
+        kept=int(left.kept[i].sum()) if left else None,
     )

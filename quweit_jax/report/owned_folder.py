@@ -1,8 +1,8 @@
 """A folder of files that may be written again, but never over anything else.
 
 A list of what was written, `report.json`, lies beside the files. A folder that has one may be
-written to again: the files it lists are replaced, or removed if there is no such file any more;
-others are left alone, and stop the writing if they are in the way.
+written to again: the files it lists are replaced, or removed if the new report has no such file.
+Other files are left alone, and stop the writing if they are in the way.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ _AUTHOR = "quweit_jax.report"
 
 
 def check(folder: Path) -> list[str]:
-    """The names of the files that an earlier report wrote to a folder; call it before the work, as
-    it may end it.
+    """The names of the files that an earlier report wrote to a folder; call it before the work.
 
     Raises:
-      InputError: the folder holds files and no list of a report's, or is a file, or its list cannot
-        be read.
+      InputError: it is a file, holds files but no report's list, or that list cannot be read.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out: {folder} is a file; give a folder.")
@@ -65,8 +63,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # First the list, of the old and the new: wherever this is stopped, the next report may go
-        # on.
+        # First the list, of old and new: wherever this is stopped, the next report may go on.
         _list(folder, [*dict.fromkeys([*before, *files])])
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -80,6 +77,5 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _list(folder: Path, names: list[str]) -> None:
-    (folder / LIST).write_text(
-        json.dumps({"written_by": _AUTHOR, "files": names}, indent=1) + "\n", encoding="utf-8"
-    )
+    text = json.dumps({"written_by": _AUTHOR, "files": names}, indent=1)
+    (folder / LIST).write_text(text + "\n", encoding="utf-8")

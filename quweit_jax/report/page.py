@@ -1,6 +1,4 @@
-"""A report as files: one HTML page that needs nothing else, its plots as PNGs, and its numbers as
-CSV.
-"""
+"""A report as files: one HTML page that needs nothing else, its plots as PNGs, numbers as CSV."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,31 +17,9 @@ from PIL import Image
 
 from quweit_jax.report import figures, plots
 from quweit_jax.report.figures import Picture
-from quweit_jax.report.insight import KINDS
-from quweit_jax.report.summary import Group, Record, group
-
-COLUMNS = (
-    "run",
-    "name",
-    "state",
-    "model",
-    "mlp",
-    "data",
-    "parameters",
-    "step",
-    "steps",
-    "best step",
-    "validation loss",
-    "accuracy",
-    "bytes deployed",
-    "multiplications",
-    "multiplications replaced",
-    "table look-ups",
-    "energy, pJ",
-    "arithmetic, pJ",
-    "memory, pJ",
-    "reason",
-)
+from quweit_jax.report.insight import KINDS, LayerInsight
+from quweit_jax.report.insight_plots import KIND_WORDS, insight_pictures
+from quweit_jax.report.summary import Group, Json, RunSummary, group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +31,7 @@ class Section:
 
 
 def write(
-    records: Sequence[Record],
+    runs: Sequence[RunSummary],
     skipped: Sequence[tuple[str, str]],
     *,
     technology: str,
@@ -67,15 +43,15 @@ def write(
     """
     sections = [
         Section(found, _pictures(found, f"group{i}", technology))
-        for i, found in enumerate(group(list(records)), 1)
+        for i, found in enumerate(group(runs), 1)
     ]
     insights = {
-        r.number: plots.insight_pictures(r.insight, f"run{r.number}")
-        for r in records
+        r.number: insight_pictures(r.insight, f"run{r.number}")
+        for r in runs
         if r.insight is not None
     }
     environment = Environment(
-        loader=PackageLoader("quweit_jax", "analysis/templates"),
+        loader=PackageLoader("quweit_jax", "report/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -85,59 +61,48 @@ def write(
         "number": _shown,
         "svg": lambda p: Markup(p.svg),
         "png": _data_uri,
-        "pretty": _pretty,
+        "pretty": lambda v: json.dumps(v, indent=1, ensure_ascii=False, sort_keys=True),
         "share": lambda v: f"{v:.1%}",
     }
+    said = [text for r in runs if r.energy is not None for text in r.energy.assumptions]
     html = environment.get_template("report.html.jinja").render(
         title=title or "Report",
-        records=records,
+        runs=runs,
         sections=sections,
-        loose=[record for record in records if record.language is None],
         insights=insights,
         skipped=skipped,
-        technology=technology,
-        assumptions=_assumptions(records),
+        assumptions=list(dict.fromkeys(said)),
         light=Markup(figures.css_variables(False)),
         dark=Markup(figures.css_variables(True)),
-        kinds=plots.KIND_WORDS,
-        states={
-            state: sum(r.state == state for r in records)
-            for state in dict.fromkeys(r.state for r in records)
-        },
+        kinds=KIND_WORDS,
+        states=Counter(r.state for r in runs),
     )
     files = {"index.html": html.encode()}
-    for shown in [
-        *(p for s in sections for p in s.pictures),
-        *(p for each in insights.values() for p in each),
-    ]:
-        files[f"{shown.name}.png"] = shown.png
-    return files | {name: _csv(rows) for name, rows in tables(records).items()}
+    for pictures in (*(section.pictures for section in sections), *insights.values()):
+        files |= {f"{picture.name}.png": picture.png for picture in pictures}
+    return files | {name: _csv(rows) for name, rows in tables(runs).items()}
 
 
 def _pictures(found: Group, name: str, technology: str) -> list[Picture]:
     accuracy = not found.language
     quality, what = ("accuracy", "Accuracy") if accuracy else ("loss", "Loss")
-
-    def microjoules(part: str) -> Callable[[Record], float | None]:
-        return lambda record: record.energy and getattr(record.energy, part) / 1e6
-
-    energy, at = f"{name}-{quality}-energy", f"µJ per {found.unit} at {technology}"
+    energy, unit = f"{name}-{quality}-energy", f"µJ per {found.unit} at {technology}"
     made = [
         plots.loss_curves(found, f"{name}-loss"),
         plots.pareto(
             found,
             energy,
             title=f"{what} against energy",
-            cost=microjoules("total_pj"),
-            label=at,
+            cost=lambda r: r.energy and r.energy.total_pj / 1e6,
+            label=unit,
             accuracy=accuracy,
         ),
         plots.pareto(
             found,
             f"{energy}-operations",
             title=f"{what} against the energy of operations alone",
-            cost=microjoules("arithmetic_pj"),
-            label=f"{at}, memory left out",
+            cost=lambda r: r.energy and r.energy.arithmetic_pj / 1e6,
+            label=f"{unit}, memory left out",
             accuracy=accuracy,
         ),
         plots.pareto(
@@ -154,104 +119,95 @@ def _pictures(found: Group, name: str, technology: str) -> list[Picture]:
     return [picture for picture in made if picture is not None]
 
 
-def row(record: Record) -> dict[str, Any]:
+def row(run: RunSummary) -> Json:
     """A run's numbers by column; None where they aren't known."""
-    best, costs, energy = record.best or {}, record.costs, record.energy
-    values = (
-        record.number,
-        record.name,
-        record.state,
-        record.model,
-        record.mlp,
-        record.data,
-        costs and costs.parameters,
-        record.step,
-        record.config.get("steps"),
-        best.get("step"),
-        best.get("loss"),
-        best.get("accuracy"),
-        record.bytes_deployed,
-        costs and costs.total_multiplications,
-        record.replaced,
-        costs and sum(costs.lookups.values()),
-        energy and energy.total_pj,
-        energy and energy.arithmetic_pj,
-        energy and energy.memory_pj,
-        record.reason,
-    )
-    return dict(zip(COLUMNS, values))
+    best, costs, energy = run.best or {}, run.costs, run.energy
+    return {
+        "run": run.number,
+        "name": run.name,
+        "state": run.state,
+        "model": run.model,
+        "mlp": run.mlp,
+        "data": run.data,
+        "parameters": costs and costs.parameters,
+        "step": run.step,
+        "steps": run.config.get("steps"),
+        "best step": best.get("step"),
+        "validation loss": best.get("loss"),
+        "accuracy": best.get("accuracy"),
+        "bytes deployed": run.bytes_deployed,
+        "multiplications": costs and costs.total_multiplications,
+        "multiplications replaced": run.replaced,
+        "table look-ups": costs and sum(costs.lookups.values()),
+        "energy, pJ": energy and energy.total_pj,
+        "arithmetic, pJ": energy and energy.arithmetic_pj,
+        "memory, pJ": energy and energy.memory_pj,
+        "reason": run.reason,
+    }
 
 
-def tables(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
+def tables(runs: Sequence[RunSummary]) -> dict[str, list[Json]]:
     """The numbers of a report, {file: rows}: of runs, of curves, of energies by kind of layer, of
     look-up layers and of their inputs.
     """
-    curves = [
+    named: dict[str, list[Json]] = {
+        "runs": [row(run) for run in runs],
+        "curves": [],
+        "energy": [],
+        "lookup_layers": [],
+        "reads": [],
+    }
+    for run in runs:
+        who = {"run": run.number, "name": run.name}
+        keys = ("step", "split", "loss", "accuracy")
+        named["curves"] += [who | {key: x.get(key) for key in keys} for x in run.rows]
+        if (energy := run.energy) is not None:
+            named["energy"] += [
+                {
+                    **who,
+                    "kind": kind,
+                    "arithmetic_pj": energy.arithmetic_by_kind[kind],
+                    "memory_pj": energy.memory_by_kind[kind],
+                }
+                for kind in energy.by_kind
+            ]
+        for layer in run.insight.layers if run.insight is not None else ():
+            named["lookup_layers"].append(who | _layer_row(layer))
+            named["reads"] += _reads(run, layer)
+    return {f"{name}.csv": rows for name, rows in named.items() if rows}
+
+
+def _layer_row(layer: LayerInsight) -> Json:
+    return {
+        "block": layer.block,
+        "layer": layer.layer,
+        "tables": layer.tables,
+        "lut_inputs": layer.lut_inputs,
+        **{kind: layer.kinds[kind] for kind in KINDS},
+        "inputs": len(layer.reads),
+        "inputs_never_read": int((layer.reads == 0).sum()),
+        "median_balance": None if layer.balance is None else float(np.median(layer.balance)),
+        "could_be_dropped": None if layer.kept is None else layer.tables - layer.kept,
+    }
+
+
+def _reads(run: RunSummary, layer: LayerInsight) -> list[Json]:
+    return [
         {
-            "run": r.number,
-            "name": r.name,
-            "step": x["step"],
-            "split": x["split"],
-            "loss": x["loss"],
-            "accuracy": x.get("accuracy"),
-        }
-        for r in records
-        for x in r.rows
-    ]
-    energy = [
-        {
-            "run": r.number,
-            "name": r.name,
-            "kind": kind,
-            "arithmetic_pj": r.energy.arithmetic_by_kind[kind],
-            "memory_pj": r.energy.memory_by_kind[kind],
-        }
-        for r in records
-        if r.energy is not None
-        for kind in r.energy.by_kind
-    ]
-    layers = [(r, layer) for r in records if r.insight is not None for layer in r.insight.layers]
-    lookup = [
-        {
-            "run": r.number,
-            "name": r.name,
-            "block": layer.block,
-            "layer": layer.layer,
-            "tables": layer.tables,
-            "lut_inputs": layer.lut_inputs,
-            **{kind: layer.kinds[kind] for kind in KINDS},
-            "inputs": len(layer.reads),
-            "inputs_never_read": int((layer.reads == 0).sum()),
-            "median_balance": None if layer.balance is None else float(np.median(layer.balance)),
-            "could_be_dropped": None if layer.kept is None else layer.tables - layer.kept,
-        }
-        for r, layer in layers
-    ]
-    reads = [
-        {
-            "run": r.number,
+            "run": run.number,
             "block": layer.block,
             "layer": layer.layer,
             "input": i,
             "feature": i // layer.thresholds if layer.thresholds else None,
             "threshold": i % layer.thresholds if layer.thresholds else None,
-            "reads": int(count),
-            "influence": float(layer.influence[i]),
+            "reads": int(reads),
+            "influence": float(influence),
         }
-        for r, layer in layers
-        for i, count in enumerate(layer.reads)
+        for i, (reads, influence) in enumerate(zip(layer.reads, layer.influence))
     ]
-    named = {
-        "runs": [row(r) for r in records],
-        "curves": curves,
-        "energy": energy,
-        "lookup_layers": lookup,
-        "reads": reads,
-    }
-    return {f"{name}.csv": rows for name, rows in named.items() if rows}
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+def _csv(rows: Sequence[Json]) -> bytes:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -259,26 +215,13 @@ def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
     return out.getvalue().encode()
 
 
-def _assumptions(records: Sequence[Record]) -> list[str]:
-    """What all energies rest on, each said once."""
-    return list(
-        dict.fromkeys(
-            text for r in records if r.energy is not None for text in r.energy.assumptions
-        )
-    )
-
-
-def _shown(value: Any, digits: int = 4) -> str:
+def _shown(value: float | None, digits: int = 4) -> str:
     """A number for a table: whole ones with commas, others with so many digits, nothing for None."""
-    if value is None or value == "":
+    if value is None:
         return "–"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True)
 
 
 def _data_uri(pixels: np.ndarray) -> Markup:

@@ -1,104 +1,52 @@
-"""The plots of a report: loss curves, accuracy against energy, loss against memory, energy by
-layer, and what tables learned.
-"""
+"""The plots that compare runs: losses, quality against energy and memory, energy by layer."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from quweit_jax.costs.energy import Energy
 from quweit_jax.report import figures
-from quweit_jax.report.figures import GRID, INK, MUTED, SERIES, Picture
-from quweit_jax.report.insight import KINDS, Insight, LayerInsight
+from quweit_jax.report.figures import GRID, INK, MUTED, SERIES, Picture, series_style, shortened
 from quweit_jax.report.label_placement import place
-from quweit_jax.report.summary import Group, Record
-
-_LINES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LONGEST = 24  # letters of a name in a plot; tables have it whole
-KIND_WORDS = {
-    "constant": "constant",
-    "copy": "copies one input",
-    "threshold": "linear threshold",
-    "other": "any other",
-}
+from quweit_jax.report.summary import Group, RunSummary
+from quweit_jax.training.metrics import curve
 
 
-def shortened(text: str, longest: int = _LONGEST) -> str:
-    """At most so many letters, the middle left out."""
-    return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
-
-
-def _look(record: Record) -> dict[str, Any]:
-    """Color, line and marker of a run, the same in every plot."""
-    i = record.number - 1
-    return {
-        "color": SERIES[i % len(SERIES)],
-        "linestyle": _LINES[i // len(SERIES) % len(_LINES)],
-        "marker": _MARKERS[i % len(_MARKERS)],
-    }
-
-
+@figures.style()
 def loss_curves(group: Group, name: str) -> Picture | None:
-    """Training losses (thin) and validation losses (marked) of all runs of a group; None where
-    nothing was noted yet.
-    """
-    shown = [record for record in group.records if record.rows]
+    """Training losses (thin) and validation losses (marked) of a group's runs; None without any."""
+    shown = [run for run in group.runs if run.rows]
     if not shown:
         return None
-    rows = -(-len(shown) // 2)
-    with figures.style():
-        figure, axes = figures.new(3.4 + 0.2 * rows)
-        seen = []
-        for record in shown:
-            look = _look(record)
-            for split in ("train", "validation"):
-                points = [
-                    (row["step"], row["loss"]) for row in record.rows if row["split"] == split
-                ]
-                steps, losses = [p[0] for p in points], [p[1] for p in points]
-                if split == "train":
-                    axes.plot(steps, losses, color=look["color"], linewidth=0.8, alpha=0.35)
-                    seen += losses[len(losses) // 20 :]
-                else:
-                    axes.plot(
-                        steps,
-                        losses,
-                        markersize=3.5,
-                        linewidth=1.5,
-                        markevery=max(1, len(steps) // 12),
-                        label=shortened(record.label),
-                        **look,
-                    )
-                    seen += losses
-        finite = sorted(value for value in seen if math.isfinite(value))
-        if finite:  # the first steps of a run are far above all that matters
-            low, high = finite[0], finite[min(len(finite) - 1, int(0.97 * len(finite)))]
-            axes.set_ylim(low - 0.04 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
-        axes.set(xlabel="step", ylabel=f"loss ({loss_unit(group)})")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        figure.legend(
-            loc="outside lower center",
-            ncols=1 if len(shown) == 1 else 2,
-            handlelength=1.6,
-            columnspacing=1.0,
-        )
-        best = "; ".join(
-            f"{r.label}: {r.best['loss']:.3f} at step {r.best['step']}" for r in shown if r.best
-        )
-        return figures.picture(
-            figure,
-            name,
-            "Loss",
-            "Training and validation loss by step. Lowest validation losses: "
-            f"{best or 'none yet'}.",
-        )
+    figure, axes = figures.new(3.4 + 0.2 * -(-len(shown) // 2))
+    seen = []
+    for run in shown:
+        look = series_style(run.number - 1)
+        steps, losses = curve(run.rows, "train")
+        axes.plot(steps, losses, color=look["color"], linewidth=0.8, alpha=0.35)
+        seen += losses[len(losses) // 20 :]  # the first are far above all that matters
+        steps, losses = curve(run.rows, "validation")
+        look |= {"markersize": 3.5, "linewidth": 1.5, "markevery": max(1, len(steps) // 12)}
+        axes.plot(steps, losses, label=shortened(run.label), **look)
+        seen += losses
+    finite = sorted(value for value in seen if math.isfinite(value))
+    if finite:
+        low, high = finite[0], finite[min(len(finite) - 1, int(0.97 * len(finite)))]
+        axes.set_ylim(low - 0.04 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
+    axes.set(xlabel="step", ylabel=f"loss ({loss_unit(group)})")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    figures.legend(figure, columns=min(2, len(shown)))
+    best = "; ".join(
+        f"{r.label}: {r.best['loss']:.3f} at step {r.best['step']}" for r in shown if r.best
+    )
+    text = f"Training and validation loss by step. Lowest validation losses: {best or 'none yet'}."
+    return figures.picture(figure, name, "Loss", text)
 
 
 def loss_unit(group: Group) -> str:
@@ -107,122 +55,88 @@ def loss_unit(group: Group) -> str:
 
 
 def front(points: Sequence[tuple[float, float]], larger_is_better: bool) -> list[int]:
-    """The points (cost, quality) that no other beats: none is at most as dear and at least as good,
-    and better in one; by rising cost.
+    """The points (cost, quality) that no other beats, by rising cost.
+
+    One beats another if it is at most as dear and at least as good, and better in one of the two.
     """
     sign = -1 if larger_is_better else 1
     found: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
-        if (
-            not found
-            or sign * points[i][1] < sign * points[found[-1]][1]
-            or points[i] == points[found[-1]]
-        ):
+        last = points[found[-1]] if found else None
+        if last is None or sign * points[i][1] < sign * last[1] or points[i] == last:
             found.append(i)
     return found
 
 
+@figures.style()
 def pareto(
     group: Group,
     name: str,
     *,
     title: str,
-    cost: Callable[[Record], float | None],
+    cost: Callable[[RunSummary], float | None],
     label: str,
     accuracy: bool,
 ) -> Picture | None:
-    """Quality against a cost, every run a labelled point, those that no other beats joined by a
-    line; None without any.
+    """Quality against a cost: every run a labelled point, those on the front ringed and joined;
+    None without any.
 
-    accuracy: accuracy (larger is better) instead of the validation loss, both of the evaluation of
-    lowest loss.
+    accuracy: accuracy instead of the validation loss, both of the evaluation of lowest loss.
     """
-    found = [(record, cost(record), record.best) for record in group.records]
+    found = [(run, cost(run), run.best) for run in group.runs]
     known = [
-        (record, float(x), float(best["accuracy" if accuracy else "loss"]))
-        for record, x, best in found
+        (run, float(x), float(best["accuracy" if accuracy else "loss"]))
+        for run, x, best in found
         if x and best
     ]
     if not known:
         return None
     points = [(x, y) for _, x, y in known]
-    best = front(points, accuracy)
-    with figures.style():
-        figure, axes = figures.new(3.9)
-        xs, ys = [p[0] for p in points], [p[1] for p in points]
-        if max(xs) > 8 * min(xs):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(
-                LogLocator(subs=(1, 3) if max(xs) > 100 * min(xs) else (1, 2, 5))
-            )
-        axes.plot(
-            [xs[i] for i in best],
-            [ys[i] for i in best],
-            color=MUTED,
-            linewidth=1.2,
-            linestyle="--",
-            zorder=1,
-        )
-        for i, (record, x, y) in enumerate(known):
-            look, on_front = _look(record), i in best
-            face = look["color"] if record.state == "finished" else "none"
-            axes.plot(
-                x,
-                y,
-                look["marker"],
-                color=look["color"],
-                markerfacecolor=face,
-                markersize=7,
-                zorder=3,
-            )
-            if on_front:
-                axes.plot(
-                    x,
-                    y,
-                    "o",
-                    color=INK,
-                    markerfacecolor="none",
-                    markersize=12,
-                    markeredgewidth=1.1,
-                    zorder=2,
-                )
-        _margins(axes, xs, ys)
-        quality = "accuracy" if accuracy else f"validation loss ({loss_unit(group)})"
-        axes.set(xlabel=label, ylabel=quality)
-        if accuracy:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        if axes.get_xscale() == "linear":
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-        figure.canvas.draw()
-        figure.set_layout_engine("none")
-        names = [
-            [shortened(record.label, 28), shortened(record.label, 16), str(record.number)]
-            for record, _, _ in known
-        ]
-        place(
-            axes,
-            points,
-            names,
-            [_look(record)["color"] for record, _, _ in known],
-            lines=[[points[i] for i in best]],
-        )
-        on_front = ", ".join(known[i][0].label for i in best)
-        text = f"{len(known)} runs, {quality} against {label}. On the front, beaten by no other: {on_front}."
-        return figures.picture(figure, name, title, text)
+    joined = [points[i] for i in front(points, accuracy)]
+    on_front = ", ".join(known[i][0].label for i in front(points, accuracy))
+    quality = "accuracy" if accuracy else f"validation loss ({loss_unit(group)})"
+    figure, axes = figures.new(3.9)
+    axes.set(xlabel=label, ylabel=quality)
+    _scale(axes, points, accuracy)
+    axes.plot(*zip(*joined), color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
+    for run, *point in known:
+        look = {**series_style(run.number - 1), "linestyle": ""}
+        face = look["color"] if run.state == "finished" else "none"
+        axes.plot(*point, markerfacecolor=face, markersize=7, zorder=3, **look)
+        if tuple(point) in joined:
+            ring = {"color": INK, "markerfacecolor": "none", "markeredgewidth": 1.1}
+            axes.plot(*point, "o", markersize=12, zorder=2, **ring)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    runs = [run for run, *_ in known]
+    names = [[shortened(r.label, 28), shortened(r.label, 16), str(r.number)] for r in runs]
+    colors = [series_style(run.number - 1)["color"] for run in runs]
+    place(axes, points, names, colors, lines=[joined])
+    text = (
+        f"{len(known)} runs, {quality} against {label}. On the front, beaten by no other: "
+        f"{on_front}."
+    )
+    return figures.picture(figure, name, title, text)
 
 
-def _margins(axes: Any, xs: Sequence[float], ys: Sequence[float]) -> None:
-    """Room around the points for their labels."""
-    low, high = min(ys), max(ys)
+def _scale(axes: Axes, points: Sequence[tuple[float, float]], accuracy: bool) -> None:
+    """Scales, ticks, and room around the points for their labels."""
+    xs, ys = zip(*points)
+    least, most, low, high = min(xs), max(xs), min(ys), max(ys)
     pad = 0.15 * (high - low) or 0.05 * abs(high) or 0.05
     axes.set_ylim(low - pad, high + pad)
-    if axes.get_xscale() == "log":
-        axes.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
+    if most > 8 * least:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if most > 100 * least else (1, 2, 5)))
+        axes.set_xlim(least / 2.2, most * 2.2)
     else:
-        pad = 0.25 * (max(xs) - min(xs)) or 0.5 * max(xs)
-        axes.set_xlim(max(0.0, min(xs) - pad), max(xs) + pad)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        pad = 0.25 * (most - least) or 0.5 * most
+        axes.set_xlim(max(0.0, least - pad), most + pad)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if accuracy:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
 
 
 def number(value: float) -> str:
@@ -233,93 +147,56 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+@figures.style()
 def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
     """Energy of one inference by kind of layer, a bar a run: of the bytes moved (memory), or of the
     operations; None without any.
     """
-    found = [(record, record.energy) for record in group.records if record.energy is not None]
-    if not found:
-        return None
-    shown = [(record, _by_kind(energy, memory)) for record, energy in found]
-    largest = max(sum(parts.values()) for _, parts in shown)
+    energies = [run.energy for run in group.runs if run.energy is not None]
+    labels = [run.label for run in group.runs if run.energy is not None]
+    bars = [_by_kind(energy, memory) for energy in energies]
+    totals = [sum(parts.values()) for parts in bars]
+    largest = max(totals, default=0.0)
     if not largest:
         return None
     # Kinds too small to be seen are shown together; a kind has one color in both plots.
-    colors = dict(zip(_largest_first([energy for _, energy in found]), itertools.cycle(SERIES)))
-    kinds = [
-        kind for kind in colors if any(parts.get(kind, 0.0) > 0.004 * largest for _, parts in shown)
-    ]
-    scale, prefix = energy_unit(largest)
-    with figures.style():
-        rest = any(
-            value and kind not in kinds for _, parts in shown for kind, value in parts.items()
-        )
-        figure, axes = figures.new(1.1 + 0.3 * len(shown) + 0.2 * -(-(len(kinds) + rest) // 3))
-        for row, (_, parts) in enumerate(shown):
-            left = 0.0
-            for kind in kinds:
-                axes.barh(
-                    row,
-                    parts.get(kind, 0.0) / scale,
-                    left=left / scale,
-                    height=0.66,
-                    color=colors[kind],
-                )
-                left += parts.get(kind, 0.0)
-            axes.barh(
-                row,
-                (sum(parts.values()) - left) / scale,
-                left=left / scale,
-                height=0.66,
-                color=GRID,
-            )
-            total = sum(parts.values()) / scale
-            axes.annotate(
-                f"{total:.3g}",
-                (total, row),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9.5,
-            )
-        axes.set_yticks(range(len(shown)), [shortened(record.label, 20) for record, _ in shown])
-        axes.invert_yaxis()
-        axes.set(
-            xlim=(0, 1.16 * largest / scale),
-            xlabel=f"{prefix} per {group.unit} at {found[0][1].technology}",
-        )
-        axes.grid(axis="y", visible=False)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        handles = [Patch(color=colors[kind], label=kind.replace("_", " ")) for kind in kinds]
-        handles += [Patch(color=GRID, label="all others")] * rest
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=3,
-            handlelength=1.2,
-            columnspacing=0.9,
-            fontsize=9.5,
-        )
-        said = "; ".join(
-            f"{record.label}: {sum(parts.values()) / scale:.3g} {prefix}" for record, parts in shown
-        )
-        what = "Energy of moving bytes" if memory else "Energy of operations"
-        return figures.picture(
-            figure,
-            name,
-            what,
-            f"Stacked bars of the energy of {what.split(' of ')[1]}, by kind of layer. {said}.",
-        )
+    colors = dict(zip(_largest_first(energies), itertools.cycle(SERIES)))
+    kinds = [k for k in colors if any(parts.get(k, 0.0) > 0.004 * largest for parts in bars)]
+    rest = any(value and kind not in kinds for parts in bars for kind, value in parts.items())
+    scale, unit = energy_unit(largest)
+    figure, axes = figures.new(1.1 + 0.3 * len(bars) + 0.2 * -(-(len(kinds) + rest) // 3))
+    for row, (parts, total) in enumerate(zip(bars, totals)):
+        left = 0.0
+        shown = [(parts.get(kind, 0.0), colors[kind]) for kind in kinds]
+        for value, color in (*shown, (None, GRID)):
+            value = total - left if value is None else value
+            axes.barh(row, value / scale, left=left / scale, height=0.66, color=color)
+            left += value
+        beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{total / scale:.3g}", (total / scale, row), fontsize=9.5, **beside)
+    axes.set_yticks(range(len(bars)), [shortened(label, 20) for label in labels])
+    axes.invert_yaxis()
+    axes.set(
+        xlim=(0, 1.16 * largest / scale),
+        xlabel=f"{unit} per {group.unit} at {energies[0].technology}",
+    )
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    handles = [Patch(color=colors[kind], label=kind.replace("_", " ")) for kind in kinds]
+    handles += [Patch(color=GRID, label="all others")] * rest
+    figures.legend(figure, 3, handles=handles, handlelength=1.2, columnspacing=0.9, fontsize=9.5)
+    said = "; ".join(f"{label}: {t / scale:.3g} {unit}" for label, t in zip(labels, totals))
+    what = "moving bytes" if memory else "operations"
+    text = f"Stacked bars of the energy of {what}, by kind of layer. {said}."
+    return figures.picture(figure, name, f"Energy of {what}", text)
 
 
-def _by_kind(energy: Any, memory: bool) -> dict[str, float]:
+def _by_kind(energy: Energy, memory: bool) -> dict[str, float]:
     return energy.memory_by_kind if memory else energy.arithmetic_by_kind
 
 
-def _largest_first(energies: Sequence[Any]) -> list[str]:
-    """The kinds of layers, those first that are the largest share of a run's operations or of its
-    moved bytes.
-    """
+def _largest_first(energies: Sequence[Energy]) -> list[str]:
+    """The kinds of layers by their largest share of a run's operations or of its moved bytes."""
     shares: dict[str, float] = {}
     for energy, memory in itertools.product(energies, (False, True)):
         parts = _by_kind(energy, memory)
@@ -329,188 +206,5 @@ def _largest_first(energies: Sequence[Any]) -> list[str]:
 
 
 def energy_unit(largest: float) -> tuple[float, str]:
-    """Picojoules in a unit that suits values up to so many picojoules, and its name."""
+    """A unit for values up to so many picojoules: the picojoules in it, and its name."""
     return (1e6, "µJ") if largest >= 1e5 else (1e3, "nJ") if largest >= 1e2 else (1.0, "pJ")
-
-
-def insight_pictures(insight: Insight, name: str) -> list[Picture]:
-    """Kinds of functions, reads of inputs, and, where there was data, balance of bits and tables
-    that could be dropped.
-    """
-    pictures = [_kinds(insight.layers, f"{name}-kinds"), _reads(insight.layers, f"{name}-reads")]
-    if any(layer.thresholds > 1 for layer in insight.layers):
-        pictures.append(
-            _thresholds(
-                [layer for layer in insight.layers if layer.thresholds > 1], f"{name}-thresholds"
-            )
-        )
-    watched = [layer for layer in insight.layers if layer.balance is not None]
-    if watched:
-        pictures += [_balance(watched, f"{name}-balance"), _kept(watched, f"{name}-kept")]
-    return pictures
-
-
-def _bars(layers: Sequence[LayerInsight], parts: Sequence[tuple[str, str, Sequence[float]]]) -> Any:
-    """Stacked bars from 0 to 100 %, one a layer; parts: (name, color, share of each layer)."""
-    figure, axes = figures.new(1.35 + 0.3 * len(layers))
-    left = np.zeros(len(layers))
-    for label, color, shares in parts:
-        widths = 100 * np.asarray(shares, float)
-        axes.barh(
-            range(len(layers)),
-            widths,
-            left=left,
-            height=0.66,
-            facecolor=color,
-            edgecolor=MUTED,
-            linewidth=0.6,
-            label=label,
-        )
-        left += widths
-    axes.set_yticks(range(len(layers)), [shortened(layer.name, 20) for layer in layers])
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="% of the tables")
-    axes.grid(axis="y", visible=False)
-    figure.legend(loc="outside lower center", ncols=2, handlelength=1.2, columnspacing=1.0)
-    return figure
-
-
-def _kinds(layers: Sequence[LayerInsight], name: str) -> Picture:
-    with figures.style():
-        colors = (MUTED, SERIES[0], SERIES[1], GRID)
-        figure = _bars(
-            layers,
-            [
-                (KIND_WORDS[k], colors[i], [layer.kinds[k] / layer.tables for layer in layers])
-                for i, k in enumerate(KINDS)
-            ],
-        )
-        total = sum(layer.tables for layer in layers)
-        shares = ", ".join(
-            f"{KIND_WORDS[kind]} {sum(layer.kinds[kind] for layer in layers) / total:.1%}"
-            for kind in KINDS
-        )
-        return figures.picture(
-            figure,
-            name,
-            "Functions the tables compute",
-            f"Of {total} tables: {shares}. By layer in the table.",
-        )
-
-
-def _reads(layers: Sequence[LayerInsight], name: str) -> Picture:
-    """How many inputs are read so many times, one line a layer."""
-    with figures.style():
-        figure, axes = figures.new(3.2 + 0.2 * -(-len(layers) // 2))
-        most = max(int(layer.reads.max()) for layer in layers)
-        edges = np.arange(most + 2) if most <= 30 else np.linspace(0, most + 1, 31)
-        for i, layer in enumerate(layers):
-            shares, _ = np.histogram(layer.reads, edges)
-            look: dict[str, Any] = {
-                "color": SERIES[i % len(SERIES)],
-                "linestyle": _LINES[i // len(SERIES) % len(_LINES)],
-            }
-            axes.stairs(
-                100 * shares / len(layer.reads),
-                edges - 0.5,
-                label=shortened(layer.name, 22),
-                linewidth=1.5,
-                **look,
-            )
-        axes.set(xlabel="times an input is read", ylabel="% of the inputs")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
-        said = "; ".join(
-            f"{r.name}: {int((r.reads == 0).sum())} of {len(r.reads)} inputs never, at most "
-            f"{int(r.reads.max())} times"
-            for r in layers
-        )
-        return figures.picture(
-            figure,
-            name,
-            "How often inputs are read",
-            f"Histogram of how many slots read an input. {said}.",
-        )
-
-
-def _thresholds(layers: Sequence[LayerInsight], name: str) -> Picture:
-    """How much each threshold of the thermometer matters: the influence of its bits, a mean over
-    the features.
-    """
-    with figures.style():
-        figure, axes = figures.new(2.8 + 0.2 * -(-len(layers) // 2))
-        means = [layer.influence.reshape(-1, layer.thresholds).mean(0) for layer in layers]
-        for i, (layer, mean) in enumerate(zip(layers, means)):
-            look: dict[str, Any] = {
-                "color": SERIES[i % len(SERIES)],
-                "linestyle": _LINES[i // len(SERIES) % len(_LINES)],
-            }
-            places = np.arange(1, layer.thresholds + 1)
-            axes.plot(
-                places,
-                mean,
-                marker=_MARKERS[i % len(_MARKERS)],
-                markersize=5,
-                label=shortened(layer.name, 22),
-                **look,
-            )
-        axes.set(xlabel="threshold, from the lowest", ylabel="influence of its bits")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
-        said = "; ".join(
-            f"{layer.name}: " + ", ".join(f"{v:.2f}" for v in mean)
-            for layer, mean in zip(layers, means)
-        )
-        text = f"Influence of each threshold's bits on the tables, a mean over the features, from the lowest threshold. {said}."
-        return figures.picture(figure, name, "Which thresholds matter", text)
-
-
-def _balance(layers: Sequence[LayerInsight], name: str) -> Picture:
-    with figures.style():
-        figure, axes = figures.new(3.2 + 0.2 * -(-len(layers) // 2))
-        edges = np.linspace(0, 1, 21)
-        for i, layer in enumerate(layers):
-            assert layer.balance is not None
-            counts, _ = np.histogram(layer.balance, edges)
-            look: dict[str, Any] = {
-                "color": SERIES[i % len(SERIES)],
-                "linestyle": _LINES[i // len(SERIES) % len(_LINES)],
-            }
-            axes.stairs(
-                100 * counts / layer.tables,
-                edges,
-                label=shortened(layer.name, 22),
-                linewidth=1.5,
-                **look,
-            )
-        axes.set(xlabel="how often a table gives 1", ylabel="% of the tables", xlim=(0, 1))
-        figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.0)
-        said = "; ".join(
-            f"{r.name}: median {np.median(r.balance):.2f}" for r in layers if r.balance is not None
-        )
-        return figures.picture(
-            figure,
-            name,
-            "Balance of the tables' bits",
-            f"Histogram of how often a table gives 1, of all it was asked. {said}.",
-        )
-
-
-def _kept(layers: Sequence[LayerInsight], name: str) -> Picture:
-    with figures.style():
-        kept = [(layer.kept or 0) / layer.tables for layer in layers]
-        figure = _bars(
-            layers,
-            [
-                ("needed", SERIES[2], kept),
-                ("could be dropped", SERIES[6], [1 - share for share in kept]),
-            ],
-        )
-        said = "; ".join(f"{r.name}: {r.tables - (r.kept or 0)} of {r.tables}" for r in layers)
-        return figures.picture(
-            figure,
-            name,
-            "Tables that could be dropped",
-            f"Tables without which no output on the evaluated data changes. {said}.",
-        )

@@ -1,12 +1,11 @@
-"""What a report knows of a run: plain data, read from run directories elsewhere and shown by
-`analysis.plots` and `analysis.page`.
-"""
+"""What a report knows of a run: plain data, read by `collect` and shown by `plots` and `page`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,14 +13,15 @@ from quweit_jax.costs.energy import Energy
 from quweit_jax.ops.counts import Costs
 from quweit_jax.report.insight import Insight
 
-# 'older version': written by another version of this program than can be read.
-STATES = ("finished", "unfinished", "older version", "damaged")
+Json: TypeAlias = dict[str, Any]  # a JSON object: what it holds has no static type
+# From the mildest; 'older version': written by another version of this program than can be read.
+_STATES = ("finished", "unfinished", "older version", "damaged")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifiedImage:
-    """One validation image: pixels uint8 (H, W) or (H, W, C), its class and what the model takes it
-    for, with the probability it gives.
+    """A validation image: pixels uint8 (H, W) or (H, W, C), its class, and the class and
+    probability that the model gives it.
     """
 
     pixels: np.ndarray
@@ -31,14 +31,16 @@ class ClassifiedImage:
 
 
 @dataclasses.dataclass
-class Record:
+class RunSummary:
     """A run, as far as it could be read.
 
-    number: in the report, from 1. name: the part of its path that tells it from the others. state:
-    one of STATES; reason: why it is not 'finished'. notes: what else a reader should know. rows: of
-    metrics.jsonl. language: whether it models text (None: unknown).
-    data: what it learned from, in words; fingerprint: of that data's content. text: a prompt and
-    what the model wrote after it.
+    number: in the report, from 1. name: the part of its path that tells it from the others.
+    state: 'finished', 'unfinished', 'older version' (of this program, not readable) or 'damaged';
+      reason: why it is not 'finished'. notes: what else a reader should know.
+    rows: of metrics.jsonl. language: whether it models text (None: unknown). data: what it learned
+      from, in words; fingerprint: of that data's content. replaced: the share of multiplications
+      that the dense model does and this one does not.
+    text: a prompt and what the model wrote after it.
     """
 
     number: int
@@ -47,9 +49,9 @@ class Record:
     state: str = "finished"
     reason: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    config: Json = dataclasses.field(default_factory=dict)
+    environment: Json = dataclasses.field(default_factory=dict)
+    rows: list[Json] = dataclasses.field(default_factory=list)
     language: bool | None = None
     data: str = ""
     fingerprint: str = ""
@@ -60,6 +62,11 @@ class Record:
     images: list[ClassifiedImage] = dataclasses.field(default_factory=list)
     insight: Insight | None = None
 
+    def mark(self, state: str, reason: str) -> None:
+        """Sets the state unless there is a graver one already, and adds the reason."""
+        self.state = max(self.state, state, key=_STATES.index)
+        self.reason = "; ".join(filter(None, (self.reason, reason)))
+
     @property
     def label(self) -> str:
         """Number and name."""
@@ -67,7 +74,7 @@ class Record:
 
     @property
     def model(self) -> str:
-        """The model's name, and 'integer' for integer-only ones."""
+        """The model's name, and 'integer-only' where it is."""
         values = self.config.get("model") or {}
         return f"{values.get('name', '')}{', integer-only' if values.get('integer') else ''}"
 
@@ -78,11 +85,11 @@ class Record:
 
     @property
     def step(self) -> int:
-        """The last step it noted."""
+        """The last step in its metrics."""
         return max((row["step"] for row in self.rows), default=0)
 
     @property
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> Json | None:
         """The evaluation of lowest validation loss, {'step', 'loss', 'accuracy', ...}."""
         scored = (
             row
@@ -93,17 +100,17 @@ class Record:
 
     @property
     def bytes_deployed(self) -> int | None:
-        """Of the deployed form, everything that is stored."""
+        """All bytes that the deployed form stores."""
         return None if self.costs is None else sum(self.costs.bytes_stored.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs whose losses can be compared, for they learned from the same data."""
+    """Runs whose losses can be compared, because they learned from the same data."""
 
     title: str
     language: bool
-    records: tuple[Record, ...]
+    runs: tuple[RunSummary, ...]
 
     @property
     def unit(self) -> str:
@@ -111,23 +118,20 @@ class Group:
         return "token" if self.language else "image"
 
 
-def group(records: list[Record]) -> list[Group]:
-    """Runs of the same data together, in the order of their first run; those of which the data is
-    unknown are in none.
+def group(runs: Sequence[RunSummary]) -> list[Group]:
+    """Runs of the same data together, in the order of their first run; without those of unknown
+    data.
     """
-    keys = list(
-        dict.fromkeys(
-            (r.language, r.data, r.fingerprint) for r in records if r.language is not None
+    members: dict[tuple[bool, str, str], list[RunSummary]] = {}
+    for run in runs:
+        if run.language is not None:
+            members.setdefault((run.language, run.data, run.fingerprint), []).append(run)
+    titles = [data for _, data, _ in members]
+    return [
+        Group(
+            f"{data} ({fingerprint or 'content unknown'})" if titles.count(data) > 1 else data,
+            language,
+            tuple(found),
         )
-    )
-    titles = [data for _, data, _ in keys]
-    groups = []
-    for language, data, fingerprint in keys:
-        title = f"{data} ({fingerprint or 'content unknown'})" if titles.count(data) > 1 else data
-        members = (
-            r
-            for r in records
-            if (r.language, r.data, r.fingerprint) == (language, data, fingerprint)
-        )
-        groups.append(Group(title, bool(language), tuple(members)))
-    return groups
+        for (language, data, fingerprint), found in members.items()
+    ]

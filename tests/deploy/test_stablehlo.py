@@ -1,4 +1,4 @@
-"""`export.stablehlo` and its command: programs that run without this project, and give what the
+"""`deploy.stablehlo` and its command: programs that run without this project, and give what the
 models give.
 
 One process that cannot import the project calls every program there is; the tests compare what it
@@ -138,11 +138,8 @@ def make(values, seed=0):
 def given_of(model, inputs, form):
     if inputs.dtype == np.float32:
         return stablehlo.examples_input(inputs.shape[1:])
-    return (
-        stablehlo.token_input(VOCABULARY)
-        if form == "step"
-        else stablehlo.tokens_input(VOCABULARY, generation.context_of(model))
-    )
+    context = generation.context_of(model)
+    return stablehlo.tokens_input(VOCABULARY, context, one_step=form == "step")
 
 
 @pytest.fixture(scope="module")

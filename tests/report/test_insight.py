@@ -1,4 +1,4 @@
-"""`analysis.insight`: kinds of tables against counts from the literature and against planes drawn
+"""`report.insight`: kinds of tables against counts from the literature and against planes drawn
 at random.
 """
 

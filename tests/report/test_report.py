@@ -10,7 +10,7 @@ import pytest
 
 from quweit_jax.commands import report
 from quweit_jax.errors import InputError
-from quweit_jax.report import collect as gathering
+from quweit_jax.report import collect
 from quweit_jax.training import loop, run
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -141,9 +141,9 @@ def test_without_data_there_is_text_and_a_note(reported):
 
 
 def test_a_run_given_twice_is_one(trained):
-    found, skipped = gathering.find_runs([trained, trained.parent])
+    found, skipped = collect.find_runs([trained, trained.parent])
     assert found == [trained.absolute()] and not skipped
-    assert gathering.short_names([trained.parent / "x" / "a", trained.parent / "y" / "a"]) == [
+    assert collect.short_names([trained.parent / "x" / "a", trained.parent / "y" / "a"]) == [
         "x/a",
         "y/a",
     ]

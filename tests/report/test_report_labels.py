@@ -1,4 +1,6 @@
-"""`analysis.labels` and `analysis.plots`: labels that can be read, and the front that no run beats."""
+"""`report.label_placement` and `report.plots`: labels that can be read, and the front that no run
+beats.
+"""
 
 import itertools
 
@@ -6,8 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from quweit_jax.report import figures, plots
-from quweit_jax.report import label_placement as labels
+from quweit_jax.report import figures, label_placement, plots
 
 
 def crowd(seed, count, spread):
@@ -32,12 +33,12 @@ def test_labels_overlap_nothing(seed, count, spread):
         axes.set(xlim=(-0.5, 1.5), ylim=(-0.5, 1.5))
         figure.canvas.draw()
         figure.set_layout_engine("none")
-        written = labels.place(axes, points, names, ["#000000"] * count)
+        written = label_placement.place(axes, points, names, ["#000000"] * count)
         renderer = figure.canvas.get_renderer()
         boxes = [letters(label, renderer) for label in written]
         inside = axes.get_window_extent(renderer)
     for (i, a), (j, b) in itertools.combinations(enumerate(boxes), 2):
-        assert labels.overlap(a, b) == 0, (written[i], written[j])
+        assert label_placement.overlap(a, b) == 0, (written[i], written[j])
     for box, (x, y) in itertools.product(boxes, axes.transData.transform(points)):
         assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1)
     assert all(
@@ -79,6 +80,6 @@ def test_numbers_for_axes():
         "3 T",
     ]
     assert (
-        plots.shortened("a" * 40) == "a" * 11 + "…" + "a" * 12
-        and plots.shortened("short") == "short"
+        figures.shortened("a" * 40) == "a" * 11 + "…" + "a" * 12
+        and figures.shortened("short") == "short"
     )

@@ -1,4 +1,4 @@
-"""`analysis.page` and `analysis.folder`: a page that needs nothing else, numbers in CSV, and
+"""`report.page` and `report.owned_folder`: a page that needs nothing else, numbers in CSV, and
 folders that are not overwritten.
 """
 
@@ -10,12 +10,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from quweit_jax.costs import count as costs
-from quweit_jax.costs import energy
+from quweit_jax.costs import count, energy
 from quweit_jax.errors import InputError
-from quweit_jax.report import insight, page
-from quweit_jax.report import owned_folder as folder
-from quweit_jax.report import summary as records
+from quweit_jax.report import insight, owned_folder, page, summary
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -49,7 +46,7 @@ def look_up_layer(**more):
 
 
 def made(number, **more):
-    counted = costs.of_config(CONFIG)
+    counted = count.of_config(CONFIG)
     known = {
         "config": CONFIG,
         "environment": {"jax": "0"},
@@ -58,7 +55,7 @@ def made(number, **more):
         "data": "text",
         "costs": counted,
     }
-    return records.Record(
+    return summary.RunSummary(
         number, f"run {CRUEL}", "/runs/x", **{**known, "energy": energy.estimate(counted), **more}
     )
 
@@ -69,7 +66,7 @@ def files():
         (look_up_layer(balance=np.linspace(0, 1, 12), kept=11),), insight.Pruned(20, 20, 19, 12, 1)
     )
     unwatched = insight.Insight((look_up_layer(),), None, "no data")
-    picture = records.ClassifiedImage(np.zeros((4, 4, 3), np.uint8), "cat", "dog", 0.5)
+    picture = summary.ClassifiedImage(np.zeros((4, 4, 3), np.uint8), "cat", "dog", 0.5)
     shown = [
         made(1, insight=watched, text=("To be", CRUEL)),
         made(
@@ -80,7 +77,7 @@ def files():
             reason="at step 4 of 9",
         ),
         made(3, language=False, images=[picture], data="pictures"),
-        records.Record(4, "broken", "/runs/y", "damaged", "config.json: there is none"),
+        summary.RunSummary(4, "broken", "/runs/y", "damaged", "config.json: there is none"),
         made(5, rows=[], costs=None, energy=None, notes=[CRUEL]),
     ]
     return page.write(
@@ -157,7 +154,7 @@ def read_csv(content):
 
 def test_numbers_are_in_csv(files):
     runs = read_csv(files["runs.csv"])
-    counted = costs.of_config(CONFIG)
+    counted = count.of_config(CONFIG)
     assert [r["state"] for r in runs] == [
         "finished",
         "unfinished",
@@ -192,16 +189,16 @@ def test_numbers_are_in_csv(files):
 
 
 def test_runs_of_other_data_are_apart():
-    groups = records.group([made(1), made(2, fingerprint="b"), made(3), made(4, language=None)])
-    assert [[r.number for r in g.records] for g in groups] == [[1, 3], [2]]
+    groups = summary.group([made(1), made(2, fingerprint="b"), made(3), made(4, language=None)])
+    assert [[r.number for r in g.runs] for g in groups] == [[1, 3], [2]]
     assert len({g.title for g in groups}) == 2
 
 
 def test_a_folder_is_written_again_and_nothing_else_is(tmp_path):
     out = tmp_path / "new" / "report"
-    folder.write(out, {"index.html": b"1", "old.png": b"2"})
+    owned_folder.write(out, {"index.html": b"1", "old.png": b"2"})
     (out / "mine.txt").write_text("mine")
-    folder.write(out, {"index.html": b"3", "new.png": b"4"})
+    owned_folder.write(out, {"index.html": b"3", "new.png": b"4"})
     assert {p.name for p in out.iterdir()} == {
         "index.html",
         "new.png",
@@ -209,16 +206,16 @@ def test_a_folder_is_written_again_and_nothing_else_is(tmp_path):
         "report.json",
     } and (out / "index.html").read_bytes() == b"3"
     with pytest.raises(InputError, match=r"mine\.txt is there, and no report wrote it"):
-        folder.write(out, {"mine.txt": b"5"})
+        owned_folder.write(out, {"mine.txt": b"5"})
     assert (out / "mine.txt").read_text() == "mine"
 
 
 def test_other_folders_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds files and no report\.json"):
-        folder.check(tmp_path)
+        owned_folder.check(tmp_path)
     with pytest.raises(InputError, match="is a file; give a folder"):
-        folder.check(tmp_path / "notes.txt")
+        owned_folder.check(tmp_path / "notes.txt")
     for content in (
         "[]",
         "{",
@@ -227,4 +224,4 @@ def test_other_folders_are_refused(tmp_path):
     ):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(InputError, match="is not the list of an earlier report"):
-            folder.check(tmp_path)
+            owned_folder.check(tmp_path)
