@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 import timing
 
-from quweit_jax.deploy import packed
 from quweit_jax.deploy.generate import decode_step, empty_cache
 from quweit_jax.models import build
 
@@ -34,25 +33,22 @@ def shapes_of(model):
 
 
 def packed_variables(model, rng: np.random.Generator):
-    """Random variables in the form `packed.pack` gives; dense ones in bfloat16."""
-    rest, layers = packed.split_ternary(
-        shapes_of(model),
-        lambda layer: ternary_layer(layer["kernel"].shape, rng),
-        lambda leaf: dense(leaf.shape, rng),
-    )
-    return {"params": rest, "blocks": {}, "packed": layers}
+    """Random variables in the form `deploy.pack` gives; dense ones in bfloat16."""
+    tokens, shapes = jnp.zeros((1, 1), jnp.int32), {"params": shapes_of(model)}
+    written = jax.eval_shape(lambda v: constants(model, v, tokens), shapes)
+    layers = jax.tree.map(lambda leaf: constant(leaf, rng), written)
+    rest = jax.tree.map(lambda leaf: dense(leaf.shape, rng), without(shapes["params"], written))
+    return {"params": rest, "packed": layers}
 
 
-def ternary_layer(shape: tuple[int, int], rng: np.random.Generator):
-    rows, outputs = -(-shape[0] // 4), shape[1]
+def constant(leaf: jax.ShapeDtypeStruct, rng: np.random.Generator):
+    """Four random weights a byte, a scale, or those of a norm."""
+    if leaf.dtype != jnp.uint8:
+        return jnp.full(leaf.shape, 1.0 if leaf.shape else 0.02, leaf.dtype)
     # A random byte of codes 0, 1, 2: three of four codes are kept, 3 becomes 1.
-    codes = rng.integers(0, 256, (rows, outputs), np.uint8)
+    codes = rng.integers(0, 256, leaf.shape, np.uint8)
     codes &= ~((codes & (codes >> 1) & 0x55) << 1)
-    return {
-        "kernel": jnp.asarray(codes),
-        "scale": jnp.float32(0.02),
-        "norm_scale": jnp.ones(shape[0], jnp.float32),
-    }
+    return jnp.asarray(codes)
 
 
 def dense(shape: tuple[int, ...], rng: np.random.Generator):

@@ -105,7 +105,7 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
     """
     import jax
 
-    from quweit_jax.deploy import packed
+    from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
     from quweit_jax.training import loop, run, state
 
     opened = run.open_run(workdir, step=run.read_config(workdir).steps)
@@ -116,12 +116,11 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
     result["loss_float"] = loop.evaluate(
         state.make_eval_step(parts.model.apply), variables, parts, 0
     )["loss"]
-    if packed.describe(variables):
-        variables = packed.pack(variables)
-    result["bytes_deployed"] = packed.block_bytes(variables)
-    result["loss"] = loop.evaluate(
-        state.make_eval_step(lambda v, x: packed.apply(parts.model, v, x)), variables, parts, 0
-    )["loss"]
+    variables = packed_or_trained(parts.model, variables, parts.init_inputs)
+    result["bytes_deployed"] = stored_bytes(variables)
+    result["loss"] = loop.evaluate(state.make_eval_step(parts.model.apply), variables, parts, 0)[
+        "loss"
+    ]
     return result
 
 

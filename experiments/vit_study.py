@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments import studies
 from quweit_jax.data import pipeline
-from quweit_jax.deploy import integer, packed
+from quweit_jax.deploy.pack import describe, pack, stored_bytes
 from quweit_jax.training import metrics, run
 
 KINDS = {
@@ -60,16 +60,15 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
         "seconds": metrics.read_rows(workdir / "metrics.jsonl")[-1]["seconds"],
     }
     if "weightless" in kind and "integer" not in kind:
-        result["mlp_bytes"] = sum(
-            map(packed.block_bytes, packed.pack(variables)["blocks"].values())
-        )
+        packed = pack(parts.model, variables, parts.init_inputs)
+        result["mlp_bytes"] = describe(parts.model, packed, parts.init_inputs)["block_bytes"]
     if "integer" in kind:
-        constants = integer.pack(parts.model, variables, parts.dataset.image_shape)  # type: ignore[arg-type]
+        constants = pack(parts.model, variables, parts.init_inputs)
         deployed, _ = all_logits(parts, constants)
         differ = np.flatnonzero(deployed.argmax(-1) != logits.argmax(-1))
         result |= {
             "accuracy_deployed": float((deployed.argmax(-1) == labels).mean()),
-            "model_bytes_deployed": integer.packed_bytes(constants),
+            "model_bytes_deployed": stored_bytes(constants),
             "largest_logit_difference": float(np.abs(deployed - logits).max()),
             "logit_range": float(np.ptp(logits)),
             "images_decided_differently": [

@@ -12,7 +12,6 @@ last 10 %).
 
 from __future__ import annotations
 
-import functools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 
 from experiments import studies
-from quweit_jax.deploy import packed
+from quweit_jax.deploy.pack import describe, pack
 from quweit_jax.training import loop, metrics, run, state
 
 
@@ -32,9 +31,9 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
     apply, variables, mlp_bytes = opened.parts.model.apply, jax.device_get(opened.variables), 0
     plain = loop.evaluate(state.make_eval_step(apply), variables, opened.parts, 0)["loss"]
     if kind == "weightless":
-        variables = packed.pack(variables)
-        mlp_bytes = sum(map(packed.block_bytes, variables["blocks"].values()))
-        apply = functools.partial(packed.apply, opened.parts.model)
+        inputs = opened.parts.init_inputs
+        variables = pack(opened.parts.model, variables, inputs)
+        mlp_bytes = describe(opened.parts.model, variables, inputs)["block_bytes"]
     elif kind == "dense":
         blocks = [v["mlp"] for k, v in variables["params"].items() if k.startswith("block_")]
         mlp_bytes = sum(

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(rest)
     cli.join_processes()
     from quweit_jax.data import pipeline
-    from quweit_jax.deploy import forms, packed
     from quweit_jax.deploy import score as scoring
+    from quweit_jax.deploy.pack import describe, pack
     from quweit_jax.errors import InputError
     from quweit_jax.training import loop, run, state
 
@@ -58,14 +57,15 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--tasks: {args.workdir} is a run of a classifier; the tasks are texts.")
     facts: dict[str, Any] = {}
     if args.packed:
-        variables, facts = forms.pack(model, variables, opened.parts.init_inputs.shape[1:])
+        variables = pack(model, variables, opened.parts.init_inputs)
+        facts = describe(model, variables, opened.parts.init_inputs)
     if args.tasks:
         scorer = scoring.Scorer(model, variables, opened.parts.tokenizer)
         found = {"split": "test"} | scoring.evaluate_tasks(
             scorer, args.tasks.split(","), limit=args.limit
         )
     else:
-        eval_step = state.make_eval_step(functools.partial(packed.apply, model))
+        eval_step = state.make_eval_step(model.apply)
         found = {"split": "validation"} | loop.evaluate(
             eval_step, variables, opened.parts, args.batches
         )

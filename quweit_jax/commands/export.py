@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,8 +47,9 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(rest)
     import jax
 
-    from quweit_jax.deploy import forms, packed, stablehlo
     from quweit_jax.deploy import generate as generation
+    from quweit_jax.deploy import stablehlo
+    from quweit_jax.deploy.pack import pack
     from quweit_jax.training import run
 
     out, platforms = Path(args.out), args.platforms.split(",")
@@ -63,17 +63,16 @@ def main(argv: Sequence[str]) -> int:
             f"--step_function: {args.workdir} is a run of a classifier, which decodes no tokens."
         )
     if args.packed:
-        variables, _ = forms.pack(model, variables, parts.init_inputs.shape[1:])
-    apply = functools.partial(packed.apply, model)
+        variables = pack(model, variables, parts.init_inputs)
     if tokenizer is None:
         given = stablehlo.examples_input(parts.init_inputs.shape[1:])
     else:
         context = generation.context_of(model)
         given = stablehlo.tokens_input(tokenizer.vocab_size, context, one_step=args.step_function)
     if args.step_function:
-        program = stablehlo.to_step_program(apply, model, variables, platforms)
+        program = stablehlo.to_step_program(model, variables, platforms)
     else:
-        program = stablehlo.to_program(apply, variables, given, platforms)
+        program = stablehlo.to_program(model.apply, variables, given, platforms)
     about = stablehlo.about_data(tokenizer, parts.data_config.normalize, parts.data) | {
         "training_step": opened.step
     }

@@ -35,10 +35,8 @@ def main(argv: Sequence[str]) -> int:
         help="as deployed: weightless blocks on 1-bit tables, ternary weights at 2 bits",
     )
     args = parser.parse_args(rest)
-    import jax
-
     from quweit_jax.deploy import generate as generation
-    from quweit_jax.deploy import packed
+    from quweit_jax.deploy.pack import pack
     from quweit_jax.training import run
 
     generation.check_sampling(args.temperature, args.top_k, args.max_tokens)
@@ -51,16 +49,16 @@ def main(argv: Sequence[str]) -> int:
     prompt = tokenizer.encode(args.prompt)
     if not len(prompt):
         raise InputError("--prompt: expected at least one character, found none.")
-    variables = packed.pack(jax.device_get(opened.variables)) if args.packed else opened.variables
+    model, variables = opened.parts.model, opened.variables
+    if args.packed:
+        variables = pack(model, variables, opened.parts.init_inputs)
     sampling = {
         "temperature": args.temperature,
         "top_k": args.top_k,
         "seed": args.seed,
         "end_of_text": tokenizer.end_of_text,
     }
-    tokens = generation.generate_tokens(
-        opened.parts.model, variables, prompt, args.max_tokens, **sampling
-    )
+    tokens = generation.generate_tokens(model, variables, prompt, args.max_tokens, **sampling)
     sys.stdout.write(args.prompt)
     for piece in generation.stream_text(tokenizer, tokens, prompt):
         sys.stdout.write(piece)

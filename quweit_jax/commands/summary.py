@@ -11,7 +11,7 @@ import numpy as np
 from quweit_jax import config as configs
 from quweit_jax.data import pipeline
 from quweit_jax.deploy import generate as generation
-from quweit_jax.deploy import packed
+from quweit_jax.deploy.pack import describe, describe_lines, packed_or_trained
 from quweit_jax.training.loop import Result
 
 
@@ -65,8 +65,10 @@ def summarize(result: Result, workdir: Path) -> None:
         # the parameters are spread over processes; the commands below read them from the checkpoint
         return
     config, variables = result.parts.config, jax.device_get(result.state.variables())
-    for line in packed.describe(variables):
-        print(line)
+    model, inputs = result.parts.model, result.parts.init_inputs
+    packed = packed_or_trained(model, variables, inputs)
+    if "packed" in packed:
+        print("\n".join(describe_lines(describe(model, packed, inputs))))
     print(f"loss curve: {workdir / 'plots' / 'loss.png'}")
     if result.parts.dataset.tokenizer is not None and config.sample_tokens:
         print(f"sample:\n{'-' * 72}\n{sample(result, variables)}\n{'-' * 72}")

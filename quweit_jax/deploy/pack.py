@@ -54,6 +54,12 @@ def pack(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree
     return jax.device_get({name: tree for name, tree in left.items() if tree} | {"packed": packed})
 
 
+def packed_or_trained(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
+    """The deployed form of a model that has one, the trained variables of another."""
+    written = jax.eval_shape(lambda v: constants(model, v, *inputs), variables)
+    return pack(model, variables, *inputs) if written else variables
+
+
 def constants(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
     """What the layers of a model write into `packed`; can be traced."""
     _, written = model.apply(variables, *inputs, mutable=["packed"])

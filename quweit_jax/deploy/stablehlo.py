@@ -113,12 +113,11 @@ def to_program(
 
 
 def to_step_program(
-    apply: Apply, model: nn.Module, variables: Tree, platforms: Sequence[str] = DEFAULT_PLATFORMS
+    model: nn.Module, variables: Tree, platforms: Sequence[str] = DEFAULT_PLATFORMS
 ) -> jax.export.Exported:
     """One step of decoding: (tokens (b, 1) int32, state) -> (logits (b, V), the next state).
 
-    The state is a tree of arrays, see `state_shapes`; the first is all zeros. apply: stands for
-    `model.apply`.
+    The state is a tree of arrays, see `state_shapes`; the first is all zeros.
 
     Raises:
       InputError: see `to_program`.
@@ -127,7 +126,7 @@ def to_step_program(
 
     def step(tokens: Array, state: Tree) -> tuple[Array, Tree]:
         known = {**_inside(variables), "cache": state}
-        logits, changed = apply(known, tokens, decode=True, mutable=["cache"])
+        logits, changed = model.apply(known, tokens, decode=True, mutable=["cache"])
         return logits[:, -1], changed["cache"]
 
     scope = jax.export.SymbolicScope(("b >= 1",))

@@ -13,8 +13,9 @@ import numpy as np
 from quweit_jax.config import flat
 from quweit_jax.data import pipeline
 from quweit_jax.data.images import NORMALIZATIONS
-from quweit_jax.deploy import packed, prune, tables
+from quweit_jax.deploy import prune, tables
 from quweit_jax.deploy.generate import generate_tokens, stream_text
+from quweit_jax.deploy.pack import packed_or_trained
 from quweit_jax.errors import InputError, RunError, first_line
 from quweit_jax.report import insight
 from quweit_jax.report.summary import ClassifiedImage, Json, RunSummary
@@ -109,7 +110,12 @@ def _text(summary: RunSummary, opened: run.OpenRun) -> None:
         prompt = np.asarray(tokenizer.encode("\n"), np.int32)
         prompt = prompt if len(prompt) else np.zeros(1, np.int32)
     tokens = generate_tokens(
-        setup.model, _packed(opened), prompt, _TOKENS, temperature=0.8, seed=setup.config.seed
+        setup.model,
+        packed_or_trained(setup.model, opened.variables, setup.init_inputs),
+        prompt,
+        _TOKENS,
+        temperature=0.8,
+        seed=setup.config.seed,
     )
     written = "".join(stream_text(tokenizer, tokens, prompt))
     summary.text = (tokenizer.decode(prompt), written)
@@ -118,7 +124,7 @@ def _text(summary: RunSummary, opened: run.OpenRun) -> None:
 def _packed(opened: run.OpenRun) -> Json:
     """The variables as deployed, where there is something to pack."""
     try:
-        return packed.pack(jax.device_get(opened.variables))
+        return pack(opened.parts.model, opened.variables, opened.parts.init_inputs)
     except InputError:
         return opened.variables
 
@@ -153,12 +159,11 @@ def _pixels(inputs: np.ndarray, normalize: str) -> np.ndarray | None:
 
 def _tables(summary: RunSummary, opened: run.OpenRun, batches: int, missing: str) -> None:
     setup, data = opened.parts, opened.parts.data
-    shape = np.shape(data.validation[0]["inputs"]) if data is not None else ()
-    form = tables.deploy(setup.model, opened.variables, shape)
+    form = prune.deploy(setup.model, opened.variables, setup.init_inputs)
     if form is None:
         return
     counts: dict[str, prune.Counts] = {}
-    folds: dict[str, tables.Fold] = {}
+    folds: dict[str, prune.Fold] = {}
     compared, note = None, f"tables were not watched at work: {missing or 'no data'}"
     if data is not None:
         size = run.eval_batch_size(setup.config, setup.mesh)
@@ -180,7 +185,7 @@ def _tables(summary: RunSummary, opened: run.OpenRun, batches: int, missing: str
 
 
 def _layer(
-    name: str, i: int, block: tables.Block, counts: prune.Counts | None, left: tables.Fold | None
+    name: str, i: int, block: tables.Block, counts: prune.Counts | None, left: prune.Fold | None
 ) -> insight.LayerInsight:
     luts, wiring = block.tables[i], block.wiring[i]
     inputs = len(block.tables[i - 1]) if i else block.num_inputs

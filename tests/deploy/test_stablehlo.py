@@ -5,7 +5,6 @@ One process that cannot import the project calls every program there is; the tes
 found.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -20,7 +19,8 @@ from quweit_jax import config as configs
 from quweit_jax import models
 from quweit_jax.commands import export as export_model
 from quweit_jax.deploy import generate as generation
-from quweit_jax.deploy import integer, packed, stablehlo
+from quweit_jax.deploy import stablehlo
+from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.training import loop, run
 from tests.compiled import quick_jit
@@ -154,17 +154,12 @@ def called(tmp_path_factory):
         for form in forms:
             case, weights = f"{name}-{form}", variables
             if form == "packed":
-                weights = (
-                    integer.pack(model, variables, inputs.shape[1:])
-                    if integer.is_integer(model)
-                    else packed.pack(variables)
-                )
-            apply = functools.partial(packed.apply, model)
+                weights = pack(model, variables, inputs)
             given = given_of(model, inputs, form)
             program = (
-                stablehlo.to_step_program(apply, model, weights)
+                stablehlo.to_step_program(model, weights)
                 if form == "step"
-                else stablehlo.to_program(apply, weights, given)
+                else stablehlo.to_program(model.apply, weights, given)
             )
             about[case] = stablehlo.save(program, folder / f"{case}.stablehlo", {}, given)
             np.save(folder / f"{case}.npy", inputs)
@@ -233,12 +228,9 @@ def test_weights_are_inside_once_and_in_their_packed_form():
             "weightless": WEIGHTLESS | {"num_luts": num_luts},
         }
         model, variables, inputs = make(values)
-        weights = packed.pack(variables)
+        weights = pack(model, variables, inputs)
         program = stablehlo.to_program(
-            functools.partial(packed.apply, model),
-            weights,
-            given_of(model, inputs, "packed"),
-            ["cpu"],
+            model.apply, weights, given_of(model, inputs, "packed"), ["cpu"]
         )
         sizes[num_luts] = (
             len(program.serialize()),
