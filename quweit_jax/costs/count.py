@@ -40,28 +40,23 @@ __all__ = [
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
-# Classes and channels of image sets, characters of texts, by TFDS name (of 'digits', by source).
-CLASSES = {
-    "cifar10": (10, 3),
-    "cifar100": (100, 3),
-    "digits": (10, 1),
-    "fashion_mnist": (10, 1),
-    "imagenet2012": (1000, 3),
-    "mnist": (10, 1),
-    "svhn_cropped": (10, 3),
+# Of image sets classes, channels and side (None: of several), by TFDS name (of 'digits', by source).
+IMAGES = {
+    "cifar10": (10, 3, 32),
+    "cifar100": (100, 3, 32),
+    "digits": (10, 1, 8),
+    "fashion_mnist": (10, 1, 28),
+    "imagenet2012": (1000, 3, None),
+    "mnist": (10, 1, 28),
+    "svhn_cropped": (10, 3, 32),
 }
-SIDES = {
-    "cifar10": 32,
-    "cifar100": 32,
-    "digits": 8,
-    "fashion_mnist": 28,
-    "mnist": 28,
-    "svhn_cropped": 32,
-}
-CHARACTERS = {"tiny_shakespeare": 65, "python_stdlib": 96}
-CHARACTERS_ARE = {
-    "tiny_shakespeare": "the characters of tiny_shakespeare",
-    "python_stdlib": "the characters of the first 2 MB of CPython 3.11's standard library; --outputs=N for another",
+CHARACTERS = {
+    "tiny_shakespeare": (65, "the characters of tiny_shakespeare"),
+    "python_stdlib": (
+        96,
+        "the characters of the first 2 MB of CPython 3.11's standard library; --outputs=N for "
+        "another",
+    ),
 }
 
 
@@ -94,10 +89,11 @@ def count(
       InputError: an unknown model, key or value; no image_size where it is needed; a context that
         the model doesn't have.
     """
+    model_config = _plain(model_config)
     model: Any = build(model_config, outputs)
     if not _reads_images(model_config):
         limit = model.config.context if getattr(model, "limited_context", True) else None
-        context = model.config.context if context is None else context
+        context = int(model.config.context if context is None else context)
         if context < 1 or (limit is not None and context > limit):
             raise InputError(
                 f"context: expected 1 to {limit or 'any number of'} tokens, found {context}; a "
@@ -154,15 +150,23 @@ def recorded(model: nn.Module, *inputs: Any, **options: Any) -> Call:
         stack.append((layer.path, []))
         output = call(*args, **kwargs)
         path, inside = stack.pop()
-        params = {
-            name: leaf
-            for name, leaf in layer.variables.get("params", {}).items()
-            if not isinstance(leaf, Mapping)
-        }
-        given, made, own = (_shapes(tree) for tree in ((*args, *kwargs.values()), output, params))
-        unbound, again = layer.clone(parent=None), path in known
-        made = Call(unbound, path, context.method_name, given, made, own, again, tuple(inside))
-        stack[-1][1].append(made)
+        given, made, params = (
+            _shapes(tree)
+            for tree in ((*args, *kwargs.values()), output, layer.variables.get("params", {}))
+        )
+        stack[-1][1].append(
+            Call(
+                layer.clone(parent=None),
+                path,
+                context.method_name,
+                given,
+                made,
+                {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)},
+                sum(leaf.size for leaf in jax.tree.leaves(params)),
+                path in known,
+                tuple(inside),
+            )
+        )
         known.add(path)
         return output
 
@@ -194,12 +198,20 @@ def _one_image(model: nn.Module, shape: tuple[int, ...]) -> Call:
 def _costs(call: Call, context: int | None, precision: str | None) -> Costs:
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
-    call = dataclasses.replace(call, precision=precision, context=context)
-    return Costs(tuple(call.costs()), "image" if context is None else "token", context)
+    asked = dataclasses.replace(call, precision=precision, context=context)
+    counted = Costs(tuple(asked.costs()), "image" if context is None else "token", context)
+    if counted.parameters != call.all_params:
+        raise InputError(
+            f"costs: the layers of {type(call.layer).__name__} say {counted.parameters:,} parameters "
+            f"of the model's {call.all_params:,}; a rule is wrong, or layers are called within a scan "
+            "or a vmap, where one of several calls is seen."
+        )
+    return counted
 
 
 def _reads_images(model_config: Mapping[str, Any]) -> bool:
-    return MODELS.get(model_config.get("name"), ("", "", ""))[2] == "num_classes"
+    name = model_config.get("name")
+    return name in MODELS and MODELS[name][2] == "num_classes"
 
 
 def multiplications_replaced(costs: Costs, dense_costs: Costs) -> float:
@@ -227,7 +239,7 @@ def baseline(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], str] | No
 
     None for 'dwn', which takes the place of no dense model.
     """
-    values = dict(model_config)
+    values = _plain(model_config)
     if values.get("name") == "dwn":
         return None
     if values.get("name") != "matmulfree":
@@ -304,19 +316,16 @@ def data_shape(
     Raises:
       InputError: the data are not in the table, naming what to give.
     """
-    data, images, assumptions, channels = (
-        _plain(config["data"]),
-        config["model"].get("name") in ("vit", "dwn"),
-        [],
-        3,
-    )
+    data, images = _plain(config["data"]), _reads_images(config["model"])
+    assumptions = []
     name = str(data.get("name") if data.get("source") == "tfds" else data.get("source"))
+    _, channels, side = IMAGES.get(name, (0, 3, None))
     if outputs is None:
         outputs, assumed = _classes(name) if images else _vocabulary(data, name)
         assumptions.append(assumed)
     if images:
-        channels = 3 if data.get("to_rgb") else CLASSES.get(name, (0, 3))[1]
-        image_size = image_size or data.get("image_size") or SIDES.get(name)
+        channels = 3 if data.get("to_rgb") else channels
+        image_size = image_size or data.get("image_size") or side
         if image_size is None:
             raise InputError(
                 f"image_size: the side of the images of {name} is not known without reading them; "
@@ -335,12 +344,12 @@ def _plain(values: Any) -> dict[str, Any]:
 
 
 def _classes(name: str) -> tuple[int, str]:
-    if name not in CLASSES:
+    if name not in IMAGES:
         raise InputError(
             f"outputs: the classes of {name} are not known without reading it; give --outputs=N. "
-            f"Known: {', '.join(sorted(CLASSES))}."
+            f"Known: {', '.join(sorted(IMAGES))}."
         )
-    return CLASSES[name][0], f"{CLASSES[name][0]} classes of {name}"
+    return IMAGES[name][0], f"{IMAGES[name][0]} classes of {name}"
 
 
 def _vocabulary(data: Mapping[str, Any], name: str) -> tuple[int, str]:
@@ -348,11 +357,11 @@ def _vocabulary(data: Mapping[str, Any], name: str) -> tuple[int, str]:
     if tokenizer == "byte":
         return 256, "a vocabulary of 256 bytes"
     if tokenizer == "bpe":
-        return data[
-            "bpe_vocab_size"
-        ], f"a vocabulary of {data['bpe_vocab_size']:,} byte pairs, the most the tokenizer may have"
+        count = data["bpe_vocab_size"]
+        return count, f"a vocabulary of {count:,} byte pairs, the most the tokenizer may have"
     if tokenizer == "char" and name in CHARACTERS:
-        return CHARACTERS[name], f"a vocabulary of {CHARACTERS[name]}, {CHARACTERS_ARE[name]}"
+        count, of = CHARACTERS[name]
+        return count, f"a vocabulary of {count}, {of}"
     raise InputError(
         f"outputs: the vocabulary of {name} with tokenizer '{tokenizer}' is not known without "
         "reading it; give --outputs=N."

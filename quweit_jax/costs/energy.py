@@ -45,8 +45,8 @@ class Energy:
     """Picojoules of one inference.
 
     arithmetic_by_kind, memory_by_kind: by kind of layer. matrix_pj: of matrix products, sums of
-      vectors, look-ups and thermometers alone, the part
-    of the arithmetic that papers count. assumptions: all that the numbers rest on, in sentences.
+      vectors, look-ups and thermometers alone, the part of the arithmetic that papers count.
+    assumptions: all that the numbers rest on, in sentences.
     """
 
     technology: str
@@ -75,10 +75,8 @@ class Energy:
     @property
     def by_kind(self) -> dict[str, float]:
         """Arithmetic and memory by kind of layer."""
-        return {
-            kind: self.arithmetic_by_kind[kind] + self.memory_by_kind[kind]
-            for kind in self.arithmetic_by_kind
-        }
+        memory = self.memory_by_kind
+        return {kind: value + memory[kind] for kind, value in self.arithmetic_by_kind.items()}
 
 
 def lut_energy(inputs: int, technology: Technology, lut_model: str = "multiplexer") -> float:
@@ -108,7 +106,7 @@ def estimate(
     """The energy of counted costs.
 
     Args:
-      technology: '45nm', '7nm', or a JSON file (see `analysis.technologies`).
+      technology: '45nm', '7nm', or a JSON file (see `costs.technologies`).
       lut_model: 'multiplexer' or 'fpga', see `lut_energy`.
       levels: where 'weights', 'activations' and 'state' lie, by the technology's memory levels;
         what is left out lies in DEFAULT_LEVELS.
@@ -125,17 +123,13 @@ def estimate(
     if not 0 <= active_bits <= 1:
         raise InputError(f"active_bits: expected a share from 0 to 1, found {active_bits}.")
     places = _levels(table, levels or {})
-    arithmetic: dict[str, float] = {}
-    memory: dict[str, float] = {}
+    arithmetic, memory = (dict.fromkeys(costs.kinds(), 0.0) for _ in range(2))
     traffic: dict[str, float] = {}
     matrix = 0.0
     for layer in costs.layers:
         main, rest = _operations(layer, table, lut_model, active_bits), _elementwise(layer, table)
-        matrix += main
-        if layer.kind == "thermometer":
-            matrix += rest
-        arithmetic[layer.kind] = arithmetic.get(layer.kind, 0.0) + main + rest
-        memory.setdefault(layer.kind, 0.0)
+        matrix += main + (rest if layer.kind == "thermometer" else 0)
+        arithmetic[layer.kind] += main + rest
         for what, moved in layer.bytes_moved.items():
             if tables_in_place and layer.kind == "lookup" and what == "weights":
                 continue
@@ -151,12 +145,10 @@ def _levels(table: Technology, levels: Mapping[str, str]) -> dict[str, str]:
         check_choice("levels", what, DEFAULT_LEVELS)
         check_choice(f"level of {what} at {table.name}", level, table.memory)
     places = DEFAULT_LEVELS | dict(levels)
+    # A user's table may have levels of other names: then its dearest for weights and state, its
+    # cheapest for activations.
     for what, level in places.items():
-        if (
-            level not in table.memory
-            # a user's table with levels of other names: its dearest for weights and state, its
-            # cheapest for activations
-        ):
+        if level not in table.memory:
             pick = min if what == "activations" else max
             places[what] = pick(table.memory, key=table.memory.__getitem__)
     return places
@@ -164,22 +156,18 @@ def _levels(table: Technology, levels: Mapping[str, str]) -> dict[str, str]:
 
 def _operations(layer: LayerCosts, table: Technology, lut_model: str, active_bits: float) -> float:
     share = active_bits if layer.kind == "conditional_sum" else 1.0
-    return (
-        sum(count * table.multiplying(kind) for kind, count in layer.multiplications.items())
-        + share * sum(count * table.adding(kind) for kind, count in layer.additions.items())
-        + sum(
-            count * lut_energy(inputs, table, lut_model) for inputs, count in layer.lookups.items()
-        )
-    )
+    products = sum(n * table.multiplying(kind) for kind, n in layer.multiplications.items())
+    sums = sum(n * table.adding(kind) for kind, n in layer.additions.items())
+    reads = sum(n * lut_energy(inputs, table, lut_model) for inputs, n in layer.lookups.items())
+    return products + share * sums + reads
 
 
 def _elementwise(layer: LayerCosts, table: Technology) -> float:
     total = layer.comparisons * table.adding(layer.comparison_type)
     for field, (multiplications, additions) in _ELEMENTWISE.items():
-        for operands, count in getattr(layer.elementwise, field).items():
-            total += count * (
-                multiplications * table.multiplying(operands) + additions * table.adding(operands)
-            )
+        for kind, count in getattr(layer.elementwise, field).items():
+            each = multiplications * table.multiplying(kind) + additions * table.adding(kind)
+            total += count * each
     return total
 
 
@@ -222,12 +210,11 @@ def _assumptions(
             f"{MULTIPLEXER_TRANSISTORS}/{FULL_ADDER_TRANSISTORS} of a full "
             "adder (an eighth of an int8 addition) by its transistors"
             if lut_model == "multiplexer"
-            else f"physical FPGA tables of {FPGA_INPUTS} inputs at {FPGA_FACTOR:g} times the energy of gates (Kuon and Rose 2007), other units as in the table"
+            else f"physical FPGA tables of {FPGA_INPUTS} inputs at {FPGA_FACTOR:g} times the energy "
+            "of gates (Kuon and Rose 2007), other units as in the table"
         )
-        said.append(
-            f"a table of {inputs} inputs: {lut_energy(inputs, table, lut_model):.3g} pJ a read, "
-            f"{how}"
-        )
+        read = lut_energy(inputs, table, lut_model)
+        said.append(f"a table of {inputs} inputs: {read:.3g} pJ a read, {how}")
     if costs.lookups:
         said.append(
             "tables and wiring are part of the circuit and don't move"

@@ -1,6 +1,4 @@
-"""Bytes of memory: of a training step, from its compiled program, and of inference, from counted
-costs.
-"""
+"""Bytes of memory: of a training step from its compiled program, of inference from counted costs."""
 
 from __future__ import annotations
 
@@ -38,14 +36,7 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """All of it, the activations as a part of what works."""
-        return (
-            self.parameters
-            + self.constants
-            + self.optimizer
-            + self.average
-            + self.batch
-            + self.working
-        )
+        return sum(dataclasses.astuple(self)) - self.activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +65,7 @@ def tree_bytes(tree: Any) -> int:
         shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
-    return sum(map(one, jax.tree.leaves(tree)))
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> int:
@@ -136,6 +127,5 @@ def of_inference(costs: Costs, batch: int = 1) -> InferenceMemory:
     if batch < 1:
         raise InputError(f"batch: expected at least 1, found {batch}.")
     largest = max(layer.bytes_moved.get("activations", 0) for layer in costs.layers)
-    return InferenceMemory(
-        sum(costs.bytes_stored.values()), batch * costs.state_bytes, batch * largest
-    )
+    weights = sum(costs.bytes_stored.values())
+    return InferenceMemory(weights, batch * costs.state_bytes, batch * largest)

@@ -1,10 +1,7 @@
-"""Costs, energies and memory of a model beside its dense baseline as one plain object, and that
-object as text.
-"""
+"""Costs, energies and memory of a model beside its dense baseline: a plain object, and as text."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +9,15 @@ from quweit_jax.costs.count import baseline, multiplications_replaced, of_config
 from quweit_jax.costs.energy import Energy, estimate
 from quweit_jax.costs.memory import of_inference
 from quweit_jax.ops.counts import Costs
+
+COLUMNS = ("multiplications", "additions", "lookups", "comparisons", "bytes_moved", "bytes_stored")
+# Sums of energy: what the object calls them, and what `Energy` does.
+PARTS = {
+    "total": "total",
+    "arithmetic": "arithmetic",
+    "counted_arithmetic": "matrix",
+    "memory": "memory",
+}
 
 
 def account(
@@ -33,13 +39,11 @@ def account(
       InputError: see `costs.of_config` and `energy.estimate`.
     """
 
+    asked: dict[str, Any] = {"outputs": outputs, "context": context, "precision": precision}
+
     def both(model: Mapping[str, Any] | None) -> tuple[Costs, list[Energy]]:
-        counted = of_config(
-            config, outputs=outputs, context=context, precision=precision, model=model
-        )
-        return counted, [
-            estimate(counted, technology, **energy_options) for technology in technologies
-        ]
+        counted = of_config(config, model=model, **asked)
+        return counted, [estimate(counted, each, **energy_options) for each in technologies]
 
     own, dense = both(None), baseline(config["model"])
     return compared(*own, None if dense is None else (*both(dense[0]), dense[1])), own[0]
@@ -54,44 +58,28 @@ def statement(costs: Costs, energies: Sequence[Energy]) -> dict[str, Any]:
     """All sums of one model, in plain values: what `--json` prints. Energies by technology, in
     picojoules.
     """
-    elementwise = costs.elementwise
     return {
         "unit": costs.unit,
         "context": costs.context,
         "multiplications": with_total(costs.multiplications),
         "additions": with_total(costs.additions),
-        "elementwise": {
-            f.name: with_total(getattr(elementwise, f.name))
-            for f in dataclasses.fields(elementwise)
-        },
+        "elementwise": {name: with_total(part) for name, part in vars(costs.elementwise).items()},
         "lookups": with_total(costs.lookups),
         "comparisons": with_total(costs.comparisons),
         "bytes": {
             "moved": with_total(costs.bytes_moved),
             "stored": with_total(costs.bytes_stored),
             "state": costs.state_bytes,
-            "inference": dataclasses.asdict(memory := of_inference(costs))
-            | {"total": memory.total},
+            "inference": {**vars(memory := of_inference(costs)), "total": memory.total},
         },
         "parameters": costs.parameters,
         "by_kind": {
-            kind: {
-                "multiplications": part.total_multiplications,
-                "additions": sum(part.additions.values()),
-                "lookups": sum(part.lookups.values()),
-                "comparisons": sum(part.comparisons.values()),
-                "bytes_moved": sum(part.bytes_moved.values()),
-                "bytes_stored": sum(part.bytes_stored.values()),
-                "parameters": part.parameters,
-            }
+            kind: {name: _sum(getattr(part, name)) for name in (*COLUMNS, "parameters")}
             for kind, part in costs.by_kind().items()
         },
         "energy_pj": {
             energy.technology: {
-                "total": energy.total_pj,
-                "arithmetic": energy.arithmetic_pj,
-                "counted_arithmetic": energy.matrix_pj,
-                "memory": energy.memory_pj,
+                **{name: getattr(energy, f"{part}_pj") for name, part in PARTS.items()},
                 "by_kind": energy.by_kind,
                 "arithmetic_by_kind": energy.arithmetic_by_kind,
                 "memory_by_traffic": energy.memory_by_traffic,
@@ -111,22 +99,17 @@ def compared(
     multiplications_replaced: a share, None without a baseline. energy_ratio: how many times more
     the baseline takes, by technology.
     """
-    result = statement(costs, energies) | {
-        "multiplications_replaced": None,
-        "baseline": None,
-        "energy_ratio": None,
-    }
+    result = statement(costs, energies)
     if dense is None:
-        return result
+        beside = ("multiplications_replaced", "baseline", "energy_ratio")
+        return result | dict.fromkeys(beside)
     baseline, dense_energies, name = dense
     result["multiplications_replaced"] = multiplications_replaced(costs, baseline)
     result["baseline"] = {"name": name, **statement(baseline, dense_energies)}
     result["energy_ratio"] = {
         ours.technology: {
-            "total": theirs.total_pj / ours.total_pj,
-            "arithmetic": theirs.arithmetic_pj / ours.arithmetic_pj,
-            "counted_arithmetic": theirs.matrix_pj / ours.matrix_pj,
-            "memory": theirs.memory_pj / ours.memory_pj,
+            name: getattr(theirs, f"{part}_pj") / getattr(ours, f"{part}_pj")
+            for name, part in PARTS.items()
         }
         for ours, theirs in zip(energies, dense_energies)
     }
@@ -135,32 +118,21 @@ def compared(
 
 def render(result: Mapping[str, Any], title: str, layers: Costs | None = None) -> str:
     """The object of `compared` as a table a person reads; layers: every layer's row too."""
-    unit = (
-        result["unit"]
-        if result["context"] is None
-        else f"{result['unit']} at a context of {result['context']:,}"
-    )
+    context = result["context"]
+    unit = result["unit"] + ("" if context is None else f" at a context of {context:,}")
     lines = [f"{title}: one {unit}", ""]
-    columns = (
-        "multiplications",
-        "additions",
-        "lookups",
-        "comparisons",
-        "bytes_moved",
-        "bytes_stored",
-    )
-    technologies = list(result["energy_pj"])
-    header = ["kind", *(c.replace("_", " ") for c in columns), *(f"uJ {t}" for t in technologies)]
+    energies, kinds = result["energy_pj"], result["by_kind"]
+    header = ["kind", *(c.replace("_", " ") for c in COLUMNS), *(f"uJ {t}" for t in energies)]
     rows = [
         [
             kind,
-            *(f"{part[c]:,}" for c in columns),
-            *(_micro(result["energy_pj"][t]["by_kind"][kind]) for t in technologies),
+            *(f"{part[c]:,}" for c in COLUMNS),
+            *(_micro(energy["by_kind"][kind]) for energy in energies.values()),
         ]
-        for kind, part in result["by_kind"].items()
+        for kind, part in kinds.items()
     ]
-    sums = [f"{sum(part[c] for part in result['by_kind'].values()):,}" for c in columns]
-    rows.append(["total", *sums, *(_micro(result["energy_pj"][t]["total"]) for t in technologies)])
+    sums = [f"{sum(part[c] for part in kinds.values()):,}" for c in COLUMNS]
+    rows.append(["total", *sums, *(_micro(energy["total"]) for energy in energies.values())])
     lines += table(header, rows)
     if layers is not None:
         lines += ["", *_layers(layers)]
@@ -215,53 +187,25 @@ def _beside(result: Mapping[str, Any]) -> list[str]:
 
 def _assumptions(result: Mapping[str, Any]) -> list[str]:
     """Those shared by all technologies once."""
-    everywhere = list(result["assumptions"].items())
-    shared = (
-        [said for said in everywhere[0][1] if all(said in other for _, other in everywhere)]
-        if everywhere
-        else []
-    )
-    lines = ["assumed:", *(f"- {said}" for said in shared)]
-    return lines + [
-        f"- {technology}: {said}"
-        for technology, all_said in everywhere
-        for said in all_said
-        if said not in shared
+    every = result["assumptions"]
+    shared = [
+        s for s in next(iter(every.values()), []) if all(s in said for said in every.values())
     ]
+    alone = [f"- {name}: {s}" for name, said in every.items() for s in said if s not in shared]
+    return ["assumed:", *(f"- {said}" for said in shared), *alone]
 
 
 def _layers(costs: Costs) -> list[str]:
-    header = [
-        "layer",
-        "kind",
-        "multiplications",
-        "additions",
-        "lookups",
-        "comparisons",
-        "bytes moved",
-        "bytes stored",
-    ]
-    groups = [
-        (
-            layer.multiplications,
-            layer.additions,
-            layer.lookups,
-            layer.bytes_moved,
-            layer.bytes_stored,
-        )
+    header = ["layer", "kind", *(column.replace("_", " ") for column in COLUMNS)]
+    rows = [
+        [layer.name, layer.kind, *(f"{_sum(getattr(layer, column)):,}" for column in COLUMNS)]
         for layer in costs.layers
     ]
-    rows = [
-        [
-            layer.name,
-            layer.kind,
-            *(f"{sum(g.values()):,}" for g in group[:3]),
-            f"{layer.comparisons:,}",
-            *(f"{sum(g.values()):,}" for g in group[3:]),
-        ]
-        for layer, group in zip(costs.layers, groups)
-    ]
     return table(header, rows)
+
+
+def _sum(counts: Mapping[Any, int] | int) -> int:
+    return counts if isinstance(counts, int) else sum(counts.values())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -279,7 +223,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _by_type(counts: Mapping[str, int], suffix: str = "") -> str:
     if not counts["total"]:
         return "none"
-    return f"{counts['total']:,} ({', '.join(f'{key}{suffix} {value:,}' for key, value in counts.items() if key != 'total')})"
+    each = ", ".join(f"{key}{suffix} {value:,}" for key, value in counts.items() if key != "total")
+    return f"{counts['total']:,} ({each})"
 
 
 def _micro(picojoules: float) -> str:

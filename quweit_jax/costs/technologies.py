@@ -126,11 +126,8 @@ def _checked(values: Any, path: Path) -> Technology:
                 f"{'level' if key == 'memory' else 'type'}."
             )
         for name, value in table.items():
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not (0 < value < math.inf)
-            ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
                 raise InputError(
                     f"technology: {path}: {key}.{name} should be a positive number of picojoules, "
                     f"found {value!r}."

@@ -180,11 +180,9 @@ class CausalSelfAttention(nn.Module):
         head = self.head_width or call.width // heads
         rows = _attention_costs(call, call.context or self.context, heads, kv_heads, head, True)
         if self.rotary:  # cosine and sine of half a head's angles, then two products and a sum
-            values = call.rows * (heads + kv_heads) * head
-            angles = call.rows * head // 2
-            counts = {FLOAT: 2 * values + angles}, {FLOAT: values}, {}, {FLOAT: 2 * angles}
-            turned = LayerCosts(call.at("rotary"), "attention", elementwise=Elementwise(*counts))
-            rows.insert(0, turned)
+            values, angles = call.rows * (heads + kv_heads) * head, call.rows * head // 2
+            counts = Elementwise.of(FLOAT, 2 * values + angles, values, functions=2 * angles)
+            rows.insert(0, call.row("attention", "rotary", elementwise=counts))
         return call.inner("projection", after={"qkv": rows})
 
 
@@ -230,40 +228,30 @@ def _attention_costs(
     """Scores, softmax and mix of all queries. cached: keys and values come from a cache, to which
     each query's own are added; else they are activations.
     """
-    types, queries = call.types, call.rows
-    scores, mixed, written = (
-        queries * heads * attended,
-        queries * heads * head,
-        queries * kv_heads * head,
-    )
-    texts = 1 if cached else queries // attended
-    held, operand, act = (
-        texts * attended * kv_heads * head,
-        BYTES[types.operands],
-        BYTES[types.activations],
-    )
-    rounds = types.operands == "int8"
+    types, queries, rounds = call.types, call.rows, call.types.operands == "int8"
+    scores, mixed, written = (queries * count * head for count in (heads, heads, kv_heads))
+    scores = queries * heads * attended
+    operand, act = BYTES[types.operands], BYTES[types.activations]
+    held = (1 if cached else queries // attended) * attended * kv_heads * head * operand
 
     def one(part: str, read: int, rescaled: int, wrote: int) -> LayerCosts:
-        moved = {"activations": (read + (0 if cached else held)) * operand + wrote * act}
-        return LayerCosts(
-            call.at(part),
+        return call.row(
             "attention",
+            part,
             multiplications={types.operands: scores * head},
             additions={types.accumulator: scores * head},
-            elementwise=Elementwise({FLOAT: rescaled + read + written} if rounds else {}),
-            comparisons=2 * (read + written) if rounds else 0,
-            bytes_moved=moved | ({"state": (held + written) * operand} if cached else {}),
-            state_bytes=held * operand if cached else 0,
+            elementwise=Elementwise.of(FLOAT, (rescaled + read + written) * rounds),
+            comparisons=2 * (read + written) * rounds,
+            activations=read * operand + wrote * act + (0 if cached else held),
+            state=held + written * operand if cached else 0,
+            state_bytes=held if cached else 0,
         )
 
-    # Times 1 / sqrt(K); less the largest, exponential, sum, division.
-    counts = {FLOAT: scores}, {FLOAT: 2 * scores}, {FLOAT: scores}, {FLOAT: scores}
-    softmax = LayerCosts(
-        call.at("softmax"),
+    softmax = call.row(  # times 1 / sqrt(K); less the largest, exponential, sum, division
         "attention",
-        elementwise=Elementwise(*counts),
+        "softmax",
+        elementwise=Elementwise.of(FLOAT, scores, 2 * scores, scores, scores),
         comparisons=scores,
-        bytes_moved={"activations": 2 * scores * act},
+        activations=2 * scores * act,
     )
     return [one("scores", mixed, scores, scores), softmax, one("mix", scores, mixed, mixed)]

@@ -27,7 +27,8 @@ class Call:
 
     layer: unbound, to read its fields. path: its names from the model down. method: what was called.
     args, output: what went in and came out. params: its own, by name, without those of layers
-      inside. again: an earlier call used them. inside: the calls that this one made, in their order.
+      inside; all_params: how many numbers with those. again: an earlier call used them. inside: the
+      calls that this one made, in their order.
     kind: of dense products, as an enclosing layer says it. precision, context: see `costs.count`.
     following: the call after this one in the same layer.
     """
@@ -38,6 +39,7 @@ class Call:
     args: tuple[Any, ...]
     output: Any
     params: Mapping[str, jax.ShapeDtypeStruct]
+    all_params: int
     again: bool
     inside: tuple[Call, ...]
     kind: str = "projection"
@@ -61,6 +63,11 @@ class Call:
         return self.shape[-1]
 
     @property
+    def size(self) -> int:
+        """Numbers that went in."""
+        return math.prod(self.shape)
+
+    @property
     def types(self) -> Types:
         """Those of a layer of the output's type."""
         return self.types_of(str(jax.tree.leaves(self.output)[0].dtype))
@@ -73,6 +80,27 @@ class Call:
     def at(self, *names: str) -> str:
         """The path of a part of the layer, or of the layer itself, as a row's name."""
         return "/".join((*self.path, *names))
+
+    def row(
+        self,
+        kind: str,
+        *part: str,
+        stored: Mapping[str, int] = {},
+        weights: int | None = None,
+        activations: int = 0,
+        state: int = 0,
+        **counts: Any,
+    ) -> LayerCosts:
+        """What the layer, or a part of it, costs.
+
+        stored: bytes by format. weights, activations, state: bytes moved; weights: None for all
+          that is stored. counts: other fields of `LayerCosts`.
+        """
+        read = sum(stored.values()) if weights is None else weights
+        moved = merge({"weights": read, "activations": activations, "state": state})
+        return LayerCosts(
+            self.at(*part), kind, bytes_moved=moved, bytes_stored=merge(stored), **counts
+        )
 
     def costs(self) -> Rows:
         """The rows of the layer and all that it called, by its rule.
@@ -120,138 +148,113 @@ class Call:
         return rows
 
 
-def product(
-    name: str, kind: str, rows: int, inputs: int, outputs: int, types: Types, *, bias: bool = False
-) -> LayerCosts:
-    """A dense layer (rows, inputs) -> (rows, outputs).
-
-    With int8 operands each input is rounded (a multiplication, two comparisons) and each result
-    rescaled (a multiplication) in float32.
-    """
-    count, rounds = rows * inputs * outputs, types.operands == "int8"
-    stored = merge(types.matrix(inputs, outputs), {FLOAT: bias * outputs * BYTES[FLOAT]})
-    rescaled = Elementwise({FLOAT: rows * (inputs + outputs)}, {FLOAT: bias * rows * outputs})
-    moved = rows * (inputs * BYTES[types.operands] + outputs * BYTES[types.activations])
-    return LayerCosts(
-        name,
-        kind,
-        multiplications={types.operands: count},
-        additions={types.accumulator: count},
-        elementwise=rescaled if rounds else Elementwise(),
-        comparisons=2 * rows * inputs if rounds else 0,
-        bytes_moved={"weights": sum(stored.values()), "activations": moved},
-        bytes_stored=stored,
-        parameters=inputs * outputs + bias * outputs,
-    )
-
-
 def layer_norm(
-    name: str, rows: int, width: int, activations: str, *, bias: bool, scale: bool = True
+    call: Call,
+    activations: str,
+    *part: str,
+    bias: bool,
+    scale: bool = True,
+    shape: tuple[int, ...] = (),
 ) -> LayerCosts:
     """Mean and mean square, a factor a feature (inverse deviation times scale), subtract, multiply,
-    perhaps add; in float32.
+    perhaps add; in float32. shape: of other vectors than the call's.
     """
-    multiplications = rows * ((2 + scale) * width + 1)
-    additions = rows * ((3 + bias) * width + 2)
-    counts = Elementwise(
-        {FLOAT: multiplications}, {FLOAT: additions}, {FLOAT: 2 * rows}, {FLOAT: rows}
+    shape = shape or call.shape
+    rows, n = math.prod(shape[:-1]), math.prod(shape)
+    counts = Elementwise.of(
+        FLOAT, (2 + scale) * n + rows, (3 + bias) * n + 2 * rows, 2 * rows, rows
     )
-    return _norm(name, rows, width, activations, scale + bias, counts)
+    return _norm(call, part, counts, 2 * n * BYTES[activations], (scale + bias) * shape[-1])
 
 
-def rms_norm(
-    name: str, rows: int, width: int, activations: str, *, scale: bool = True
-) -> LayerCosts:
+def rms_norm(call: Call, activations: str, *part: str, scale: bool = True) -> LayerCosts:
     """Mean square, times inverse root, times scale; in float32."""
-    counts = Elementwise(
-        {FLOAT: rows * (2 + scale) * width},
-        {FLOAT: rows * (width + 1)},
-        {FLOAT: rows},
-        {FLOAT: rows},
-    )
-    return _norm(name, rows, width, activations, int(scale), counts)
+    rows, n = call.rows, call.size
+    counts = Elementwise.of(FLOAT, (2 + scale) * n, n + rows, rows, rows)
+    return _norm(call, part, counts, 2 * n * BYTES[activations], scale * call.width)
 
 
 def _norm(
-    name: str, rows: int, width: int, activations: str, vectors: int, counts: Elementwise
+    call: Call, part: tuple[str, ...], counts: Elementwise, moved: int, parameters: int
 ) -> LayerCosts:
-    stored, moved = vectors * width * BYTES[FLOAT], 2 * rows * width * BYTES[activations]
-    return LayerCosts(
-        name,
-        "norm",
-        elementwise=counts,
-        bytes_moved={"weights": stored, "activations": moved},
-        bytes_stored={FLOAT: stored},
-        parameters=vectors * width,
+    stored = {FLOAT: parameters * BYTES[FLOAT]}
+    return call.row(
+        "norm", *part, elementwise=counts, stored=stored, activations=moved, parameters=parameters
     )
 
 
-def activation(name: str, values: int, function: str) -> LayerCosts:
-    """GELU ('exact' or 'tanh'), or SiLU times another branch ('gated_silu'), in float32."""
-    multiplications, additions = {"exact": (3, 0), "tanh": (6, 2), "gated_silu": (2, 0)}[function]
-    counts = Elementwise(
-        {FLOAT: multiplications * values}, {FLOAT: additions * values}, {}, {FLOAT: values}
-    )
-    return LayerCosts(name, "activation", elementwise=counts)
+def activation(call: Call, function: str, width: int) -> LayerCosts:
+    """Of hidden vectors: GELU ('exact' or 'tanh'), or SiLU times another branch ('silu'), in
+    float32.
+    """
+    multiplications, additions = {"exact": (3, 0), "tanh": (6, 2), "silu": (2, 0)}[function]
+    n = call.rows * width
+    counts = Elementwise.of(FLOAT, multiplications * n, additions * n, functions=n)
+    name = "silu" if function == "silu" else "gelu"
+    return call.row("activation", name, elementwise=counts)
 
 
 def residuals(call: Call, *branches: str) -> dict[str, Rows]:
     """For `Call.inner(after=)`: the results of some layers inside are added to the stream, which is
     read.
     """
-    values, act = call.rows * call.width, call.types.activations
+    act = call.types.activations
+    counts, moved = Elementwise.of(act, additions=call.size), call.size * BYTES[act]
     return {
-        branch: [
-            LayerCosts(
-                call.at(branch, "residual"),
-                "residual",
-                elementwise=Elementwise({}, {act: values}),
-                bytes_moved={"activations": values * BYTES[act]},
-            )
-        ]
-        for branch in branches
+        name: [call.row("residual", name, "residual", elementwise=counts, activations=moved)]
+        for name in branches
     }
 
 
 def _dense(layer: Any, call: Call) -> Rows:
-    features = layer.features
-    return [
-        product(
-            call.at(), call.kind, call.rows, call.width, features, call.types, bias=layer.use_bias
-        )
-    ]
+    return [_product(call, call.kind, call.at(), layer.features, layer.use_bias)]
+
+
+def _product(call: Call, kind: str, name: str, outputs: int, bias: bool) -> LayerCosts:
+    """With int8 operands each input is rounded (a multiplication, two comparisons) and each result
+    rescaled (a multiplication) in float32.
+    """
+    types, rows, n = call.types, call.rows, call.size
+    count, rounds = n * outputs, types.operands == "int8"
+    row = call.row(
+        kind,
+        multiplications={types.operands: count},
+        additions={types.accumulator: count},
+        elementwise=Elementwise.of(
+            FLOAT, rounds * (n + rows * outputs), rounds * bias * rows * outputs
+        ),
+        comparisons=2 * n * rounds,
+        stored=merge(types.matrix(call.width, outputs), {FLOAT: bias * outputs * BYTES[FLOAT]}),
+        activations=n * BYTES[types.operands] + rows * outputs * BYTES[types.activations],
+        parameters=call.width * outputs + bias * outputs,
+    )
+    return dataclasses.replace(row, name=name)
 
 
 def _embed(layer: Any, call: Call) -> Rows:
     """A token's row of a table, or `attend`: the head of a model whose embedding is tied to it."""
-    types, rows = call.types, math.prod(call.shape)
     if call.method == "attend":
         name = "/".join((*call.path[:-1], "head"))
-        return [product(name, "head", call.rows, call.width, layer.num_embeddings, types)]
-    moved = rows * layer.features
-    return [
-        LayerCosts(
-            call.at(),
-            "embedding",
-            elementwise=Elementwise({FLOAT: moved} if types.operands == "int8" else {}),
-            bytes_moved={
-                "weights": moved * BYTES[types.operands],
-                "activations": moved * BYTES[types.activations],
-            },
-            bytes_stored=types.matrix(layer.num_embeddings, layer.features),
-            parameters=layer.num_embeddings * layer.features,
-        )
-    ]
+        return [_product(call, "head", name, layer.num_embeddings, False)]
+    types, moved = call.types, call.size * layer.features
+    row = call.row(
+        "embedding",
+        elementwise=Elementwise.of(FLOAT, moved * (types.operands == "int8")),
+        weights=moved * BYTES[types.operands],
+        stored=types.matrix(layer.num_embeddings, layer.features),
+        activations=moved * BYTES[types.activations],
+        parameters=layer.num_embeddings * layer.features,
+    )
+    return [row]
 
 
 def _layer_norm(layer: Any, call: Call) -> Rows:
-    act, bias, scale = call.types.activations, layer.use_bias, layer.use_scale
-    return [layer_norm(call.at(), call.rows, call.width, act, bias=bias, scale=scale)]
+    act = call.types.activations
+    return [layer_norm(call, act, bias=layer.use_bias, scale=layer.use_scale)]
 
 
 def _rms_norm(layer: Any, call: Call) -> Rows:
-    act, scale = call.types.activations, layer.use_scale
-    return [rms_norm(call.at(), call.rows, call.width, act, scale=scale)]
+    return [rms_norm(call, call.types.activations, scale=layer.use_scale)]
 
 
 _FLAX: dict[type[nn.Module], Callable[[Any, Call], Rows]] = {

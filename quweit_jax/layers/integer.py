@@ -18,7 +18,6 @@ bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -143,22 +142,18 @@ class ActivationQuantizer(Packable):
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """`from_real`: one rounding and clamping of a value; else see `requantize_costs`."""
-        values = math.prod(call.shape)
-        if call.method == "from_real":
-            moved = values * (BYTES[FLOAT] + self.bits // 8)
-            return [
-                LayerCosts(
-                    call.at(),
-                    "requantize",
-                    elementwise=Elementwise({FLOAT: values}),
-                    comparisons=2 * values,
-                    bytes_moved={"weights": BYTES[FLOAT], "activations": moved},
-                    bytes_stored={FLOAT: BYTES[FLOAT]},
-                )
-            ]
-        scales = [branch.scale.size for branch in call.args if isinstance(branch, Quantized)]
-        reads = values * RESIDUAL_BITS // 8 * (len(scales) - 1)
-        return [requantize_costs(call.at(), values, scales, reads=reads)]
+        if call.method != "from_real":
+            scales = [branch.scale.size for branch in call.args if isinstance(branch, Quantized)]
+            reads = call.size * RESIDUAL_BITS // 8 * (len(scales) - 1)
+            return [requantize_costs(call, call.size, scales, reads)]
+        row = call.row(
+            "requantize",
+            elementwise=Elementwise.of(FLOAT, call.size),
+            comparisons=2 * call.size,
+            stored={FLOAT: BYTES[FLOAT]},
+            activations=call.size * (BYTES[FLOAT] + self.bits // 8),
+        )
+        return [row]
 
 
 class IntegerDense(Packable):
@@ -191,24 +186,18 @@ class IntegerDense(Packable):
         """int8 times int8 into int32, an int32 bias. A quantizer that follows makes its results
         smaller on the way to memory.
         """
-        count, outputs = call.rows * call.width * self.features, call.rows * self.features
-        stored = {"int8": call.width * self.features, INT: self.features * BYTES[INT]}
-        follows = call.following.layer if call.following else None
+        count, follows = call.size * self.features, call.following and call.following.layer
         out = follows.bits // 8 if isinstance(follows, ActivationQuantizer) else BYTES[INT]
-        return [
-            LayerCosts(
-                call.at(),
-                call.kind,
-                multiplications={"int8": count},
-                additions={INT: count},
-                bytes_moved={
-                    "weights": sum(stored.values()),
-                    "activations": call.rows * call.width + outputs * out,
-                },
-                bytes_stored=stored,
-                parameters=call.width * self.features + self.features,
-            )
-        ]
+        weights = call.width * self.features
+        row = call.row(
+            call.kind,
+            multiplications={"int8": count},
+            additions={INT: count},
+            stored={"int8": weights, INT: self.features * BYTES[INT]},
+            activations=call.size + call.rows * self.features * out,
+            parameters=weights + self.features,
+        )
+        return [row]
 
 
 class IntegerLayerNorm(Packable):
@@ -231,24 +220,16 @@ class IntegerLayerNorm(Packable):
         """Integer mean, sum of squares, Newton's square root, one factor a token; 16 bits in, 8 out
         after requantization.
         """
-        rows, width, steps = call.rows, call.width, integer.LAYER_NORM_ITERATIONS
-        stored = 2 * width * BYTES[INT]
-        counts = Elementwise(
-            multiplications={INT: rows * 2 * width},
-            additions={INT: rows * (4 * width + steps)},
-            divisions={INT: rows * (2 + steps)},
-            shifts={INT: rows * (width + steps)},
+        n, rows, steps = call.size, call.rows, call.rows * integer.LAYER_NORM_ITERATIONS
+        counts = Elementwise.of(INT, 2 * n, 4 * n + steps, 2 * rows + steps, shifts=n + steps)
+        row = call.row(
+            "norm",
+            elementwise=counts,
+            stored={INT: 2 * call.width * BYTES[INT]},
+            activations=n * (2 + 1),
+            parameters=2 * call.width,
         )
-        return [
-            LayerCosts(
-                call.at(),
-                "norm",
-                elementwise=counts,
-                bytes_moved={"weights": stored, "activations": rows * width * (2 + 1)},
-                bytes_stored={INT: stored},
-                parameters=2 * width,
-            )
-        ]
+        return [row]
 
 
 class Shiftmax(Packable):
@@ -275,24 +256,16 @@ class Shiftmax(Packable):
         """Less the largest; x + x / 2 - x / 16; quotient and rest by the constant for 1; shifted,
         summed, times the sum's inverse, shifted.
         """
-        scores = math.prod(call.shape)
-        counts = Elementwise(
-            multiplications={INT: 2 * scores},
-            additions={INT: 6 * scores},
-            divisions={INT: scores + call.rows},
-            shifts={INT: 6 * scores},
+        n = call.size
+        row = call.row(
+            "attention",
+            elementwise=Elementwise.of(INT, 2 * n, 6 * n, n + call.rows, shifts=6 * n),
+            comparisons=4 * n,
+            comparison_type=INT,
+            stored={INT: BYTES[INT]},
+            activations=n * (1 + 2),
         )
-        return [
-            LayerCosts(
-                call.at(),
-                "attention",
-                elementwise=counts,
-                comparisons=4 * scores,
-                comparison_type=INT,
-                bytes_moved={"weights": BYTES[INT], "activations": scores * (1 + 2)},
-                bytes_stored={INT: BYTES[INT]},
-            )
-        ]
+        return [row]
 
 
 class ShiftGELU(Packable):
@@ -315,28 +288,21 @@ class ShiftGELU(Packable):
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """An exponential of each value and of each token's largest, a division, two products."""
-        values, tokens = math.prod(call.shape), call.rows
-        counts = Elementwise(
-            multiplications={INT: 3 * values + tokens},
-            additions={INT: 6 * values + 4 * tokens},
-            divisions={INT: 2 * values + tokens},
-            shifts={INT: 5 * values + 4 * tokens},
+        n, t = call.size, call.rows
+        row = call.row(
+            "activation",
+            elementwise=Elementwise.of(
+                INT, 3 * n + t, 6 * n + 4 * t, 2 * n + t, shifts=5 * n + 4 * t
+            ),
+            comparisons=4 * n + 3 * t,
+            comparison_type=INT,
+            stored={INT: BYTES[INT]},
         )
-        return [
-            LayerCosts(
-                call.at(),
-                "activation",
-                elementwise=counts,
-                comparisons=4 * values + 3 * tokens,
-                comparison_type=INT,
-                bytes_moved={"weights": BYTES[INT]},
-                bytes_stored={INT: BYTES[INT]},
-            )
-        ]
+        return [row]
 
 
 def requantize_costs(
-    name: str, values: int, scales: Sequence[int], *, reads: int = 0
+    call: Call, values: int, scales: Sequence[int], reads: int, *part: str
 ) -> LayerCosts:
     """A dyadic multiplication (32 bits by 31, 64 bits of product), a shift and a rounding addition
     a value and branch; clamped.
@@ -344,20 +310,15 @@ def requantize_costs(
     scales: for each branch how many it has, one or one a feature; two branches are added. reads:
       bytes of the second branch.
     """
-    branches, stored = len(scales), sum(scales) * 2 * BYTES[INT]  # a multiplier and a shift each
-    counts = Elementwise(
-        multiplications={INT: branches * values},
-        additions={INT: (2 * branches - 1) * values},
-        shifts={INT: branches * values},
-    )
-    return LayerCosts(
-        name,
+    n = len(scales) * values
+    return call.row(
         "requantize",
-        elementwise=counts,
-        comparisons=(2 * branches + 2) * values,
+        *part,
+        elementwise=Elementwise.of(INT, n, 2 * n - values, shifts=n),
+        comparisons=2 * n + 2 * values,
         comparison_type=INT,
-        bytes_moved={"weights": stored, "activations": reads},
-        bytes_stored={INT: stored},
+        stored={INT: sum(scales) * 2 * BYTES[INT]},  # multipliers and shifts
+        activations=reads,
     )
 
 

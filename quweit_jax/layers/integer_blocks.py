@@ -74,18 +74,20 @@ class IntegerAttention(nn.Module):
         """8-bit queries, keys and scores; 16-bit weights times 8-bit values, or both of 8 bits
         where that precision is asked for.
         """
-        values, scores = call.rows * call.width, call.rows * self.num_heads * call.shape[-2]
+        scores = call.rows * self.num_heads * call.shape[-2]
         count = scores * (call.width // self.num_heads)
 
         def product(part: str, operands: str, moved: int) -> list[LayerCosts]:
-            moving = {"activations": moved}
-            sums = {operands: count}, {INT: count}
-            return [LayerCosts(call.at(part), "attention", *sums, bytes_moved=moving)]
+            many, sums = {operands: count}, {INT: count}
+            row = call.row(
+                "attention", part, multiplications=many, additions=sums, activations=moved
+            )
+            return [row]
 
         mixed = "int8" if call.precision else "int16xint8"
         after = {
-            "quant_qkv": product("scores", "int8", 2 * values + scores),
-            "shiftmax": product("mix", mixed, 2 * scores + 2 * values),
+            "quant_qkv": product("scores", "int8", 2 * call.size + scores),
+            "shiftmax": product("mix", mixed, 2 * scores + 2 * call.size),
         }
         return call.inner("projection", after=after)
 
@@ -185,11 +187,6 @@ class IntegerWeightlessBlock(WeightlessBlock):
         """8-bit integers compared, one-bit tables read, int8 vectors added in int32 (and doubled
         where bits are signed): no multiplication.
         """
-        values = call.rows * self.features
-        stored = {"int8": self._count_vectors(), INT: self.features * BYTES[INT]}
-        doubled = Elementwise(shifts={INT: values} if self.signed else {})
-        return [
-            self._thermometer_costs(call, "int8", "int16"),
-            *call.inner(),
-            self._sum_costs(call, stored, doubled, values * RESIDUAL_BITS // 8),
-        ]
+        values, bias = call.rows * self.features, {INT: self.features * BYTES[INT]}
+        doubled = Elementwise.of(INT, shifts=values * self.signed)
+        return self._costs(call, ("int8", "int16"), bias, doubled, values * RESIDUAL_BITS // 8)

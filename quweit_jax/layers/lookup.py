@@ -173,19 +173,14 @@ class LUTLayer(Packable):
             stored["1-bit"], wrote = count * packed_bits(entries), packed_bits(count)
         else:
             stored[FLOAT], wrote = count * entries * BYTES[FLOAT], count * BYTES[FLOAT]
-        return [
-            LayerCosts(
-                call.at(),
-                "lookup",
-                lookups={self.lut_inputs: rows * count * (1 if self.binary else 32)},
-                bytes_moved={
-                    "weights": sum(stored.values()),
-                    "activations": rows * (packed_bits(bits) + wrote),
-                },
-                bytes_stored=stored,
-                parameters=count * entries + choices.get(self.mapping, 0) * slots,
-            )
-        ]
+        row = call.row(
+            "lookup",
+            lookups={self.lut_inputs: rows * count * (1 if self.binary else 32)},
+            stored=stored,
+            activations=rows * (packed_bits(bits) + wrote),
+            parameters=count * entries + choices.get(self.mapping, 0) * slots,
+        )
+        return [row]
 
 
 class GroupSum(Packable):
@@ -212,17 +207,14 @@ class GroupSum(Packable):
         """Bits counted in the smallest integers that hold a group's count; the scores divided by
         tau, a constant, in float32.
         """
-        bits, scores = call.width, call.rows * self.num_groups
-        integer = "int8" if -(-bits // self.num_groups) < 2**8 else "int16"
-        return [
-            LayerCosts(
-                call.at(),
-                "head",
-                additions={integer: call.rows * bits},
-                elementwise=Elementwise({FLOAT: scores}),
-                bytes_moved={"activations": call.rows * packed_bits(bits) + scores * BYTES[FLOAT]},
-            )
-        ]
+        scores = call.rows * self.num_groups
+        row = call.row(
+            "head",
+            additions={"int8" if -(-call.width // self.num_groups) < 2**8 else "int16": call.size},
+            elementwise=Elementwise.of(FLOAT, scores),
+            activations=call.rows * packed_bits(call.width) + scores * BYTES[FLOAT],
+        )
+        return [row]
 
 
 class LearnableReduction(Packable):

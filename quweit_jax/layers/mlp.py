@@ -58,7 +58,7 @@ class MLP(nn.Module):
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Two dense layers and a GELU of what is between them."""
-        gelu = activation(call.at("gelu"), call.rows * self.ratio * call.width, self.gelu)
+        gelu = activation(call, self.gelu, self.ratio * call.width)
         return call.inner("mlp", after={"up": [gelu]})
 
 
@@ -81,9 +81,8 @@ class SwiGLU(nn.Module):
         )(jax.nn.silu(gate) * up)
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """Two dense layers and a SiLU, times the other branch, of what is between them."""
-        silu = activation(call.at("silu"), call.rows * self.hidden, "gated_silu")
-        return call.inner("mlp", after={"gate": [silu]})
+        """Two layers and a SiLU, times the other branch, of what is between them."""
+        return call.inner("mlp", after={"gate": [activation(call, "silu", self.hidden)]})
 
 
 def kinds(integer: bool = False) -> tuple[str, ...]:

@@ -40,4 +40,4 @@ class RMSNorm(nn.Module):
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """See `layers.costs.rms_norm`."""
-        return [rms_norm(call.at(), call.rows, call.width, call.types.activations)]
+        return [rms_norm(call, call.types.activations)]

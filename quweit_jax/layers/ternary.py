@@ -62,27 +62,20 @@ class BitLinear(Packable):
         """Norm, rounding to int8 by the largest value, additions of int8 into int32 (at most one a
         weight), one rescaling an output.
         """
-        rows, inputs, outputs, act = call.rows, call.width, self.features, call.types.activations
+        inputs, outputs, act = call.width, self.features, call.types.activations
+        # The largest magnitude, and clamping on both sides.
+        counts = Elementwise.of(FLOAT, call.size, divisions=call.rows)
+        rounding = call.row("requantize", "round", elementwise=counts, comparisons=3 * call.size)
         packed = -(-inputs // ternary.WEIGHTS_PER_BYTE) * outputs
-        rounding = LayerCosts(
-            call.at("round"),
-            "requantize",
-            elementwise=Elementwise({FLOAT: rows * inputs}, {}, {FLOAT: rows}),
-            comparisons=3 * rows * inputs,  # the largest magnitude, and clamping on both sides
-        )
-        total = LayerCosts(
-            call.at(),
+        total = call.row(
             call.kind,
-            additions={"int32": rows * inputs * outputs},
-            elementwise=Elementwise({FLOAT: rows * (outputs + 1)}),
-            bytes_moved={
-                "weights": packed + BYTES[FLOAT],
-                "activations": rows * (inputs * BYTES["int8"] + outputs * BYTES[act]),
-            },
-            bytes_stored={"2-bit": packed, FLOAT: BYTES[FLOAT]},
+            additions={"int32": call.size * outputs},
+            elementwise=Elementwise.of(FLOAT, call.rows * (outputs + 1)),
+            stored={"2-bit": packed, FLOAT: BYTES[FLOAT]},
+            activations=call.size + call.rows * outputs * BYTES[act],
             parameters=inputs * outputs,
         )
-        return [rms_norm(call.at("norm"), rows, inputs, act), rounding, total]
+        return [rms_norm(call, act, "norm"), rounding, total]
 
 
 class MLGRU(nn.Module):
@@ -146,17 +139,16 @@ class MLGRU(nn.Module):
         silu(.) (1 - f): 2 d multiplications, d additions, d functions; the step: d and d; gate *
         silu(h): 2 d multiplications and d functions.
         """
-        values, held = call.rows * call.width, call.width * BYTES[FLOAT]
-        recurrence = LayerCosts(
-            call.at("recurrence"),
+        n, held = call.size, call.width * BYTES[FLOAT]
+        recurrence = call.row(
             "recurrence",
-            elementwise=Elementwise(
-                {FLOAT: 6 * values}, {FLOAT: 4 * values}, {}, {FLOAT: 3 * values}
-            ),
-            bytes_moved={"weights": held, "state": 2 * held},  # weights: the forget gate's bound
+            "recurrence",
+            elementwise=Elementwise.of(FLOAT, 6 * n, 4 * n, functions=3 * n),
+            weights=held,  # the forget gate's bound
+            state=2 * held,
             state_bytes=held,
         )
-        norm = rms_norm(call.at("gate_norm"), call.rows, call.width, call.types.activations)
+        norm = rms_norm(call, call.types.activations, "gate_norm")
         return call.inner("projection", after={"gate": [recurrence]}, instead={"gate_norm": [norm]})
 
 
@@ -181,6 +173,5 @@ class BitGLU(nn.Module):
         )
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """Two ternary layers and a SiLU, times the other branch, of what is between them."""
-        silu = activation(call.at("silu"), call.rows * self.hidden, "gated_silu")
-        return call.inner("mlp", after={"gate": [silu]})
+        """Two layers and a SiLU, times the other branch, of what is between them."""
+        return call.inner("mlp", after={"gate": [activation(call, "silu", self.hidden)]})

@@ -204,50 +204,51 @@ class WeightlessBlock(Packable):
         """As deployed: float32 thresholds, tables of one bit an entry, int8 vectors added in int32,
         a float32 scale and bias an output.
         """
-        norm = layer_norm(call.at("norm"), call.rows, call.width, FLOAT, bias=self.norm_bias)
-        vectors, scales = self._count_vectors(), self.features if self.sum == "dense" else 1
-        values, act = call.rows * self.features, call.types.activations
-        stored = {"int8": vectors, FLOAT: (scales + self.features) * BYTES[FLOAT]}
-        scaled = Elementwise({FLOAT: values}, {FLOAT: values})  # and the bias
+        norm = [layer_norm(call, FLOAT, "norm", bias=self.norm_bias)] if self.use_norm else []
+        values, scales = call.rows * self.features, self.features if self.sum == "dense" else 1
         return [
-            *([norm] if self.use_norm else []),
-            self._thermometer_costs(call, FLOAT, FLOAT),
-            *call.inner(instead={"norm": []}),
-            self._sum_costs(call, stored, scaled, values * BYTES[act]),
+            *norm,
+            *self._costs(
+                call,
+                (FLOAT, FLOAT),
+                {FLOAT: (scales + self.features) * BYTES[FLOAT]},
+                Elementwise.of(FLOAT, values, values),  # scale and bias
+                values * BYTES[call.types.activations],
+            ),
         ]
 
-    def _count_vectors(self) -> int:
-        return self._layers()[-1] * (self.features if self.sum == "dense" else 1)
-
-    def _thermometer_costs(self, call: Call, values: str, thresholds: str) -> LayerCosts:
-        """Of values of one type compared, with thresholds stored in another."""
-        bits = call.width * self.thermometer_bits
-        stored = bits * BYTES[thresholds]
-        moved = call.rows * (call.width * BYTES[values] + packed_bits(bits))
-        return LayerCosts(
-            call.at("thermometer"),
+    def _costs(
+        self,
+        call: Call,
+        compared: tuple[str, str],
+        scales: dict[str, int],
+        elementwise: Elementwise,
+        wrote: int,
+    ) -> list[LayerCosts]:
+        """Thermometer, tables and sum. compared: the types of values and of stored thresholds.
+        scales: bytes beside the vectors. elementwise, wrote: of the sum.
+        """
+        bits, last = call.width * self.thermometer_bits, self._layers()[-1]
+        vectors = last * (self.features if self.sum == "dense" else 1)
+        thermometer = call.row(
+            "thermometer",
             "thermometer",
             comparisons=call.rows * bits,
-            comparison_type=values,
-            bytes_moved={"weights": stored, "activations": moved},
-            bytes_stored={thresholds: stored},
-            parameters=bits if self.learn_thresholds else 0,
+            comparison_type=compared[0],
+            stored={compared[1]: bits * BYTES[compared[1]]},
+            activations=call.size * BYTES[compared[0]] + call.rows * packed_bits(bits),
+            parameters=bits * self.learn_thresholds,
         )
-
-    def _sum_costs(
-        self, call: Call, stored: dict[str, int], elementwise: Elementwise, wrote: int
-    ) -> LayerCosts:
-        """Of the conditional sum: all vectors added, as if every bit were set."""
-        read = call.rows * packed_bits(self._layers()[-1])
-        return LayerCosts(
-            call.at("conditional_sum"),
+        total = call.row(  # all vectors added, as if every bit were set
             "conditional_sum",
-            additions={"int32": call.rows * self._count_vectors()},
+            "conditional_sum",
+            additions={"int32": call.rows * vectors},
             elementwise=elementwise,
-            bytes_moved={"weights": sum(stored.values()), "activations": read + wrote},
-            bytes_stored=stored,
-            parameters=self._count_vectors() + self.features,
+            stored={"int8": vectors, **scales},
+            activations=call.rows * packed_bits(last) + wrote,
+            parameters=vectors + self.features,
         )
+        return [thermometer, *call.inner(instead={"norm": []}), total]
 
 
 def above(x_DT: Array, thresholds: Array) -> Array:

@@ -110,15 +110,14 @@ class DWN(Packable):
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """The thermometer of float32 inputs, and those of the layers inside."""
-        c, rows, features = self.config, call.shape[0], math.prod(call.shape[1:])
+        c, features = self.config, math.prod(call.shape[1:])
         bits = features * c.thermometer_bits
-        held = (features if c.per_feature else 1) * c.thermometer_bits * BYTES[FLOAT]
-        moved = rows * (features * BYTES[FLOAT] + packed_bits(bits))
-        thermometer = LayerCosts(
-            call.at("thermometer"),
+        held = (features if c.per_feature else 1) * c.thermometer_bits
+        thermometer = call.row(
             "thermometer",
-            comparisons=rows * bits,
-            bytes_moved={"weights": held, "activations": moved},
-            bytes_stored={FLOAT: held},
+            "thermometer",
+            comparisons=call.shape[0] * bits,
+            stored={FLOAT: held * BYTES[FLOAT]},
+            activations=call.size * BYTES[FLOAT] + call.shape[0] * packed_bits(bits),
         )
         return [thermometer, *call.inner()]

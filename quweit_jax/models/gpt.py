@@ -162,14 +162,13 @@ class GPT(nn.Module):
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside, and a row of the positions a token, added."""
-        act, width = call.types_of(self.config.dtype).activations, self.config.width
-        size, stored = BYTES[act], call.params["position_embedding"].size
-        positions = LayerCosts(
-            call.at("position_embedding"),
+        act, values = call.types_of(self.config.dtype).activations, call.size * self.config.width
+        positions = call.row(
             "embedding",
-            elementwise=Elementwise({}, {act: call.shape[-1] * width}),
-            bytes_moved={"weights": call.shape[-1] * width * size},
-            bytes_stored={act: stored * size},
-            parameters=stored,
+            "position_embedding",
+            elementwise=Elementwise.of(act, additions=values),
+            weights=values * BYTES[act],
+            stored={act: call.params["position_embedding"].size * BYTES[act]},
+            parameters=call.params["position_embedding"].size,
         )
         return call.inner({"head": "head"}, after={"token_embedding": [positions]})

@@ -166,10 +166,6 @@ class MatMulFree(nn.Module):
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside, and the gates' bounds, which the mixers read."""
         count = call.params["lower_bounds"].size
-        bounds = LayerCosts(
-            call.at("lower_bounds"),
-            "recurrence",
-            bytes_stored={FLOAT: count * BYTES[FLOAT]},
-            parameters=count,
-        )
+        stored = {FLOAT: count * BYTES[FLOAT]}
+        bounds = call.row("recurrence", "lower_bounds", weights=0, stored=stored, parameters=count)
         return [*call.inner({"head": "head"}), bounds]

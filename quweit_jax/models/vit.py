@@ -317,45 +317,41 @@ class ViT(Packable):
 
         The last norm is that of the class token alone where only that is read.
         """
-        c, images, width = self.config, call.shape[0], self.config.sizes()[0]
+        c, images, width, cls = self.config, call.shape[0], self.config.sizes()[0], self.config.pool
         count = sum(leaf.size for leaf in call.params.values())  # positions and the class token
-        extra = int(c.pool == "cls")
-        tokens = count // width - extra
-        values, kinds = images * tokens * width, {"patch_embed": "embedding", "head": "head"}
+        values = images * (count - width * (cls == "cls"))
         act = INT if c.integer else call.types_of(c.dtype).activations
-        mean = LayerCosts(
-            call.at("pool"),
+        kinds = {"patch_embed": "embedding", "head": "head"}
+        divided = 0 if c.integer else images * width  # of integers the scale is
+        pool = call.row(
             "activation",
-            elementwise=Elementwise({}, {act: values}, {} if c.integer else {act: images * width}),
-            bytes_moved={
-                "activations": (values + images * width) * (1 if c.integer else BYTES[act])
-            },
+            "pool",
+            elementwise=Elementwise.of(act, additions=values, divisions=divided),
+            activations=(values + images * width) * (1 if c.integer else BYTES[act]),
         )
-        pooled = [] if extra else [mean]
-        stored = {act: count * BYTES[act]} | ({FLOAT: BYTES[FLOAT]} if c.integer else {})
-        positions = LayerCosts(
-            call.at("position_embedding"),
+        pooled = [pool] if c.pool == "mean" else []
+        positions = call.row(
             "embedding",
-            elementwise=Elementwise({}, {} if c.integer else {act: values}),
-            bytes_moved={"weights": count * BYTES[act]},
-            bytes_stored=stored,  # beside integers the scale that they were rounded with
+            "position_embedding",
+            elementwise=Elementwise.of(act, additions=0 if c.integer else values),
+            weights=count * BYTES[act],
+            # beside integers the scale that they were rounded with
+            stored={act: count * BYTES[act]} | ({FLOAT: BYTES[FLOAT]} if c.integer else {}),
             parameters=count,
         )
         if not c.integer:
-            norm = layer_norm(
-                call.at("final_norm"), images * (1 if extra else tokens), width, act, bias=True
-            )
-            after = {"patch_embed": [positions]}
-            return call.inner(kinds, after=after, instead={"final_norm": [norm, *pooled]})
+            shape = (values // width if pooled else images, width)
+            norm = layer_norm(call, act, "final_norm", bias=True, shape=shape)
+            instead = {"final_norm": [norm, *pooled]}
+            return call.inner(kinds, after={"patch_embed": [positions]}, instead=instead)
         check_choice("precision of an integer model", call.precision or "int8", ("int8",))
-        scaled = LayerCosts(
-            call.at("logit_scale"),
+        scaled = call.row(
             "requantize",
-            elementwise=Elementwise({FLOAT: images * c.num_classes}),
-            bytes_moved={"weights": c.num_classes * BYTES[FLOAT]},
-            bytes_stored={FLOAT: c.num_classes * BYTES[FLOAT]},
+            "logit_scale",
+            elementwise=Elementwise.of(FLOAT, images * c.num_classes),
+            stored={FLOAT: c.num_classes * BYTES[FLOAT]},
         )
-        added = layers.requantize_costs(call.at("quant_embedding"), values, [1, 1])
+        added = layers.requantize_costs(call, values, [1, 1], 0, "quant_embedding")
         return call.inner(
             kinds,
             after={"quant_final": pooled, "head": [scaled]},

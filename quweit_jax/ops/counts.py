@@ -69,6 +69,20 @@ class Elementwise:
     functions: Mapping[str, int] = dataclasses.field(default_factory=dict)
     shifts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        operands: str,
+        multiplications: int = 0,
+        additions: int = 0,
+        divisions: int = 0,
+        functions: int = 0,
+        shifts: int = 0,
+    ) -> Elementwise:
+        """Those of one operand type."""
+        counts = (multiplications, additions, divisions, functions, shifts)
+        return cls(*({operands: count} if count else {} for count in counts))
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerCosts:

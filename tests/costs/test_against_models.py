@@ -4,7 +4,7 @@ products that JAX traces.
 
 import dataclasses
 
-import flax.linen
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +12,9 @@ import pytest
 
 from quweit_jax import models
 from quweit_jax.costs import count as costs
-from quweit_jax.deploy import packed
+from quweit_jax.deploy import pack
 from quweit_jax.errors import InputError
+from quweit_jax.layers.lookup import LUTLayer
 from tests.compiled import CHEAP
 
 GPT = {"name": "gpt", "context": 16, "layers": 2, "heads": 2, "width": 32}
@@ -124,49 +125,150 @@ def test_dense_float_models_store_their_parameters(name, shapes):
     assert count(MODELS[name]).bytes_stored == {"float32": 4 * sizes(shapes[name]["params"])}
 
 
-def filled(tree):
-    """Arrays of a tree's shapes: zeros, but wiring that reads the last input there is, whose number
-    takes the most bytes.
+def deployed(config, variables):
+    """What inference reads of a model, as shapes: what its layers write for it, and the parameters of
+    the layers that write nothing.
     """
-    if not isinstance(tree, dict):
-        return np.zeros(tree.shape, tree.dtype)
-    out = {key: filled(child) for key, child in tree.items()}
-    if "mapping" in out:
-        out["mapping"][...] = tree["inverse"].shape[0] - 1
-    return out
+    model = models.build(config, OUTPUTS)
+    written = jax.eval_shape(lambda v: pack.constants(model, v, inputs_of(config)), variables)
+    return [written, pack.without(variables["params"], written)]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n for n in MODELS if not MODELS[n].get("integer") and ("weightless" in n or "gpt_" in n)],
-)
-def test_packed_floats_store_what_packing_makes(name, shapes):
-    variables = filled({key: dict(tree) for key, tree in shapes[name].items()})
-    if name == "gpt_bias_untied":
-        with pytest.raises(InputError, match="nothing to pack"):
-            packed.pack(variables)
-        return
-    assert sum(count(MODELS[name]).bytes_stored.values()) == packed.block_bytes(
-        packed.pack(variables)
+def bytes_by_type(tree):
+    found: dict[str, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        found[str(leaf.dtype)] = found.get(str(leaf.dtype), 0) + leaf.size * leaf.dtype.itemsize
+    return found
+
+
+def by_type(stored):
+    """Bytes by format as those of the arrays that hold them: tables and wiring in integers without a
+    sign, as are ternary weights.
+    """
+    found: dict[str, int] = {}
+    for key, count in stored.items():
+        key = "uint8" if key in ("1-bit", "2-bit", "wiring") else key
+        found[key] = found.get(key, 0) + count
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_packed_form_is_what_is_counted(name, shapes):
+    """By the type of the arrays, of all models above."""
+    held = bytes_by_type(deployed(MODELS[name], shapes[name]))
+    held["uint8"] = held.pop("uint8", 0) + held.pop("uint16", 0)
+    counted = by_type(count(MODELS[name]).bytes_stored)
+    assert counted == {key: size for key, size in held.items() if size}
+
+
+FLOATS = {"gpt": GPT, "transformer_pp": LLAMA, "matmulfree": MATMULFREE}
+SHAPES = {
+    **FLOATS,
+    **{
+        f"vit_{pool}{'_integer' if integer else ''}": VIT | {"pool": pool, "integer": integer}
+        for pool in ("cls", "mean")
+        for integer in (False, True)
+    },
+}
+MIXERS = [
+    {"mlp": "dense"},
+    {"mlp": "none"},
+    *(
+        {
+            "mlp": "weightless",
+            "weightless": SMALL | {"num_luts": 64, "mapping": mapping, "sum": sum_},
+        }
+        for mapping in ("random", "arange", "learnable", "candidates")
+        for sum_ in ("dense", "grouped")
+    ),
+]
+EVERY = {
+    "-".join([name, mixer["mlp"], *map(str, list(mixer.get("weightless", {}).values())[3:])]): base
+    | {"layers" if name in FLOATS else "depth": 1}
+    | mixer
+    for name, base in SHAPES.items()
+    for mixer in MIXERS
+} | {
+    f"dwn-{mapping}-{reduction}": {
+        "name": "dwn",
+        "num_luts": (60, 50),
+        "mapping": mapping,
+        "reduction": reduction,
+        "lut_inputs": 3,
+    }
+    for mapping in ("random", "arange", "learnable", "candidates")
+    for reduction in ("group_sum", "learnable")
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_kind_of_model_stores_what_is_counted(name):
+    config = EVERY[name]
+    model = models.build(config, OUTPUTS)
+    variables = dict(jax.eval_shape(model.init, jax.random.key(0), inputs_of(config)))
+    counted = count(config)
+    assert counted.parameters == sizes(variables["params"])
+    assert sum(counted.bytes_stored.values()) == sum(
+        bytes_by_type(deployed(config, variables)).values()
     )
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n].get("integer")])
-def test_packed_integers_store_what_packing_makes(name, shapes):
-    """The shapes of what `inference.integer.pack` writes down."""
-    model = models.build(MODELS[name], OUTPUTS)
-    made = jax.eval_shape(
-        lambda v, x: model.apply(v, x, mutable=["packed"])[1],
-        dict(shapes[name]),
-        inputs_of(MODELS[name]),
-    )
-    by_type: dict[str, int] = {}
-    for leaf in jax.tree.leaves(made):
-        by_type[str(leaf.dtype)] = by_type.get(str(leaf.dtype), 0) + leaf.size * leaf.dtype.itemsize
-    counted = dict(count(MODELS[name]).bytes_stored)
-    assert sum(counted.values()) == sum(by_type.values())
-    assert by_type.pop("uint8", 0) == counted.pop("1-bit", 0) + counted.pop("wiring", 0)
-    assert by_type == counted
+def test_integer_vit_of_the_mean_has_no_class_token():
+    """As it is packed: 26,352 bytes, of a model of 19,786 parameters."""
+    config = {"name": "vit", "variant": "mu/8", "pool": "mean", "integer": True}
+    counted = costs.count(config, 10, image_size=32)
+    assert sum(counted.bytes_stored.values()) == 26_352 and counted.parameters == 19_786
+
+
+class Mixer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("scale", nn.initializers.ones, (x.shape[-1],))
+
+
+class Ours(nn.Module):
+    """A user's model, in the manner of Flax: layers from `setup`, one of them used twice."""
+
+    mixer: bool = False
+
+    def setup(self):
+        self.first, self.twice = nn.Dense(8), nn.Dense(8, use_bias=False)
+        self.luts, self.mix = LUTLayer(12, 4), Mixer()
+
+    def __call__(self, x):
+        x = self.twice(self.twice(nn.relu(self.first(x))))
+        return self.luts((x > 0).astype(jnp.float32)) if not self.mixer else self.mix(x)
+
+
+def test_a_model_of_ones_own():
+    counted = costs.of_model(Ours(), jax.ShapeDtypeStruct((1, 5, 3), jnp.float32))
+    assert counted.multiplications == {"float32": 5 * (3 * 8 + 2 * 8 * 8)}
+    assert counted.lookups == {4: 5 * 12}
+    assert counted.parameters == 3 * 8 + 8 + 8 * 8 + 12 * 16  # what is used twice is there once
+    assert counted.unit == "image" and counted.context is None
+
+
+def test_a_layer_without_a_rule_is_named():
+    with pytest.raises(InputError, match=r"'mix' .* class Mixer .* costs\(self, call\)"):
+        costs.of_model(Ours(mixer=True), jnp.zeros((1, 3)))
+
+
+def test_what_a_scan_hides_is_found():
+    """Layers in a scan are seen once."""
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            step = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return step(nn.Dense(4, name="dense"), x, None)[0]
+
+    with pytest.raises(InputError, match=r"20 parameters .* 60"):
+        costs.of_model(Scanned(), jnp.zeros((1, 4)))
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n]["name"] not in ("vit", "dwn")])
@@ -254,7 +356,7 @@ def test_flops_are_the_compilers(name, monkeypatch):
     polynomials of dozens of operations, so GELU is replaced by max(x, 0); it counts exp and the
     like apart from FLOPs, and there is no scan in these models whose trips it could miss.
     """
-    monkeypatch.setattr(flax.linen, "gelu", lambda x, approximate: jnp.maximum(x, 0))
+    monkeypatch.setattr(nn, "gelu", lambda x, approximate: jnp.maximum(x, 0))
     if name == "vit":
         config, inputs, tokens = (
             {"name": "vit", "variant": "Ti/16", "depth": 1},
