@@ -15,7 +15,7 @@ from typing import Any
 from quweit_jax.errors import InputError, RunError
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
     """Runs a command; our own errors end it with their message alone: status 2 for input, 1 for a
     run that cannot go on.
     """
@@ -25,7 +25,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_Plain())
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        sys.exit(main(sys.argv[1:] if argv is None else argv) or 0)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -64,9 +64,9 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser for `python -m quweit_jax.NAME`."""
+    """An argument parser for `python -m quweit_jax NAME`."""
     return argparse.ArgumentParser(
-        prog=f"python -m quweit_jax.{name}",
+        prog=f"python -m quweit_jax {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

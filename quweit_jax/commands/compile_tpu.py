@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """
     rest, overrides = cli.split_overrides(argv)
     parser = cli.parser(
-        "aot",
+        "compile_tpu",
         "Compiles a config's training step for a TPU topology ahead of time; no TPU is needed, "
         "but libtpu is (pip install libtpu).",
     )
@@ -35,12 +35,3 @@ def main(argv: Sequence[str]) -> int:
 
     cli.print_facts(ahead_of_time.compile_step(config, args.topology), as_json=args.json)
     return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

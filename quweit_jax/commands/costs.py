@@ -105,12 +105,3 @@ def main(argv: Sequence[str]) -> int:
         else statement.render(result, args.config or args.workdir, counted if args.layers else None)
     )
     return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

@@ -73,12 +73,3 @@ def main(argv: Sequence[str]) -> int:
         found["images_left_out"] = len(bad)
     cli.print_facts({"step": opened.step, **facts, **found}, as_json=args.json)
     return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

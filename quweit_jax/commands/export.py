@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes a trained run as one StableHLO file that plain JAX runs without this project."""
     rest, overrides = cli.split_overrides(argv)
     parser = cli.parser(
-        "export_model",
+        "export",
         "Writes a trained run as one StableHLO file, weights inside, and a description beside it.",
     )
     parser.add_argument("--workdir", required=True, help="the run directory")
@@ -91,12 +91,3 @@ def main(argv: Sequence[str]) -> int:
     )
     print("\n".join(description["load"]))
     return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

@@ -65,12 +65,3 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.flush()
     print()
     return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

@@ -69,12 +69,3 @@ def main(argv: Sequence[str]) -> int:
         print(f"no run in {path}: {reason}")
     print(f"{len(runs)} runs, {len(files)} files: {args.out / 'index.html'}")
     return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

@@ -70,12 +70,3 @@ def main(argv: Sequence[str]) -> int:
     if finished < len(points):
         print(f"what failed is in {root / 'logs'}; " * bool(failed) + "the same command goes on")
     return 1 if failed else 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

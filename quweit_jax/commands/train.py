@@ -54,12 +54,3 @@ def main(argv: Sequence[str]) -> int:
     )
     summary.summarize(result, workdir)
     return 0
-
-
-def console() -> None:
-    """The installed command."""
-    cli.run(main)
-
-
-if __name__ == "__main__":
-    console()

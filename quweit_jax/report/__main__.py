@@ -1,5 +1,6 @@
 """`python -m quweit_jax.report`, the same as `python -m quweit_jax report`."""
 
-from quweit_jax.commands.report import console
+from quweit_jax.commands.cli import run
+from quweit_jax.commands.report import main
 
-console()
+run(main)

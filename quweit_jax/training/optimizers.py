@@ -21,8 +21,9 @@ GROUPS = (*NAMED_GROUPS, "decay", "no_decay")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's settings.
+    """The optimizer's settings.
 
+    name: one of OPTIMIZERS.
     learning_rate: the peak, reached after `warmup` steps and followed by a cosine down to min_ratio
       of it (or 'constant').
     tables_learning_rate, scores_..., thresholds_..., vectors_...: of those groups (None:
@@ -33,6 +34,7 @@ class OptimizerConfig:
     for none.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 100
     schedule: str = "cosine"
@@ -51,6 +53,7 @@ class OptimizerConfig:
     vectors_learning_rate: float | None = 4e-3
 
     def __post_init__(self):
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
         check_choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
         if not self.learning_rate > 0:
             raise InputError(
@@ -103,7 +106,15 @@ def make_schedule(
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then for each group its own Adam(W). Follow the update with `project`."""
+    """Clipping, then for each group its own Adam(W); tables stay in [-1, 1]."""
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    transforms = OPTIMIZERS[config.name](config, steps)
+    by_group = optax.multi_transform(transforms, groups_of)
+    return optax.chain(clip, by_group, keep_tables_in_range(required=False))
+
+
+def adamw(config: OptimizerConfig, steps: int) -> dict[Any, optax.GradientTransformation]:
+    """AdamW with a rate, a decay and an end of the schedule for each group."""
 
     def adam(
         rate: float | None,
@@ -111,13 +122,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         beta2: float = config.beta2,
         min_ratio: float = config.min_ratio,
     ) -> optax.GradientTransformation:
-        schedule = make_schedule(
-            config, config.learning_rate if rate is None else rate, steps, min_ratio
-        )
+        peak = config.learning_rate if rate is None else rate
+        schedule = make_schedule(config, peak, steps, min_ratio)
         return optax.adamw(schedule, config.beta1, beta2, config.eps, weight_decay=decay)
 
     table_like = {"beta2": config.tables_beta2, "min_ratio": config.tables_min_ratio}
-    transforms: dict[Any, optax.GradientTransformation] = {
+    return {
         "tables": adam(config.tables_learning_rate, 0.0, **table_like),
         "scores": adam(config.scores_learning_rate, 0.0, **table_like),
         "thresholds": adam(config.thresholds_learning_rate, 0.0),
@@ -125,16 +135,49 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         "decay": adam(None, config.weight_decay),
         "no_decay": adam(None, 0.0),
     }
-    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    return optax.chain(clip, optax.multi_transform(transforms, groups_of))
 
 
-def project(params: Any) -> Any:
-    """Keeps tables in [-1, 1] (arXiv 2410.11112); everything else is returned as it is."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.clip(leaf, -1.0, 1.0) if group_of(path, leaf) == "tables" else leaf,
-        params,
-    )
+# By `optimizer.name`: (config, steps) -> a transformation for each of GROUPS.
+OPTIMIZERS = {"adamw": adamw}
+
+
+def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformation:
+    """Changes updates so that look-up tables stay in [-1, 1] (arXiv 2410.11112); put it last in a chain.
+
+    Tables are the parameters named 'tables'. After `optax.apply_updates` they are what clipping the
+    sum would have made them, or the number next to that.
+
+    Args:
+      required: whether parameters without any table are an error.
+
+    Raises:
+      InputError: from `init`, no parameter is a table; from `update`, no `params` were given.
+    """
+
+    def init(params: Any) -> optax.EmptyState:
+        if required and "tables" not in jax.tree.leaves(groups_of(params)):
+            raise InputError(
+                "keep_tables_in_range: expected parameters named 'tables', as look-up layers have, "
+                "found none; leave it out for a model without look-up tables."
+            )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise InputError(
+                "keep_tables_in_range: pass the parameters, update(grads, state, params)."
+            )
+
+        def keep(path: tuple[Any, ...], u: jax.Array, p: jax.Array) -> jax.Array:
+            if group_of(path, p) != "tables":
+                return u
+            # p + (1 - p) rounds to 1 or to the number below it, never beyond
+            inside = jnp.abs(p + u) <= 1
+            return jnp.where(inside, u, jnp.sign(p + u) - p)
+
+        return jax.tree_util.tree_map_with_path(keep, updates, params), state
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
 def group_norms(tree: Any) -> dict[str, jax.Array]:

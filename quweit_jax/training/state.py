@@ -203,7 +203,7 @@ def make_train_step(
         }
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {f"update_norm/{g}": n for g, n in optimizers.group_norms(updates).items()}
-        params = optimizers.project(optax.apply_updates(state.params, updates))
+        params = optax.apply_updates(state.params, updates)
         average = (
             None
             if state.ema is None
