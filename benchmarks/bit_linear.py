@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from quweit_jax.layers import ternary as layers
 from quweit_jax.models import build
 from quweit_jax.ops import ternary
 
@@ -53,29 +52,26 @@ def layer(inputs: int, outputs: int, tokens: int, dtype, rounds: int) -> str:
     gradient = jax.random.normal(keys[2], (1, tokens, outputs), dtype)
     calls, kept, temporaries = {}, {}, {}
     for name, form in FORMS.items():
-        compiled = (
-            jax.jit(lambda x, w, s, g, form=form: jax.vjp(form, x, w, s)[1](g))
-            .lower(x, *parameters, gradient)
-            .compile()
-        )
-        calls[name] = lambda compiled=compiled: jax.block_until_ready(
-            compiled(x, *parameters, gradient)
-        )
+        function = jax.jit(lambda x, w, s, g, form=form: jax.vjp(form, x, w, s)[1](g))
+        compiled = function.lower(x, *parameters, gradient).compile()
+        calls[name] = functools.partial(_finished, compiled, x, *parameters, gradient)
         kept[name] = kept_bytes(form, (x, *parameters), parameters)
         temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
     return report(timing.side_by_side(calls, rounds), kept, temporaries)
 
 
+def _finished(compiled, *arguments):
+    return jax.block_until_ready(compiled(*arguments))
+
+
 def report(medians, kept, temporaries) -> str:
     saved = [1 - one["fused"] / one["plain"] for one in (kept, temporaries)]
-    lines = [timing.table(medians, "plain")]
-    lines += [
+    lines = [
+        timing.table(medians, "plain"),
         f"kept for the backward pass: fused {kept['fused']:,} plain {kept['plain']:,} bytes: "
-        f"{saved[0]:.1%} less"
-    ]
-    lines += [
+        f"{saved[0]:.1%} less",
         f"XLA's temporaries, forward + backward: fused {temporaries['fused']:,} plain "
-        f"{temporaries['plain']:,}: {saved[1]:.1%} less"
+        f"{temporaries['plain']:,}: {saved[1]:.1%} less",
     ]
     return "\n".join(lines)
 
@@ -85,28 +81,24 @@ def whole_step(tokens: int, dtype: str, width: int, depth: int, rounds: int) -> 
     calls, temporaries, kept = {}, {}, {}
     ids = jax.random.randint(jax.random.key(0), (1, tokens), 0, 1000)
     for name, form in FORMS.items():
-        model = build(
-            {"name": "matmulfree", "size": "1.3b", "layers": depth, "width": width, "dtype": dtype},
-            1000,
-        )
+        sizes = {"size": "1.3b", "layers": depth, "width": width, "dtype": dtype}
+        model = build({"name": "matmulfree", **sizes}, 1000)
         variables = jax.jit(model.init)(jax.random.key(1), ids)
         loss = functools.partial(_loss, model, form, ids)
         compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
-        calls[name] = lambda compiled=compiled, variables=variables: jax.block_until_ready(
-            compiled(variables)
-        )
+        calls[name] = functools.partial(_finished, compiled, variables)
         temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
         kept[name] = kept_bytes(loss, (variables,), jax.tree.leaves(variables))
     return report(timing.side_by_side(calls, rounds), kept, temporaries)
 
 
 def _loss(model, form, ids, variables):
-    before = layers.ternary.bit_linear
-    layers.ternary.bit_linear = form  # traced here and now: each compiled function has its own form
+    before = ternary.bit_linear
+    ternary.bit_linear = form  # traced here and now: each compiled function has its own form
     try:
         return -jax.nn.log_softmax(model.apply(variables, ids))[..., 0].mean()
     finally:
-        layers.ternary.bit_linear = before
+        ternary.bit_linear = before
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""python colabs/check.py: the notebooks, small, in a fresh environment with nothing but this
-project's wheel and what it asks for.
+"""python colabs/check.py: runs the notebooks, small, in a fresh environment.
 
-Builds the wheel, makes an environment in a temporary folder, and runs each notebook there from top
-to bottom. Fails on an error in a cell, on a notebook that shows no plot, and on an empty plot.
+Builds the wheel, installs it and what it asks for into a temporary folder, and runs each notebook
+there from top to bottom. Fails on an error in a cell, on a notebook without a plot, and on an empty
+plot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 import venv
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -28,10 +28,12 @@ from PIL import Image
 FOLDER = Path(__file__).resolve().parent
 TOOLS = ("nbclient", "ipykernel")
 # Colored pixels that a plot has at least: axes, ticks and labels alone are gray.
-COLOURED = 150
+COLORED = 150
+
+Notebook: TypeAlias = dict[str, Any]  # JSON
 
 
-def plots_of(notebook: dict[str, Any]) -> list[bytes]:
+def plots_of(notebook: Notebook) -> list[bytes]:
     """The PNGs that the cells show."""
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     return [
@@ -44,10 +46,10 @@ def plots_of(notebook: dict[str, Any]) -> list[bytes]:
 def is_empty(png: bytes) -> bool:
     """Whether a plot shows nothing but axes."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int16)
-    return int((pixels.max(-1) - pixels.min(-1) > 40).sum()) < COLOURED
+    return int((pixels.max(-1) - pixels.min(-1) > 40).sum()) < COLORED
 
 
-def faults_of(notebook: dict[str, Any]) -> list[str]:
+def faults_of(notebook: Notebook) -> list[str]:
     """What is wrong with an executed notebook."""
     faults = []
     for number, cell in enumerate(notebook["cells"]):
@@ -70,9 +72,7 @@ def faults_of(notebook: dict[str, Any]) -> list[str]:
 
 
 def prepare(place: Path) -> Path:
-    """Builds the wheel and installs it with what it asks for into an environment below `place`;
-    returns that environment's programs' folder.
-    """
+    """Installs the wheel and what it asks for below `place`; returns the folder of programs."""
     # From a copy: what an earlier build has left behind would be packed as well.
     source, pip = place / "source", ["-m", "pip", "--quiet", "--disable-pip-version-check"]
     shutil.copytree(
@@ -82,15 +82,10 @@ def prepare(place: Path) -> Path:
     )
     for name in ("pyproject.toml", "MANIFEST.in", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(FOLDER.parent / name, source)
-    files = {
-        path.relative_to(source).as_posix()
-        for path in (source / "quweit_jax").rglob("*")
-        if path.is_file()
-    }
-    subprocess.run(
-        [sys.executable, *pip, "wheel", "--no-deps", f"--wheel-dir={place}", str(source)],
-        check=True,
-    )
+    paths = [path for path in (source / "quweit_jax").rglob("*") if path.is_file()]
+    files = {path.relative_to(source).as_posix() for path in paths}
+    build = ["wheel", "--no-deps", f"--wheel-dir={place}", str(source)]
+    subprocess.run([sys.executable, *pip, *build], check=True)
     (wheel,) = place.glob("*.whl")
     if missing := files - set(zipfile.ZipFile(wheel).namelist()):
         sys.exit(
@@ -138,16 +133,9 @@ def main() -> int:
                 command, cwd=place, env=environment, capture_output=True, text=True
             )
             executed = json.loads(copy.read_text(encoding="utf-8"))
-            faults = ([result.stderr.strip()[-3000:]] if result.returncode else []) or faults_of(
-                executed
-            )
-            print(
-                f"{notebook.name}: {time.monotonic() - since:.0f} s, {len(plots_of(executed))} "
-                "plots",
-                *faults,
-                sep="\n  ",
-                flush=True,
-            )
+            said = f"{time.monotonic() - since:.0f} s, {len(plots_of(executed))} plots"
+            faults = [result.stderr.strip()[-3000:]] if result.returncode else faults_of(executed)
+            print(f"{notebook.name}: {said}", *faults, sep="\n  ", flush=True)
             failed += [notebook.name] if faults else []
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
