@@ -1,4 +1,4 @@
-"""`inference.generation`: with a cache the text is the one found without, for prompts and texts
+"""`deploy.generate`: with a cache the text is the one found without, for prompts and texts
 longer than the context too.
 """
 

@@ -206,7 +206,7 @@ def primitives(jaxpr, found=None):
 
 
 # How an image becomes integers, the head's scale, and the branch that keeps XLA on CPU from fusing
-# (see ops.sealing).
+# (see ops.fusion).
 FLOATS_ALLOWED = {
     "reshape",
     "broadcast_in_dim",

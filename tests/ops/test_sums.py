@@ -1,4 +1,4 @@
-"""`ops.reductions` against the naive reference: group and conditional sums, the spectral penalty,
+"""`ops.sums` against the naive reference: group and conditional sums, the spectral penalty,
 int8 rounding.
 """
 

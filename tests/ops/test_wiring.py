@@ -1,4 +1,4 @@
-"""`ops.mapping` against the golden cases and the naive reference: wiring, its inverse, and the two
+"""`ops.wiring` against the golden cases and the naive reference: wiring, its inverse, and the two
 learnable kinds.
 """
 
