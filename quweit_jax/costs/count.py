@@ -40,7 +40,7 @@ __all__ = [
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
-# Of image sets classes, channels and side (None: of several), by TFDS name (of 'digits', by source).
+# Image sets' classes, channels and side (None: several), by TFDS name ('digits': by source).
 IMAGES = {
     "cifar10": (10, 3, 32),
     "cifar100": (100, 3, 32),
@@ -202,9 +202,9 @@ def _costs(call: Call, context: int | None, precision: str | None) -> Costs:
     counted = Costs(tuple(asked.costs()), "image" if context is None else "token", context)
     if counted.parameters != call.all_params:
         raise InputError(
-            f"costs: the layers of {type(call.layer).__name__} say {counted.parameters:,} parameters "
-            f"of the model's {call.all_params:,}; a rule is wrong, or layers are called within a scan "
-            "or a vmap, where one of several calls is seen."
+            f"costs: the layers of {type(call.layer).__name__} say {counted.parameters:,} "
+            f"parameters of the model's {call.all_params:,}; a rule is wrong, or layers are called "
+            "within a scan or a vmap, where one of several calls is seen."
         )
     return counted
 

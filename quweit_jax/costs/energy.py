@@ -210,8 +210,8 @@ def _assumptions(
             f"{MULTIPLEXER_TRANSISTORS}/{FULL_ADDER_TRANSISTORS} of a full "
             "adder (an eighth of an int8 addition) by its transistors"
             if lut_model == "multiplexer"
-            else f"physical FPGA tables of {FPGA_INPUTS} inputs at {FPGA_FACTOR:g} times the energy "
-            "of gates (Kuon and Rose 2007), other units as in the table"
+            else f"physical FPGA tables of {FPGA_INPUTS} inputs at {FPGA_FACTOR:g} times the "
+            "energy of gates (Kuon and Rose 2007), other units as in the table"
         )
         read = lut_energy(inputs, table, lut_model)
         said.append(f"a table of {inputs} inputs: {read:.3g} pJ a read, {how}")

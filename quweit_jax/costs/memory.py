@@ -1,4 +1,4 @@
-"""Bytes of memory: of a training step from its compiled program, of inference from counted costs."""
+"""Bytes of memory: of a training step as it is compiled, of inference from counted costs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> 
         for variable in jaxpr.outvars
         if id(variable) not in given and not hasattr(variable, "val")
     }  # constants have one
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())  # type: ignore[attr-defined]
+    arrays: list[Any] = list(kept.values())
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
 
 
 def of_training(state: Any, batch: Any, compiled: Any, activations: int) -> TrainingMemory:

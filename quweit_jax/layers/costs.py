@@ -25,7 +25,7 @@ Rows = list[LayerCosts]
 class Call:
     """One call of a layer, with `jax.ShapeDtypeStruct` in place of arrays.
 
-    layer: unbound, to read its fields. path: its names from the model down. method: what was called.
+    layer: unbound, to read its fields. path: its names from the model down. method: its name.
     args, output: what went in and came out. params: its own, by name, without those of layers
       inside; all_params: how many numbers with those. again: an earlier call used them. inside: the
       calls that this one made, in their order.
@@ -130,7 +130,7 @@ class Call:
         """The rows of the layers inside, in the order of their calls.
 
         kind: of their dense products, of all or by name ('' or left out: as of this layer). after,
-          instead: rows to add behind those of a layer inside, or to put in their place, by its name.
+          instead: rows to add behind those of a layer inside, or to take their place, by its name.
         """
         rows: Rows = []
         for call, following in zip(self.inside, (*self.inside[1:], None)):

@@ -126,8 +126,8 @@ def test_dense_float_models_store_their_parameters(name, shapes):
 
 
 def deployed(config, variables):
-    """What inference reads of a model, as shapes: what its layers write for it, and the parameters of
-    the layers that write nothing.
+    """What inference reads of a model, as shapes: what its layers write for it, and the parameters
+    of the layers that write nothing.
     """
     model = models.build(config, OUTPUTS)
     written = jax.eval_shape(lambda v: pack.constants(model, v, inputs_of(config)), variables)
@@ -142,8 +142,8 @@ def bytes_by_type(tree):
 
 
 def by_type(stored):
-    """Bytes by format as those of the arrays that hold them: tables and wiring in integers without a
-    sign, as are ternary weights.
+    """Bytes by format as those of the arrays that hold them: tables and wiring in integers without
+    a sign, as are ternary weights.
     """
     found: dict[str, int] = {}
     for key, count in stored.items():
