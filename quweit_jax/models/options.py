@@ -79,14 +79,14 @@ def check_positive(config: Any, *names: str, zero: str = "") -> None:
             raise InputError(f"model.{name}: expected {expected}, found {getattr(config, name)}.")
 
 
-def kinds_of_mlp(kinds: str, blocks: int, integer: bool = False) -> tuple[str, ...]:
+def kinds_of_mlp(kinds: str | Sequence[str], blocks: int, integer: bool = False) -> tuple[str, ...]:
     """The kind of each block's MLP, from one kind for all or one for each, joined by '+'
     ('dense+weightless').
 
     Raises:
       InputError: an unknown kind, or another number of them.
     """
-    found = tuple(kinds.split("+"))
+    found = tuple(kinds.split("+") if isinstance(kinds, str) else kinds)
     found = found * blocks if len(found) == 1 else found
     if len(found) != blocks:
         raise InputError(
