@@ -4,25 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-<<<<<<< Updated upstream
-=======
-from types import ModuleType
-
-# The extra of pyproject.toml that installs a package which the core does without, by the name that
-# is imported.
-EXTRAS = {
-    **dict.fromkeys(("filelock", "flatbuffers", "grain", "matplotlib", "orbax", "tqdm"), "train"),
-    **dict.fromkeys(
-        ("array_record", "PIL", "sklearn", "tensorflow_datasets", "tokenizers"), "data"
-    ),
-    **dict.fromkeys(("jinja2", "scipy"), "report"),
-    **dict.fromkeys(("safetensors", "torch"), "pretrained"),
-    "tensorboardX": "tensorboard",
-    "tensorflow": "prepare",
-    "lm_eval": "harness",
-    "libtpu": "tpu",
-}
->>>>>>> Stashed changes
 
 
 class InputError(ValueError):

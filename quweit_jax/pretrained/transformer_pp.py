@@ -101,13 +101,7 @@ def parts(c: TransformerPPConfig) -> Iterator[Part]:
     def scale(path: str, name: str) -> Part:
         return Part(path, {name: (width,)})
 
-<<<<<<< Updated upstream
     yield Part("token_embedding/embedding", {"model.embed_tokens.weight": (c.vocab_size, width)})
-=======
-    yield TensorMap(
-        "token_embedding/embedding", {"model.embed_tokens.weight": (c.vocab_size, width)}
-    )
->>>>>>> Stashed changes
     for i in range(layers):
         ours, theirs = f"block_{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
