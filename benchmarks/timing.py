@@ -33,7 +33,7 @@ def write(out: Path | None, lines: Sequence[str], mode: str = "w") -> None:
 def side_by_side(
     contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 3
 ) -> dict[str, float]:
-    """Median seconds of one call of each contender; a call must return only when its work is done."""
+    """Median seconds of one call of each contender; a call returns only when its work is done."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
         for name, call in contenders.items():

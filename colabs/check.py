@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument(
         "--here",
         action="store_true",
-        help="in the running environment (nbclient and ipykernel must be there), for trying things out",
+        help="in the running environment, which must have nbclient and ipykernel",
     )
     args = parser.parse_args()
     notebooks = args.notebooks or sorted(FOLDER.glob("*.ipynb"))

@@ -68,7 +68,10 @@ def main(argv: Sequence[str]) -> int:
         help="compile the training step too, and tell its memory with and without remat",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.epilog = "--config.PATH=VALUE sets any key of the config, as does key=value behind its colon: model.weightless.sum=grouped."
+    parser.epilog = (
+        "--config.PATH=VALUE sets any key of the config, as does key=value behind its colon: "
+        "model.weightless.sum=grouped."
+    )
     args = parser.parse_args(rest)
     if args.outputs is not None and args.outputs < 1:
         raise InputError(f"--outputs: expected at least 1, found {args.outputs}.")

@@ -32,12 +32,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="as deployed: 1-bit tables, int8 sums, ternary weights at 2 bits; integer models alone",
+        help="as deployed: 1-bit tables, int8 sums, 2-bit weights; integer models in integers alone",
     )
     parser.add_argument(
         "--tasks",
         default="",
-        help="instead, zero-shot tasks of lm-evaluation-harness or folders of your own: arc_easy,piqa,tasks/mine",
+        help="instead, zero-shot tasks of lm-evaluation-harness or folders of yours: piqa,tasks/mine",
     )
     parser.add_argument(
         "--limit", type=int, default=0, help="of the tasks, only so many examples each (0: all)"

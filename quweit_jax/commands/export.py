@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="as deployed: 1-bit tables, int8 sums, ternary weights at 2 bits; integer models alone",
+        help="as deployed: 1-bit tables, int8 sums, 2-bit weights; integer models in integers alone",
     )
     parser.add_argument(
         "--step_function",

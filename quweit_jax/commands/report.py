@@ -48,7 +48,10 @@ def main(argv: Sequence[str]) -> int:
         default=8,
         help="validation batches on which look-up tables are watched (default: 8; 0: all)",
     )
-    parser.epilog = "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where their data are on this machine."
+    parser.epilog = (
+        "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where their "
+        "data are on this machine."
+    )
     args = parser.parse_args(rest)
     from quweit_jax.costs import technologies
     from quweit_jax.report import owned_folder, page

@@ -29,7 +29,10 @@ def main(argv: Sequence[str]) -> int:
         default="auto",
         help="the progress bar (auto: on a terminal)",
     )
-    parser.epilog = "--config.PATH=VALUE sets any key of the config, such as --config.steps=500 or --config.model.width=256."
+    parser.epilog = (
+        "--config.PATH=VALUE sets any key of the config, such as --config.steps=500 or "
+        "--config.model.width=256."
+    )
     args = parser.parse_args(rest)
     workdir = Path(args.workdir)
     from quweit_jax.commands import initial, summary

@@ -173,7 +173,7 @@ def resized_crop(
 
 
 def erase(inputs: np.ndarray, rng: np.random.Generator) -> None:
-    """Writes standard normal noise over a random rectangle of `inputs` (H, W, C) float32, in place."""
+    """Writes normal noise over a random rectangle of `inputs` (H, W, C) float32, in place."""
     part = _rectangle(inputs.shape[0], inputs.shape[1], _ERASED_SHARE, _ERASED_ASPECT, rng)
     if part is not None:
         top, left, h, w = part

@@ -53,7 +53,7 @@ class DocumentSource(Protocol):
         ...
 
     def identity(self) -> str:
-        """A text that differs for other documents, as far as that can be told without reading them."""
+        """A text that differs for other documents, as far as can be told without reading them."""
         ...
 
 
@@ -148,7 +148,8 @@ class FolderDocuments:
             raise TypeError
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f'data.path: expected {{"text": "..."}} at byte {start} of {path}, found {text.strip()[:60]!r}; mend that line.'
+                f'data.path: expected {{"text": "..."}} at byte {start} of {path}, found '
+                f"{text.strip()[:60]!r}; mend that line."
             ) from None
 
     def identity(self) -> str:
@@ -356,7 +357,7 @@ class PackedDocuments(Sequence):
 
 
 class _Rows(grain.IterDataset):
-    """Batches {'inputs': (rows, T), 'targets': (rows, T)} of one window of each stream, by its row."""
+    """Batches {'inputs': (rows, T), 'targets': (rows, T)} of a window of each stream."""
 
     def __init__(self, streams: Mapping[int, grain.IterDataset], threads: int):
         super().__init__(tuple(streams.values()))

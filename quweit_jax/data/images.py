@@ -119,7 +119,7 @@ class BadImageError(InputError):
 
 
 class _UnusableError(Exception):
-    """What was found instead of an image of the expected mode; `convertible` if to_rgb would help."""
+    """What was found instead of an image of the expected mode; `convertible`: to_rgb helps."""
 
     def __init__(self, found: str, convertible: bool = False):
         super().__init__(found)

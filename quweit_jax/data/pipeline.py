@@ -194,7 +194,7 @@ def _example(examples: Sequence[Any], index: int) -> dict[str, np.ndarray] | Non
 
 
 def left_out(examples: Sequence[Any]) -> dict[int, str]:
-    """Why images could not be used, by index, so far (data.skip_bad); nothing for other examples."""
+    """Why images could not be used so far, by index (data.skip_bad); {} for other examples."""
     return examples.bad if isinstance(examples, ImageExamples) else {}
 
 

@@ -257,7 +257,7 @@ class FileTokenizer(_HuggingFaceTokenizer):
 
 
 def train(kind: str, text: str, *, bpe_vocab_size: int = 4096, path: str = "") -> Tokenizer:
-    """Makes the tokenizer of a kind for a corpus; a 'file' is read from `path` whatever the corpus."""
+    """Makes the tokenizer of a kind for a corpus; a 'file' is read from `path`."""
     check_choice("data.tokenizer", kind, CHOICES)
     if kind == "char":
         return CharTokenizer.train(text)

@@ -1,9 +1,9 @@
-"""The deployed form of a trained model: what its layers write into `packed`, and whatever else inference
-needs.
+"""The deployed form of a trained model: what its layers write into `packed`, and whatever else
+inference needs.
 
-`model.apply(pack(model, variables, inputs), inputs)` is the deployed model: look-up tables at one bit
-an entry, sums of int8 vectors in int32, ternary weights at two bits, integer models without a float
-between the image and the logits.
+`model.apply(pack(model, variables, inputs), inputs)` is the deployed model: look-up tables at one
+bit an entry, sums of int8 vectors in int32, ternary weights at two bits, integer models without a
+float between the image and the logits.
 """
 
 from __future__ import annotations
@@ -30,24 +30,27 @@ def pack(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree
         and dtypes matter.
 
     Returns:
-      {'packed': what the layers wrote, 'params': ..., ...}: a layer that wrote something is read from
-      there alone, and what it trained is left out.
+      {'packed': what the layers wrote, 'params': ..., ...}: a layer that wrote something is read
+      from there alone, and what it trained is left out.
 
     Raises:
-      InputError: no layer has a packed form, or the activation ranges of an integer model were never
-        set.
+      InputError: no layer has a packed form, or the activation ranges of an integer model were
+        never set.
     """
     ranges = flatten_dict(jax.device_get(variables.get("ranges", {})))
     unset = [p[:-1] for p in ranges if p[-1] == "min" and ranges[p] == ranges[(*p[:-1], "max")]]
     if unset:
         raise InputError(
-            f"pack: {len(unset)} activation ranges were never set ({'/'.join(unset[0])}, ...); train a "
-            "few steps, or calibrate the model with pretrained.calibrate(model, variables, batches)."
+            f"pack: {len(unset)} activation ranges were never set ({'/'.join(unset[0])}, ...); "
+            "train a "
+            "few steps, or calibrate the model with pretrained.calibrate(model, variables, "
+            "batches)."
         )
     packed = jax.jit(lambda v: constants(model, v, *inputs))(variables)
     if not packed:
         raise InputError(
-            "pack: this model has no look-up tables, no ternary layer and no integer layer, so there "
+            "pack: this model has no look-up tables, no ternary layer and no integer layer, so "
+            "there "
             "is nothing to pack."
         )
     left = {name: without(tree, packed) for name, tree in variables.items() if name != "ranges"}
@@ -67,7 +70,7 @@ def constants(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) ->
 
 
 def without(tree: Mapping[str, Any], packed: Mapping[str, Any]) -> Tree:
-    """What is left of a collection when layers that wrote packed constants no longer need theirs."""
+    """What is left of a collection when layers that wrote constants no longer need theirs."""
     wrote = any(not isinstance(value, Mapping) for value in packed.values())
     left: Tree = {}
     for name, value in tree.items():
@@ -108,12 +111,14 @@ def describe_lines(facts: Tree) -> list[str]:
     if "block_bytes" in facts:
         dense = facts["dense_mlp_bytes_int8"]
         lines.append(
-            f"weightless blocks at inference: {facts['block_bytes']:,} bytes (1-bit tables, int8 sums, "
+            f"weightless blocks at inference: {facts['block_bytes']:,} bytes (1-bit tables, int8 "
+            "sums, "
             f"wiring); the MLPs they replace: {dense:,} in int8, {4 * dense:,} in float32"
         )
     if "ternary_bytes" in facts:
         lines.append(
-            f"ternary layers at inference: {facts['ternary_bytes']:,} bytes (2 bits a weight, norms); "
+            f"ternary layers at inference: {facts['ternary_bytes']:,} bytes (2 bits a weight, "
+            "norms); "
             f"their weights in bfloat16: {2 * facts['ternary_weights']:,}"
         )
     return lines

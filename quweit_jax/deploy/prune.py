@@ -64,8 +64,8 @@ class Fold:
     """What is left of a block when tables that always give the same bit are dropped.
 
     kept: of each layer, bool (L,). tables, wiring: of each layer, of the kept tables, wired to the
-    kept tables below. last_bits: bool (L,), the bits that the dropped tables of the last layer always
-    give (anything for the kept ones).
+    kept tables below. last_bits: bool (L,), the bits that the dropped tables of the last layer
+    always give (anything for the kept ones).
     """
 
     kept: tuple[np.ndarray, ...]
@@ -189,8 +189,8 @@ def prune(deployed: Deployed, counts: dict[str, Counts]) -> tuple[Deployed, dict
 
 
 def drop(deployed: Deployed, folds: Mapping[str, Fold]) -> Deployed:
-    """The model whose blocks are what `folds` leave of them. Its sums are the same integers wherever
-    the dropped tables give the bits they are said to give.
+    """The model whose blocks are what `folds` leave of them. Its sums are the same integers
+    wherever the dropped tables give the bits they are said to give.
     """
     variables = jax.tree.map(lambda leaf: leaf, deployed.variables)  # dicts of its own
     blocks = dict(deployed.blocks)
@@ -219,7 +219,9 @@ def _drop_vectors(own: Tree, left: Fold, signed: bool) -> None:
 
 
 def _drop_classes(model: DWN, own: Tree, left: Fold) -> None:
-    """The same of a classifier: of its group sum, or of the pyramid's top, whose entries are numbers."""
+    """The same of a classifier: of its group sum, or of the pyramid's top, whose entries are
+    numbers.
+    """
     if model.config.reduction == "group_sum":
         ones = _spread(np.ones(len(left.last_bits), np.int8), model.config.num_classes)
         vectors, offset = _sums_without(ones, left, signed=False)

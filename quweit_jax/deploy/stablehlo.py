@@ -91,7 +91,7 @@ def examples_input(shape: Sequence[int]) -> Input:
 
 
 def portable(model: nn.Module) -> nn.Module:
-    """The model without what only one platform has (cuDNN's attention); its variables are the same."""
+    """The same model without what only one platform has (cuDNN's attention)."""
     config = getattr(model, "config", None)
     if getattr(config, "attention", "xla") == "xla":
         return model
@@ -271,7 +271,7 @@ def describe(program: jax.export.Exported, given: Input, file: str = "model.stab
 
 
 def about_data(tokenizer: Tokenizer | None, normalize: str, dataset: Dataset | None) -> Tree:
-    """What makes inputs and reads outputs: the tokenizer, or classes' names and the normalization."""
+    """What makes inputs and reads outputs: the tokenizer, or the classes and normalization."""
     if tokenizer is not None:
         return {"tokenizer": tokenizer.to_json()}
     assert dataset is not None

@@ -25,7 +25,8 @@ Path: TypeAlias = tuple[str, ...]
 class Block:
     """A block's look-up layers, from the thermometer's bits upwards.
 
-    tables: of each layer, bool (L, A). wiring: of each, int (L, n). num_inputs: F of the first layer.
+    tables: of each layer, bool (L, A). wiring: of each, int (L, n). num_inputs: F of the first
+      layer.
     thresholds: z. replaced_weights: of the dense MLP (hidden layer 4 times wider, no biases) that a
     weightless block takes the place of; 0 for a classifier. layers: each layer's path in the model.
     """

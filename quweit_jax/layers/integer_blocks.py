@@ -1,6 +1,7 @@
 """Integer-only blocks made of the layers in `layers.integer`: attention, MLP and weightless block.
 
-Dimensions: B batch, T tokens, d width, H heads, K width of a head, L look-up tables, z thermometer bits.
+Dimensions: B batch, T tokens, d width, H heads, K width of a head, L look-up tables, z thermometer
+bits.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ class IntegerWeightlessBlock(WeightlessBlock):
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:  # type: ignore[override]
-        """x (..., d_in) at 8 bits -> (..., features) int32, a scale a feature; `train` changes nothing."""
+        """x (..., d_in) at 8 bits -> (..., features) int32, a scale a feature; `train` changes
+        nothing.
+        """
         self._layers()
         lead, width = x.ints.shape[:-1], x.ints.shape[-1]
         flat = x.map(lambda a: a.reshape(-1, width).T)

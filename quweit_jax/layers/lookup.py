@@ -188,7 +188,8 @@ class GroupSum(Packable):
     `ops.sums.group_sum`.
 
     In a packed form from which tables were pruned the groups are no longer equal: there `vectors`,
-    int8 (L, num_groups), say what each bit adds, and `offset`, int32 (num_groups,), where sums begin.
+    int8 (L, num_groups), say what each bit adds, and `offset`, int32 (num_groups,), where sums
+    begin.
     """
 
     num_groups: int

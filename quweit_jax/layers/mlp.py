@@ -1,5 +1,5 @@
-"""Channel mixers: the MLP of GPT and ViT, the gated one of Llama, and `make`, which picks what takes
-their place.
+"""Channel mixers: the MLP of GPT and ViT, the gated one of Llama, and `make`, which picks what
+takes their place.
 
 Dimensions: d model width.
 """
@@ -86,7 +86,7 @@ class SwiGLU(nn.Module):
 
 
 def kinds(integer: bool = False) -> tuple[str, ...]:
-    """What `make` knows: the model's own MLP, the blocks (with an integer form), and none at all."""
+    """What `make` knows: the model's own MLP, the blocks (with an integer form), and none."""
     return ("dense", *(kind for kind, forms in BLOCKS.items() if forms[1] or not integer), "none")
 
 

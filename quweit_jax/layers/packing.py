@@ -1,8 +1,10 @@
-"""The packed form: what a layer that deploys differently from how it trains has in common with others.
+"""The packed form: what a layer that deploys differently from how it trains has in common with
+others.
 
-A packable layer computes from `params` while it is trained. Applied with `mutable=["packed"]` it also
-writes the constants of its deployed form into the `packed` collection; applied to variables that have
-them it computes from those alone. `quweit_jax.deploy.pack` does the first, `model.apply` the second.
+A packable layer computes from `params` while it is trained. Applied with `mutable=["packed"]` it
+also writes the constants of its deployed form into the `packed` collection; applied to variables
+that have them it computes from those alone. `quweit_jax.deploy.pack` does the first, `model.apply`
+the second.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Packable(nn.Module):
         return [jnp.asarray(self.get_variable("packed", name)) for name in names]
 
     def show(self, **bits: Array) -> None:
-        """Puts bits into the collection `intermediates`, if that is mutable, for those who watch."""
+        """Puts bits into the collection `intermediates`, if that is mutable."""
         if not self.is_initializing():
             for name, value in bits.items():
                 self.sow("intermediates", name, value)

@@ -216,8 +216,8 @@ class IntegerViTBlock(nn.Module):
 class ViT(Packable):
     """A vision transformer: images (B, H, W, C) -> logits (B, num_classes).
 
-    In integer form, what `quweit_jax.deploy.pack` makes of the variables is evaluated without floats
-    between the image and the logits.
+    In integer form, what `quweit_jax.deploy.pack` makes of the variables is evaluated without
+    floats between the image and the logits.
     """
 
     config: ViTConfig
@@ -296,7 +296,7 @@ class ViT(Packable):
         return _append(Quantized(ints, x.scale, straight_through(ints * x.scale, token)), x)
 
     def _positions(self, shape: Sequence[int], width: int) -> Array:
-        """The positional embedding for images of this shape, resampled if it was made for another."""
+        """The positional embedding for images of this shape, resampled from another."""
         grid, extra = (
             (shape[1] // self.config.patch, shape[2] // self.config.patch),
             int(self.config.pool == "cls"),

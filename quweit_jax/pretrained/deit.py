@@ -154,7 +154,8 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, Any]]:
         raise InputError(
             f"pretrained: the number of heads cannot be told from width {sizes.width}, which is no "
             f"multiple of {_HEAD_WIDTH}; write a "
-            f'config.json beside {path if path.is_file() else "the weights"} with {{"num_heads": ...}}.'
+            f"config.json beside {path if path.is_file() else 'the weights'} with "
+            '{"num_heads": ...}.'
         )
     known = (sizes.width, sizes.depth, heads)
     name = next((name for name, size in SIZES.items() if size == known), None)

@@ -1,7 +1,8 @@
 """Labels beside points that overlap neither one another nor the points.
 
 Places are tried in a fixed order and the first free one is taken; where a name fits nowhere a
-shorter one is tried. Our own: adjustText 1.4 leaves overlaps among 14 labels, and differs each time.
+shorter one is tried. Our own: adjustText 1.4 leaves overlaps among 14 labels, and differs each
+time.
 """
 
 from __future__ import annotations

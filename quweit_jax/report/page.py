@@ -216,7 +216,7 @@ def _csv(rows: Sequence[Json]) -> bytes:
 
 
 def _shown(value: float | None, digits: int = 4) -> str:
-    """A number for a table: whole ones with commas, others with so many digits, nothing for None."""
+    """A number for a table: with commas if whole, else so many digits; nothing for None."""
     if value is None:
         return "–"
     if isinstance(value, int):

@@ -29,7 +29,10 @@ from quweit_jax.training import files, metrics, optimizers, run, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 
 Sums = dict[str, jax.Array]
-_NEEDS_INITIAL = "init_from: loop.fit needs initial=quweit_jax.initial.reader(config.init_from, workdir), as the train command gives it."
+_NEEDS_INITIAL = (
+    "init_from: loop.fit needs initial=..., a function that makes the first variables, as the train "
+    "command gives it."
+)
 
 
 @dataclasses.dataclass
@@ -116,7 +119,8 @@ class Log:
                 else "gradients are still finite"
             )
             if updates and not groups:
-                where += f", but the optimizer's update is not in the parameter group(s) {', '.join(updates)}"
+                where += ", but the optimizer's update is not in the parameter group(s) "
+                where += ", ".join(updates)
             keep = (
                 f"the last good checkpoint, of step {last_good}, is kept"
                 if last_good

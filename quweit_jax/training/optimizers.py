@@ -94,7 +94,7 @@ def groups_of(params: Any) -> Any:
 def make_schedule(
     config: OptimizerConfig, peak: float, steps: int, min_ratio: float
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then a cosine to min_ratio * peak at the last step (or constant)."""
+    """Linear warm-up to `peak`, then a cosine to min_ratio * peak (or constant)."""
     warmup = min(config.warmup, max(0, steps - 1))
     rise = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
     fall = (
@@ -142,7 +142,8 @@ OPTIMIZERS = {"adamw": adamw}
 
 
 def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformation:
-    """Changes updates so that look-up tables stay in [-1, 1] (arXiv 2410.11112); put it last in a chain.
+    """Changes updates so that look-up tables stay in [-1, 1] (arXiv 2410.11112); put it last in a
+    chain.
 
     Tables are the parameters named 'tables'. After `optax.apply_updates` they are what clipping the
     sum would have made them, or the number next to that.
