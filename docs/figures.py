@@ -470,11 +470,12 @@ def integer_functions(colors: Colors) -> Figure:
     axes[0].plot(x[negative], exponential[negative], color=colors["one"], lw=1.3)
     axes[0].set_title("exp, shift-exp", loc="left")
     row = jnp.stack([steps, jnp.zeros_like(steps)], -1)
-    out, out_scale = integer.shiftmax(row, scale)
+    out = integer.shiftmax_units(row, inverse, bits=16)
     axes[1].plot(x, 1 / (1 + np.exp(-x)), color=colors["quiet"], lw=3, alpha=0.6)
-    axes[1].plot(x, np.asarray(out)[:, 0] * float(out_scale[0]), color=colors["one"], lw=1.3)
+    axes[1].plot(x, np.asarray(out)[:, 0] * 2.0**-15, color=colors["one"], lw=1.3)
     axes[1].set_title("softmax, Shiftmax", loc="left")
-    out, out_scale = integer.shift_gelu(steps, scale)
+    out = integer.shift_gelu_units(steps, integer.inverse_scale(scale * integer.GELU_SLOPE))
+    out_scale = [scale / 128]
     axes[2].plot(
         x,
         np.asarray(jax.nn.gelu(x, approximate=False)),

@@ -24,14 +24,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from quweit_jax.errors import InputError
 from quweit_jax.ops import int64 as wide
 from quweit_jax.ops.fusion import no_fusion
 
@@ -111,38 +109,6 @@ def einsum_units(subscripts: str, a: Array, b: Array) -> Array:
             subscripts, a.astype(common), b.astype(common), preferred_element_type=jnp.int32
         )
     return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=jax.lax.Precision.HIGHEST)
-
-
-def int_linear(
-    x_int: Array, scale: Array, weight: Array, bias: Array | None = None, *, bits: int = 8
-) -> tuple[Array, Array]:
-    """A linear layer on integers: x_int @ quantized weight + quantized bias.
-
-    Args:
-      x_int: (..., I), integers of an integer or a floating dtype. scale: theirs, one number (or
-        shape (1,)).
-      weight: (I, O) float, quantized here to `bits` with a scale an output. bias: (O,) float,
-        quantized to int32 at scale * weight scale.
-
-    Returns:
-      (out (..., O), out_scale (O,)): int32, or for floating x_int the real values with gradients to
-      x_int, weight and bias.
-    """
-    weight_int, weight_scale = quantize_weights(weight, bits=bits)
-    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
-    out_scale = weight_scale * scale
-    total = matmul_units(
-        x_int if is_integer(x_int) else jnp.round(jax.lax.stop_gradient(x_int)), weight_int
-    )
-    if bias is not None:
-        total = total + quantize_bias(bias, out_scale)
-
-    def shadow() -> Array:
-        return jnp.matmul(x_int * scale, straight_through(weight_int * weight_scale, weight)) + (
-            0.0 if bias is None else bias
-        )
-
-    return _out(x_int, total, out_scale, shadow)
 
 
 def shift_exp(x: Array, inverse: Array, shifts: Array | int) -> Array:
@@ -226,25 +192,6 @@ def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     return ((exponentials * (jnp.uint32(_DIVIDEND) // total)) >> (32 - bits)).astype(jnp.int32)
 
 
-def shiftmax(x_int: Array, scale: Array, *, bits: int = 16) -> tuple[Array, Array]:
-    """Softmax over the last axis in integers (I-ViT, equations 8 to 10).
-
-    Args:
-      x_int: (..., d), integers of an integer or a floating dtype. scale: theirs. bits: of the
-        result, 2 to 31.
-
-    Returns:
-      (out (..., d), out_scale = 2**-(bits-1)): int32, or for floating x_int the real probabilities
-      with softmax's gradient.
-    """
-    if not 2 <= bits <= 31:
-        raise InputError(f"shiftmax: bits must be 2 to 31, found {bits}.")
-    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
-    out_scale = jnp.full((1,), 2.0 ** (1 - bits))
-    out = shiftmax_units(_published_grid(x_int, scale), inverse_scale(scale), bits=bits)
-    return _out(x_int, out, out_scale, lambda: jax.nn.softmax(x_int * scale, axis=-1))
-
-
 def shift_gelu_units(x: Array, inverse: Array) -> Array:
     """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole
     numbers in units of scale * 2**-7.
@@ -265,39 +212,9 @@ def _shift_gelu(x: Array, inverse: Array) -> Array:
     )
 
 
-def shift_gelu(x_int: Array, scale: Array) -> tuple[Array, Array]:
-    """x * sigmoid(1.702 x) in integers, the sigmoid from two shift-exponentials taken from the
-    largest x of the last axis (I-ViT, equation 12).
-
-    Args:
-      x_int: (..., d), integers of an integer or a floating dtype, 8-bit in I-ViT. scale: theirs.
-
-    Returns:
-      (out (..., d), out_scale = scale / 128): int32, or for floating x_int the real values with the
-      function's gradient.
-    """
-    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
-    out_scale = jnp.reshape(scale * 2.0 ** (1 - GELU_BITS), (-1,))
-    out = shift_gelu_units(_published_grid(x_int, scale), inverse_scale(scale * GELU_SLOPE))
-    return _out(x_int, out, out_scale, lambda: gelu_shadow(x_int * scale))
-
-
 def gelu_shadow(x: Array) -> Array:
     """The real function whose gradient ShiftGELU takes: x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(GELU_SLOPE * x)
-
-
-def _published_grid(x_int: Array, scale: Array) -> Array:
-    """Integers as they are; of floats, x / scale for the real x = x_int * scale, each rounded to
-    float32 as the published program does.
-    """
-    if is_integer(x_int):
-        return x_int.astype(jnp.int32)
-    x_int = jax.lax.stop_gradient(x_int)
-    # The barriers keep the product from being cancelled, and the division from becoming a product
-    # with 1 / scale.
-    scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x_int.shape))
-    return jax.lax.optimization_barrier(x_int * scale) / scale
 
 
 def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Array]:
@@ -326,12 +243,12 @@ def layer_norm_units(x: Array, bias_int: Array, halvings: Array) -> Array:
     numbers (..., d).
     """
     if not is_integer(x):
-        centerd = x - jnp.round(x.mean(-1, keepdims=True))
+        centered = x - jnp.round(x.mean(-1, keepdims=True))
         root = jnp.maximum(
-            jnp.floor(jnp.sqrt(jnp.square(centerd).sum(-1, keepdims=True))), _SMALLEST_ROOT
+            jnp.floor(jnp.sqrt(jnp.square(centered).sum(-1, keepdims=True))), _SMALLEST_ROOT
         )
         return (
-            jnp.floor(centerd * jnp.floor(_DIVIDEND / root) * _power_of_two(-1 - halvings))
+            jnp.floor(centered * jnp.floor(_DIVIDEND / root) * _power_of_two(-1 - halvings))
             + bias_int
         )
     return no_fusion(_layer_norm_int, x, bias_int, halvings)
@@ -343,95 +260,23 @@ def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
     mean = total // width
     rest = 2 * (total - mean * width)
     mean = mean + ((rest > width) | ((rest == width) & (mean & 1 == 1)))
-    centerd = x - mean
-    high, low = _sum_of_squares(jnp.minimum(wide.magnitude(centerd), 2**17 - 1))
+    centered = x - mean
+    high, low = _sum_of_squares(jnp.minimum(wide.magnitude(centered), 2**17 - 1))
 
     def newton(_: int, root: Array) -> Array:
         return (root + wide.divide(high, low, root)) >> 1
 
     root = jax.lax.fori_loop(0, LAYER_NORM_ITERATIONS, newton, jnp.full_like(low, 2**16))
     factor = (jnp.uint32(_DIVIDEND) // root).astype(jnp.int32)
-    return ((centerd * factor) >> (1 + halvings)) + bias_int
-
-
-def int_layer_norm(x_int: Array, scale: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
-    """LayerNorm over the last axis in integers; the square root by ten Newton steps from 2**16
-    (I-ViT, equation 13).
-
-    Args:
-      x_int: (..., d), |x_int| < 2**16, integers of an integer or a floating dtype. scale: theirs,
-        one number: it only matters to gradients.
-      weight, bias: (d,) float.
-
-    Returns:
-      (out (..., d), out_scale (d,) = sqrt(d) / 2**30 * weight): int32, or for floating x_int the
-      real values with gradients to x_int, weight and bias (the reference program's bias gets none).
-    """
-    bias_int, halvings, out_scale = layer_norm_constants(weight, bias)
-    out = layer_norm_units(_as_int(x_int), bias_int, halvings)
-    return _out(
-        x_int,
-        out,
-        out_scale,
-        lambda: layer_norm_shadow(x_int * jax.lax.stop_gradient(scale), weight, bias),
-    )
+    return ((centered * factor) >> (1 + halvings)) + bias_int
 
 
 def layer_norm_shadow(x: Array, weight: Array, bias: Array) -> Array:
     """The real function whose gradient I-LayerNorm takes: (x - mean) / std * weight + bias."""
-    centerd = x - x.mean(-1, keepdims=True)
+    centered = x - x.mean(-1, keepdims=True)
     return (
-        centerd * jax.lax.rsqrt(jnp.square(centerd).mean(-1, keepdims=True) + 1e-12) * weight + bias
-    )
-
-
-def requantize(
-    x: Array,
-    scale_in: Array,
-    scale_out: Array,
-    *,
-    bits: int,
-    identity: Array | None = None,
-    identity_scale: Array | None = None,
-) -> Array:
-    """To another scale by an integer multiplication and a shift: round(x_int * M / 2**e), each
-    branch rounded by itself, added, clamped.
-
-    Args:
-      x: int32, or floating real values on the grid of scale_in. scale_in: one number or one a
-        feature, of either sign.
-      scale_out: one number. bits: of the result, clamped to [-2**(bits-1), 2**(bits-1) - 1].
-      identity, identity_scale: a second branch of the same kind (a residual connection).
-
-    Returns:
-      int32, or for floating x the real values on the grid of scale_out, with the identity's
-      gradient inside the clamp and 0 outside.
-
-    M / 2**e is the ratio of the scales to 31 bits and the product is exact in 64 (I-ViT's dyadic
-    numbers; no float64 is needed).
-    """
-    if (identity is None) != (identity_scale is None):
-        raise InputError(
-            "requantize: identity and identity_scale belong together; give both or neither."
-        )
-    scale_in, scale_out = (
-        jnp.asarray(scale_in, jnp.float32),
-        jax.lax.stop_gradient(jnp.asarray(scale_out, jnp.float32)),
-    )
-    branches = [(x, scale_in)] + (
-        [] if identity is None else [(identity, jnp.asarray(identity_scale, jnp.float32))]
-    )
-    out = requantize_units(
-        [(_as_int(v if is_integer(v) else v / scale), scale) for v, scale in branches],
-        scale_out,
-        bits,
-    )
-    return (
-        out
-        if is_integer(x)
-        else straight_through(
-            out * scale_out, clip_shadow(x if identity is None else x + identity, scale_out, bits)
-        )
+        centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + 1e-12) * weight
+        + bias
     )
 
 
@@ -474,25 +319,6 @@ def clamp(x_int: Array, bits: int) -> Array:
 def clip_shadow(x: Array, scale: Array, bits: int) -> Array:
     """x with no gradient where a `bits`-bit integer of that scale would be clamped."""
     return jnp.clip(x, -(2 ** (bits - 1)) * scale, (2 ** (bits - 1) - 1) * scale)
-
-
-def _as_int(x: Array) -> Array:
-    return (
-        x.astype(jnp.int32)
-        if is_integer(x)
-        else jnp.round(jax.lax.stop_gradient(x)).astype(jnp.int32)
-    )
-
-
-def _out(
-    x_int: Array, out: Array, out_scale: Array, shadow: Callable[[], Array]
-) -> tuple[Array, Array]:
-    """Integers for integers; for floats the real values, with the gradient of `shadow`."""
-    return (
-        (out, out_scale)
-        if is_integer(x_int)
-        else (straight_through(out * out_scale, shadow()), out_scale)
-    )
 
 
 def _bit_length(x: Array) -> Array:
