@@ -6,19 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from quweit_jax.commands import cli
-
-if TYPE_CHECKING:
-    from quweit_jax.report.summary import RunSummary
 
 
 def main(argv: Sequence[str]) -> int:
     """Compares runs in one page: losses, accuracy, energy, memory, samples, and what look-up tables
     learned.
     """
-    rest, overrides = cli.split_overrides(argv)
     parser = cli.parser(
         "report",
         "Compares runs in one self-contained HTML page, its plots as PNGs and its numbers as CSV.",
@@ -48,24 +44,31 @@ def main(argv: Sequence[str]) -> int:
         default=8,
         help="validation batches on which look-up tables are watched (default: 8; 0: all)",
     )
-    parser.epilog = "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where their data are on this machine."
-    args = parser.parse_args(rest)
+    parser.epilog = (
+        "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where "
+        "their data are on this machine."
+    )
+    args, overrides = cli.parse(parser, argv)
     from quweit_jax.costs import technologies
-    from quweit_jax.report import owned_folder, page
-    from quweit_jax.report.collect import collect
+    from quweit_jax.report import collect as gathering
+    from quweit_jax.report import owned_folder as folder
+    from quweit_jax.report import page
 
-    owned_folder.check(args.out)
+    folder.check(args.out)
     technology = technologies.technology_of(args.technology).name
 
-    def say(run: RunSummary) -> None:
-        print(f"{run.label}: {run.state}{f' ({run.reason})' if run.reason else ''}", flush=True)
+    def say(record: Any) -> None:
+        print(
+            f"{record.label}: {record.state}{f' ({record.reason})' if record.reason else ''}",
+            flush=True,
+        )
 
-    runs, skipped = collect(
+    records, skipped = gathering.gather(
         args.runs, overrides, batches=args.batches, technology=args.technology, say=say
     )
-    files = page.write(runs, skipped, technology=technology, title=args.title)
-    owned_folder.write(args.out, files)
+    files = page.write(records, skipped, technology=technology, title=args.title)
+    folder.write(args.out, files)
     for path, reason in skipped:
         print(f"no run in {path}: {reason}")
-    print(f"{len(runs)} runs, {len(files)} files: {args.out / 'index.html'}")
+    print(f"{len(records)} runs, {len(files)} files: {args.out / 'index.html'}")
     return 0
