@@ -138,7 +138,7 @@ def speeds(workdirs: dict[str, Path], rounds: int = 15) -> dict[str, float]:
     for kind, workdir in workdirs.items():
         parts = assemble(rundir.read_config(workdir))
         states[kind] = parts.init_state()
-        steps[kind] = parts.train_step(jax.tree.map(lambda x: x.sharding, states[kind]))
+        steps[kind] = parts.train_step(states[kind])
         batch = next(
             pipeline.train_batches(parts.data.train, parts.config.batch_size, 0, prefetch=0)
         )

@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         variables = pack(setup.model, variables, setup.init_inputs)
         facts |= describe(setup.model, variables, setup.init_inputs)
     if args.tasks:
+        assert setup.tokenizer is not None
         scorer = Scorer(setup.model, variables, setup.tokenizer)
         facts |= {"split": "test"}
         facts |= evaluate_tasks(scorer, args.tasks.split(","), limit=args.limit)

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quweit_jax.commands import cli
+
+if TYPE_CHECKING:
+    from quweit_jax.report.summary import RunSummary
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,27 +51,26 @@ def main(argv: Sequence[str]) -> int:
         "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where "
         "their data are on this machine."
     )
+        "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where their "
+        "data are on this machine."
+    )
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.costs import technologies
-    from quweit_jax.report import collect as gathering
-    from quweit_jax.report import owned_folder as folder
-    from quweit_jax.report import page
+    from quweit_jax.report import owned_folder, page
+    from quweit_jax.report.collect import collect
 
-    folder.check(args.out)
+    owned_folder.check(args.out)
     technology = technologies.technology_of(args.technology).name
 
-    def say(record: Any) -> None:
-        print(
-            f"{record.label}: {record.state}{f' ({record.reason})' if record.reason else ''}",
-            flush=True,
-        )
+    def say(run: RunSummary) -> None:
+        print(f"{run.label}: {run.state}{f' ({run.reason})' if run.reason else ''}", flush=True)
 
-    records, skipped = gathering.gather(
+    runs, skipped = collect(
         args.runs, overrides, batches=args.batches, technology=args.technology, say=say
     )
-    files = page.write(records, skipped, technology=technology, title=args.title)
-    folder.write(args.out, files)
+    files = page.write(runs, skipped, technology=technology, title=args.title)
+    owned_folder.write(args.out, files)
     for path, reason in skipped:
         print(f"no run in {path}: {reason}")
-    print(f"{len(records)} runs, {len(files)} files: {args.out / 'index.html'}")
+    print(f"{len(runs)} runs, {len(files)} files: {args.out / 'index.html'}")
     return 0

@@ -137,7 +137,6 @@ def summarize(result: Result, workdir: Path) -> None:
         # the parameters are spread over processes; other commands read them from the checkpoint
         return
     variables = jax.device_get(result.state.variables())
-    inputs = setup.init_inputs
     packed = packed_or_trained(setup.model, variables, setup.init_inputs)
     if "packed" in packed:
         print("\n".join(describe_lines(describe(setup.model, packed, setup.init_inputs))))
