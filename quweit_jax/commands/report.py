@@ -51,9 +51,6 @@ def main(argv: Sequence[str]) -> int:
         "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where "
         "their data are on this machine."
     )
-        "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where their "
-        "data are on this machine."
-    )
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.costs import technologies
     from quweit_jax.report import owned_folder, page

@@ -121,14 +121,6 @@ def _text(summary: RunSummary, opened: rundir.OpenRun) -> None:
     summary.text = (tokenizer.decode(prompt), written)
 
 
-def _packed(opened: rundir.OpenRun) -> Json:
-    """The variables as deployed, where there is something to pack."""
-    try:
-        return pack(opened.setup.model, opened.variables, opened.setup.init_inputs)
-    except InputError:
-        return opened.variables
-
-
 def _images(summary: RunSummary, opened: rundir.OpenRun) -> None:
     setup, data = opened.setup, opened.setup.data
     (batch,) = pipeline.eval_batches(data.validation, _IMAGES, 1)
