@@ -106,10 +106,10 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
     import jax
 
     from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
-    from quweit_jax.training import loop, run, state
+    from quweit_jax.training import loop, rundir, state
 
-    opened = run.open_run(workdir, step=run.read_config(workdir).steps)
-    parts, variables = opened.parts, jax.device_get(opened.variables)
+    opened = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
+    parts, variables = opened.setup, jax.device_get(opened.variables)
     result: dict[str, Any] = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     }
@@ -131,15 +131,16 @@ def speeds(workdirs: dict[str, Path], rounds: int = 15) -> dict[str, float]:
     import jax
 
     from quweit_jax.data import pipeline
-    from quweit_jax.training import run, sharding
+    from quweit_jax.training import rundir, sharding
+    from quweit_jax.training.setup import assemble
 
     states, steps, batches, tokens = {}, {}, {}, {}
     for kind, workdir in workdirs.items():
-        parts = run.assemble(run.read_config(workdir))
+        parts = assemble(rundir.read_config(workdir))
         states[kind] = parts.init_state()
-        steps[kind] = parts.train_step(jax.tree.map(lambda x: x.sharding, states[kind]))
+        steps[kind] = parts.train_step(states[kind])
         batch = next(
-            pipeline.train_batches(parts.dataset.train, parts.config.batch_size, 0, prefetch=0)
+            pipeline.train_batches(parts.data.train, parts.config.batch_size, 0, prefetch=0)
         )
         batches[kind] = sharding.put_batch(batch, sharding.batch_sharding(parts.mesh))
         tokens[kind] = parts.config.batch_size * parts.config.model.context

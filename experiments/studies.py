@@ -16,7 +16,7 @@ from typing import Any
 
 from quweit_jax import config as configs
 from quweit_jax.commands import cli
-from quweit_jax.training import loop, metrics, run
+from quweit_jax.training import loop, metrics, rundir
 
 HERE = Path(__file__).parent
 # {kind: {seed: what `score` found}}
@@ -101,7 +101,7 @@ def write(
         for kind, by_seed in results.items()
     ]
     (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n")
-    environment = run.describe_environment()["versions"]
+    environment = rundir.describe_environment()["versions"]
     (args.out / f"{args.name}.json").write_text(
         json.dumps({"results": results, "environment": environment}, indent=1) + "\n"
     )

@@ -22,7 +22,8 @@ import numpy as np
 from experiments import studies
 from quweit_jax.data import pipeline
 from quweit_jax.deploy.pack import describe, pack, stored_bytes
-from quweit_jax.training import metrics, run
+from quweit_jax.training import metrics, rundir
+from quweit_jax.training.setup import Setup
 
 KINDS = {
     "dense": "mlp=dense",
@@ -34,12 +35,12 @@ KINDS = {
 
 
 def all_logits(
-    parts: run.Parts, variables: Any, batch_size: int = 100
+    parts: Setup, variables: Any, batch_size: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, classes) and labels (N,) of the whole validation split, in order."""
     apply = jax.jit(parts.model.apply)
     logits, labels = [], []
-    for batch in pipeline.eval_batches(parts.dataset.validation, batch_size):
+    for batch in pipeline.eval_batches(parts.data.validation, batch_size):
         real = batch["weights"] > 0
         logits.append(np.asarray(apply(variables, batch["inputs"]))[real])
         labels.append(batch["targets"][real])
@@ -50,8 +51,8 @@ def score(workdir: Path, kind: str) -> dict[str, Any]:
     """Accuracy of the last checkpoint on all test images, the bytes of its weights, and how the
     integer forms differ.
     """
-    opened = run.open_run(workdir, step=run.read_config(workdir).steps)
-    parts, variables = opened.parts, jax.device_get(opened.variables)
+    opened = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
+    parts, variables = opened.setup, jax.device_get(opened.variables)
     logits, labels = all_logits(parts, variables)
     right = logits.argmax(-1) == labels
     result: dict[str, Any] = {

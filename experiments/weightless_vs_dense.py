@@ -20,26 +20,26 @@ import jax
 
 from experiments import studies
 from quweit_jax.deploy.pack import describe, pack
-from quweit_jax.training import loop, metrics, run, state
+from quweit_jax.training import loop, metrics, rundir, state
 
 
 def score(workdir: Path, kind: str) -> dict[str, Any]:
     """The last checkpoint's loss on the whole validation text, as deployed, and the bytes of its
     MLPs.
     """
-    opened = run.open_run(workdir, step=run.read_config(workdir).steps)
-    apply, variables, mlp_bytes = opened.parts.model.apply, jax.device_get(opened.variables), 0
-    plain = loop.evaluate(state.make_eval_step(apply), variables, opened.parts, 0)["loss"]
+    opened = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
+    apply, variables, mlp_bytes = opened.setup.model.apply, jax.device_get(opened.variables), 0
+    plain = loop.evaluate(state.make_eval_step(apply), variables, opened.setup, 0)["loss"]
     if kind == "weightless":
-        inputs = opened.parts.init_inputs
-        variables = pack(opened.parts.model, variables, inputs)
-        mlp_bytes = describe(opened.parts.model, variables, inputs)["block_bytes"]
+        inputs = opened.setup.init_inputs
+        variables = pack(opened.setup.model, variables, inputs)
+        mlp_bytes = describe(opened.setup.model, variables, inputs)["block_bytes"]
     elif kind == "dense":
         blocks = [v["mlp"] for k, v in variables["params"].items() if k.startswith("block_")]
         mlp_bytes = sum(
             leaf.size for leaf in jax.tree.leaves(blocks)
         )  # if every weight were one byte
-    loss = loop.evaluate(state.make_eval_step(apply), variables, opened.parts, 0)["loss"]
+    loss = loop.evaluate(state.make_eval_step(apply), variables, opened.setup, 0)["loss"]
     seconds = metrics.read_rows(workdir / "metrics.jsonl")[-1]["seconds"]
     return {"loss": loss, "loss_float": plain, "mlp_bytes": mlp_bytes, "seconds": seconds}
 

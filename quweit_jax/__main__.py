@@ -1,38 +1,42 @@
-"""`python -m quweit_jax COMMAND ...`, and the installed `quweit COMMAND ...`."""
+"""`python -m quweit_jax COMMAND ...`, installed as `quweit COMMAND ...`."""
 
 from __future__ import annotations
 
 import importlib
-import sys
+from collections.abc import Sequence
+
+from quweit_jax.commands import cli
+from quweit_jax.errors import InputError, nearest
 
 COMMANDS = {
-    "train": "train a model, or go on with a run",
-    "evaluate": "evaluate a run on the whole validation split",
-    "generate": "continue a prompt with a trained language model",
-    "sweep": "train every point of an experiment's sweep",
-    "costs": "count what one inference costs",
-    "report": "compare runs in one page",
-    "export": "write a run as one StableHLO file",
-    "compile_tpu": "compile a training step for a TPU that is not there",
+    "train": "trains a model, or goes on with a run where it ended",
+    "evaluate": "evaluates a run on the whole validation split, or on zero-shot tasks",
+    "generate": "continues a prompt with a trained language model",
+    "sweep": "trains every point of an experiment's sweep and writes one table",
+    "costs": "counts what one inference costs: operations, look-ups, bytes and energy",
+    "report": "compares runs in one HTML page",
+    "export": "writes a run as one StableHLO file that plain JAX runs",
+    "compile_tpu": "compiles a training step for TPUs that are not there",
 }
 
 
-def main() -> None:
-    """Runs the command that the first argument names."""
-    from quweit_jax.errors import nearest
-
-    name, *rest = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: python -m quweit_jax COMMAND [--help] ...\n\ncommands:")
-        print("\n".join(f"  {command:<12} {about}" for command, about in COMMANDS.items()))
-        return
+def command(argv: Sequence[str]) -> int:
+    """Runs the command that the first argument names; only then JAX is imported."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: python -m quweit_jax COMMAND [options]\n")
+        for known, what in COMMANDS.items():
+            print(f"  {known:<12} {what}")
+        print("\nEach tells its options: python -m quweit_jax COMMAND --help")
+        return 0
+    name = argv[0]
     if name not in COMMANDS:
-        known = nearest(name, COMMANDS)
-        print(f"error: expected a command, found '{name}'.{known}", file=sys.stderr)
-        sys.exit(2)
-    from quweit_jax.commands import cli
+        raise InputError(f"expected a command, found '{name}'.{nearest(name, COMMANDS)}")
+    return importlib.import_module(f"quweit_jax.commands.{name}").main(argv[1:])
 
-    cli.run(importlib.import_module(f"quweit_jax.commands.{name}").main, rest)
+
+def main(*before: str) -> None:
+    """Runs the command line of this process; `before` is put before its arguments."""
+    cli.run(lambda argv: command([*before, *argv]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`python -m quweit_jax.aot`, the same as `python -m quweit_jax compile_tpu`."""
 
-from quweit_jax.commands.cli import run
-from quweit_jax.commands.compile_tpu import main
+from quweit_jax.__main__ import main
 
 if __name__ == "__main__":
-    run(main)
+    main("compile_tpu")

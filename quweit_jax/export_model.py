@@ -1,7 +1,6 @@
 """`python -m quweit_jax.export_model`, the same as `python -m quweit_jax export`."""
 
-from quweit_jax.commands.cli import run
-from quweit_jax.commands.export import main
+from quweit_jax.__main__ import main
 
 if __name__ == "__main__":
-    run(main)
+    main("export")

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from quweit_jax import config as configs
-from quweit_jax.commands import accounts
 from quweit_jax.commands import costs as command
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError

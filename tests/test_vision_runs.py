@@ -12,7 +12,7 @@ from PIL import Image
 
 from quweit_jax.commands import evaluate, train
 from quweit_jax.errors import InputError
-from quweit_jax.training import loop, run
+from quweit_jax.training import loop, rundir
 from tests.conftest import REPOSITORY, assert_same_checkpoint, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -108,7 +108,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(folder, trained, tmp_path):
     assert early["step"] == 4
     # Steps decide the schedule, so the cut run is begun anew with all of them and stopped by an
     # exception at step 6.
-    config = run.read_config(trained)
+    config = rundir.read_config(trained)
 
     class Cut(Exception):
         pass
@@ -167,7 +167,7 @@ def test_init_from_errors(folder, tmp_path):
     with pytest.raises(InputError, match="init_from: nothing at nowhere"):
         train.main(arguments(folder, tmp_path / "x", "--config.init_from=nowhere"))
     assert not (tmp_path / "x").exists()
-    config = run.read_config(_written_config(folder, tmp_path))
+    config = rundir.read_config(_written_config(folder, tmp_path))
     with pytest.raises(InputError, match=r"init_from: loop\.fit needs initial="):
         loop.fit(config, tmp_path / "y")
 
@@ -186,7 +186,7 @@ def test_a_run_goes_on_without_its_source(folder, tmp_path):
     )
     shutil.rmtree(source)
     assert train.main(["--workdir", str(workdir), "--config.steps=2"]) == 0
-    assert loop.fit(run.read_config(workdir), workdir).step == 2
+    assert loop.fit(rundir.read_config(workdir), workdir).step == 2
 
 
 def _written_config(folder, tmp_path):

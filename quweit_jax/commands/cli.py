@@ -1,6 +1,4 @@
-"""What the command lines share: reading arguments, printing errors as sentences, joining several
-processes.
-"""
+"""What commands share: arguments, errors printed as sentences, joining several processes."""
 
 from __future__ import annotations
 
@@ -9,29 +7,25 @@ import json
 import logging as standard_logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from quweit_jax import config as configs
 from quweit_jax.errors import InputError, RunError
 
 
-def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command; our own errors end it with their message alone: status 2 for input, 1 for a
-    run that cannot go on.
-    """
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command; our own errors end it with their message alone and status 2 or 1."""
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_Plain())
     try:
-        sys.exit(main(sys.argv[1:] if argv is None else argv) or 0)
-    except InputError as error:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -40,7 +34,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
 class _Plain(standard_logging.Formatter):
     """'warning: ...' instead of absl's line numbers."""
 
-    def format(self, record: Any) -> str:
+    def format(self, record: standard_logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
@@ -63,31 +57,61 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return rest, overrides
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser for `python -m quweit_jax NAME`."""
-    return argparse.ArgumentParser(
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "config": {"help": "FILE.py[:VARIANT,key=value,...]", "required": True},
+    "workdir": {"help": "the run directory", "required": True},
+    "step": {"type": int, "help": "a checkpoint's step (default: that of lowest validation loss)"},
+    "packed": {
+        "action": "store_true",
+        "help": "as deployed: 1-bit tables, int8 sums, ternary weights at 2 bits; integer models "
+        "alone",
+    },
+    "json": {"action": "store_true", "help": "one JSON object on standard output"},
+}
+
+
+def parser(name: str, description: str, *shared: str) -> argparse.ArgumentParser:
+    """An argument parser for `python -m quweit_jax NAME`.
+
+    shared: names of options that several commands have, which are added.
+    """
+    made = argparse.ArgumentParser(
         prog=f"python -m quweit_jax {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    for option in shared:
+        made.add_argument(f"--{option}", **_OPTIONS[option])
+    return made
 
 
-def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+def parse(
+    made: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The arguments, and apart from them the values given to keys of the config."""
+    rest, overrides = split_overrides(argv)
+    return made.parse_args(rest), overrides
+
+
+def load_config(spec: str, overrides: Mapping[str, str]) -> configs.Config:
+    """The config of an experiment file, 'FILE.py:VARIANT,key=value', with values of its keys."""
+    config = configs.load_file(spec)
+    for path, text in overrides.items():
+        configs.set_value(config, path, text)
+    return config
+
+
+def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
     """Prints names and values, a line each, or all as one JSON object."""
     if as_json:
         print(json.dumps(facts))
         return
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        shown = (
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:,.0f}"
-            if isinstance(value, float) and value >= 1e6
-            else value
-        )
-        print(f"{name:>{width}}: {f'{shown:.6g}' if isinstance(shown, float) else shown}")
+        if isinstance(value, float):
+            value = f"{value:,.0f}" if value >= 1e6 else f"{value:.6g}"
+        print(f"{name:>{width}}: {f'{value:,}' if isinstance(value, int) else value}")
 
 
 def join_processes() -> None:

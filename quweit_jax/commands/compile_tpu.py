@@ -1,37 +1,66 @@
-"""python -m quweit_jax.aot --config=experiments/vit_cifar.py:paper --topology=v5e:2x4
-[--config.a.b=v]
-"""
+"""python -m quweit_jax compile_tpu --config=experiments/vit_cifar.py:paper --topology=v5e:2x4"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
+from typing import Any
 
-from quweit_jax import config as configs
 from quweit_jax.commands import cli
+from quweit_jax.config import Config
+from quweit_jax.errors import InputError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compiles a config's whole training step for TPUs that are not there, and tells what a chip
-    would need.
-    """
-    rest, overrides = cli.split_overrides(argv)
+    """Compiles a config's training step for TPUs that are not there, and says what a chip needs."""
     parser = cli.parser(
         "compile_tpu",
         "Compiles a config's training step for a TPU topology ahead of time; no TPU is needed, "
         "but libtpu is (pip install libtpu).",
+        "config",
+        "json",
     )
-    parser.add_argument("--config", required=True, help="FILE.py[:VARIANT,key=value,...]")
-    parser.add_argument(
-        "--topology", default="v5e:2x4", help="the TPU topology, such as v5e:2x4 or v5p:2x2x4"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    args = parser.parse_args(rest)
+    parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:2x4 or v5p:2x2x4")
+    args, overrides = cli.parse(parser, argv)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    config = configs.load_file(args.config)
-    for path, text in overrides.items():
-        configs.set_value(config, path, text)
-    from quweit_jax.commands import ahead_of_time
-
-    cli.print_facts(ahead_of_time.compile_step(config, args.topology), as_json=args.json)
+    config = cli.load_config(args.config, overrides)
+    cli.print_facts(compile_step(config, args.topology), as_json=args.json)
     return 0
+
+
+def compile_step(config: Config, topology: str) -> dict[str, Any]:
+    """Bytes and FLOPs of a chip's part of the compiled training step.
+
+    Raises:
+      InputError: libtpu isn't installed, or it knows no such topology.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    from quweit_jax.training.setup import assemble
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(
+            f"--topology: cannot compile for TPU topology '{topology}' ({reason}); pip install "
+            "libtpu, or give one such as v5e:2x4."
+        ) from None
+    setup = assemble(config, devices=devices)
+    state, since = setup.abstract_state(), time.monotonic()
+    lowered = setup.train_step(state).lower(state, setup.abstract_batch())  # type: ignore[attr-defined]
+    compiled = lowered.compile()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return {
+        "topology": topology,
+        "chips": len(devices),
+        "batch_size": config.batch_size,
+        "compile_seconds": round(time.monotonic() - since),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "argument_bytes_per_chip": memory.argument_size_in_bytes,
+        "temporary_bytes_per_chip": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "flops_per_chip": cost.get("flops") if cost else None,
+    }

@@ -1,26 +1,29 @@
-"""python -m quweit_jax.costs --config=experiments/vit_cifar.py:paper,mlp=weightless [--workdir=RUN]
-[--json] [--config.a.b=v]
-"""
+"""python -m quweit_jax costs --config=experiments/vit_cifar.py:paper [--json] [--config.a.b=v]"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quweit_jax import config as configs
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from quweit_jax.training.setup import Setup
+    from quweit_jax.training.state import TrainState
+
 
 def main(argv: Sequence[str]) -> int:
-    """Counts what one inference of a config or a run costs, beside its dense baseline; reads no
-    data and makes no arrays.
-    """
-    rest, overrides = cli.split_overrides(argv)
+    """Counts what one inference of a config or a run costs, without data and arrays."""
     parser = cli.parser(
         "costs",
         "Counts what one image or one token costs: operations, look-ups, bytes and energy, beside "
         "the dense baseline.",
+        "json",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help="FILE.py[:VARIANT,key=value,...]")
@@ -67,21 +70,19 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="compile the training step too, and tell its memory with and without remat",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.epilog = (
         "--config.PATH=VALUE sets any key of the config, as does key=value behind its colon: "
         "model.weightless.sum=grouped."
     )
-    args = parser.parse_args(rest)
+    args, overrides = cli.parse(parser, argv)
     if args.outputs is not None and args.outputs < 1:
         raise InputError(f"--outputs: expected at least 1, found {args.outputs}.")
-    from quweit_jax.commands import accounts
-    from quweit_jax.costs import table as statement
+    from quweit_jax.costs import table
 
     config, outputs = (
         (configs.load_file(args.config), args.outputs)
         if args.config
-        else accounts.of_run(args.workdir, args.outputs)
+        else of_run(args.workdir, args.outputs)
     )
     for path, text in overrides.items():
         configs.set_value(config, path, text)
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         "active_bits": args.active_bits,
         "tables_in_place": args.tables_in_place,
     }
-    result, counted = statement.account(
+    result, counted = table.account(
         config,
         args.technology.split(","),
         outputs,
@@ -101,10 +102,105 @@ def main(argv: Sequence[str]) -> int:
         **settings,
     )
     if args.memory:
-        result["training_memory"] = accounts.training_memory(config, outputs)
+        result["training_memory"] = training_memory(config, outputs)
     print(
         json.dumps(result)
         if args.json
-        else statement.render(result, args.config or args.workdir, counted if args.layers else None)
+        else table.render(result, args.config or args.workdir, counted if args.layers else None)
     )
     return 0
+
+
+def of_run(workdir: str, outputs: int | None = None) -> tuple[configs.Config, int | None]:
+    """A run's config and, of a language model, the size of its vocabulary; `outputs` overrules it.
+
+    Raises:
+      InputError: there is no run.
+    """
+    from quweit_jax.training import rundir
+
+    config = rundir.read_config(Path(workdir))
+    tokenizer = rundir.read_tokenizer(Path(workdir)) if outputs is None else None
+    return config, outputs if tokenizer is None else tokenizer.vocab_size
+
+
+def training_memory(
+    config: configs.Config,
+    outputs: int | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, int]]:
+    """Bytes of a training step on this machine's first device: {'without remat': {'parameters':
+    ..., 'total': ...}, 'with remat': ...}; a model without remat has one entry, 'as configured'.
+
+    See `costs.memory.TrainingMemory`. XLA for a CPU doesn't order what is computed again so that
+    memory is saved: there only 'activations' tells what remat is worth. outputs: see
+    `costs.count.data_shape`.
+    """
+    from quweit_jax.costs.count import data_shape
+
+    known = data_shape(config, outputs=outputs)
+    shape = None
+    if known.image_size is not None:
+        shape = (known.image_size, known.image_size, known.channels)
+    forms: dict[str, dict[str, bool]] = {"as configured": {}}
+    if "remat" in config.model:
+        forms = {"without remat": {"remat": False}, "with remat": {"remat": True}}
+    return {
+        name: _bytes(config, form, known.outputs, shape, compiler_options)
+        for name, form in forms.items()
+    }
+
+
+def _bytes(
+    config: configs.Config,
+    form: Mapping[str, bool],
+    outputs: int,
+    image_shape: tuple[int, int, int] | None,
+    compiler_options: Mapping[str, Any] | None,
+) -> dict[str, int]:
+    import jax
+    import numpy as np
+
+    from quweit_jax.costs import memory
+    from quweit_jax.data.pipeline import Dataset
+    from quweit_jax.training.setup import assemble
+
+    config = config.copy_and_resolve_references().unlock()
+    config.model.update(form)
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    if image_shape is None:
+        inputs = targets = np.zeros((config.model.context,), np.int32)
+    else:
+        inputs, targets = np.zeros(image_shape, np.float32), np.zeros((), np.int32)
+    example = {"inputs": inputs, "targets": targets}
+    data = Dataset([example], [], outputs, "", image_shape=image_shape)
+    setup = assemble(config.lock(), data=data, training=False, devices=jax.devices()[:1])
+    before, batch = setup.abstract_state(), setup.abstract_batch()
+    lowered = setup.train_step(before).lower(before, batch)  # type: ignore[attr-defined]
+    compiled = lowered.compile(compiler_options=compiler_options)
+    needed = memory.of_training(before, batch, compiled, _activations(setup, before, batch))
+    return dataclasses.asdict(needed) | {"total": needed.total}
+
+
+def _activations(setup: Setup, before: TrainState, batch: Mapping[str, Any]) -> int:
+    """Bytes kept for the backward pass of one part of a batch that is read in `grad_accum`."""
+    import jax
+
+    from quweit_jax.costs import memory
+    from quweit_jax.training import losses, state
+
+    part = {
+        k: jax.ShapeDtypeStruct((x.shape[0] // setup.config.grad_accum, *x.shape[1:]), x.dtype)
+        for k, x in batch.items()
+    }
+    mutable = [name for name in state.MUTABLE if name in before.constants]
+
+    def loss(params: Any, constants: Any, batch: Any, key: jax.Array) -> jax.Array:
+        variables = {"params": params, **constants}
+        rngs = {"dropout": jax.random.wrap_key_data(key)}
+        logits, _ = setup.model.apply(
+            variables, batch["inputs"], train=True, mutable=mutable, rngs=rngs
+        )
+        return losses.cross_entropy(logits, batch["targets"])["loss"]
+
+    return memory.kept_for_backward(loss, before.params, before.constants, part, before.rng)

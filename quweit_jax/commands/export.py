@@ -1,6 +1,4 @@
-"""python -m quweit_jax.export_model --workdir=runs/x --out=model.stablehlo [--packed] [--step=N]
-[--platforms=cpu,tpu,cuda]
-"""
+"""python -m quweit_jax export --workdir=runs/x --out=model.stablehlo [--packed] [--step=N]"""
 
 from __future__ import annotations
 
@@ -14,21 +12,15 @@ from quweit_jax.errors import InputError
 
 def main(argv: Sequence[str]) -> int:
     """Writes a trained run as one StableHLO file that plain JAX runs without this project."""
-    rest, overrides = cli.split_overrides(argv)
     parser = cli.parser(
         "export",
         "Writes a trained run as one StableHLO file, weights inside, and a description beside it.",
+        *("workdir", "step", "packed"),
     )
-    parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument(
         "--out",
         required=True,
         help="the file to write, such as model.stablehlo; model.json beside it says how to use it",
-    )
-    parser.add_argument(
-        "--packed",
-        action="store_true",
-        help="as deployed: 1-bit tables, int8 sums, 2-bit weights; integer models in integers alone",
     )
     parser.add_argument(
         "--step_function",
@@ -36,53 +28,46 @@ def main(argv: Sequence[str]) -> int:
         help="of a language model one step of decoding: token, state -> logits, state",
     )
     parser.add_argument(
-        "--step", type=int, help="a checkpoint's step (default: the one of lowest validation loss)"
-    )
-    parser.add_argument(
         "--platforms",
         default="cpu,tpu,cuda",
         help="what it runs on, joined by commas (default: cpu,tpu,cuda; also rocm)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    args = parser.parse_args(rest)
+    args, overrides = cli.parse(parser, argv)
     import jax
 
-    from quweit_jax.deploy import generate as generation
     from quweit_jax.deploy import stablehlo
+    from quweit_jax.deploy.generate import context_of
     from quweit_jax.deploy.pack import pack
-    from quweit_jax.training import run
+    from quweit_jax.training import rundir
 
     out, platforms = Path(args.out), args.platforms.split(",")
     stablehlo.check_target(out, args.overwrite)
     stablehlo.check({}, platforms)
-    opened = run.open_run(Path(args.workdir), args.step, overrides, data=False)
-    parts, variables = opened.parts, jax.device_get(opened.variables)
-    model, tokenizer = stablehlo.portable(parts.model), parts.tokenizer
+    opened = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
+    setup, variables = opened.setup, jax.device_get(opened.variables)
+    model, tokenizer = stablehlo.portable(setup.model), setup.tokenizer
     if args.step_function and tokenizer is None:
         raise InputError(
             f"--step_function: {args.workdir} is a run of a classifier, which decodes no tokens."
         )
     if args.packed:
-        variables = pack(model, variables, parts.init_inputs)
+        variables = pack(model, variables, setup.init_inputs)
     if tokenizer is None:
-        given = stablehlo.examples_input(parts.init_inputs.shape[1:])
+        given = stablehlo.examples_input(setup.init_inputs.shape[1:])
     else:
-        context = generation.context_of(model)
-        given = stablehlo.tokens_input(tokenizer.vocab_size, context, one_step=args.step_function)
+        size, context = tokenizer.vocab_size, context_of(model)
+        given = stablehlo.tokens_input(size, context, one_step=args.step_function)
     if args.step_function:
         program = stablehlo.to_step_program(model, variables, platforms)
     else:
         program = stablehlo.to_program(model.apply, variables, given, platforms)
-    about = stablehlo.about_data(tokenizer, parts.data_config.normalize, parts.data) | {
-        "training_step": opened.step
-    }
-    about |= {
+    about = stablehlo.about_data(tokenizer, setup.data_config.normalize, setup.data) | {
+        "training_step": opened.step,
         "form": "packed" if args.packed else "trained",
         "weight_bytes": stablehlo.weight_bytes(variables),
-    }
-    about |= {
-        "versions": run.describe_environment()["versions"],
-        "config": configs.to_dict(parts.config),
+        "versions": rundir.describe_environment()["versions"],
+        "config": configs.to_dict(setup.config),
     }
     description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
     print(

@@ -1,6 +1,4 @@
-"""python -m quweit_jax.generate --workdir=runs/x --prompt="To be" [--temperature=0.8] [--top_k=0]
-[--seed=0] [--max_tokens=300] [--packed]
-"""
+"""python -m quweit_jax generate --workdir=runs/x --prompt="To be" [--temperature=0.8] [--packed]"""
 
 from __future__ import annotations
 
@@ -14,34 +12,22 @@ from quweit_jax.errors import InputError
 
 def main(argv: Sequence[str]) -> int:
     """Continues a prompt with a trained language model, streaming to the terminal."""
-    rest, overrides = cli.split_overrides(argv)
-    parser = cli.parser("generate", "Continues a prompt with a trained language model.")
-    parser.add_argument("--workdir", required=True, help="the run directory")
-    parser.add_argument("--prompt", default="\n", help="the text to continue (default: a new line)")
-    parser.add_argument("--max_tokens", type=int, default=300, help="how many tokens to add")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as trained"
-    )
-    parser.add_argument(
-        "--top_k", type=int, default=0, help="sample among the k likeliest tokens only (0: all)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    parser.add_argument(
-        "--step", type=int, help="a checkpoint's step (default: the one of lowest validation loss)"
-    )
-    parser.add_argument(
-        "--packed",
-        action="store_true",
-        help="as deployed: weightless blocks on 1-bit tables, ternary weights at 2 bits",
-    )
-    args = parser.parse_args(rest)
-    from quweit_jax.deploy import generate as generation
+    description = "Continues a prompt with a trained language model."
+    parser = cli.parser("generate", description, "workdir", "step", "packed")
+    add = parser.add_argument
+    add("--prompt", default="\n", help="the text to continue (default: a new line)")
+    add("--max_tokens", type=int, default=300, help="how many tokens to add")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as trained")
+    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens only (0: all)")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    args, overrides = cli.parse(parser, argv)
+    from quweit_jax.deploy.generate import check_sampling, generate_tokens, stream_text
     from quweit_jax.deploy.pack import pack
-    from quweit_jax.training import run
+    from quweit_jax.training import rundir
 
-    generation.check_sampling(args.temperature, args.top_k, args.max_tokens)
-    opened = run.open_run(Path(args.workdir), args.step, overrides, data=False)
-    tokenizer = opened.parts.tokenizer
+    check_sampling(args.temperature, args.top_k, args.max_tokens)
+    opened = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
+    model, variables, tokenizer = opened.setup.model, opened.variables, opened.setup.tokenizer
     if tokenizer is None:
         raise InputError(
             f"--workdir: {args.workdir} is a run of a classifier, which generates no text."
@@ -49,18 +35,20 @@ def main(argv: Sequence[str]) -> int:
     prompt = tokenizer.encode(args.prompt)
     if not len(prompt):
         raise InputError("--prompt: expected at least one character, found none.")
-    model, variables = opened.parts.model, opened.variables
     if args.packed:
-        variables = pack(model, variables, opened.parts.init_inputs)
-    sampling = {
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "seed": args.seed,
-        "end_of_text": tokenizer.end_of_text,
-    }
-    tokens = generation.generate_tokens(model, variables, prompt, args.max_tokens, **sampling)
+        variables = pack(model, variables, opened.setup.init_inputs)
+    tokens = generate_tokens(
+        model,
+        variables,
+        prompt,
+        args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.seed,
+        end_of_text=tokenizer.end_of_text,
+    )
     sys.stdout.write(args.prompt)
-    for piece in generation.stream_text(tokenizer, tokens, prompt):
+    for piece in stream_text(tokenizer, tokens, prompt):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()

@@ -18,7 +18,6 @@ def main(argv: Sequence[str]) -> int:
     """Compares runs in one page: losses, accuracy, energy, memory, samples, and what look-up tables
     learned.
     """
-    rest, overrides = cli.split_overrides(argv)
     parser = cli.parser(
         "report",
         "Compares runs in one self-contained HTML page, its plots as PNGs and its numbers as CSV.",
@@ -49,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
         help="validation batches on which look-up tables are watched (default: 8; 0: all)",
     )
     parser.epilog = (
-        "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where their "
-        "data are on this machine."
+        "--config.data.data_dir=FOLDER (or another key of data and mesh) says for all runs where "
+        "their data are on this machine."
     )
-    args = parser.parse_args(rest)
+    args, overrides = cli.parse(parser, argv)
     from quweit_jax.costs import technologies
     from quweit_jax.report import owned_folder, page
     from quweit_jax.report.collect import collect

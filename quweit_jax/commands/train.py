@@ -1,28 +1,27 @@
-"""python -m quweit_jax.train --config=experiments/gpt_char.py:nanogpt_cpu,mlp=weightless
---workdir=runs/x [--config.a.b=v]
-"""
+"""python -m quweit_jax train --config=experiments/gpt_char.py:quick,mlp=weightless --workdir=runs/x"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quweit_jax import config as configs
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from quweit_jax.training.loop import Result
+
 
 def main(argv: Sequence[str]) -> int:
     """Trains, or goes on with what is in the run directory."""
-    rest, overrides = cli.split_overrides(argv)
-    parser = cli.parser(
-        "train", "Trains a model, or goes on with the run in --workdir where it ended."
-    )
+    description = "Trains a model, or goes on with the run in --workdir where it ended."
+    parser = cli.parser("train", description, "workdir")
     parser.add_argument(
         "--config",
         help="FILE.py[:VARIANT,key=value,...]; leave it out to go on with an existing run",
     )
-    parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument(
         "--progress",
         choices=["auto", "on", "off"],
@@ -33,27 +32,131 @@ def main(argv: Sequence[str]) -> int:
         "--config.PATH=VALUE sets any key of the config, such as --config.steps=500 or "
         "--config.model.width=256."
     )
-    args = parser.parse_args(rest)
+    args, overrides = cli.parse(parser, argv)
     workdir = Path(args.workdir)
-    from quweit_jax.commands import initial, summary
-    from quweit_jax.training import loop, run
+    from quweit_jax.training import loop, rundir
 
     if args.config is None and not (workdir / "config.json").exists():
         raise InputError(
             f"--config: expected an experiment file to begin a run in {workdir}, such as "
             "--config=experiments/gpt_char.py:quick."
         )
-    config = configs.load_file(args.config) if args.config else run.read_config(workdir)
+    config = configs.load_file(args.config) if args.config else rundir.read_config(workdir)
     for path, text in overrides.items():
         configs.set_value(config, path, text)
     cli.join_processes()
-    begin = initial.reader(config.get("init_from") or "", workdir)
-    summary.announce(config, workdir)
-    result = loop.fit(
-        config,
-        workdir,
-        progress={"auto": None, "on": True, "off": False}[args.progress],
-        initial=begin,
-    )
-    summary.summarize(result, workdir)
+    begin = initial(config.get("init_from") or "", workdir)
+    announce(config, workdir)
+    progress = {"auto": None, "on": True, "off": False}[args.progress]
+    summarize(loop.fit(config, workdir, progress=progress, initial=begin), workdir)
     return 0
+
+
+def initial(path: str, workdir: Path) -> Callable[[Mapping[str, Any]], Mapping[str, Any]] | None:
+    """`init_from`: a function from a new run's variables to those it begins with; what fits is
+    taken from `path`, the rest stays, and both are told.
+
+    Args:
+      path: a run directory (its best checkpoint is taken), or a published checkpoint (see
+        `pretrained.transfer.read_source`); '' for none.
+      workdir: of the run; one that has checkpoints goes on from those and needs no source.
+
+    Raises:
+      InputError: there is nothing at `path`, and the run is a new one.
+    """
+    import jax
+
+    from quweit_jax.pretrained import transfer
+    from quweit_jax.training import rundir
+
+    if not path:
+        return None
+    place = Path(path).expanduser()
+    if not place.exists() and not rundir.has_checkpoints(workdir):
+        raise InputError(
+            f"init_from: nothing at {path}; give a run directory, a folder with a published "
+            "checkpoint, or its weights file."
+        )
+
+    def begin(fresh: Mapping[str, Any]) -> Mapping[str, Any]:
+        if (place / "environment.json").is_file():
+            source = jax.device_get(rundir.open_run(place).variables)
+        else:
+            source = transfer.read_source(place)
+        merged, report = transfer.merge(jax.device_get(fresh), source)
+        if jax.process_index() == 0:
+            print(report.describe(), flush=True)
+        return merged
+
+    return begin
+
+
+def announce(config: configs.Config, workdir: Path) -> None:
+    """Says in one line what is about to happen."""
+    import jax
+
+    if jax.process_index():
+        return
+    data, mlp = config.data, f", mlp {config.model.mlp}" if "mlp" in config.model else ""
+    mlp += ", integer-only" if config.model.get("integer") else ""
+    name = data.name if data.source == "tfds" else data.path or data.source
+    print(
+        f"training {config.model.name}{mlp} on {name}: {config.steps} steps of "
+        f"{config.batch_size}, {jax.device_count()} {jax.default_backend()} device(s), into "
+        f"{workdir}",
+        flush=True,
+    )
+
+
+def summarize(result: Result, workdir: Path) -> None:
+    """Says the validation loss, a sample, where the plot is, and the line that goes on."""
+    import jax
+
+    from quweit_jax.data import pipeline
+    from quweit_jax.deploy.pack import describe, describe_lines, packed_or_trained
+
+    if jax.process_index():
+        return
+    setup, config = result.setup, result.setup.config
+    resume = f"python -m quweit_jax.train --workdir={workdir}"
+    if not result.complete:
+        print(f"stopped at step {result.step} of {config.steps}, saved. To go on: {resume}")
+        return
+    if found := result.validation:
+        accuracy = "" if setup.tokenizer is not None else f", accuracy {found['accuracy']:.2%}"
+        print(f"step {result.step}: validation loss {found['loss']:.4f}{accuracy}")
+    for name in ("train", "validation"):
+        if bad := pipeline.left_out(getattr(setup.data, name)):
+            index, reason = min(bad.items())
+            split = name.replace("train", "training")
+            print(
+                f"left out: {len(bad)} {split} image(s) that cannot be used, such as index "
+                f"{index} ({reason})"
+            )
+    if jax.process_count() > 1:
+        # the parameters are spread over processes; other commands read them from the checkpoint
+        return
+    variables = jax.device_get(result.state.variables())
+    packed = packed_or_trained(setup.model, variables, setup.init_inputs)
+    if "packed" in packed:
+        print("\n".join(describe_lines(describe(setup.model, packed, setup.init_inputs))))
+    print(f"loss curve: {workdir / 'plots' / 'loss.png'}")
+    longer = f"longer training: {resume} --config.steps={2 * result.step}"
+    if setup.tokenizer is not None and config.sample_tokens:
+        print(f"sample:\n{'-' * 72}\n{sample(result, variables)}\n{'-' * 72}")
+        longer = f"more text: python -m quweit_jax.generate --workdir={workdir}   {longer}"
+    print(longer)
+
+
+def sample(result: Result, variables: dict[str, Any]) -> str:
+    """A text of `config.sample_tokens` tokens after the beginning of the validation text."""
+    import numpy as np
+
+    from quweit_jax.deploy.generate import generate_tokens, stream_text
+
+    setup, config, tokenizer = result.setup, result.setup.config, result.setup.tokenizer
+    assert tokenizer is not None
+    prompt = np.asarray(setup.data.validation[0]["inputs"][:16])
+    given = {"temperature": 0.8, "seed": config.seed}
+    tokens = generate_tokens(setup.model, variables, prompt, config.sample_tokens, **given)
+    return tokenizer.decode(prompt) + "".join(stream_text(tokenizer, tokens, prompt))

@@ -1,6 +1,5 @@
 """`python -m quweit_jax.report`, the same as `python -m quweit_jax report`."""
 
-from quweit_jax.commands.cli import run
-from quweit_jax.commands.report import main
+from quweit_jax.__main__ import main
 
-run(main)
+main("report")

@@ -17,7 +17,7 @@ from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest
 from quweit_jax.report.look import look
 from quweit_jax.report.summary import Json, RunSummary
-from quweit_jax.training import files, metrics, run
+from quweit_jax.training import files, metrics, rundir
 
 _RUN_FILES = ("config.json", "metrics.jsonl", "environment.json", "checkpoints")
 _DEPTH = 4  # of folders between a given one and the runs in it
@@ -117,9 +117,9 @@ def _read(summary: RunSummary, overrides: Mapping[str, str], batches: int, techn
     except (OSError, ValueError) as error:
         summary.mark("damaged", f"environment.json: {error}")
     written = summary.environment.get("format")
-    if summary.environment and written != run.FORMAT:
+    if summary.environment and written != rundir.FORMAT:
         summary.mark(
-            "older version", f"written in format {written}, this version reads {run.FORMAT}"
+            "older version", f"written in format {written}, this version reads {rundir.FORMAT}"
         )
     summary.rows = _rows(path / "metrics.jsonl", summary)
     _describe_data(summary)
@@ -136,7 +136,7 @@ def _read(summary: RunSummary, overrides: Mapping[str, str], batches: int, techn
 def _in_use(path: Path) -> bool:
     """Whether a process of this machine is training in the folder."""
     try:
-        with files.sole_user(path, patience=0):
+        with files.exclusive(path, patience=0):
             return False
     except InputError:
         return True

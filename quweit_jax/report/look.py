@@ -19,7 +19,7 @@ from quweit_jax.deploy.pack import packed_or_trained
 from quweit_jax.errors import InputError, RunError, first_line
 from quweit_jax.report import insight
 from quweit_jax.report.summary import ClassifiedImage, Json, RunSummary
-from quweit_jax.training import run
+from quweit_jax.training import rundir
 
 _IMAGES = 8
 _TOKENS = 200
@@ -45,26 +45,26 @@ def look(summary: RunSummary, overrides: Mapping[str, str], batches: int, traini
 
 def _look(summary: RunSummary, overrides: Mapping[str, str], batches: int) -> Json:
     path, keys = Path(summary.path), flat(summary.config)
-    if not run.has_checkpoints(path):
+    if not rundir.has_checkpoints(path):
         summary.notes.append("no checkpoint yet, so there is no model to look at")
         return {}
     wanted = {"data.download": "False", **overrides}
     given = {key: value for key, value in wanted.items() if key in keys}
     missing = ""
     try:
-        opened = run.open_run(path, None, given)
+        opened = rundir.open_run(path, None, given)
     except InputError as error:
         if not summary.language:
             raise
         missing = str(error)
-        opened = run.open_run(path, None, given, data=False)
+        opened = rundir.open_run(path, None, given, data=False)
         summary.notes.append(f"without its data ({missing})")
     _try(summary, "tables", lambda: _tables(summary, opened, batches, missing))
-    if opened.parts.tokenizer is not None:
+    if opened.setup.tokenizer is not None:
         _try(summary, "text", lambda: _text(summary, opened))
-        return {"outputs": opened.parts.tokenizer.vocab_size}
+        return {"outputs": opened.setup.tokenizer.vocab_size}
     _try(summary, "images", lambda: _images(summary, opened))
-    data = opened.parts.dataset
+    data = opened.setup.data
     if data.image_shape is not None:
         return {"outputs": data.outputs, "image_size": data.image_shape[0]}
     size = round(np.size(data.validation[0]["inputs"]) ** 0.5)
@@ -101,10 +101,10 @@ def _try(summary: RunSummary, what: str, action: Callable[[], None]) -> None:
         summary.notes.append(f"no {what} ({type(error).__name__}: {first_line(error)})")
 
 
-def _text(summary: RunSummary, opened: run.OpenRun) -> None:
-    setup, tokenizer = opened.parts, opened.parts.tokenizer
+def _text(summary: RunSummary, opened: rundir.OpenRun) -> None:
+    setup, tokenizer = opened.setup, opened.setup.tokenizer
     assert tokenizer is not None
-    if setup.data is not None:
+    if len(setup.data.validation):
         prompt = np.asarray(setup.data.validation[0]["inputs"][:_PROMPT])
     else:
         prompt = np.asarray(tokenizer.encode("\n"), np.int32)
@@ -121,16 +121,8 @@ def _text(summary: RunSummary, opened: run.OpenRun) -> None:
     summary.text = (tokenizer.decode(prompt), written)
 
 
-def _packed(opened: run.OpenRun) -> Json:
-    """The variables as deployed, where there is something to pack."""
-    try:
-        return pack(opened.parts.model, opened.variables, opened.parts.init_inputs)
-    except InputError:
-        return opened.variables
-
-
-def _images(summary: RunSummary, opened: run.OpenRun) -> None:
-    setup, data = opened.parts, opened.parts.dataset
+def _images(summary: RunSummary, opened: rundir.OpenRun) -> None:
+    setup, data = opened.setup, opened.setup.data
     (batch,) = pipeline.eval_batches(data.validation, _IMAGES, 1)
     logits = jax.jit(setup.model.apply)(opened.variables, batch["inputs"])
     probabilities = np.asarray(jax.nn.softmax(logits))
@@ -157,16 +149,16 @@ def _pixels(inputs: np.ndarray, normalize: str) -> np.ndarray | None:
     return np.round(scaled).astype(np.uint8).reshape(side, side)
 
 
-def _tables(summary: RunSummary, opened: run.OpenRun, batches: int, missing: str) -> None:
-    setup, data = opened.parts, opened.parts.data
+def _tables(summary: RunSummary, opened: rundir.OpenRun, batches: int, missing: str) -> None:
+    setup, data = opened.setup, opened.setup.data
     form = prune.deploy(setup.model, opened.variables, setup.init_inputs)
     if form is None:
         return
     counts: dict[str, prune.Counts] = {}
     folds: dict[str, prune.Fold] = {}
     compared, note = None, f"tables were not watched at work: {missing or 'no data'}"
-    if data is not None:
-        size = run.eval_batch_size(setup.config, setup.mesh)
+    if len(data.validation):
+        size = setup.eval_batch_size
         found = pipeline.eval_batches(data.validation, size, batches)
         watched = [(batch["inputs"], batch["weights"]) for batch in found]
         counts = prune.count_ones(form, watched)

@@ -1,9 +1,8 @@
-"""Orbax v1 checkpoints of everything a run needs to go on: asynchronous, kept `keep` and best,
-checked before they are trusted.
-"""
+"""Orbax v1 checkpoints of all a run needs to go on: asynchronous, checked before being trusted."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import zlib
@@ -77,16 +76,11 @@ class Checkpoints:
     def save(self, step: int, state: Any, loop: dict[str, Any], loss: float | None) -> None:
         """Starts saving in the background; an earlier save's failure shows here (RunError)."""
         self.wait()
-        items = {
-            "state": state,
-            "loop": {"json": np.frombuffer(json.dumps(loop).encode(), np.uint8)},
-        }
-        self._guard(
-            step,
-            lambda: self._checkpointer.save_checkpointables_async(
-                step, items, metrics=None if loss is None else {"loss": loss}
-            ),
-        )
+        noted = np.frombuffer(json.dumps(loop).encode(), np.uint8)
+        items = {"state": state, "loop": {"json": noted}}
+        scores = None if loss is None else {"loss": loss}
+        begin = self._checkpointer.save_checkpointables_async
+        self._guard(step, lambda: begin(step, items, metrics=scores))
         self._unchecked = step
 
     def wait(self) -> None:
@@ -103,16 +97,22 @@ class Checkpoints:
         self.wait()
         self._checkpointer.close()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error that one is the one to tell; a save begun before it is still finished.
+        with contextlib.suppress(*[Exception] * (kind is not None)):
+            self.close()
+
     def _guard(self, step: int, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:
             whole = [s for s in self.steps() if s != step and (self.directory / str(s)).is_dir()]
-            previous = (
-                f"the checkpoint of step {whole[-1]} is whole"
-                if whole
-                else "there is no earlier checkpoint"
-            )
+            previous = "there is no earlier checkpoint"
+            if whole:
+                previous = f"the checkpoint of step {whole[-1]} is whole"
             raise RunError(
                 f"the checkpoint of step {step} could not be written ({type(error).__name__}: "
                 f"{_reason(error)}); {previous}. "
@@ -149,11 +149,8 @@ class Checkpoints:
                 loaded = self._checkpointer.load_checkpointables(
                     candidate, {"state": abstract_state, "loop": None}
                 )
-                return (
-                    loaded["state"],
-                    json.loads(np.asarray(loaded["loop"]["json"]).tobytes().decode()),
-                    candidate,
-                )
+                noted = np.asarray(loaded["loop"]["json"]).tobytes().decode()
+                return loaded["state"], json.loads(noted), candidate
             except InputError:
                 raise
             except Exception as error:
@@ -164,18 +161,16 @@ class Checkpoints:
                     ) from error
                 if step is not None:
                     others = ", ".join(str(s) for s in steps if s != step)
-                    hint = (
-                        f"there are also {others}; choose one with --step"
-                        if others
-                        else "there is no other"
-                    )
+                    hint = "there is no other"
+                    if others:
+                        hint = f"there are also {others}; choose one with --step"
                     raise RunError(
                         f"the checkpoint of step {step} is damaged ({_reason(error)}); {hint}."
                     ) from error
                 logging.warning(
-                    "%s",
-                    f"the checkpoint of step {candidate} is damaged ({_reason(error)}); trying "
-                    "the one before.",
+                    "the checkpoint of step %s is damaged (%s); trying the one before.",
+                    candidate,
+                    _reason(error),
                 )
                 self._set_aside(candidate)
         if steps:
@@ -194,10 +189,9 @@ class Checkpoints:
                 target = target.with_name(target.name + "_")
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.directory / str(step), target)
-            self._checksum_path(step).unlink(
-                missing_ok=True
-            )  # a later checkpoint of this step has its own
-            logging.warning("%s", f"set it aside in {target}.")
+            # a later checkpoint of this step has its own
+            self._checksum_path(step).unlink(missing_ok=True)
+            logging.warning("set it aside in %s.", target)
         self._checkpointer.close()
         self._checkpointer = self._open()
 
@@ -250,15 +244,7 @@ def _reason(error: BaseException) -> str:
 
 def compare_trees(expected: Any, found: Any, what: str) -> None:
     """Raises InputError at the first path that is missing, extra or of another shape or dtype."""
-    wanted = {
-        path_name(p): (tuple(x.shape), np.dtype(x.dtype))
-        for p, x in jax.tree_util.tree_leaves_with_path(expected)
-    }
-    is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")  # noqa: E731
-    there = {
-        path_name(p): (tuple(x.shape), np.dtype(x.dtype))
-        for p, x in jax.tree_util.tree_leaves_with_path(found, is_leaf=is_leaf)
-    }
+    wanted, there = _leaves(expected), _leaves(found)
     for name in sorted(wanted.keys() | there.keys()):
         if name not in there:
             raise InputError(
@@ -276,3 +262,9 @@ def compare_trees(expected: Any, found: Any, what: str) -> None:
                 f"{what}: {name} expected {dtype}{list(shape)}, found "
                 f"{other_dtype}{list(other_shape)}."
             )
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes by path, of arrays or of what Orbax tells about them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    return {path_name(p): (tuple(x.shape), np.dtype(x.dtype)) for p, x in leaves}

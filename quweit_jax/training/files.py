@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from quweit_jax.errors import InputError
+
+LOCK = ".lock"
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -21,43 +24,35 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """The same for a JSON value."""
+    """Writes a JSON value as `replace_text` does."""
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path, patience: float = 20.0) -> Iterator[None]:
-    """Keeps other processes of this machine out of a folder that exists; where folders cannot be
-    locked, does nothing.
+def exclusive(folder: Path, patience: float = 20.0) -> Iterator[None]:
+    """Keeps other processes of this machine out of a folder that exists, by a lock that ends with
+    this process; does nothing where folders cannot be locked.
 
-    patience: seconds to wait for one that is just ending.
+    patience: seconds to wait for a process that is just ending.
 
     Raises:
       InputError: another process is still using it.
     """
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
+    lock = filelock.FileLock(folder / LOCK, timeout=patience, poll_interval=0.2)
+    if not os.access(folder, os.W_OK):
         yield
         return
     try:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        f"--workdir: another process is training in {folder}; wait for it to end, "
-                        "or give another folder."
-                    ) from None
-                time.sleep(0.2)
-                continue
-            except OSError:  # a file system without locks
-                pass
-            break
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(
+            f"--workdir: another process is training in {folder}; wait for it to end, or give "
+            "another folder."
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()

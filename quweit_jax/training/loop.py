@@ -1,5 +1,4 @@
-"""The one train loop, for every model: step, log, evaluate, checkpoint, stop cleanly, go on
-exactly.
+"""The one train loop, for every model: step, log, evaluate, checkpoint, stop cleanly, go on exactly.
 
 The order at a step k: its metrics are read while step k + 1 runs; rows up to k are on disk before
 checkpoint k is begun; a checkpoint is only begun once step k is known to be finite.
@@ -14,44 +13,43 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from quweit_jax import config as configs
+from quweit_jax.config import Config
 from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError, RunError
-from quweit_jax.training import files, metrics, optimizers, run, sharding, state
+from quweit_jax.training import files, metrics, rundir, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
+from quweit_jax.training.optimizers import make_schedule
+from quweit_jax.training.setup import Setup, Variables, assemble
 
-Sums = dict[str, jax.Array]
+Initial = Callable[[Variables], Variables]
 _NEEDS_INITIAL = (
-    "init_from: loop.fit needs initial=..., a function that makes the first variables, as the train "
-    "command gives it."
+    "init_from: loop.fit needs initial=quweit_jax.commands.train.initial(config.init_from, "
+    "workdir), as the train command gives it."
 )
 
 
 @dataclasses.dataclass
 class Result:
-    """How a run ended: the last step, whether it was complete, the state, and the last validation
-    loss.
-    """
+    """How a run ended: its last step, whether that completes it, the state, the last evaluation."""
 
     step: int
     complete: bool
     state: state.TrainState
-    parts: run.Parts
+    setup: Setup
     validation: dict[str, float] | None
 
 
 class StopRequest:
-    """True once SIGTERM or SIGINT has come; a second one ends the program at once. A context
-    manager that restores the handlers.
-    """
+    """A context manager that notes SIGTERM and SIGINT; a second one ends the program at once."""
 
     def __init__(self):
         self.signal: str | None = None
@@ -65,16 +63,19 @@ class StopRequest:
                 return self
         return self
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         signal.signal(number, self._before[number])
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def agreed(self, step: int, every: int) -> bool:
-        """Whether to stop now; several processes decide together, every few steps."""
+        """Whether to stop now; several processes decide together, every few steps.
+
+        JAX's own preemption notice needs several processes and knows no interrupt from a terminal.
+        """
         if jax.process_count() == 1:
             return self.signal is not None
         if step % every:
@@ -85,284 +86,259 @@ class StopRequest:
 
 
 class Log:
-    """Turns the metrics of single steps into rows: the mean loss since the last row, which a
-    checkpoint carries along.
+    """The rows of metrics.jsonl and what is said meanwhile; the mean of the losses since the last
+    row, and the seconds, are carried along by checkpoints (`state`).
+
+    progress: show a bar; None: on a terminal; False: say nothing at all.
     """
 
     def __init__(
         self,
-        writer: metrics.MetricsWriter,
-        config: configs.Config,
-        schedule: Callable[[int], Any],
-        saved: dict[str, Any],
+        setup: Setup,
+        workdir: Path,
+        start: int,
+        saved: Mapping[str, Any],
+        progress: bool | None,
     ):
-        self.writer, self.config, self.schedule = writer, config, schedule
+        self.config, self.start, self.last_good = setup.config, start, start
+        leader, rates = jax.process_index() == 0, setup.optimizer_config
+        self.writer = metrics.MetricsWriter(workdir, start) if leader else metrics.NoMetrics()
+        self.schedule: Callable[[int], Any] = make_schedule(
+            rates, rates.learning_rate, setup.config.steps, rates.min_ratio
+        )
         self.pending: list[list[float]] = saved.get("pending", [])
         self.seconds: float = saved.get("seconds", 0.0)
         self.since = time.monotonic()
-        self.bar: Any = None
-        self.speak, self.start = False, 0
+        self.speak = leader and progress is not False
+        self.units = self.config.batch_size
+        self.units *= self.config.model.context if setup.tokenizer is not None else 1
+        self._running: tuple[int, Mapping[str, jax.Array]] | None = None
+        self.bar = None
+        if leader and (sys.stderr.isatty() if progress is None else progress):
+            self.bar = tqdm(
+                total=self.config.steps * self.units,
+                initial=start * self.units,
+                unit="tok" if setup.tokenizer is not None else "ex",
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                desc="train",
+            )
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
+        if self.bar is not None:
+            self.bar.close()
+        self.writer.close()
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all resumes."""
         return self.seconds + time.monotonic() - self.since
 
-    def train_step(self, step: int, values: dict[str, float], last_good: int) -> None:
-        """Notes step `step`; RunError if it isn't finite."""
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
-            groups = [k.split("/")[1] for k in bad if k.startswith("grad_norm/")]
-            updates = [k.split("/")[1] for k in bad if k.startswith("update_norm/")]
-            where = (
-                f"gradients are not finite in the parameter group(s) {', '.join(groups)}"
-                if groups
-                else "gradients are still finite"
-            )
-            if updates and not groups:
-                where += ", but the optimizer's update is not in the parameter group(s) "
-                where += ", ".join(updates)
-            keep = (
-                f"the last good checkpoint, of step {last_good}, is kept"
-                if last_good
-                else "there was no checkpoint yet"
-            )
-            raise RunError(
-                f"step {step}: the loss is {values['loss']}; {where}. Nothing of it was saved; "
-                f"{keep}. "
-                "Try a smaller --config.optimizer.learning_rate or more --config.optimizer.clip, "
-                "in a new --workdir."
-            )
+    def train_step(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        """Notes that a step was started, and reads the metrics of the one before."""
+        self.read()
+        self._running = step, values
+        if self.bar is not None:
+            self.bar.update(self.units)
+
+    def read(self) -> None:
+        """Waits for the last step and notes its metrics; RunError if they are not finite."""
+        if self._running is None:
+            return
+        (step, running), self._running = self._running, None
+        values = {name: float(value) for name, value in running.items()}
+        self._check_finite(step, values)
         self.pending.append([values["loss"], values["accuracy"]])
         if step % self.config.log_every == 0:
-            mean = np.mean(np.asarray(self.pending, np.float64), axis=0)
+            loss, accuracy = map(float, np.mean(np.asarray(self.pending, np.float64), axis=0))
             self.pending = []
-            row = {
-                "step": step,
-                "split": "train",
-                "loss": float(mean[0]),
-                "accuracy": float(mean[1]),
-                "grad_norm": values["grad_norm"],
-            }
-            self.writer.write(
-                row | {"learning_rate": float(self.schedule(step - 1)), "seconds": self.elapsed()}
-            )
+            row = {"step": step, "split": "train", "loss": loss, "accuracy": accuracy}
+            row |= {"grad_norm": values["grad_norm"]}
+            row |= {"learning_rate": float(self.schedule(step - 1)), "seconds": self.elapsed()}
+            self.writer.write(row)
             if self.bar is not None:
-                self.bar.set_postfix_str(f"loss {mean[0]:.3f}")
+                self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        """Notes an evaluation; where there is no bar (output into a file) it is also a line that
-        tells how far the run is.
+    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        groups = ", ".join(k.split("/")[1] for k in bad if k.startswith("grad_norm/"))
+        updates = ", ".join(k.split("/")[1] for k in bad if k.startswith("update_norm/"))
+        where = "gradients are still finite"
+        if groups:
+            where = f"gradients are not finite in the parameter group(s) {groups}"
+        elif updates:
+            where += f", but the optimizer's update is not in the parameter group(s) {updates}"
+        kept = "there was no checkpoint yet"
+        if self.last_good:
+            kept = f"the last good checkpoint, of step {self.last_good}, is kept"
+        raise RunError(
+            f"step {step}: the loss is {values['loss']}; {where}. Nothing of it was saved; {kept}. "
+            "Try a smaller --config.optimizer.learning_rate or more --config.optimizer.clip, in a "
+            "new --workdir."
+        )
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Notes an evaluation; where there is no bar (output into a file) also says how far the run
+        is. RunError if the loss is not finite.
         """
-        row = {
-            "step": step,
-            "split": "validation",
-            "loss": values["loss"],
-            "accuracy": values["accuracy"],
-            "seconds": self.elapsed(),
-        }
-        self.writer.write(row)
+        loss, steps = values["loss"], self.config.steps
+        if not math.isfinite(loss):
+            raise RunError(
+                f"step {step}: the validation loss is {loss}. Nothing of it was saved; the "
+                f"checkpoint of step {self.last_good} is kept."
+            )
+        row = {"step": step, "split": "validation", "loss": loss, "accuracy": values["accuracy"]}
+        self.writer.write(row | {"seconds": self.elapsed()})
         if self.speak and self.bar is None:
-            done, rate = (
-                step - self.start,
-                (time.monotonic() - self.since) / max(1, step - self.start),
-            )
-            left = (
-                f", about {rate * (self.config.steps - step):.0f} s left"
-                if done and step < self.config.steps
-                else ""
-            )
+            done, left = step - self.start, ""
+            if done and step < steps:
+                seconds = (time.monotonic() - self.since) / done * (steps - step)
+                left = f", about {seconds:.0f} s left"
             print(
-                f"step {step} of {self.config.steps}: validation loss {values['loss']:.4f}, "
-                f"{self.elapsed():.0f} s{left}",
+                f"step {step} of {steps}: validation loss {loss:.4f}, {self.elapsed():.0f} s{left}",
                 flush=True,
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on with the same rows."""
+        """What a checkpoint needs to go on with the same rows, which are on disk after this."""
+        self.read()
+        self.writer.sync()
         return {"pending": self.pending, "seconds": self.elapsed()}
 
 
-def evaluate(eval_step: Any, variables: Any, parts: run.Parts, limit: int) -> dict[str, float]:
+def evaluate(
+    eval_step: state.EvalStep, variables: Variables, setup: Setup, limit: int
+) -> dict[str, float]:
     """Loss and accuracy on a fixed set of validation batches (0: the whole split)."""
     if limit < 0:
         raise InputError(
             f"batches: expected 0 (the whole validation split) or more, found {limit}."
         )
-    batch_size, where = (
-        run.eval_batch_size(parts.config, parts.mesh),
-        sharding.batch_sharding(parts.mesh),
+    if not len(setup.data.validation):
+        raise InputError("evaluate: this run was opened without its data; open it with data=True.")
+    where = sharding.batch_sharding(setup.mesh)
+    batches = pipeline.eval_batches(
+        setup.data.validation, setup.eval_batch_size, limit, **_share_of_process()
     )
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = pipeline.eval_batches(parts.dataset.validation, batch_size, limit, **share)
     return state.mean_of_sums(
         [eval_step(variables, sharding.put_batch(batch, where)) for batch in batches]
     )
 
 
 def fit(
-    config: configs.Config,
+    config: Config,
     workdir: str | Path,
     *,
     progress: bool | None = None,
     on_step: Callable[[int], None] | None = None,
-    initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    initial: Initial | None = None,
 ) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
     `workdir` ends.
 
     Args:
-      progress: show a bar; None: on a terminal. on_step: called after each step with its number
-        (for tests and notebooks).
+      progress: show a bar; None: on a terminal. on_step: called after each step with its number.
       initial: makes the variables a new run begins with from its freshly drawn ones (see
-        `quweit_jax.initial`); needed for init_from.
+        `quweit_jax.commands.train.initial`); needed for init_from.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
       RunError: the loss stopped being finite, or a checkpoint could not be written.
     """
     workdir = Path(workdir).absolute()
-    if config.get("init_from") and initial is None and not run.has_checkpoints(workdir):
+    if config.get("init_from") and initial is None and not rundir.has_checkpoints(workdir):
         raise InputError(_NEEDS_INITIAL)
-    parts = run.assemble(config, run.prepare(workdir, config))
+    rundir.check_folder(workdir, config)
+    setup = assemble(config, rundir.read_tokenizer(workdir))
     try:
-        run.record(workdir, parts)
-        with files.sole_user(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-            checkpoints = Checkpoints(workdir, config.keep)
-            try:
-                result = _fit(parts, checkpoints, progress, on_step, workdir, initial)
-            except Exception:
-                with contextlib.suppress(
-                    Exception
-                    # the first trouble is the one to tell; a checkpoint begun before it is still
-                    # finished
-                ):
-                    checkpoints.close()
-                raise
-            checkpoints.close()
-            return result
+        rundir.write_files(workdir, setup)
+        alone = contextlib.nullcontext() if jax.process_index() else files.exclusive(workdir)
+        with alone, Checkpoints(workdir, config.keep) as checkpoints:
+            return _train(setup, checkpoints, workdir, progress, on_step, initial)
     except OSError as error:
-        reason = (
-            f"{error.strerror}: {error.filename}"
-            if error.filename
-            else str(error.strerror or error)
-        )
+        reason = str(error.strerror or error) + f": {error.filename}" * bool(error.filename)
         raise RunError(
             f"cannot go on in {workdir} ({reason}); the last checkpoint is whole. Free some space "
             "or mend the folder, and run the same command again."
         ) from error
 
 
-def _fit(
-    parts: run.Parts,
+def _train(
+    setup: Setup,
     checkpoints: Checkpoints,
+    workdir: Path,
     progress: bool | None,
     on_step: Callable[[int], None] | None,
-    workdir: Path,
-    initial: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    initial: Initial | None,
 ) -> Result:
-    config, leader = parts.config, jax.process_index() == 0
-    restored = checkpoints.restore(parts.abstract_state())
-    if (
-        restored is None and config.get("init_from") and initial is None
-    ):  # there were checkpoints, but no whole one
-        raise InputError(_NEEDS_INITIAL)
-    current, saved, start = restored if restored is not None else (parts.init_state(initial), {}, 0)
-    if start > config.steps:
-        raise InputError(
-            f"steps: {workdir} is already at step {start}, past the {config.steps} asked for; "
-            "raise --config.steps or use a new --workdir."
-        )
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    config, where = setup.config, sharding.batch_sharding(setup.mesh)
+    current, saved, start = _begin(setup, checkpoints, workdir, initial)
     batches = pipeline.train_batches(
-        parts.dataset.train, config.batch_size, config.seed, prefetch=config.prefetch, **share
+        setup.data.train,
+        config.batch_size,
+        config.seed,
+        prefetch=config.prefetch,
+        **_share_of_process(),
     )
     if "data" in saved:
         batches.set_state(saved["data"])
-    writer = metrics.MetricsWriter(workdir, start) if leader else metrics.NoMetrics()
-    rates = parts.optimizer_config
-    schedule = optimizers.make_schedule(rates, rates.learning_rate, config.steps, rates.min_ratio)
-    log = Log(writer, config, schedule, saved)
-    log.speak, log.start = leader and progress is not False, start
-    log.bar = _bar(parts, start, leader if progress is None else progress and leader, progress)
-    try:
-        with StopRequest() as stop:
-            return _steps(
-                parts,
-                current,
-                start,
-                batches,
-                checkpoints,
-                log,
-                stop,
-                saved.get("validation"),
-                on_step,
-            )
-    finally:
-        if log.bar is not None:
-            log.bar.close()
-        writer.close()
-
-
-def _steps(
-    parts: run.Parts,
-    current: state.TrainState,
-    start: int,
-    batches: Any,
-    checkpoints: Checkpoints,
-    log: Log,
-    stop: StopRequest,
-    validation: dict[str, float] | None,
-    on_step: Callable[[int], None] | None,
-) -> Result:
-    config, where = parts.config, sharding.batch_sharding(parts.mesh)
-    train_step = parts.train_step(jax.tree.map(lambda x: x.sharding, current))
-    eval_step = state.make_eval_step(parts.model.apply)
-    running: tuple[int, Sums] | None = None
-    last_good, step, stopping = start, start, False
-
-    def read() -> None:
-        nonlocal running
-        if running is not None:
-            number, values = running
-            running = None
-            log.train_step(number, {k: float(v) for k, v in values.items()}, last_good)
-
-    for step in range(start + 1, config.steps + 1):
-        current, values = train_step(current, sharding.put_batch(next(batches), where))
-        read()
-        running = (step, values)
-        if log.bar is not None:
-            log.bar.update(1)
-        if on_step is not None:
-            on_step(step)
-        stopping = stop.agreed(step, config.log_every)
-        last = step == config.steps
-        score = None
-        if step % config.eval_every == 0 or last:
-            read()
-            validation = evaluate(eval_step, current.variables(), parts, config.eval_batches)
-            score = validation["loss"]
-            if not math.isfinite(score):
-                raise RunError(
-                    f"step {step}: the validation loss is {score}. Nothing of it was saved; the "
-                    f"checkpoint of step {last_good} is kept."
-                )
-            log.validation(step, validation)
-        if step % config.checkpoint_every == 0 or last or stopping:
-            read()
-            log.writer.sync()
-            loop = {"data": _joined_state(batches), "validation": validation, **log.state()}
-            checkpoints.save(step, current, loop, score)
-            last_good = step
-        if stopping:
-            break
-    checkpoints.wait()
-    if jax.process_index() == 0:
+    train_step = setup.train_step(current)
+    eval_step = state.make_eval_step(setup.model.apply)
+    validation, step = saved.get("validation"), start
+    with (
+        contextlib.closing(Log(setup, workdir, start, saved, progress)) as log,
+        StopRequest() as stop,
+    ):
+        for step in range(start + 1, config.steps + 1):
+            current, values = train_step(current, sharding.put_batch(next(batches), where))
+            log.train_step(step, values)
+            if on_step is not None:
+                on_step(step)
+            stopping, last = stop.agreed(step, config.log_every), step == config.steps
+            score = None
+            if step % config.eval_every == 0 or last:
+                log.read()
+                validation = evaluate(eval_step, current.variables(), setup, config.eval_batches)
+                score = validation["loss"]
+                log.validation(step, validation)
+            if step % config.checkpoint_every == 0 or last or stopping:
+                noted = log.state()
+                place = {"data": _joined_state(batches), "validation": validation}
+                checkpoints.save(step, current, place | noted, score)
+                log.last_good = step
+            if stopping:
+                break
+        checkpoints.wait()
         log.writer.sync()
-        rows = metrics.read_rows(log.writer.path)
-        unit = "nats per token" if parts.tokenizer is not None else "nats"
-        metrics.plot_losses({"": rows}, log.writer.path.parent / "plots" / "loss.png", unit=unit)
-    return Result(step, step >= config.steps, current, parts, validation)
+    if jax.process_index() == 0:
+        rows = metrics.read_rows(workdir / "metrics.jsonl")
+        unit = "nats per token" if setup.tokenizer is not None else "nats"
+        metrics.plot_losses({"": rows}, workdir / "plots" / "loss.png", unit=unit)
+    return Result(step, step >= config.steps, current, setup, validation)
+
+
+def _begin(
+    setup: Setup, checkpoints: Checkpoints, workdir: Path, initial: Initial | None
+) -> tuple[state.TrainState, Mapping[str, Any], int]:
+    """The state to go on from, what else its checkpoint holds, and its step."""
+    restored = checkpoints.restore(setup.abstract_state())
+    if restored is None:
+        if setup.config.get("init_from") and initial is None:
+            raise InputError(_NEEDS_INITIAL)  # there were checkpoints, but no whole one
+        return setup.init_state(initial), {}, 0
+    if restored[2] > setup.config.steps:
+        raise InputError(
+            f"steps: {workdir} is already at step {restored[2]}, past the {setup.config.steps} "
+            "asked for; raise --config.steps or use a new --workdir."
+        )
+    return restored
+
+
+def _share_of_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def _joined_state(batches: Any) -> dict[str, Any]:
@@ -378,37 +354,3 @@ def _joined_state(batches: Any) -> dict[str, Any]:
         np.pad(raw, (0, longest - raw.size), constant_values=ord(" "))
     )
     return pipeline.join_states([json.loads(bytes(row)) for row in np.asarray(gathered)])
-
-
-def _bar(parts: run.Parts, start: int, show: bool, asked: bool | None) -> Any:
-    config = parts.config
-    tokens = parts.dataset.tokenizer is not None
-    units = config.batch_size * (config.model.context if tokens else 1)
-    if not show or (asked is None and not sys.stderr.isatty()):
-        return None
-    bar = tqdm(
-        total=config.steps * units,
-        initial=start * units,
-        unit="tok" if tokens else "ex",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0.05,
-        desc="train",
-    )
-    return _Scaled(bar, units)
-
-
-class _Scaled:
-    """A bar that is told steps and shows tokens (or examples) a second and the time left."""
-
-    def __init__(self, bar: Any, units: int):
-        self._bar, self._units = bar, units
-
-    def update(self, steps: int) -> None:
-        self._bar.update(steps * self._units)
-
-    def set_postfix_str(self, text: str) -> None:
-        self._bar.set_postfix_str(text, refresh=False)
-
-    def close(self) -> None:
-        self._bar.close()

@@ -5,7 +5,7 @@ Dimensions: B batch, A accumulation steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,9 +20,8 @@ from jax.sharding import PartitionSpec as P
 from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.training import losses, mixing, optimizers, sharding
 
-# Collections that a model moves on itself while it is trained: the running ranges of integer
-# models.
-MOVING = ("ranges",)
+# Collections that a model changes while it is trained: the running ranges of integer models.
+MUTABLE = ("ranges",)
 
 
 @flax.struct.dataclass
@@ -47,6 +46,11 @@ class TrainState:
             "params": self.ema if averaged and self.ema is not None else self.params,
             **self.constants,
         }
+
+
+Batch = dict[str, Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Batch]]
+EvalStep = Callable[[Mapping[str, Any], Batch], Batch]
 
 
 def make_init(
@@ -110,7 +114,7 @@ def abstract_state(
     )
 
 
-def replace_variables(state: TrainState, variables: dict[str, Any]) -> TrainState:
+def replace_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
     """The state with other variables of the same shapes, placed as the old ones are; the
     optimizer's state stays.
     """
@@ -135,7 +139,7 @@ def make_train_step(
     state_shardings: Any = None,
     mesh: Mesh | None = None,
     augment: AugmentConfig | None = None,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+) -> TrainStep:
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused
     (donated).
 
@@ -146,7 +150,7 @@ def make_train_step(
     """
 
     def loss_fn(
-        params: Any, constants: Any, batch: dict[str, Array], key: Array
+        params: Any, constants: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[dict[str, Array], Any]]:
         inputs, targets = batch["inputs"], batch["targets"]
         if augment is not None and mixing.mixes(augment):
@@ -154,14 +158,9 @@ def make_train_step(
             inputs, targets = mixing.mix(
                 inputs, targets, model.config.num_classes, augment, mix_key
             )  # type: ignore[attr-defined]
-        moving = [name for name in MOVING if name in constants]
-        logits, moved = model.apply(
-            {"params": params, **constants},
-            inputs,
-            train=True,
-            mutable=moving,
-            rngs={"dropout": key},
-        )
+        mutable, rngs = [name for name in MUTABLE if name in constants], {"dropout": key}
+        variables = {"params": params, **constants}
+        logits, moved = model.apply(variables, inputs, train=True, mutable=mutable, rngs=rngs)
         sums = losses.cross_entropy(logits, targets)  # type: ignore[arg-type]
         metrics = {
             "loss": sums["loss"] / sums["count"],
@@ -170,7 +169,7 @@ def make_train_step(
         return metrics["loss"], (metrics, moved)
 
     def gradients(
-        state: TrainState, batch: dict[str, Array], key: Array
+        state: TrainState, batch: Batch, key: Array
     ) -> tuple[Any, tuple[dict[str, Array], Any]]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if grad_accum == 1:
@@ -194,7 +193,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (micro, jax.random.split(key, grad_accum)))[0]
 
-    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, (metrics, moved) = gradients(state, batch, key)
         norms = optimizers.group_norms(grads)
@@ -210,48 +209,34 @@ def make_train_step(
             else jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
         )
         constants = {**state.constants, **moved}
-        return state.replace(
-            step=state.step + 1,
-            params=params,
-            constants=constants,
-            opt_state=opt_state,
-            ema=average,
-        ), metrics  # type: ignore[attr-defined]
+        after = dict(params=params, constants=constants, opt_state=opt_state, ema=average)
+        return state.replace(step=state.step + 1, **after), metrics  # type: ignore[attr-defined]
 
-    placed: dict[str, Any] = (
-        {}
-        if state_shardings is None
-        else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}
-    )  # type: ignore[arg-type]
-    return jax.jit(step, donate_argnums=0, **placed)
+    if state_shardings is None or mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    placed = (state_shardings, NamedSharding(mesh, P()))
+    return jax.jit(step, donate_argnums=0, out_shardings=placed)
 
 
-def make_eval_step(
-    apply: Callable[..., Any],
-) -> Callable[[dict[str, Any], dict[str, Array]], dict[str, Array]]:
+def make_eval_step(apply: Callable[..., Any]) -> EvalStep:
     """The jitted evaluation of one batch with `weights`: (variables, batch) -> the sums of
     `losses.cross_entropy`.
 
     apply: (variables, inputs) -> logits, such as `model.apply`.
     """
 
-    def step(variables: dict[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
-        return losses.cross_entropy(
-            apply(variables, batch["inputs"]), batch["targets"], batch["weights"]
-        )
+    def step(variables: Mapping[str, Any], batch: Batch) -> Batch:
+        logits = apply(variables, batch["inputs"])
+        return losses.cross_entropy(logits, batch["targets"], batch["weights"])
 
     return jax.jit(step)
 
 
-def mean_of_sums(sums: Any) -> dict[str, float]:
+def mean_of_sums(sums: Iterable[Mapping[str, Array]]) -> dict[str, float]:
     """Adds up batches' sums and divides: {'loss', 'accuracy', 'count'}, in double precision."""
     totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
     for one in sums:
         for key in totals:
             totals[key] += float(one[key])
-    count = max(totals["count"], 1.0)
-    return {
-        "loss": totals["loss"] / count,
-        "accuracy": totals["correct"] / count,
-        "count": totals["count"],
-    }
+    loss, correct, count = totals.values()
+    return {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1), "count": count}

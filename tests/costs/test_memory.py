@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from quweit_jax.commands import accounts
+from quweit_jax.commands.costs import training_memory
 from quweit_jax.costs import count as costs
 from quweit_jax.costs import memory
 from quweit_jax.errors import InputError
@@ -58,7 +58,7 @@ def test_training_with_and_without_remat(tiny_config):
     queries, keys, values, scores, hidden numbers.
     """
     config = tiny_config({"model.layers": 1, "model.mlp": "dense"})
-    found = accounts.training_memory(config, 30, CHEAP)
+    found = training_memory(config, 30, CHEAP)
     assert set(found) == {"without remat", "with remat"}
     parameters = costs.of_config(config, outputs=30).parameters
     for needed in found.values():

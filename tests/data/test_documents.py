@@ -13,7 +13,7 @@ from quweit_jax.data import documents, pipeline, sources, tokenizers
 from quweit_jax.data.documents import PackedDocuments
 from quweit_jax.data.sources import DataConfig
 from quweit_jax.errors import InputError
-from quweit_jax.training import run
+from quweit_jax.training.setup import assemble
 
 BYTES = tokenizers.ByteTokenizer()
 
@@ -411,8 +411,8 @@ def test_what_training_asks_of_the_data(tiny_config, tmp_path):
         "data.tokenizer": "byte",
         "data.validation_tokens": 300,
     }
-    parts = run.assemble(tiny_config(values))
-    batch = next(batches(parts.dataset.train, parts.config.batch_size))
+    parts = assemble(tiny_config(values))
+    batch = next(batches(parts.data.train, parts.config.batch_size))
     assert {key: (value.shape, value.dtype) for key, value in parts.abstract_batch().items()} == {
         key: (value.shape, value.dtype) for key, value in batch.items()
     }

@@ -22,7 +22,7 @@ from quweit_jax.deploy import generate as generation
 from quweit_jax.deploy import stablehlo
 from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
-from quweit_jax.training import loop, run
+from quweit_jax.training import loop, rundir
 from tests.compiled import quick_jit
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -296,9 +296,9 @@ def test_the_command(trained, tmp_path, capsys):
     said = capsys.readouterr().out
     about = json.loads(out.with_suffix(".json").read_text())
     assert f"{out.stat().st_size:,} bytes" in said and "\n".join(about["load"]) in said
-    opened = run.open_run(trained, data=False)
-    assert about["tokenizer"] == opened.parts.tokenizer.to_json()
-    assert about["config"]["model"] == configs.to_dict(opened.parts.config)["model"]
+    opened = rundir.open_run(trained, data=False)
+    assert about["tokenizer"] == opened.setup.tokenizer.to_json()
+    assert about["config"]["model"] == configs.to_dict(opened.setup.config)["model"]
     assert (about["form"], about["training_step"], about["platforms"]) == (
         "packed",
         3,
@@ -310,7 +310,7 @@ def test_the_command(trained, tmp_path, capsys):
         [sys.executable, "-I", "-c", lines], cwd=tmp_path, env=CPU, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    expected = quick_jit(opened.parts.model.apply)(opened.variables, np.zeros((3, 16), np.int32))
+    expected = quick_jit(opened.setup.model.apply)(opened.variables, np.zeros((3, 16), np.int32))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-4)
     with pytest.raises(InputError, match="exists; give another name, or --overwrite"):
         export_model.main(command)

@@ -11,7 +11,7 @@ import pytest
 from quweit_jax.commands import report
 from quweit_jax.errors import InputError
 from quweit_jax.report import collect
-from quweit_jax.training import loop, run
+from quweit_jax.training import loop, rundir
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -55,7 +55,7 @@ def reported(trained, tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     changed(trained, root, "a-good")
     changed(trained, root, "unfinished", config=lambda c: {**c, "steps": 9})
-    changed(trained, root, "old-format", environment=lambda e: {**e, "format": run.FORMAT + 1})
+    changed(trained, root, "old-format", environment=lambda e: {**e, "format": rundir.FORMAT + 1})
     changed(trained, root, "old-keys", config=lambda c: {**c, "model": {**c["model"], "shape": 3}})
     changed(
         trained,

@@ -30,8 +30,9 @@ import pytest
 
 from quweit_jax.commands import cli, train
 from quweit_jax.errors import RunError
-from quweit_jax.training import loop, metrics, run, sharding, state
+from quweit_jax.training import loop, metrics, rundir, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
+from quweit_jax.training.setup import Setup, assemble
 from tests.conftest import REPOSITORY, assert_same_checkpoint, read_checkpoint
 
 SMALL = {"model.layers": 1, "log_every": 1, "keep": 3, "optimizer.ema": 0.9}
@@ -260,8 +261,8 @@ def test_damaged_checkpoint_asked_for(whole, tmp_path):
         RunError,
         match=r"the checkpoint of step 15 is damaged .*there are also 10, 20; choose one with --step",
     ):
-        run.open_run(workdir, 15)
-    assert run.open_run(workdir, 10).step == 10
+        rundir.open_run(workdir, 15)
+    assert rundir.open_run(workdir, 10).step == 10
     assert (workdir / "checkpoints" / "15").is_dir(), "reading moves nothing"
 
 
@@ -299,7 +300,7 @@ def test_full_disk_keeps_the_checkpoint_before(whole, tiny_config, tmp_path):
             match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is whole. Free some space",
         ):
             loop.fit(tiny_config(SMALL), workdir, on_step=fill)
-        assert run.open_run(workdir, 10).step == 10
+        assert rundir.open_run(workdir, 10).step == 10
         ballast.unlink()
         assert loop.fit(tiny_config(SMALL), workdir).complete
         assert_same_checkpoint(read_checkpoint(workdir), read_checkpoint(whole))
@@ -408,8 +409,8 @@ def test_absurd_learning_rate_ends_the_command_with_status_1(
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def first_batches(parts: run.Parts, count: int) -> list:
-    examples = [parts.dataset.train[i] for i in range(count * 8)]
+def first_batches(parts: Setup, count: int) -> list:
+    examples = [parts.data.train[i] for i in range(count * 8)]
     batches = [
         {k: np.stack([e[k] for e in examples[i * 8 : i * 8 + 8]]) for k in ("inputs", "targets")}
         for i in range(count)
@@ -418,7 +419,7 @@ def first_batches(parts: run.Parts, count: int) -> list:
 
 
 def test_ema_is_the_moving_average_of_the_parameters(tiny_config):
-    parts = run.assemble(tiny_config(SMALL))
+    parts = assemble(tiny_config(SMALL))
     current = parts.init_state()
     expected = jax.device_get(current.params)
     step = state.make_train_step(parts.model, parts.optimizer, ema=0.9)
@@ -441,7 +442,7 @@ def test_ema_is_the_moving_average_of_the_parameters(tiny_config):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_config):
-    parts = run.assemble(tiny_config(SMALL))
+    parts = assemble(tiny_config(SMALL))
     (batch,) = first_batches(parts, 1)
     found = []
     for accumulate in (
@@ -472,4 +473,4 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tiny_config, tmp_path, mon
     assert saved.steps() == [10, 20]
     assert saved.best_step() == 10
     assert {p.stem for p in (tmp_path / "run" / "checksums").iterdir()} == {"10", "20"}
-    assert run.open_run(tmp_path / "run").step == 10
+    assert rundir.open_run(tmp_path / "run").step == 10

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from quweit_jax.errors import InputError
-from quweit_jax.training import loop, metrics, run, sharding, state
+from quweit_jax.training import loop, metrics, sharding, state
+from quweit_jax.training.setup import assemble
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.fsdp_size_limit": 256}
 
@@ -48,7 +49,7 @@ def test_a_mesh_of_eight_gives_the_losses_of_one_device(tiny_config, tmp_path, m
     ],
 )
 def test_no_large_array_lies_whole_on_a_device(tiny_config, model):
-    parts = run.assemble(tiny_config(MESH | model | {"optimizer.ema": 0.9, "model.layers": 1}))
+    parts = assemble(tiny_config(MESH | model | {"optimizer.ema": 0.9, "model.layers": 1}))
     abstract = parts.abstract_state()
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     large = [(sharding.path_name(path), leaf) for path, leaf in leaves if leaf.size > 256]
@@ -67,7 +68,7 @@ def test_the_first_state_is_made_in_its_place(tiny_config, monkeypatch):
     """Only shapes are computed before the shardings are known; what the compiled initialization
     returns lies on them already.
     """
-    parts = run.assemble(tiny_config(MESH | {"model.layers": 1}))
+    parts = assemble(tiny_config(MESH | {"model.layers": 1}))
     made = []
     jit = jax.jit
 
@@ -90,7 +91,7 @@ def test_the_first_state_is_made_in_its_place(tiny_config, monkeypatch):
 
 def test_the_first_state_does_not_depend_on_the_mesh(tiny_config):
     one, eight = (
-        run.assemble(tiny_config(mesh | {"model.layers": 1})).init_state() for mesh in ({}, MESH)
+        assemble(tiny_config(mesh | {"model.layers": 1})).init_state() for mesh in ({}, MESH)
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
@@ -104,18 +105,18 @@ def test_errors_name_what_to_change(tiny_config):
         InputError,
         match=r"batch_size: 8 cannot be divided over 3 devices .* use 6 or 9, or a smaller --config.mesh.data",
     ):
-        run.assemble(tiny_config({"mesh.data": 3}))
+        assemble(tiny_config({"mesh.data": 3}))
     with pytest.raises(
         InputError, match=r"batch_size / grad_accum: 2 cannot be divided over 4 devices"
     ):
-        run.assemble(tiny_config({"mesh.data": 4, "grad_accum": 4}))
+        assemble(tiny_config({"mesh.data": 4, "grad_accum": 4}))
     with pytest.raises(
         InputError,
         match=r"mesh: data=4 x fsdp=4 x tensor=1 needs 16 devices, found 8; change --config.mesh",
     ):
-        run.assemble(tiny_config({"mesh.data": 4, "mesh.fsdp": 4, "batch_size": 16}))
+        assemble(tiny_config({"mesh.data": 4, "mesh.fsdp": 4, "batch_size": 16}))
     with pytest.raises(InputError, match=r"mesh: expected positive sizes and at most one -1"):
-        run.assemble(tiny_config({"mesh.data": 0}))
+        assemble(tiny_config({"mesh.data": 0}))
 
 
 def test_rules():

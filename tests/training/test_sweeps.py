@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from quweit_jax.commands import sweep, sweeps
+from quweit_jax.commands import sweep
 from quweit_jax.errors import InputError
 from tests.conftest import REPOSITORY
 
@@ -66,7 +66,7 @@ def environment():
 
 
 def test_points(experiment, tmp_path):
-    points = sweeps.enumerate_points(
+    points = sweep.enumerate_points(
         f"{experiment()}:small,steps=7", tmp_path / "sweep", {"optimizer.clip": "0.5"}
     )
     assert [p.name for p in points] == [
@@ -82,7 +82,7 @@ def test_points(experiment, tmp_path):
         .line()
         .endswith(f"--workdir={points[2].workdir} --progress=off --config.optimizer.clip=0.5")
     )
-    assert all(sweeps.result_of(point) == {"state": "new", "step": 0} for point in points)
+    assert all(sweep.result_of(point) == {"state": "new", "step": 0} for point in points)
 
 
 def test_print_only_says_the_commands(experiment, tmp_path, capsys):

@@ -1,0 +1,207 @@
+"""A run directory: config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/,
+plots/. Everything downstream (evaluate, generate, report) needs only that: `open_run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from quweit_jax import config as configs
+from quweit_jax.config import Config
+from quweit_jax.data import tokenizers
+from quweit_jax.errors import InputError
+from quweit_jax.training import files
+from quweit_jax.training.checkpoints import Checkpoints
+from quweit_jax.training.setup import Setup, assemble
+
+# What may change when a run goes on; anything else makes it another run.
+MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "eval_batch_size") + (
+    "checkpoint_every",
+    "keep",
+    "prefetch",
+    "sample_tokens",
+)
+MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.tokenizer_path") + (
+    "data.download",
+    "data.threads",
+    "data.cache_megabytes",
+)
+FORMAT = 1
+_VERSIONS_OF = (
+    "quweit_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A trained run, read back: its setup, the variables of a checkpoint, and that one's step."""
+
+    setup: Setup
+    variables: dict[str, Any]
+    step: int
+
+
+def open_run(
+    workdir: Path,
+    step: int | None = None,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    data: bool = True,
+) -> OpenRun:
+    """Reads a run back: its best checkpoint, or that of `step`.
+
+    Args:
+      overrides: config paths (of the data, say) to text values. data: False leaves a language
+        model's corpus unread.
+
+    Raises:
+      InputError: there is no run or no such checkpoint, or it is of another model.
+      RunError: the checkpoint is damaged.
+    """
+    config = read_config(workdir)
+    for path, text in (overrides or {}).items():
+        configs.set_value(config, path, text)
+    setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False)
+    with Checkpoints(workdir, read_only=True) as saved:
+        wanted = saved.best_step() if step is None else step
+        if wanted is None:
+            raise InputError(
+                f"--workdir: {workdir} has no checkpoint yet; let it train past checkpoint_every = "
+                f"{config.checkpoint_every} steps."
+            )
+        restored = saved.restore(setup.abstract_state(), wanted)
+    assert restored is not None
+    return OpenRun(setup, restored[0].variables(), wanted)
+
+
+def check_folder(workdir: Path, config: Config) -> None:
+    """Checks that a folder is new, empty, or the run directory of this config.
+
+    Raises:
+      InputError: it is another config's (names the keys), or not empty and no run directory.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir: {workdir} is a file; give a folder.")
+    if (workdir / "config.json").exists():
+        check_same(read_config(workdir), config, workdir)
+    elif workdir.exists() and any(
+        p.name not in ("checkpoints", "config.tmp", files.LOCK) for p in workdir.iterdir()
+    ):
+        raise InputError(
+            f"--workdir: {workdir} holds files but no config.json, so it is no run directory; give "
+            "a new or empty folder."
+        )
+
+
+def write_files(workdir: Path, setup: Setup) -> None:
+    """Writes config.json, tokenizer.json and environment.json (process 0 only).
+
+    Raises:
+      InputError: the data is not what the run began with.
+    """
+    if jax.process_index():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--workdir: cannot make {workdir} ({error.strerror}); give a folder you can write to."
+        ) from None
+    environment, fingerprint = workdir / "environment.json", setup.data.fingerprint
+    if environment.exists():
+        before = json.loads(environment.read_text()).get("data_fingerprint")
+        if before != fingerprint:
+            raise InputError(
+                "--workdir: the data has changed since this run began (fingerprint "
+                f"{before}, now {fingerprint}); give it the same data (the same Python, for "
+                "python_stdlib), or a new --workdir."
+            )
+    # config.json first, and each file whole or not at all: whenever this is killed, the same
+    # command goes on.
+    files.replace_json(workdir / "config.json", configs.to_dict(setup.config))
+    if setup.tokenizer is not None and not (workdir / "tokenizer.json").exists():
+        files.replace_json(workdir / "tokenizer.json", setup.tokenizer.to_json())
+    files.replace_json(environment, describe_environment() | {"data_fingerprint": fingerprint})
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and devices, for the record."""
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "source tree"
+
+    return {
+        "format": FORMAT,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {name: version(name) for name in _VERSIONS_OF},
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        "command": sys.argv[1:],
+    }
+
+
+def read_config(workdir: Path) -> Config:
+    """The config a run was started with."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"--workdir: no run in {workdir} (no config.json); start one with "
+            "--config=experiments/FILE.py."
+        )
+    try:
+        return configs.from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise InputError(f"--workdir: {path} is damaged ({error}).") from None
+
+
+def read_tokenizer(workdir: Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a run, None where it has none."""
+    path = workdir / "tokenizer.json"
+    return tokenizers.load(path) if path.exists() else None
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run has saved anything yet."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_same(saved: Config, config: Config, workdir: Path) -> None:
+    """Raises InputError naming the keys in which a directory's config differs from the one given."""
+    before, now = configs.flat(configs.to_dict(saved)), configs.flat(configs.to_dict(config))
+    missing = object()
+    changed = [
+        f"{key} (there {before.get(key, 'nothing')!r}, now {now.get(key, 'nothing')!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+        and key not in MAY_CHANGE
+        and not key.startswith(MAY_CHANGE_UNDER)
+    ]
+    if changed:
+        raise InputError(
+            f"--workdir: {workdir} belongs to another config: "
+            f"{'; '.join(changed[:6])}{' ...' if len(changed) > 6 else ''}. "
+            "Give a new --workdir, or leave --config out to go on with the run that is there."
+        )

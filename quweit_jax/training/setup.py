@@ -1,0 +1,182 @@
+"""What a config describes, made: data, model, optimizer and mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from quweit_jax import models
+from quweit_jax.config import Config
+from quweit_jax.data.pipeline import Dataset, load
+from quweit_jax.data.sources import DataConfig
+from quweit_jax.data.tokenizers import Tokenizer
+from quweit_jax.errors import InputError
+from quweit_jax.models.options import from_mapping
+from quweit_jax.training import sharding, state
+from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
+
+Variables = Mapping[str, Any]
+_AT_LEAST = {
+    1: ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "eval_batch_size")
+    + ("checkpoint_every", "keep"),
+    0: ("eval_batches", "prefetch", "sample_tokens"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Data, model, optimizer and mesh of a config, and what needs all of them.
+
+    data: of a language model opened without its corpus, there are a tokenizer but no examples.
+    """
+
+    config: Config
+    data: Dataset
+    model: nn.Module
+    optimizer_config: OptimizerConfig
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    data_config: DataConfig
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of a language model, None of a classifier."""
+        return self.data.tokenizer
+
+    @functools.cached_property
+    def init_inputs(self) -> np.ndarray:
+        """Inputs to initialize the model on; zeros unless it fits something to them."""
+        if self.tokenizer is not None:
+            return np.zeros((1, self.config.model.context), np.int32)
+        if self.data.image_shape is not None and not getattr(self.model, "fits_inputs", False):
+            return np.zeros((1, *self.data.image_shape), np.float32)
+        return self.data.fit_batch()
+
+    @property
+    def eval_batch_size(self) -> int:
+        """The configured evaluation batch, rounded up to what the mesh divides."""
+        shards = sharding.batch_shards(self.mesh)
+        return -(-self.config.eval_batch_size // shards) * shards
+
+    def init_state(
+        self, initial: Callable[[Variables], Variables] | None = None
+    ) -> state.TrainState:
+        """A first state on the mesh; `initial` may replace its freshly drawn {'params': ...,
+        'wiring': ...} by others.
+        """
+        fresh = self._state(state.init_state)
+        if initial is None:
+            return fresh
+        return state.replace_variables(fresh, initial(fresh.variables()))
+
+    def abstract_state(self) -> state.TrainState:
+        """Shapes, dtypes and shardings of `init_state`."""
+        return self._state(state.abstract_state)
+
+    def train_step(self, current: state.TrainState) -> state.TrainStep:
+        """The jitted training step for a state (or an abstract one) that lies as `current` does."""
+        return state.make_train_step(
+            self.model,
+            self.optimizer,
+            state_shardings=jax.tree.map(lambda leaf: leaf.sharding, current),
+            mesh=self.mesh,
+            ema=self.optimizer_config.ema,
+            grad_accum=self.config.grad_accum,
+            augment=self.data_config.augment if self.data.image_shape is not None else None,
+        )
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a training batch."""
+        size, where = self.config.batch_size, sharding.batch_sharding(self.mesh)
+
+        def batched(value: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size, *value.shape), value.dtype, sharding=where)
+
+        return {key: batched(np.asarray(value)) for key, value in self.data.train[0].items()}
+
+    def _state(self, make: Callable[..., state.TrainState]) -> state.TrainState:
+        return make(
+            self.model,
+            self.optimizer,
+            self.config.seed,
+            self.init_inputs,
+            self.mesh,
+            ema=self.optimizer_config.ema > 0,
+            size_limit=self.config.mesh.fsdp_size_limit,
+        )
+
+
+def assemble(
+    config: Config,
+    tokenizer: Tokenizer | None = None,
+    *,
+    read_data: bool = True,
+    data: Dataset | None = None,
+    training: bool = True,
+    devices: Sequence[Any] | None = None,
+) -> Setup:
+    """Makes what a config describes; every mistake in it shows here, before any work.
+
+    Args:
+      tokenizer: a trained run's. read_data: False leaves the corpus of such a run unread.
+      data: instead of what the config names. training: False leaves the training batch unchecked,
+        which need not divide over the devices on which a trained run is read back.
+      devices: others than this process's, to compile for.
+
+    Raises:
+      InputError: a value is wrong, or the data cannot be read or don't fit the model.
+    """
+    _check_numbers(config)
+    optimizer_config = from_mapping(OptimizerConfig, config.optimizer.to_dict(), "optimizer")
+    mesh_config = from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
+    mesh = sharding.make_mesh(mesh_config, devices)
+    if config.batch_size % config.grad_accum:
+        raise InputError(
+            f"grad_accum: batch_size {config.batch_size} cannot be cut into {config.grad_accum} "
+            "equal parts."
+        )
+    if training:
+        what = "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size"
+        sharding.check_batch(config.batch_size // config.grad_accum, mesh, what)
+    model_config = config.model.to_dict()
+    models.build(model_config, 2)  # a wrong model key shows before the data is read
+    data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
+    if data is None and tokenizer is not None and not read_data:
+        data = Dataset([], [], tokenizer.vocab_size, "", tokenizer=tokenizer)
+    elif data is None:
+        data = load(data_config, model_config.get("context"), tokenizer)
+        if data.tokenizer is None and "context" in model_config:
+            raise InputError(
+                f"data.source: {data_config.name or data_config.source} has labelled examples, but "
+                f"model {model_config['name']} reads text; use a text source, or another "
+                "experiment file."
+            )
+    return Setup(
+        config,
+        data,
+        models.build(model_config, data.outputs),
+        optimizer_config,
+        make_optimizer(optimizer_config, config.steps),
+        mesh,
+        data_config,
+    )
+
+
+def _check_numbers(config: Config) -> None:
+    for least, names in _AT_LEAST.items():
+        for name in names:
+            if config[name] < least:
+                expected = f"at least {least}" if least else "0 or more"
+                raise InputError(f"{name}: expected {expected}, found {config[name]}.")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(
+            f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}."
+        )
