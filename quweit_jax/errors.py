@@ -11,7 +11,9 @@ from types import ModuleType
 # is imported.
 EXTRAS = {
     **dict.fromkeys(("filelock", "flatbuffers", "grain", "matplotlib", "orbax", "tqdm"), "train"),
-    **dict.fromkeys(("array_record", "PIL", "sklearn", "tensorflow_datasets", "tokenizers"), "data"),
+    **dict.fromkeys(
+        ("array_record", "PIL", "sklearn", "tensorflow_datasets", "tokenizers"), "data"
+    ),
     **dict.fromkeys(("jinja2", "scipy"), "report"),
     **dict.fromkeys(("safetensors", "torch"), "pretrained"),
     "tensorboardX": "tensorboard",

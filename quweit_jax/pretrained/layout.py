@@ -69,9 +69,9 @@ def linear(
 
 def layer_norm(path: str, name: str, width: int, *, bias: bool = True) -> Iterator[TensorMap]:
     """A LayerNorm, published as name.weight and name.bias."""
-    yield TensorMap(f"{path}/norm/scale", {f"{name}.weight": (width,)})
+    yield TensorMap(f"{path}/scale", {f"{name}.weight": (width,)})
     if bias:
-        yield TensorMap(f"{path}/norm/bias", {f"{name}.bias": (width,)})
+        yield TensorMap(f"{path}/bias", {f"{name}.bias": (width,)})
 
 
 def read_params(tensors: Tensors, maps: Iterable[TensorMap]) -> dict[str, Any]:

@@ -101,7 +101,9 @@ def maps(c: TransformerPPConfig) -> Iterator[TensorMap]:
     def scale(path: str, name: str) -> TensorMap:
         return TensorMap(path, {name: (width,)})
 
-    yield TensorMap("token_embedding/embedding", {"model.embed_tokens.weight": (c.vocab_size, width)})
+    yield TensorMap(
+        "token_embedding/embedding", {"model.embed_tokens.weight": (c.vocab_size, width)}
+    )
     for i in range(layers):
         ours, theirs = f"block_{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
