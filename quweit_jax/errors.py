@@ -79,7 +79,7 @@ def require(package: str, purpose: str, otherwise: str = "") -> ModuleType:
         raise missing(package, purpose, otherwise) from None
 
 
-def missing(package: str, purpose: str = "here", otherwise: str = "") -> InputError:
+def missing(package: str, purpose: str, otherwise: str = "") -> InputError:
     """The error of a package that isn't installed, naming the extra that installs it."""
     extra = EXTRAS.get(package)
     name = f"'quweit_jax[{extra}]'" if extra else package

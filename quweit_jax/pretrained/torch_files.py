@@ -75,7 +75,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _load(path: Path) -> Any:
     """The saved object, its tensors on the CPU."""
-    import torch
+    import torch  # type: ignore[import-not-found]
 
     sizes: list[int] = []
 
@@ -109,7 +109,7 @@ def _check_archive(path: Path) -> int:
 
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:
     """The named tensors in what was saved: those under 'model' or 'state_dict' if there are any."""
-    import torch
+    import torch  # type: ignore[import-not-found]
 
     for _ in range(4):  # {'model': {'state_dict': ...}} and the like
         inside = content if isinstance(content, Mapping) else {}
@@ -133,7 +133,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
 
 def _array(tensor: Any) -> np.ndarray:
     """The tensor's numbers where they are; NumPy knows bfloat16 by ml_dtypes alone."""
-    import torch
+    import torch  # type: ignore[import-not-found]
 
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
