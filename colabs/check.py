@@ -80,7 +80,7 @@ def prepare(place: Path) -> Path:
         source / "quweit_jax",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    for name in ("pyproject.toml", "MANIFEST.in", "requirements.txt", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(FOLDER.parent / name, source)
     paths = [path for path in (source / "quweit_jax").rglob("*") if path.is_file()]
     files = {path.relative_to(source).as_posix() for path in paths}
@@ -94,7 +94,7 @@ def prepare(place: Path) -> Path:
         )
     venv.create(place / "venv", with_pip=True)
     programs = place / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    subprocess.run([str(programs / "python"), *pip, "install", str(wheel), *TOOLS], check=True)
+    subprocess.run([str(programs / "python"), *pip, "install", f"{wheel}[all]", *TOOLS], check=True)
     return programs
 
 

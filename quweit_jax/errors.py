@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
+
+# The extra of pyproject.toml that installs a package which the core does without, by the name that
+# is imported.
+EXTRAS = {
+    **dict.fromkeys(("filelock", "flatbuffers", "grain", "matplotlib", "orbax", "tqdm"), "train"),
+    **dict.fromkeys(
+        ("array_record", "PIL", "sklearn", "tensorflow_datasets", "tokenizers"), "data"
+    ),
+    **dict.fromkeys(("jinja2", "scipy"), "report"),
+    **dict.fromkeys(("safetensors", "torch"), "pretrained"),
+    "tensorboardX": "tensorboard",
+    "tensorflow": "prepare",
+    "lm_eval": "harness",
+    "libtpu": "tpu",
+}
 
 
 class InputError(ValueError):
@@ -42,3 +59,31 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return str(error).strip().split("\n")[0]
+
+
+def require(package: str, purpose: str, otherwise: str = "") -> ModuleType:
+    """Imports a package that not everybody has installed.
+
+    package: a key of `EXTRAS`, or a module inside of one. purpose: 'to read a.pth'. otherwise: what
+    else helps.
+
+    Raises:
+      InputError: it is not installed; names the extra that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        package = package.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # it is there, but lacks something itself
+        raise missing(package, purpose, otherwise) from None
+
+
+def missing(package: str, purpose: str, otherwise: str = "") -> InputError:
+    """The error of a package that isn't installed, naming the extra that installs it."""
+    extra = EXTRAS.get(package)
+    name = f"'quweit_jax[{extra}]'" if extra else package
+    return InputError(
+        f"expected the package {package} {purpose}, found none; pip install {name}"
+        f"{', ' + otherwise if otherwise else ''}."
+    )

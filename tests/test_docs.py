@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "api")
+README = REPOSITORY / "README.md"
 # A fenced block and the line above it, where a reason may stand for not running it.
 _BLOCK = re.compile(
     r"^(?P<above>[^\n]*)\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -47,10 +48,13 @@ def commands(page: Path) -> list[list[str]]:
 def test_blocks_are_found():
     assert len([code for page in PAGES for code in blocks(page, "python")]) > 10
     assert len([call for page in PAGES for call in commands(page)]) > 20
+    assert len([line for line in blocks(README, "python")[0].splitlines() if line]) <= 12
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
+    "page",
+    [page for page in [README, *PAGES] if blocks(page, "python")],
+    ids=lambda page: page.stem,
 )
 def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page, one after another, as a reader would."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from quweit_jax.errors import InputError
 from quweit_jax.layers.integer import ACTIVATION_BITS, RESIDUAL_BITS
 from quweit_jax.models.vit import SIZES, ViT, ViTConfig
+from quweit_jax.pretrained.layout import TensorMap, layer_norm, linear, read_params
 from quweit_jax.pretrained.tensors import Tensors, read_config, read_weights
 
 _HEAD_WIDTH = 64  # of every published DeiT and of the ViTs it follows
@@ -260,59 +261,33 @@ def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> _Sizes:
 
 def _convert(tensors: Tensors, s: _Sizes, integer: bool) -> dict[str, Any]:
     """Every tensor in its place in the variables; none may be missing or left over."""
-    variables = {"params": _params(tensors, s)}
-    if integer:
-        variables["ranges"] = _ranges(tensors, s.depth)
-    tensors.finish()
-    return variables
-
-
-def _params(tensors: Tensors, s: _Sizes) -> dict[str, Any]:
-    def linear(name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
-        return {
-            "kernel": tensors.take(f"{name}.weight", (outputs, inputs)).T,
-            "bias": tensors.take(f"{name}.bias", (outputs,)),
-        }
-
-    def norm(name: str) -> dict[str, Any]:
-        return {
-            "scale": tensors.take(f"{name}.weight", (s.width,)),
-            "bias": tensors.take(f"{name}.bias", (s.width,)),
-        }
-
-    def block(name: str) -> dict[str, Any]:
-        hidden = s.mlp_ratio * s.width
-        return {
-            "attention_norm": norm(f"{name}.norm1"),
-            "attention": {
-                "qkv": linear(f"{name}.attn.qkv", s.width, 3 * s.width),
-                "proj": linear(f"{name}.attn.proj", s.width, s.width),
-            },
-            "mlp_norm": norm(f"{name}.norm2"),
-            "mlp": {
-                "up": linear(f"{name}.mlp.fc1", s.width, hidden),
-                "down": linear(f"{name}.mlp.fc2", hidden, s.width),
-            },
-        }
-
+    ranges = {"ranges": _ranges(tensors, s.depth)} if integer else {}
+    params = read_params(tensors, _maps(s))
     # A convolution that never overlaps is a linear layer of each patch, cut in the order of
-    # `models.vit.cut_patches`.
-    patches = (
-        tensors.take("patch_embed.proj.weight", (s.width, s.channels, s.patch, s.patch))
-        .transpose(2, 3, 1, 0)
-        .reshape(-1, s.width)
-    )
-    return {
-        "patch_embed": {
-            "kernel": patches,
-            "bias": tensors.take("patch_embed.proj.bias", (s.width,)),
-        },
-        "cls_token": tensors.take("cls_token", (1, 1, s.width)),
-        "position_embedding": tensors.take("pos_embed", (1, 1 + s.patches, s.width)),
-        **{f"block_{i}": block(f"blocks.{i}") for i in range(s.depth)},
-        "final_norm": norm("norm"),
-        "head": linear("head", s.width, s.num_classes),
-    }
+    # `ops.patches.cut_patches`.
+    patches = params["patch_embed"]["kernel"].transpose(2, 3, 1, 0).reshape(-1, s.width)
+    params["patch_embed"]["kernel"] = patches
+    return {"params": params, **ranges}
+
+
+def _maps(s: _Sizes) -> Iterator[TensorMap]:
+    """Every array of the model and the published tensor it is; of patch_embed the convolution's."""
+    d, hidden = s.width, s.mlp_ratio * s.width
+    patches = "patch_embed.proj"
+    yield TensorMap("patch_embed/kernel", {f"{patches}.weight": (d, s.channels, s.patch, s.patch)})
+    yield TensorMap("patch_embed/bias", {f"{patches}.bias": (d,)})
+    yield TensorMap("cls_token", {"cls_token": (1, 1, d)})
+    yield TensorMap("position_embedding", {"pos_embed": (1, 1 + s.patches, d)})
+    for i in range(s.depth):
+        ours, theirs = f"block_{i}", f"blocks.{i}"
+        yield from layer_norm(f"{ours}/attention_norm", f"{theirs}.norm1", d)
+        yield from linear(f"{ours}/attention/qkv", f"{theirs}.attn.qkv", d, 3 * d)
+        yield from linear(f"{ours}/attention/proj", f"{theirs}.attn.proj", d, d)
+        yield from layer_norm(f"{ours}/mlp_norm", f"{theirs}.norm2", d)
+        yield from linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1", d, hidden)
+        yield from linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2", hidden, d)
+    yield from layer_norm("final_norm", "norm", d)
+    yield from linear("head", "head", d, s.num_classes)
 
 
 def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
@@ -350,28 +325,18 @@ def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
         )
     ranges: dict[tuple[str, ...], np.ndarray] = {}
     for theirs, ours in quantizers.items():
-        low, high = (
-            np.zeros((), np.float32) if unset else _scalar(tensors, f"{theirs}.{end}")
-            for end in ("min_val", "max_val")
-        )
-        if from_scales:
-            high = np.asarray(
-                scales[theirs]
-                * (
-                    2
-                    ** (
-                        (RESIDUAL_BITS if ours.split("/")[-1] in _RESIDUAL else ACTIVATION_BITS) - 1
-                    )
-                    - 1
-                ),
-                np.float32,
-            )
-            low = np.negative(high)
+        path = tuple(ours.split("/"))
+        if not unset:
+            low, high = (_scalar(tensors, f"{theirs}.{end}") for end in ("min_val", "max_val"))
+        else:
+            bits = RESIDUAL_BITS if path[-1] in _RESIDUAL else ACTIVATION_BITS
+            limit = scales[theirs] * (2 ** (bits - 1) - 1) if from_scales else 0.0
+            low, high = np.asarray(0.0 - limit, np.float32), np.asarray(limit, np.float32)
         if not low <= high:  # also if one is not a number
             raise InputError(
                 f"pretrained: {theirs}: expected min_val <= max_val, found {low} and {high}."
             )
-        ranges |= {(*ours.split("/"), "min"): low, (*ours.split("/"), "max"): high}
+        ranges |= {(*path, "min"): low, (*path, "max"): high}
     return unflatten_dict(ranges)
 
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quweit_jax.errors import InputError
-from quweit_jax.pretrained.layout import Part, Piece, read_params
-from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX, chunks
+from quweit_jax.errors import InputError, require
+from quweit_jax.pretrained.layout import TensorMap, TensorOut, read_params
+from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX
 from quweit_jax.pretrained.tensors import read_config, read_weights
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's programs split
@@ -94,7 +93,7 @@ class PublishedConfig:
 
 
 def read_language_model(
-    folder: Path, config: PublishedConfig, parts: Iterable[Part]
+    folder: Path, config: PublishedConfig, maps: Iterable[TensorMap]
 ) -> dict[str, Any]:
     """{'params': ...} of a causal language model; a head tied to the embedding, saved or not,
     becomes the embedding's transpose.
@@ -106,8 +105,8 @@ def read_language_model(
     tensors.drop(".rotary_emb.inv_freq")  # a constant that older programs saved
     if tied:
         tensors.drop("lm_head.weight")
-        parts = (part for part in parts if part.path != "head/kernel")
-    params = read_params(tensors, parts)
+        maps = (ours for ours in maps if ours.path != "head/kernel")
+    params = read_params(tensors, maps)
     if tied:
         params.setdefault("head", {})["kernel"] = params["token_embedding"]["embedding"].T
     return {"params": params}
@@ -116,12 +115,11 @@ def read_language_model(
 def write_checkpoint(
     folder: Path,
     config: Mapping[str, Any],
-    pieces: Mapping[str, Piece],
+    tensors: Mapping[str, TensorOut],
     overwrite: bool,
     shard_bytes: int,
 ) -> None:
-    """Writes config.json and the weights, float32, a few rows at a time: nothing but them is
-    copied.
+    """Writes config.json and the weights, float32; beside the model one shard is in memory.
 
     Args:
       folder: made if it isn't there. overwrite: whether a checkpoint that is there may be replaced;
@@ -144,64 +142,41 @@ def write_checkpoint(
             f"pretrained.save: {folder} already holds {', '.join(p.name for p in old[:5])}; give "
             "another folder, or overwrite=True."
         )
+    writer = require("safetensors.numpy", "to write a checkpoint")
     folder.mkdir(parents=True, exist_ok=True)
     for path in old:
         path.unlink()
-    shards = _split(pieces, shard_bytes)
+    shards = _split(tensors, shard_bytes)
     places: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        )
-        _write_safetensors(folder / file, {name: pieces[name] for name in sorted(names)})
+        shard = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else shard
+        # without the format transformers refuses the file
+        writer.save_file({n: tensors[n].make() for n in names}, folder / file, {"format": "pt"})
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        _write_json(
-            folder / SAFETENSORS_INDEX,
-            {"metadata": {"total_size": sum(map(_bytes, pieces.values()))}, "weight_map": places},
-        )
-    _write_json(
-        folder / "config.json", config
-    )  # last: without it nobody takes what is there for a whole checkpoint
+        total = sum(map(_bytes, tensors.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(folder / SAFETENSORS_INDEX, index)
+    # last: without it nobody takes what is there for a whole checkpoint
+    _write_json(folder / "config.json", config)
 
 
-def _bytes(piece: Piece) -> int:
-    return 4 * math.prod(piece.shape)
+def _bytes(tensor: TensorOut) -> int:
+    return 4 * math.prod(tensor.shape)
 
 
-def _split(pieces: Mapping[str, Piece], shard_bytes: int) -> list[list[str]]:
+def _split(tensors: Mapping[str, TensorOut], shard_bytes: int) -> list[list[str]]:
     """Names in order, of at most so many bytes together, or one alone that has more."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, piece in pieces.items():
-        size += _bytes(piece)
+    for name, tensor in tensors.items():
+        size += _bytes(tensor)
         if shards[-1] and size > shard_bytes:
             shards.append([])
-            size = _bytes(piece)
+            size = _bytes(tensor)
         shards[-1].append(name)
     return shards
-
-
-def _write_safetensors(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """The safetensors format, https://github.com/huggingface/safetensors#format; its own writer
-    wants all tensors of a file at once.
-    """
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt"}
-    }  # without it transformers refuses the file
-    end = 0
-    for name, piece in pieces.items():
-        start, end = end, end + _bytes(piece)
-        header[name] = {"dtype": "F32", "shape": list(piece.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for piece in pieces.values():
-            for rows in chunks(piece.shape):
-                file.write(piece.make(rows).astype("<f4", copy=False).data)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ may be one of our kernels, side by side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from quweit_jax.pretrained.tensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TensorMap:
     """One of our arrays.
 
     path: 'block_0/mixer/qkv/kernel'. tensors: the published names and shapes it is made of, in
@@ -37,82 +37,91 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A published tensor to be written. shape. make: some of its rows, float32 and contiguous."""
+class TensorOut:
+    """A published tensor to be written: some rows of one of our arrays, as it lies in the model."""
 
     shape: tuple[int, ...]
-    make: Callable[[slice], np.ndarray]
+    array: Any  # of NumPy or JAX
+    start: int
+    transposed: bool
+
+    def make(self) -> np.ndarray:
+        """Its numbers, float32 and contiguous; copied only where they lie otherwise."""
+        whole = np.asarray(self.array)
+        whole = whole.T if self.transposed else whole
+        return np.ascontiguousarray(whole[self.start : self.start + self.shape[0]], np.float32)
 
 
-def kernel(path: str, inputs: int, outputs: Mapping[str, int]) -> Part:
+def kernel(path: str, inputs: int, outputs: Mapping[str, int]) -> TensorMap:
     """A kernel (inputs, all outputs) made of published weights (outputs[name], inputs)."""
-    return Part(path, {name: (rows, inputs) for name, rows in outputs.items()}, transposed=True)
+    return TensorMap(path, {name: (rows, inputs) for name, rows in outputs.items()}, True)
 
 
-def read_params(tensors: Tensors, parts: Iterable[Part]) -> dict[str, Any]:
-    """Every part of published tensors, as a nested dict; only the tensor being copied is in memory
-    beside the result.
+def linear(
+    path: str, name: str, inputs: int, outputs: int, *, bias: bool = True, transposed: bool = True
+) -> Iterator[TensorMap]:
+    """A linear layer, published as name.weight and name.bias; transposed: as PyTorch's are."""
+    shape = (outputs, inputs) if transposed else (inputs, outputs)
+    yield TensorMap(f"{path}/kernel", {f"{name}.weight": shape}, transposed)
+    if bias:
+        yield TensorMap(f"{path}/bias", {f"{name}.bias": (outputs,)})
+
+
+def layer_norm(path: str, name: str, width: int, *, bias: bool = True) -> Iterator[TensorMap]:
+    """A LayerNorm, published as name.weight and name.bias."""
+    yield TensorMap(f"{path}/scale", {f"{name}.weight": (width,)})
+    if bias:
+        yield TensorMap(f"{path}/bias", {f"{name}.bias": (width,)})
+
+
+def read_params(tensors: Tensors, maps: Iterable[TensorMap]) -> dict[str, Any]:
+    """Every array, of published tensors, as a nested dict; only the tensor being copied is in
+    memory beside the result.
 
     Raises:
       InputError: a tensor is missing, misshapen or left over (named).
     """
     params: dict[str, np.ndarray] = {}
-    for part in parts:
-        if part.transposed:
-            columns, _ = part.shape()
-            params[part.path] = tensors.take_stacked(
-                {name: rows for name, (rows, _) in part.tensors.items()}, columns
-            ).T
+    for ours in maps:
+        if ours.transposed:
+            columns, _ = ours.shape()
+            rows = {name: count for name, (count, _) in ours.tensors.items()}
+            params[ours.path] = tensors.take_stacked(rows, columns).T
         else:
-            ((name, shape),) = part.tensors.items()
-            params[part.path] = tensors.take(name, shape)
+            ((name, shape),) = ours.tensors.items()
+            params[ours.path] = tensors.take(name, shape)
     tensors.finish()
     return unflatten_dict(params, sep="/")
 
 
-def published(variables: Mapping[str, Any], parts: Iterable[Part]) -> dict[str, Piece]:
-    """The published tensors of {'params': ...}, by name and in order; nothing is copied before rows
-    are made.
+def published(variables: Mapping[str, Any], maps: Iterable[TensorMap]) -> dict[str, TensorOut]:
+    """The published tensors of {'params': ...}, by name and in order; nothing is copied yet.
 
     Raises:
       InputError: an array is missing, misshapen or has no place in the public layout (named).
     """
-    ours: dict[str, Any] = flatten_dict(variables.get("params", {}), sep="/")
-    pieces: dict[str, Piece] = {}
-    for part in parts:
-        if part.path not in ours:
+    left: dict[str, Any] = flatten_dict(variables.get("params", {}), sep="/")
+    out: dict[str, TensorOut] = {}
+    for ours in maps:
+        if ours.path not in left:
             raise InputError(
-                f"pretrained.save: expected the array params/{part.path} {list(part.shape())}, "
-                "found none; give the variables the model was "
-                "trained with, not their packed form."
+                f"pretrained.save: expected the array params/{ours.path} {list(ours.shape())}, "
+                "found none; give the variables the model was trained with, not their packed form."
             )
-        array = ours.pop(part.path)
-        if np.shape(array) != part.shape():
+        array = left.pop(ours.path)
+        if np.shape(array) != ours.shape():
             raise InputError(
-                f"pretrained.save: params/{part.path}: expected shape {list(part.shape())}, found "
-                f"{list(np.shape(array))}; "
-                "do the model and the variables belong together?"
+                f"pretrained.save: params/{ours.path}: expected shape {list(ours.shape())}, found "
+                f"{list(np.shape(array))}; do the model and the variables belong together?"
             )
-        pieces |= _cut(array, part)
-    if ours:
-        names = ", ".join(sorted(ours)[:5])
+        start = 0
+        for name, shape in ours.tensors.items():
+            out[name] = TensorOut(shape, array, start, ours.transposed)
+            start += shape[0]
+    if left:
+        names = ", ".join(sorted(left)[:5])
         raise InputError(
             f"pretrained.save: the public layout has no place for params/{names}; do the model and "
             "the variables belong together?"
         )
-    return pieces
-
-
-def _cut(array: Any, part: Part) -> Iterator[tuple[str, Piece]]:
-    start = 0
-    for name, shape in part.tensors.items():
-
-        def make(rows: slice, start: int = start) -> np.ndarray:
-            whole = np.asarray(array)
-            some = (
-                whole.T[start + rows.start : start + rows.stop] if part.transposed else whole[rows]
-            )
-            return np.ascontiguousarray(some, np.float32)
-
-        yield name, Piece(shape, make)
-        start += shape[0]
+    return out

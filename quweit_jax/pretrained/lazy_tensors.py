@@ -1,67 +1,67 @@
-"""Tensors in files of safetensors and of torch.save, whole or in shards: named, and read when they
-are asked for.
-
-Of safetensors each is read alone, of a torch file all with the first.
+"""Tensors in files of safetensors and of torch.save, whole or in shards: by name, and read when
+they are asked for. Anything with `.shape` that `np.asarray` takes is such a tensor.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from numpy.typing import DTypeLike
 
-from quweit_jax.errors import InputError
-from quweit_jax.pretrained import torch_files
+from quweit_jax.errors import InputError, require
+from quweit_jax.pretrained.torch_files import read_torch
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
-_CHUNK = 2**20  # numbers that are converted at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a file. shape. peek: as it is, left where it is. take: in float32, once. fill: an
-    array of float32 with it, instead.
+class SafeTensor:
+    """A tensor in a file of safetensors. The file is opened anew for each: what is mapped counts as
+    the process's memory until it is closed.
     """
 
-    shape: Callable[[], tuple[int, ...]]
-    peek: Callable[[], np.ndarray]
-    take: Callable[[], np.ndarray]
-    fill: Callable[[np.ndarray], None]
+    def __init__(self, file: Path, name: str, shape: tuple[int, ...]):
+        self.shape, self._file, self._name = shape, file, name
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        with _opened(self._file) as tensors:
+            numbers = tensors.get_tensor(self._name)
+        return numbers if dtype is None else numbers.astype(dtype, copy=False)
 
 
-def open_safetensors(files: Iterable[Path]) -> dict[str, Stored]:
+LazyTensor = SafeTensor | np.ndarray
+
+
+def open_safetensors(files: Iterable[Path]) -> dict[str, LazyTensor]:
     """Every tensor of these files, by name."""
-    stored: dict[str, Stored] = {}
+    found: dict[str, LazyTensor] = {}
     for file in files:
         with _opened(file) as tensors:
-            stored |= {
-                name: _in_safetensors(file, name, tuple(tensors.get_slice(name).get_shape()))
-                for name in list(tensors.keys())
-            }
-    return stored
+            for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                found[name] = SafeTensor(file, name, tuple(tensors.get_slice(name).get_shape()))
+    return found
 
 
-def open_torch(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file of torch.save, by name."""
-    file = _TorchFile(path)
-    return {name: _in_torch(file, name) for name in file.tensors()}
-
-
-def open_torch_shards(index: Path) -> dict[str, Stored]:
+def open_torch_shards(index: Path) -> dict[str, LazyTensor]:
     """Every tensor of the files of torch.save that a pytorch_model.bin.index.json names."""
-    stored: dict[str, Stored] = {}
+    found: dict[str, LazyTensor] = {}
     for path, names in read_index(index).items():
-        file = _TorchFile(path, frozenset(names))
-        stored |= {name: _in_torch(file, name) for name in names}
-    return stored
+        shard = read_torch(path)
+        if wrong := sorted(shard.keys() ^ set(names)):
+            raise InputError(
+                f"pretrained: {index} and {path.name} do not agree on {', '.join(wrong[:5])}; "
+                "download both again."
+            )
+        found |= shard
+    return found
 
 
 def read_index(path: Path) -> dict[Path, list[str]]:
@@ -98,11 +98,7 @@ def read_index(path: Path) -> dict[Path, list[str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
-
-    Raises:
-      InputError: it is something else.
-    """
+    """A file's JSON object; raises InputError if it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -115,73 +111,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """An array's rows, a few megabytes of float32 at a time."""
-    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
-    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
-
-
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Iterator[safe_open]:
+    safetensors = require("safetensors", f"to read {file.name}")
     try:
-        with safe_open(file, framework="numpy") as tensors:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
             yield tensors
-    except (SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"pretrained: {file} is damaged or cut short ({error}); download it again."
         ) from None
-
-
-def _in_safetensors(file: Path, name: str, shape: tuple[int, ...]) -> Stored:
-    # Opened anew for each tensor: what is mapped counts as the process's memory until it is closed.
-    def read() -> np.ndarray:
-        with _opened(file) as tensors:
-            return tensors.get_tensor(name)
-
-    def take() -> np.ndarray:
-        with _opened(file) as tensors:
-            if not shape or tensors.get_slice(name).get_dtype() == "F32":
-                return tensors.get_tensor(name)
-        fill(numbers := np.empty(shape, np.float32))
-        return numbers
-
-    def fill(numbers: np.ndarray) -> None:
-        with _opened(file) as tensors:
-            stored = tensors.get_slice(name)
-            for rows in chunks(numbers.shape):
-                numbers[rows] = stored[rows]
-
-    return Stored(lambda: shape, read, take, fill)
-
-
-class _TorchFile:
-    """A file of torch.save: read when the first of its tensors is asked for, and let go of tensor
-    by tensor.
-    """
-
-    def __init__(self, path: Path, names: frozenset[str] | None = None):
-        self._path, self._names = path, names
-        self._tensors: dict[str, np.ndarray] | None = None
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Those not taken yet."""
-        if self._tensors is None:
-            found = torch_files.read_torch(self._path)
-            wrong = sorted(found.keys() ^ (found.keys() if self._names is None else self._names))
-            if wrong:
-                raise InputError(
-                    f"pretrained: {self._path.parent / TORCH_INDEX} and {self._path.name} do not "
-                    f"agree on {', '.join(wrong[:5])}; download both again."
-                )
-            self._tensors = found
-        return self._tensors
-
-
-def _in_torch(file: _TorchFile, name: str) -> Stored:
-    def take() -> np.ndarray:
-        return np.asarray(file.tensors().pop(name), np.float32)
-
-    def fill(numbers: np.ndarray) -> None:
-        numbers[...] = file.tensors().pop(name)
-
-    return Stored(lambda: file.tensors()[name].shape, lambda: file.tensors()[name], take, fill)

@@ -18,7 +18,7 @@ from quweit_jax.pretrained.hugging_face import (
     require_dense,
     write_checkpoint,
 )
-from quweit_jax.pretrained.layout import Part, kernel, published
+from quweit_jax.pretrained.layout import TensorMap, kernel, published
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PROJECTIONS = {"input": "i_proj", "forget": "f_proj", "gate": "g_proj", "output": "o_proj"}
@@ -49,7 +49,7 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, Any]]:
         hidden=config.whole("intermediate_size", 256 * math.ceil(about / 256)),
         epsilon=config.positive("rms_norm_eps", 1e-6),
     )
-    return MatMulFree(c), read_language_model(folder, config, parts(c))
+    return MatMulFree(c), read_language_model(folder, config, maps(c))
 
 
 def save(
@@ -83,23 +83,23 @@ def save(
         "max_position_embeddings": c.context,
         "torch_dtype": "float32",
     }
-    write_checkpoint(folder, config, published(variables, parts(c)), overwrite, shard_bytes)
+    write_checkpoint(folder, config, published(variables, maps(c)), overwrite, shard_bytes)
 
 
-def parts(c: MatMulFreeConfig) -> Iterator[Part]:
+def maps(c: MatMulFreeConfig) -> Iterator[TensorMap]:
     """Every array of the model and the published tensors it is made of."""
     width, layers = c.sizes()
     hidden = c.hidden_width()
 
-    def scale(path: str, name: str) -> Part:
-        return Part(path, {name: (width,)})
+    def scale(path: str, name: str) -> TensorMap:
+        return TensorMap(path, {name: (width,)})
 
-    def bit_linear(path: str, name: str, inputs: int, outputs: int) -> Iterator[Part]:
+    def bit_linear(path: str, name: str, inputs: int, outputs: int) -> Iterator[TensorMap]:
         yield kernel(f"{path}/kernel", inputs, {f"{name}.weight": outputs})
-        yield Part(f"{path}/norm_scale", {f"{name}.norm.weight": (inputs,)})
+        yield TensorMap(f"{path}/norm_scale", {f"{name}.norm.weight": (inputs,)})
 
-    yield Part("lower_bounds", {"model.lower_bounds": (layers, width)})
-    yield Part("token_embedding/embedding", {"model.embeddings.weight": (c.vocab_size, width)})
+    yield TensorMap("lower_bounds", {"model.lower_bounds": (layers, width)})
+    yield TensorMap("token_embedding/embedding", {"model.embeddings.weight": (c.vocab_size, width)})
     for i in range(layers):
         ours, theirs = f"block_{i}", f"model.layers.{i}"
         yield scale(f"{ours}/mixer_norm/scale", f"{theirs}.attn_norm.weight")

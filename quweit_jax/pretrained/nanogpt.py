@@ -4,6 +4,8 @@ tanh GELU).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
+from quweit_jax.pretrained.layout import TensorMap, kernel, layer_norm, linear, read_params
 from quweit_jax.pretrained.tensors import Tensors, read_config, read_safetensors
 
 _NANOGPT_KEYS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -44,8 +47,7 @@ def load(folder: Path) -> tuple[GPT, dict[str, Any]]:
         else "exact",
         tie_embeddings=tied,
     )
-    params = _convert(tensors, gpt, transposed=not hugging_face)
-    tensors.finish()
+    params = read_params(tensors, _maps(gpt, transposed=not hugging_face))
     return GPT(gpt), {"params": params}
 
 
@@ -63,40 +65,20 @@ def _same_head(tensors: Tensors, vocab: int, width: int) -> bool:
     return same
 
 
-def _convert(tensors: Tensors, c: GPTConfig, transposed: bool) -> dict[str, Any]:
-    def linear(name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
-        kernel = (
-            tensors.take(f"{name}.weight", (outputs, inputs)).T
-            if transposed
-            else tensors.take(f"{name}.weight", (inputs, outputs))
-        )
-        return {"kernel": kernel} | (
-            {"bias": tensors.take(f"{name}.bias", (outputs,))} if c.bias else {}
-        )
-
-    def norm(name: str) -> dict[str, Any]:
-        scale = {"scale": tensors.take(f"{name}.weight", (c.width,))}
-        return scale | ({"bias": tensors.take(f"{name}.bias", (c.width,))} if c.bias else {})
-
-    params: dict[str, Any] = {
-        "token_embedding": {"embedding": tensors.take("wte.weight", (c.vocab_size, c.width))},
-        "position_embedding": tensors.take("wpe.weight", (c.context, c.width)),
-        "final_norm": norm("ln_f"),
-    }
+def _maps(c: GPTConfig, transposed: bool) -> Iterator[TensorMap]:
+    """Every array of the model and the published tensor it is; of GPT-2 kernels lie as ours do."""
+    norm = functools.partial(layer_norm, width=c.width, bias=c.bias)
+    dense = functools.partial(linear, bias=c.bias, transposed=transposed)
+    yield TensorMap("token_embedding/embedding", {"wte.weight": (c.vocab_size, c.width)})
+    yield TensorMap("position_embedding", {"wpe.weight": (c.context, c.width)})
+    yield from norm("final_norm", "ln_f")
     for i in range(c.layers):
-        h = f"h.{i}"
-        params[f"block_{i}"] = {
-            "attention_norm": norm(f"{h}.ln_1"),
-            "attention": {
-                "qkv": linear(f"{h}.attn.c_attn", c.width, 3 * c.width),
-                "proj": linear(f"{h}.attn.c_proj", c.width, c.width),
-            },
-            "mlp_norm": norm(f"{h}.ln_2"),
-            "mlp": {
-                "up": linear(f"{h}.mlp.c_fc", c.width, 4 * c.width),
-                "down": linear(f"{h}.mlp.c_proj", 4 * c.width, c.width),
-            },
-        }
+        ours, theirs = f"block_{i}", f"h.{i}"
+        yield from norm(f"{ours}/attention_norm", f"{theirs}.ln_1")
+        yield from dense(f"{ours}/attention/qkv", f"{theirs}.attn.c_attn", c.width, 3 * c.width)
+        yield from dense(f"{ours}/attention/proj", f"{theirs}.attn.c_proj", c.width, c.width)
+        yield from norm(f"{ours}/mlp_norm", f"{theirs}.ln_2")
+        yield from dense(f"{ours}/mlp/up", f"{theirs}.mlp.c_fc", c.width, 4 * c.width)
+        yield from dense(f"{ours}/mlp/down", f"{theirs}.mlp.c_proj", 4 * c.width, c.width)
     if not c.tie_embeddings:
-        params["head"] = {"kernel": tensors.take("lm_head.weight", (c.vocab_size, c.width)).T}
-    return params
+        yield kernel("head/kernel", c.width, {"lm_head.weight": c.vocab_size})

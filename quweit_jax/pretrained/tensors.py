@@ -14,14 +14,13 @@ from quweit_jax.errors import InputError, nearest
 from quweit_jax.pretrained.lazy_tensors import (
     SAFETENSORS_INDEX,
     TORCH_INDEX,
-    Stored,
+    LazyTensor,
     open_safetensors,
-    open_torch,
     open_torch_shards,
     read_index,
     read_json,
 )
-from quweit_jax.pretrained.torch_files import SUFFIXES
+from quweit_jax.pretrained.torch_files import SUFFIXES, read_torch
 
 
 def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def _read_file(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
         return Tensors(open_safetensors([path]), str(path))
     if path.suffix in SUFFIXES:
-        return Tensors(open_torch(path), str(path))
+        return Tensors(read_torch(path), str(path))
     raise InputError(
         f"pretrained: expected a file *.safetensors, {', '.join('*' + s for s in SUFFIXES)}, found "
         f"{path}."
@@ -110,7 +109,7 @@ class Tensors:
     from, for messages.
     """
 
-    def __init__(self, tensors: Mapping[str, Stored], where: str):
+    def __init__(self, tensors: Mapping[str, LazyTensor], where: str):
         self._left, self.where = dict(tensors), where
 
     def __contains__(self, name: str) -> bool:
@@ -122,7 +121,7 @@ class Tensors:
 
     def peek(self, name: str) -> np.ndarray | None:
         """The tensor as it is, left where it is; None if there is none."""
-        return self._left[name].peek() if name in self._left else None
+        return np.asarray(self._left[name]) if name in self._left else None
 
     def shape(self, name: str, form: str) -> tuple[int, ...]:
         """The shape of a tensor that must be there, of as many dimensions as `form` names:
@@ -130,7 +129,7 @@ class Tensors:
         """
         if name not in self._left:
             raise self._lacks(name, form)
-        found = self._left[name].shape()
+        found = self._left[name].shape
         if len(found) != form.count(",") + 1:
             raise InputError(
                 f"pretrained: tensor {name}: expected shape [{form}], found {list(found)}."
@@ -148,13 +147,13 @@ class Tensors:
         }
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor in float32, of exactly this shape."""
+        """The tensor in float32, of exactly this shape; a copy, whatever becomes of the file."""
         self._check(name, shape)
-        return self._left.pop(name).take()
+        return np.array(self._left.pop(name), np.float32)
 
     def take_stacked(self, rows: Mapping[str, int], columns: int) -> np.ndarray:
-        """Matrices (rows[name], columns) below each other, in float32, with little beside the
-        result in memory.
+        """Matrices (rows[name], columns) below each other, in float32; beside the result one of
+        them is in memory.
         """
         if len(rows) == 1:
             ((name, count),) = rows.items()
@@ -163,7 +162,7 @@ class Tensors:
             self._check(name, (count, columns))  # before making room for them
         stacked, start = np.empty((sum(rows.values()), columns), np.float32), 0
         for name, count in rows.items():
-            self._left.pop(name).fill(stacked[start : start + count])
+            stacked[start : start + count] = self._left.pop(name)
             start += count
         return stacked
 
@@ -180,7 +179,7 @@ class Tensors:
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._left:
             raise self._lacks(name, ", ".join(map(str, shape)))
-        found = self._left[name].shape()
+        found = self._left[name].shape
         if found != shape:
             raise InputError(
                 f"pretrained: tensor {name}: expected shape {list(shape)}, found {list(found)}; do "

@@ -15,7 +15,7 @@ from quweit_jax.pretrained.hugging_face import (
     require_dense,
     write_checkpoint,
 )
-from quweit_jax.pretrained.layout import Part, kernel, published
+from quweit_jax.pretrained.layout import TensorMap, kernel, published
 
 _REQUIRED = (
     "vocab_size",
@@ -50,7 +50,7 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, Any]]:
         epsilon=config.positive("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(config),
     )
-    return TransformerPP(c), read_language_model(folder, config, parts(c))
+    return TransformerPP(c), read_language_model(folder, config, maps(c))
 
 
 def save(
@@ -86,10 +86,10 @@ def save(
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
-    write_checkpoint(folder, config, published(variables, parts(c)), overwrite, shard_bytes)
+    write_checkpoint(folder, config, published(variables, maps(c)), overwrite, shard_bytes)
 
 
-def parts(c: TransformerPPConfig) -> Iterator[Part]:
+def maps(c: TransformerPPConfig) -> Iterator[TensorMap]:
     """Every array of the model and the published tensors it is made of."""
     width, layers, heads = c.sizes()
     hidden, queries, keys = (
@@ -98,10 +98,12 @@ def parts(c: TransformerPPConfig) -> Iterator[Part]:
         (c.kv_heads or heads) * _head_width(c),
     )
 
-    def scale(path: str, name: str) -> Part:
-        return Part(path, {name: (width,)})
+    def scale(path: str, name: str) -> TensorMap:
+        return TensorMap(path, {name: (width,)})
 
-    yield Part("token_embedding/embedding", {"model.embed_tokens.weight": (c.vocab_size, width)})
+    yield TensorMap(
+        "token_embedding/embedding", {"model.embed_tokens.weight": (c.vocab_size, width)}
+    )
     for i in range(layers):
         ours, theirs = f"block_{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"

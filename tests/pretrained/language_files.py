@@ -45,7 +45,7 @@ def small(kind, **changes) -> Any:
 
 def size_of(kind, model) -> int:
     """Bytes of the model's arrays."""
-    return 4 * sum(math.prod(part.shape()) for part in LAYOUTS[kind].parts(model.config))
+    return 4 * sum(math.prod(part.shape()) for part in LAYOUTS[kind].maps(model.config))
 
 
 def random_variables(kind, model, seed=0) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def random_variables(kind, model, seed=0) -> dict[str, Any]:
         "params": unflatten_dict(
             {
                 p.path: draw.standard_normal(p.shape(), np.float32)
-                for p in LAYOUTS[kind].parts(model.config)
+                for p in LAYOUTS[kind].maps(model.config)
             },
             sep="/",
         )
@@ -86,8 +86,8 @@ def write(folder, kind, tensors, config=None):
 
 def as_published(kind, model, variables) -> dict[str, np.ndarray]:
     """The published tensors of the model's variables (or their gradients), by name."""
-    pieces = layout.published(variables, LAYOUTS[kind].parts(model.config))
-    return {name: piece.make(slice(0, piece.shape[0])) for name, piece in pieces.items()}
+    tensors = layout.published(variables, LAYOUTS[kind].maps(model.config))
+    return {name: tensor.make() for name, tensor in tensors.items()}
 
 
 def published_tensors(kind) -> dict[str, np.ndarray]:

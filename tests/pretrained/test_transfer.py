@@ -174,8 +174,8 @@ def test_nothing_fits():
 def test_sources(tmp_path):
     """The kind is told by the names; heads and a config.json are not needed."""
     tensors = weights(width=32)
-    path = save_torch(tmp_path / "a.pth", {"model": tensors})
-    source = read_source(path)
+    save_file(tensors, tmp_path / "a.safetensors")
+    source = read_source(tmp_path / "a.safetensors")
     assert source.keys() == {"params"}
     merged, report = merge(variables(1, variant="mu/4", depth=1, image=8, mlp_ratio=2), source)
     assert report.describe() == "init_from: 20 of 20 arrays taken"
@@ -195,6 +195,13 @@ def test_sources(tmp_path):
         read_source(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):
         read_source(tmp_path / "nowhere")
+
+
+def test_source_in_a_file_of_torch(tmp_path):
+    tensors = weights(width=32)
+    source = read_source(save_torch(tmp_path / "a.pth", {"model": tensors}))
+    assert source.keys() == {"params"}
+    np.testing.assert_array_equal(source["params"]["head"]["bias"], tensors["head.bias"])
 
 
 def test_golden_sources(shared):

@@ -5,7 +5,6 @@ and what is wrong with others.
 import json
 import logging as standard_logging
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +64,7 @@ def apply(path, images=IMAGES, kind="deit"):
 
 
 def test_a_file_alone(tmp_path):
-    """Every way to the same weights gives the same model, sizes told from the tensors."""
+    """Sizes are told from the tensors, with or without a wrapper's prefix."""
     tensors = weights(width=128, depth=2)
     save_file(tensors, tmp_path / "a.safetensors")
     model, variables = pretrained.load(tmp_path / "a.safetensors", "deit")
@@ -78,6 +77,19 @@ def test_a_file_alone(tmp_path):
     check_tree(model, variables, 8)
     (tmp_path / "folder").mkdir()
     named = {f"module.{name}": value for name, value in tensors.items()}
+    save_file(named, tmp_path / "folder" / "model.safetensors")
+    again, same = pretrained.load(tmp_path / "folder", "deit")
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+
+
+def test_a_file_of_torch_alone(tmp_path):
+    """Every way to the same weights gives the same model."""
+    tensors = weights(width=128, depth=2)
+    save_file(tensors, tmp_path / "a.safetensors")
+    model, variables = pretrained.load(tmp_path / "a.safetensors", "deit")
+    (tmp_path / "folder").mkdir()
+    named = {f"module.{name}": value for name, value in tensors.items()}
     for path in (
         save_torch(tmp_path / "deit_tiny.pth", {"model": tensors}),
         save_torch(tmp_path / "old.pt", {"state_dict": named, "epoch": 1}, legacy=True),
@@ -88,16 +100,16 @@ def test_a_file_alone(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, same, variables)
 
 
-def test_half_precision_weights(tmp_path):
+@pytest.mark.parametrize("save", [save_torch, lambda path, content: save_file(content, path)])
+def test_half_precision_weights(tmp_path, save):
     halves = {name: value.astype(BFLOAT16) for name, value in weights().items()}
-    save_torch(tmp_path / "a.pth", halves)
-    save_file(halves, tmp_path / "a.safetensors")
-    for name in ("a.pth", "a.safetensors"):
-        _, variables = pretrained.load(tmp_path / name, "deit")
-        assert variables["params"]["head"]["kernel"].dtype == np.float32
-        np.testing.assert_array_equal(
-            variables["params"]["head"]["kernel"], halves["head.weight"].T.astype(np.float32)
-        )
+    path = tmp_path / ("a.pth" if save is save_torch else "a.safetensors")
+    save(path, halves)
+    _, variables = pretrained.load(path, "deit")
+    assert variables["params"]["head"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(
+        variables["params"]["head"]["kernel"], halves["head.weight"].T.astype(np.float32)
+    )
 
 
 def test_named_size(tmp_path):
@@ -191,7 +203,8 @@ def ivit_names(tensors):
 def test_ranges(tmp_path):
     tensors = weights()
     ranges, buffers = ivit_names(tensors)
-    path = save_torch(tmp_path / "a.pth", {"model": tensors | ranges | buffers})
+    path = tmp_path / "a.safetensors"
+    save_file(tensors | ranges | buffers, path)
     model, variables = pretrained.load(path, "ivit")
     check_tree(model, variables, 8)
     found = variables["ranges"]
@@ -220,11 +233,9 @@ def test_ranges(tmp_path):
         changed = {
             key: new for key, new in (tensors | ranges | {name: value}).items() if new is not None
         }
+        save_file({k: np.asarray(v) for k, v in changed.items()}, path)
         with pytest.raises(InputError, match=message):
-            pretrained.load(
-                save_torch(tmp_path / "b.pth", {k: np.asarray(v) for k, v in changed.items()}),
-                "ivit",
-            )
+            pretrained.load(path, "ivit")
 
 
 def test_ranges_from_the_scales_the_published_program_does_save(tmp_path):
@@ -393,8 +404,8 @@ def test_wrong_files_are_named(tmp_path):
         match=r"expected model\.safetensors, pytorch_model\.bin or one \*\.pth in .*, found none",
     ):
         pretrained.load(tmp_path, "deit")
-    one = save_torch(tmp_path / "one.pth", weights())
-    shutil.copyfile(one, tmp_path / "two.pt")
+    for name in ("one.pth", "two.pt"):
+        (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"found one\.pth, two\.pt; give the file itself"):
         pretrained.load(tmp_path, "deit")
     (tmp_path / "a.npz").write_bytes(b"")
