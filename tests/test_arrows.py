@@ -16,9 +16,9 @@ BELOW = {
     "errors": set(),
     "config": {"errors"},
     "ops": {"errors"},
-    "data": {"errors"},
+    "data": {"errors", "config"},
     "layers": {"errors", "ops"},
-    "models": {"errors", "ops", "layers"},
+    "models": {"errors", "config", "ops", "layers"},
     **{room: {"errors", "config", "ops", "layers", "models", "data"} for room in UPPER},
 }
 

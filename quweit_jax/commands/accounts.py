@@ -16,7 +16,6 @@ from quweit_jax import models
 from quweit_jax.costs import count as costs
 from quweit_jax.costs import memory
 from quweit_jax.data import pipeline, tokenizers
-from quweit_jax.models.options import from_mapping
 from quweit_jax.training import losses, optimizers, run, sharding, state
 
 
@@ -69,7 +68,9 @@ def _bytes(
     dtype, targets = (np.int32, shape) if image_shape is None else (np.float32, ())
     example = {"inputs": np.zeros(shape, dtype), "targets": np.zeros(targets, np.int32)}
     data = pipeline.Dataset([example], [], outputs, "", image_shape=image_shape)
-    options = from_mapping(optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer")
+    options = configs.from_mapping(
+        optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer"
+    )
     parts = run.Parts(
         config,
         data,
@@ -78,7 +79,7 @@ def _bytes(
         optimizer_config=options,
         optimizer=optimizers.make_optimizer(options, config.steps),
         mesh=sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]),
-        data_config=from_mapping(pipeline.DataConfig, config.data.to_dict(), "data"),
+        data_config=configs.from_mapping(pipeline.DataConfig, config.data.to_dict(), "data"),
     )
     before, batch = parts.abstract_state(), parts.abstract_batch()
     step = parts.train_step(jax.tree.map(lambda leaf: leaf.sharding, before))

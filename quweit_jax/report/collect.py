@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+<<<<<<< HEAD
 from quweit_jax import defaults
 from quweit_jax.config import flat
 from quweit_jax.costs import count, energy
@@ -17,7 +18,18 @@ from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest
 from quweit_jax.report.look import look
 from quweit_jax.report.summary import Json, RunSummary
+=======
+from quweit_jax import config as configs
+from quweit_jax.costs import count as costs
+from quweit_jax.costs import energy
+from quweit_jax.data import tokenizers
+from quweit_jax.errors import InputError, nearest
+from quweit_jax.models import registry
+from quweit_jax.report import look as inspection
+from quweit_jax.report.summary import Record
+>>>>>>> f777d56 (Registries of models and of sources; config values are read by the dataclasses' annotations; a saved config gets today's default for a key it lacks)
 from quweit_jax.training import files, metrics, run
+from quweit_jax.training.defaults import base_config
 
 _RUN_FILES = ("config.json", "metrics.jsonl", "environment.json", "checkpoints")
 _DEPTH = 4  # of folders between a given one and the runs in it
@@ -49,7 +61,11 @@ def collect(
         raise InputError(
             f"--batches: expected 0 (the whole validation split) or more, found {batches}."
         )
+<<<<<<< HEAD
     known = [key for key in flat(defaults.base_config()) if key.startswith(_OVERRIDABLE)]
+=======
+    known = [key for key in configs.flat(base_config()) if key.startswith(_OVERRIDABLE)]
+>>>>>>> f777d56 (Registries of models and of sources; config values are read by the dataclasses' annotations; a saved config gets today's default for a key it lacks)
     for key in overrides:
         if key not in known:
             raise InputError(
@@ -182,6 +198,7 @@ def _is_row(row: object) -> bool:
         and isinstance(row.get("loss"), int | float)
         and not isinstance(row["loss"], bool)
     )
+<<<<<<< HEAD
 
 
 def _describe_data(summary: RunSummary) -> None:
@@ -211,6 +228,26 @@ def _compare_keys(summary: RunSummary) -> None:
         )
     if missing:
         summary.notes.append(f"its config, of another version, lacks {_some(missing)}")
+=======
+    record.data = str(name or source).replace("_", " ")
+    record.fingerprint = str(record.environment.get("data_fingerprint") or "")
+    model = record.config["model"].get("name")
+    record.language = (
+        registry.MODELS[model].task == "language" if model in registry.MODELS else bool(model)
+    )
+    if record.language:
+        record.data += f", {data.get('tokenizer', 'char')} tokens"
+
+
+def _differences(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Config keys that this version has and the run has not, and the other way round."""
+    expected = base_config()
+    if (name := config["model"].get("name")) not in registry.MODELS:
+        return [], ["model.name"]
+    expected.model = registry.defaults(name)
+    ours, theirs = configs.flat(expected).keys(), configs.flat(config).keys()
+    return sorted(ours - theirs), sorted(theirs - ours)
+>>>>>>> f777d56 (Registries of models and of sources; config values are read by the dataclasses' annotations; a saved config gets today's default for a key it lacks)
 
 
 def _some(keys: set[str]) -> str:

@@ -24,10 +24,9 @@ from jax.sharding import Mesh
 from quweit_jax import config as configs
 from quweit_jax import models
 from quweit_jax.data import pipeline, tokenizers
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
-from quweit_jax.models.options import from_mapping
-from quweit_jax.training import files, optimizers, sharding, state
+from quweit_jax.training import defaults, files, optimizers, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 
 # What may change when a run goes on; anything else makes it another run.
@@ -172,11 +171,11 @@ def assemble(
         raise InputError(
             f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}."
         )
-    optimizer_config = from_mapping(
+    optimizer_config = configs.from_mapping(
         optimizers.OptimizerConfig, config.optimizer.to_dict(), "optimizer"
     )
     mesh = sharding.make_mesh(
-        from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"), devices
+        configs.from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh"), devices
     )
     if config.batch_size % config.grad_accum:
         raise InputError(
@@ -191,7 +190,7 @@ def assemble(
         )
     model_config = config.model.to_dict()
     models.build(model_config, 2)  # a wrong model key shows before the data is read
-    data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
+    data_config = configs.from_mapping(DataConfig, config.data.to_dict(), "data")
     data = (
         pipeline.load(data_config, model_config.get("context"), tokenizer)
         if read_data or tokenizer is None
@@ -321,7 +320,7 @@ def read_config(workdir: Path) -> configs.Config:
             "--config=experiments/FILE.py."
         )
     try:
-        return configs.from_dict(json.loads(path.read_text()))
+        return defaults.complete(configs.from_dict(json.loads(path.read_text())))
     except json.JSONDecodeError as error:
         raise InputError(f"--workdir: {path} is damaged ({error}).") from None
 
