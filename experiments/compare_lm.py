@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from quweit_jax import config as configs
-from quweit_jax import defaults
 from quweit_jax.errors import check_choice
+from quweit_jax.models.registry import defaults
+from quweit_jax.training.defaults import base_config
 
 VARIANTS = ("cpu", "stdlib", "gpu")
 # kind -> (model, its mlp, learning rate)
@@ -42,11 +43,6 @@ ALIASES = {
     "width": "model.width",
     "layers": "model.layers",
 }
-MAKERS = {
-    "gpt": defaults.gpt_defaults,
-    "transformer_pp": defaults.transformer_pp_defaults,
-    "matmulfree": defaults.matmulfree_defaults,
-}
 
 
 def get_config(argument: str | None = None):
@@ -55,8 +51,8 @@ def get_config(argument: str | None = None):
     kind = shortcuts.pop("kind", "gpt")
     check_choice("compare_lm: kind", kind, KINDS)
     model, mlp, rate = KINDS[kind]
-    config = defaults.base_config()
-    config.model = MAKERS[model]()
+    config = base_config()
+    config.model = defaults(model)
     width, layers, context = (384, 6, 256) if variant == "gpu" else (128, 4, 64)
     config.model.update(width=width, layers=layers, context=context, mlp=mlp)
     if model != "matmulfree":

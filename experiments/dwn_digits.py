@@ -5,7 +5,8 @@ Shortcuts: luts, lut_inputs, mapping, steps, seed.
 """
 
 from quweit_jax import config as configs
-from quweit_jax import defaults
+from quweit_jax.models.registry import defaults
+from quweit_jax.training.defaults import base_config
 
 VARIANTS = ("default",)
 ALIASES = {
@@ -23,9 +24,9 @@ ALIASES = {
 def get_config(argument: str | None = None):
     """The config, with shortcuts applied."""
     _, shortcuts = configs.parse_argument(argument, VARIANTS, default="default")
-    config = defaults.base_config()
+    config = base_config()
     config.data.source = "digits"
-    config.model = defaults.dwn_defaults()
+    config.model = defaults("dwn")
     config.model.update(
         num_luts=(500,),
         lut_inputs=6,

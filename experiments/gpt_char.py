@@ -6,7 +6,8 @@ mlp, steps, seed, width, layers, luts, lut_inputs.
 """
 
 from quweit_jax import config as configs
-from quweit_jax import defaults
+from quweit_jax.models.registry import defaults
+from quweit_jax.training.defaults import base_config
 
 VARIANTS = ("quick", "nanogpt_cpu", "nanogpt")
 ALIASES = {
@@ -25,8 +26,8 @@ ALIASES = {
 def get_config(argument: str | None = None):
     """The config of a variant, with shortcuts applied."""
     variant, shortcuts = configs.parse_argument(argument, VARIANTS, default="quick")
-    config = defaults.base_config()
-    config.model = defaults.gpt_defaults()
+    config = base_config()
+    config.model = defaults("gpt")
     if variant == "quick":
         config.data.source = "python_stdlib"
         config.steps, config.eval_every, config.checkpoint_every, config.eval_batches = (

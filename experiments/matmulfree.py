@@ -11,7 +11,8 @@ Shortcuts: mlp (dense, weightless, none), width, layers, steps, seed, lr, luts, 
 """
 
 from quweit_jax import config as configs
-from quweit_jax import defaults
+from quweit_jax.models.registry import defaults
+from quweit_jax.training.defaults import base_config
 
 VARIANTS = ("tiny", "370m", "1.3b", "2.7b", "13b")
 ALIASES = {
@@ -31,9 +32,7 @@ def get_config(argument: str | None = None):
     """The config of a variant, with shortcuts applied."""
     variant, shortcuts = configs.parse_argument(argument, VARIANTS, default="tiny")
     return configs.apply_shortcuts(
-        language_model(defaults.matmulfree_defaults(), variant, learning_rate=4e-3),
-        shortcuts,
-        ALIASES,
+        language_model(defaults("matmulfree"), variant, learning_rate=4e-3), shortcuts, ALIASES
     )
 
 
@@ -43,7 +42,7 @@ def language_model(model: configs.Config, variant: str, *, learning_rate: float)
     learning_rate: of `tiny`. Ternary weights move only once their float has crossed a threshold, so
     they take higher rates than dense ones.
     """
-    config = defaults.base_config()
+    config = base_config()
     config.model = model
     config.model.size = variant
     if variant == "tiny":

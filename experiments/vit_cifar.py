@@ -11,7 +11,8 @@ seed, luts, lut_inputs, lr, data_dir.
 """
 
 from quweit_jax import config as configs
-from quweit_jax import defaults
+from quweit_jax.models.registry import defaults
+from quweit_jax.training.defaults import base_config
 
 VARIANTS = ("quick", "gpu", "paper")
 ALIASES = {
@@ -33,8 +34,8 @@ TRAIN_IMAGES = 50_000
 def get_config(argument: str | None = None):
     """The config of a variant, with shortcuts applied."""
     variant, shortcuts = configs.parse_argument(argument, VARIANTS, default="quick")
-    config = defaults.base_config()
-    config.model = defaults.vit_defaults()
+    config = base_config()
+    config.model = defaults("vit")
     config.data.update(source="tfds", name="cifar10", normalize="cifar10", image_size=32)
     config.data.augment.flip = True
     if variant == "quick":

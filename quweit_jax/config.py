@@ -7,12 +7,14 @@ Everything is an `ml_collections.ConfigDict`; an unknown key is an error that na
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import ModuleType, NoneType, UnionType
+from typing import Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import ml_collections
 
@@ -20,9 +22,15 @@ from quweit_jax.errors import InputError, nearest
 
 # An ml_collections.ConfigDict: what its attributes hold has no static type.
 Config: TypeAlias = Any
+T = TypeVar("T")
+
+# Which dataclass the keys of a section ('model', 'data', ...) are for, told by the modules that
+# define them: section -> a function of the section's values.
+SECTIONS: dict[str, Callable[[Mapping[str, Any]], type]] = {}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Config, prefix: str = "") -> dict[str, Any]:
     """{'optimizer.clip': 1.0, ...}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
@@ -77,7 +85,7 @@ def apply_shortcuts(
 
 
 def set_value(config: Config, path: str, text: str) -> None:
-    """Sets a dotted path from text, read as the type of what is there.
+    """Sets a dotted path from text, read by the annotation of the path's dataclass (SECTIONS).
 
     Raises:
       InputError: an unknown key (names the nearest), or a value of another type.
@@ -86,94 +94,115 @@ def set_value(config: Config, path: str, text: str) -> None:
     if path not in known:
         raise InputError(f"--config.{path}: unknown key '{path}'.{nearest(path, known)}")
     *parents, last = path.split(".")
-    node: Any = config
+    node = config
     for parent in parents:
         node = node[parent]
     with config.unlocked():
-        node[last] = parse_value(text, known[path], path)
+        node[last] = parse_value(text, _annotation(config, path, known[path]), path, known[path])
 
 
-def parse_value(text: str, current: Any, path: str) -> Any:
-    """Text as a value of the type of `current`, what the config holds now; numbers that may be left
-    out also read 'none'.
+def _annotation(config: Config, path: str, current: object) -> Any:
+    """What a path may hold: its field's annotation or, without a dataclass, the type it has now."""
+    section, *keys = path.split(".")
+    kind = SECTIONS[section](config[section]) if keys and section in SECTIONS else None
+    for key in keys:
+        kind = get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
+    return kind or (str if current is None else type(current))
+
+
+def parse_value(text: str, annotation: Any, path: str, example: object = None) -> Any:
+    """Text as a value of an annotation such as `float | None`; `example` is for the message.
+
+    Raises:
+      InputError: it is none.
     """
-    optional = path.endswith(("_learning_rate", ".alpha", ".beta"))
-    if path.endswith("data_dir"):
-        return None if text.lower() == "none" else text
-    if isinstance(current, str) or (current is None and not optional):
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    if str in kinds:
         return text
     try:
-        value = ast.literal_eval(
-            {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
-        )
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
-        raise InputError(
-            f"--config.{path}: expected {_expected(current, optional)}, found '{text}'."
-        ) from None
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if (
-        isinstance(current, int)
-        and not isinstance(current, bool)
-        and isinstance(value, float)
-        and value.is_integer()
-    ):
-        value = int(value)
-    allowed: tuple[type, ...] = (type(current),)
-    if isinstance(current, tuple | list) or path.endswith("num_luts"):
-        allowed = (tuple, list, int)
-        if isinstance(value, tuple | list) and not all(type(v) is int for v in value):
-            raise InputError(
-                f"--config.{path}: expected a whole number or several such as (64, 32), found "
-                f"'{text}'."
-            )
-    if optional:
-        allowed = (float, int, type(None))
-    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(current, bool):
-        raise InputError(
-            f"--config.{path}: expected {_expected(current, optional)}, found '{text}'."
-        )
-    return tuple(value) if isinstance(value, list) else value
+        value = text
+    several = any(issubclass(get_origin(kind) or kind, Sequence) for kind in kinds)
+    if type(value) in kinds and not several:
+        return value
+    if type(value) is int and float in kinds:
+        return float(value)
+    if type(value) is float and value.is_integer() and int in kinds:
+        return int(value)
+    if several and type(value) is int:
+        return value if int in kinds else (value,)
+    if several and isinstance(value, tuple | list) and all(type(v) is int for v in value):
+        return tuple(value)
+    found = _KINDS.get(next(k for k in kinds if k is not NoneType), str(annotation))
+    if several:
+        found = "a whole number or several such as (64, 32)"
+    else:
+        found += " or none" if NoneType in kinds else f" such as {example!r}"
+    raise InputError(f"--config.{path}: expected {found}, found '{text}'.")
 
 
-def _expected(current: Any, optional: bool) -> str:
-    if optional:
-        return "a number or none"
-    kind = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        tuple: "whole numbers",
-    }.get(type(current), type(current).__name__)
-    return f"{kind} such as {current!r}"
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") -> T:
+    """Builds a (frozen) dataclass from a mapping; nested dataclasses from nested mappings.
+
+    Raises:
+      InputError: an unknown key (names the nearest) or a missing one.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f"{where}: unknown key '{key}'.{nearest(key, fields)}")
+        factory = fields[key].default_factory
+        if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
+            value = from_mapping(factory, value, f"{where}.{key}")  # type: ignore[arg-type]
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    needed = (
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    if missing := [name for name in needed if name not in arguments]:
+        raise InputError(f"{where}: missing {', '.join(missing)}.")
+    return cls(**arguments)
 
 
-def load_module(spec: str) -> tuple[Any, str]:
-    """'experiments/gpt_char.py:nanogpt_cpu,mlp=weightless' -> (the experiment file as a module,
-    what is behind the colon).
+def with_defaults(saved: Config, defaults: Config) -> Config:
+    """A saved config, locked, that has of `defaults` every key which it lacks."""
+
+    def fill(values: Mapping[str, Any], missing: Mapping[str, Any]) -> dict[str, Any]:
+        filled = {**missing, **values}
+        for key, value in missing.items():
+            if isinstance(value, Mapping) and isinstance(filled[key], Mapping):
+                filled[key] = fill(filled[key], value)
+        return filled
+
+    return from_dict(fill(saved.to_dict(), defaults.to_dict()))
+
+
+def load_module(spec: str) -> tuple[ModuleType, str]:
+    """(The experiment file of 'FILE.py:ARGUMENT' as a module, the argument).
+
+    FILE may leave out the folder configs: experiments/x.py is experiments/configs/x.py if only that
+    is there.
     """
     path, _, argument = spec.partition(":")
     file = Path(path)
     if not file.is_file():
-        near = (
-            sorted(str(p) for p in Path("experiments").glob("*.py"))
-            if Path("experiments").is_dir()
-            else []
-        )
-        raise InputError(
-            f"--config: no file at {path}."
-            + (
-                nearest(path, near)
-                if near
-                else " Run it where experiments/ is, or give a full path."
-            )
-        )
+        file = file.parent / "configs" / file.name
+    if not file.is_file():
+        near = [p.as_posix() for p in Path("experiments/configs").glob("*.py")]
+        help = " Run it where experiments/ is, or give a full path."
+        raise InputError(f"--config: no file at {path}.{nearest(path, near) if near else help}")
     module_spec = importlib.util.spec_from_file_location(f"quweit_experiment_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    # Experiment files may build on one another, `from experiments import x`, wherever the command
-    # was started.
-    beside = str(file.resolve().parent.parent)
+    # Experiment files may build on one another, `from experiments.configs import x`, wherever the
+    # command was started.
+    folder = file.resolve().parent
+    beside = str(folder.parents[folder.name == "configs"])
     if beside not in sys.path:
         sys.path.append(beside)
     module_spec.loader.exec_module(module)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from quweit_jax import config as configs
-from quweit_jax import defaults
+from quweit_jax.models.registry import defaults
+from quweit_jax.training.defaults import base_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -132,8 +133,8 @@ def tiny_config(tiny_values) -> Callable[..., Any]:
     """
 
     def make(changes: dict[str, Any] | None = None) -> Any:
-        config = defaults.base_config()
-        config.model = defaults.gpt_defaults()
+        config = base_config()
+        config.model = defaults("gpt")
         for path, value in tiny_values(changes).items():
             configs.set_value(config.lock(), path, str(value))
         return config.lock()

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
-from quweit_jax.models import MODELS, build
 from quweit_jax.models.options import LM_SIZES
+from quweit_jax.models.registry import MODELS, build
 from quweit_jax.ops.counts import Costs, Elementwise, LayerCosts
 
 __all__ = [
@@ -211,7 +211,7 @@ def _costs(call: Call, context: int | None, precision: str | None) -> Costs:
 
 def _reads_images(model_config: Mapping[str, Any]) -> bool:
     name = model_config.get("name")
-    return name in MODELS and MODELS[name][2] == "num_classes"
+    return name in MODELS and MODELS[name].task == "classify"
 
 
 def multiplications_replaced(costs: Costs, dense_costs: Costs) -> float:

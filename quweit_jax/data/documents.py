@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Protocol
 
 import grain
@@ -29,7 +28,6 @@ import numpy as np
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError
 
-_SUFFIXES = (".txt", ".jsonl")
 VALIDATION_FOLDERS = ("validation", "val", "test")
 # What a tokenizer is trained on where data.limit_bytes sets no limit; more text hardly changes its
 # pieces.
@@ -65,141 +63,6 @@ class DocumentSplits:
 
     train: DocumentSource
     validation: DocumentSource | None
-
-
-class TFDSDocuments:
-    """The text of a TFDS random-access source; several splits may be joined by '+'.
-
-    Raises:
-      InputError: the split is empty, or was not prepared for random access.
-    """
-
-    def __init__(self, builder: Any, name: str, split: str):
-        self.place = f"{name}, split {split}"
-        self._identity = f"{builder.info.full_name}, split {split}"
-        if not sum(builder.info.splits[part].num_examples for part in split.split("+")):
-            raise InputError(
-                f"data.name: expected documents in {self.place}, found none; use another set or "
-                "split."
-            )
-        try:
-            self.records = builder.as_data_source(split=split)
-        except NotImplementedError:
-            raise InputError(
-                f"data.name: expected {name} as array_record files, found another format in "
-                f"{builder.data_dir}; add them with "
-                f"tfds convert_format --dataset_version_dir={builder.data_dir} "
-                "--out_file_format=array_record."
-            ) from None
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def read(self, index: int) -> str:
-        """See DocumentSource."""
-        text = self.records[index]["text"]
-        # One damaged document among millions should not end a run days after it began.
-        return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else str(text)
-
-    def identity(self) -> str:
-        """See DocumentSource."""
-        return self._identity
-
-
-class FolderDocuments:
-    """A folder's .txt files (a document each) and .jsonl files (a document a line, {"text": ...}),
-    in the order of their paths.
-
-    Raises:
-      InputError: there are none; a line is not JSON with a text (when it is read).
-    """
-
-    def __init__(self, root: Path):
-        self.place, self._root = str(root), root
-        self._files = sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-        self._starts = [
-            np.asarray([0] if path.suffix == ".txt" else list(_line_starts(path)), np.int64)
-            for path in self._files
-        ]
-        self._ends = np.cumsum([len(starts) for starts in self._starts])
-        if not len(self):
-            raise InputError(
-                f"data.path: expected documents (files ending in {' or '.join(_SUFFIXES)}) in "
-                f"{root}, found none; check the folder."
-            )
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def read(self, index: int) -> str:
-        """See DocumentSource."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        path, start = self._files[number], int(self._starts[number][index - self._ends[number]])
-        with path.open("rb") as file:
-            file.seek(start)
-            data = file.read() if path.suffix == ".txt" else file.readline()
-        text = data.decode("utf-8", errors="replace")
-        if path.suffix == ".txt":
-            return text
-        try:
-            document = json.loads(text)["text"]
-            if isinstance(document, str):
-                return document
-            raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f'data.path: expected {{"text": "..."}} at byte {start} of {path}, found '
-                f"{text.strip()[:60]!r}; mend that line."
-            ) from None
-
-    def identity(self) -> str:
-        """See DocumentSource."""
-        return "\n".join(
-            f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}"
-            for path in self._files
-        )
-
-
-def _line_starts(path: Path) -> Iterator[int]:
-    """Where the lines begin that are not empty."""
-    start = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield start
-            start += len(line)
-
-
-def document_folder(path: str, validation: str = "") -> DocumentSplits:
-    """Documents of a folder: FOLDER/train beside FOLDER/validation (or val, or test), or FOLDER
-    alone.
-    """
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise InputError(
-            "data.path: expected a folder of documents for data.source=document_folder, found "
-            f"{path or 'nothing'!r}; check the path."
-        )
-    if not (root / "train").is_dir():
-        if validation:
-            raise InputError(
-                f"data.validation_split: {root} has no folder 'train' beside '{validation}'; give "
-                "it one, or leave the split out."
-            )
-        return DocumentSplits(FolderDocuments(root), None)
-    beside = [
-        name
-        for name in ([validation] if validation else VALIDATION_FOLDERS)
-        if (root / name).is_dir()
-    ]
-    if validation and not beside:
-        raise InputError(
-            f"data.validation_split: no folder '{validation}' in {root}; leave it out for "
-            f"{', '.join(VALIDATION_FOLDERS)}."
-        )
-    return DocumentSplits(
-        FolderDocuments(root / "train"), FolderDocuments(root / beside[0]) if beside else None
-    )
 
 
 def first_text(source: DocumentSource, limit_bytes: int) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from quweit_jax.data import documents, sources, tokenizers
+from quweit_jax.data import documents, registry, tokenizers
 from quweit_jax.data.documents import DocumentSplits, PackedDocuments
 from quweit_jax.data.images import ImageExamples
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data.registry import DataConfig, LabelledSplits
 from quweit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -93,8 +93,8 @@ def load(
     """Reads the source; text is cut into windows of `context` tokens, with the given tokenizer (a
     trained run's) or a new one.
     """
-    splits = sources.load(config)
-    if isinstance(splits, sources.LabelledSplits):
+    splits = registry.load(config)
+    if isinstance(splits, LabelledSplits):
         counts = np.asarray([len(splits.train), len(splits.validation), splits.num_classes])
         if isinstance(splits.train, ImageExamples) and isinstance(splits.validation, ImageExamples):
             fingerprint = _digest(

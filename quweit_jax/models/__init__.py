@@ -1,42 +1,17 @@
-"""Whole networks; `build` picks one."""
+"""Whole networks; `build` picks one. Importing this package alone imports no model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
-
-from quweit_jax.errors import check_choice
-from quweit_jax.models.dwn import DWN, DWNConfig
-from quweit_jax.models.gpt import GPT, GPTConfig
-from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
-from quweit_jax.models.options import from_mapping
-from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
-from quweit_jax.models.vit import ViT, ViTConfig
-
-# name -> (module, config, the config's field for the number of outputs)
-MODELS: dict[str, tuple[Any, Any, str]] = {
-    "gpt": (GPT, GPTConfig, "vocab_size"),
-    "dwn": (DWN, DWNConfig, "num_classes"),
-    "matmulfree": (MatMulFree, MatMulFreeConfig, "vocab_size"),
-    "transformer_pp": (TransformerPP, TransformerPPConfig, "vocab_size"),
-    "vit": (ViT, ViTConfig, "num_classes"),
-}
+if TYPE_CHECKING:
+    from quweit_jax.models.registry import build as build
+    from quweit_jax.models.registry import defaults as defaults
 
 
-def build(config: Mapping[str, Any], outputs: int | None = None) -> nn.Module:
-    """The model `config['name']` with the other keys as its configuration.
+def __getattr__(name: str) -> Any:
+    if name in ("build", "defaults"):
+        from quweit_jax.models import registry
 
-    outputs: the vocabulary size or number of classes, when the data decides it.
-
-    Raises:
-      InputError: an unknown model, key or value.
-    """
-    values = dict(config)
-    name = values.pop("name", None)
-    check_choice("model.name", name, MODELS)
-    module, config_class, outputs_field = MODELS[name]
-    if outputs is not None:
-        values[outputs_field] = outputs
-    return module(from_mapping(config_class, values))
+        return getattr(registry, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,42 +7,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from quweit_jax.errors import InputError, check_choice, nearest
+from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
 from quweit_jax.layers.weightless import WeightlessBlock, check_options
-
-T = TypeVar("T")
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") -> T:
-    """Builds a (frozen) dataclass from a mapping; nested dataclasses from nested mappings.
-
-    Raises:
-      InputError: an unknown key (names the nearest) or a missing one.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise InputError(f"{where}: unknown key '{key}'.{nearest(key, fields)}")
-        factory = fields[key].default_factory
-        if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
-            value = from_mapping(factory, value, f"{where}.{key}")  # type: ignore[arg-type]
-        arguments[key] = tuple(value) if isinstance(value, list) else value
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in arguments
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise InputError(f"{where}: missing {', '.join(missing)}.")
-    return cls(**arguments)
-
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -10,14 +10,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from quweit_jax import defaults
 from quweit_jax.config import flat
 from quweit_jax.costs import count, energy
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest
+from quweit_jax.models import registry
 from quweit_jax.report.look import look
 from quweit_jax.report.summary import Json, RunSummary
 from quweit_jax.training import files, metrics, rundir
+from quweit_jax.training.defaults import base_config
 
 _RUN_FILES = ("config.json", "metrics.jsonl", "environment.json", "checkpoints")
 _DEPTH = 4  # of folders between a given one and the runs in it
@@ -49,7 +50,7 @@ def collect(
         raise InputError(
             f"--batches: expected 0 (the whole validation split) or more, found {batches}."
         )
-    known = [key for key in flat(defaults.base_config()) if key.startswith(_OVERRIDABLE)]
+    known = [key for key in flat(base_config()) if key.startswith(_OVERRIDABLE)]
     for key in overrides:
         if key not in known:
             raise InputError(
@@ -191,18 +192,24 @@ def _describe_data(summary: RunSummary) -> None:
     summary.data = str(name or source).replace("_", " ")
     summary.fingerprint = str(summary.environment.get("data_fingerprint") or "")
     model = summary.config["model"].get("name")
-    summary.language = model not in ("vit", "dwn") if model else None
+    summary.language = (
+        registry.MODELS[model].task == "language"
+        if model in registry.MODELS
+        else None
+        if not model
+        else True
+    )
     if summary.language:
         summary.data += f", {data.get('tokenizer', 'char')} tokens"
 
 
 def _compare_keys(summary: RunSummary) -> None:
     """Marks a config with keys that this version does not know, and notes those it lacks."""
-    expected = defaults.base_config()
-    make = getattr(defaults, f"{summary.config['model'].get('name')}_defaults", None)
+    expected = base_config()
+    name = summary.config["model"].get("name")
     missing, unknown = set(), {"model.name"}
-    if make is not None:
-        expected.model = make()
+    if name in registry.MODELS:
+        expected.model = registry.defaults(name)
         ours, theirs = flat(expected).keys(), flat(summary.config).keys()
         missing, unknown = ours - theirs, theirs - ours
     if unknown:

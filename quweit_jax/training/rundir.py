@@ -19,7 +19,7 @@ from quweit_jax import config as configs
 from quweit_jax.config import Config
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
-from quweit_jax.training import files
+from quweit_jax.training import defaults, files
 from quweit_jax.training.checkpoints import Checkpoints
 from quweit_jax.training.setup import Setup, assemble
 
@@ -171,7 +171,7 @@ def read_config(workdir: Path) -> Config:
             "--config=experiments/FILE.py."
         )
     try:
-        return configs.from_dict(json.loads(path.read_text()))
+        return defaults.complete(configs.from_dict(json.loads(path.read_text())))
     except json.JSONDecodeError as error:
         raise InputError(f"--workdir: {path} is damaged ({error}).") from None
 

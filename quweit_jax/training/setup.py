@@ -14,12 +14,11 @@ import optax
 from jax.sharding import Mesh
 
 from quweit_jax import models
-from quweit_jax.config import Config
+from quweit_jax.config import Config, from_mapping
 from quweit_jax.data.pipeline import Dataset, load
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError
-from quweit_jax.models.options import from_mapping
 from quweit_jax.training import sharding, state
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
 

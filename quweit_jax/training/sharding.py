@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -53,6 +54,9 @@ class MeshConfig:
                 "mesh: expected positive sizes and at most one -1 (what is left), found "
                 f"data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}."
             )
+
+
+SECTIONS["mesh"] = lambda _: MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

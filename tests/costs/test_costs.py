@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from quweit_jax import config as configs
-from quweit_jax import defaults
 from quweit_jax.costs import count as costs
 from quweit_jax.errors import InputError
+from quweit_jax.models.registry import defaults
 from tests.conftest import REPOSITORY
 
 DEIT = {"name": "vit", "variant": "Ti/16"}
@@ -282,7 +282,7 @@ def test_thirteen_billion_weights_are_counted_without_any():
 
 @pytest.mark.parametrize("width", [0, 96, 32])
 def test_the_baseline_of_matmulfree_can_be_built(width):
-    model = defaults.matmulfree_defaults().to_dict() | {"width": width, "size": "2.7b", "layers": 2}
+    model = defaults("matmulfree").to_dict() | {"width": width, "size": "2.7b", "layers": 2}
     dense, name = costs.baseline(model)  # type: ignore[misc]
     assert "Transformer++" in name
     assert costs.count(dense, 100).total_multiplications > 0

@@ -1,11 +1,12 @@
-"""`data.documents.document_folder`: texts and JSON lines of a folder, as training and validation
+"""`data.text.document_folder`: texts and JSON lines of a folder, as training and validation
 documents.
 """
 
 import pytest
 
-from quweit_jax.data import documents, pipeline, tokenizers
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data import pipeline, tokenizers
+from quweit_jax.data import text as text_sources
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 
 BYTES = tokenizers.ByteTokenizer()
@@ -36,4 +37,4 @@ def test_folder_of_documents(tmp_path):
         InputError,
         match=r"""expected \{"text": "..."\} at byte 17 of .*b\.jsonl, found '\{"tex": 1\}'""",
     ):
-        documents.document_folder(str(tmp_path)).train.read(2)
+        text_sources.document_folder(DataConfig(path=str(tmp_path))).train.read(2)

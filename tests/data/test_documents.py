@@ -9,9 +9,10 @@ import random
 import numpy as np
 import pytest
 
-from quweit_jax.data import documents, pipeline, sources, tokenizers
+from quweit_jax.data import documents, image_sources, pipeline, registry, tokenizers
+from quweit_jax.data import text as text_sources
 from quweit_jax.data.documents import PackedDocuments
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 from quweit_jax.training.setup import assemble
 
@@ -250,7 +251,7 @@ def test_processes_share_the_documents(processes):
 
 
 def test_states_of_other_examples_join_to_themselves():
-    examples = sources.ArrayExamples(np.arange(9.0), np.arange(9))
+    examples = image_sources.ArrayExamples(np.arange(9.0), np.arange(9))
     states = []
     for index in range(2):
         stream = pipeline.train_batches(examples, 2, 0, process_index=index, process_count=2)
@@ -283,7 +284,9 @@ def test_no_more_documents_are_read_than_the_windows_need():
 
 def test_loading_reads_few_documents(monkeypatch):
     train, validation = Endless(), Endless()
-    monkeypatch.setattr(sources, "load", lambda config: documents.DocumentSplits(train, validation))
+    monkeypatch.setattr(
+        registry, "load", lambda config: documents.DocumentSplits(train, validation)
+    )
     data = pipeline.load(
         DataConfig(tokenizer="bpe", bpe_vocab_size=270, limit_bytes=2000, validation_tokens=500), 16
     )
@@ -301,7 +304,7 @@ def test_tfds_set(sets):
     data = pipeline.load(config(sets), 16)
     assert (len(data.train), data.outputs, data.labels, data.image_shape) == (40, 256, (), None)
     assert sorted(data.train.source.read(i) for i in range(40)) == sorted(tales(40))
-    held_out = sources.load(config(sets)).validation
+    held_out = registry.load(config(sets)).validation
     first = "".join("\n" + held_out.read(i) for i in range(9)).encode()[:100]
     assert (
         isinstance(data.validation, pipeline.TokenWindows)
@@ -476,23 +479,27 @@ def test_errors(sets, tmp_path):
             InputError,
             match=r"data\.path: expected a folder of documents .*found '.*(nothing|nowhere)'",
         ):
-            documents.document_folder(str(path))
+            text_sources.document_folder(DataConfig(path=str(path)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         InputError,
         match=r"data\.path: expected documents \(files ending in \.txt or \.jsonl\) in .*empty, found none",
     ):
-        documents.document_folder(str(tmp_path / "empty"))
+        text_sources.document_folder(DataConfig(path=str(tmp_path / "empty")))
     with pytest.raises(
         InputError, match=r"data\.validation_split: .*empty has no folder 'train' beside 'dev'"
     ):
-        documents.document_folder(str(tmp_path / "empty"), "dev")
+        text_sources.document_folder(
+            DataConfig(path=str(tmp_path / "empty"), validation_split="dev")
+        )
     (tmp_path / "empty" / "train").mkdir()
     with pytest.raises(
         InputError,
         match=r"data\.validation_split: no folder 'dev' in .*empty; leave it out for validation, val, test",
     ):
-        documents.document_folder(str(tmp_path / "empty"), "dev")
+        text_sources.document_folder(
+            DataConfig(path=str(tmp_path / "empty"), validation_split="dev")
+        )
 
 
 def test_a_tokenizer_that_cannot_part_documents():

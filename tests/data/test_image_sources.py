@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quweit_jax.data import pipeline, sources
+from quweit_jax.data import pipeline, registry
 from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.data.images import ImageExamples
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 from tests.pictures import picture
 
@@ -52,7 +52,7 @@ def test_image_folder(tmp_path):
     assert data.fit_batch().shape == (10, 8, 8, 3)
     assert data.fingerprint == folder(tmp_path).fingerprint
     write_folder(tmp_path / "test", ("cat",), count=5)
-    splits = sources.load(DataConfig("image_folder", path=str(tmp_path)))
+    splits = registry.load(DataConfig("image_folder", path=str(tmp_path)))
     assert (len(splits.validation), len(splits.test)) == (4, 5)
     assert len(folder(tmp_path, validation_split="test").validation) == 5
     os.remove(tmp_path / "train" / "ant" / "2.png")
@@ -193,7 +193,7 @@ def test_a_cifar100_like_set_with_arrays(tmp_path):
             return [{"image": pixels, "label": 99}] * 4
 
     Builder.info.features = features
-    source = sources.TFDSImages(Builder(), "small", "train")
+    source = tfds.TFDSImages(Builder(), "small", "train")
     examples = ImageExamples(source, DataConfig())
     assert source.channels == 3 and source.num_classes == 100 and examples[2]["targets"] == 99
     np.testing.assert_array_equal(
@@ -203,4 +203,4 @@ def test_a_cifar100_like_set_with_arrays(tmp_path):
     with pytest.raises(
         InputError, match=r"data\.name: expected classes as the label of small, found "
     ):
-        sources.TFDSImages(Builder(), "small", "train")
+        tfds.TFDSImages(Builder(), "small", "train")

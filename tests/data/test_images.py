@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quweit_jax.data import images, pipeline, sources
+from quweit_jax.data import image_sources, images, pipeline
 from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.data.images import ImageExamples
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 from tests.pictures import picture
 
@@ -468,11 +468,11 @@ def test_an_empty_split():
 
 def test_a_test_split_without_classes_is_no_trouble_until_it_is_read():
     good, hidden = Stored([(encoded(picture()), 0)]), Stored([(encoded(picture()), -1)])
-    splits = sources.image_splits(good, good, hidden, (), DataConfig())
+    splits = image_sources.image_splits(good, good, hidden, (), DataConfig())
     with pytest.raises(InputError, match="a hidden label"):
         splits.test[0]
     with pytest.raises(InputError, match="a hidden label"):
-        sources.image_splits(good, hidden, None, (), DataConfig())
+        image_sources.image_splits(good, hidden, None, (), DataConfig())
 
 
 # Configs that make no sense.

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from quweit_jax.data import pipeline, sources, tokenizers
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data import image_sources, pipeline, tokenizers
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 
 CONTEXT = 5
@@ -18,7 +18,7 @@ def windows(count=24, context=CONTEXT):
 
 
 def labelled(count=22):
-    return sources.ArrayExamples(
+    return image_sources.ArrayExamples(
         np.arange(count, dtype=np.float32)[:, None], np.arange(count, dtype=np.int32)
     )
 

@@ -1,48 +1,43 @@
-"""`data.sources`: the same text or examples every time, or an error that says what to do."""
+"""`data.registry` and `data.text`: the same text or examples every time, or an error that says what to do."""
 
 import numpy as np
 import pytest
 
-from quweit_jax.data import sources
-from quweit_jax.data.sources import DataConfig
+from quweit_jax.data import image_sources, registry
+from quweit_jax.data import text as text_sources
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 
 
 def test_python_stdlib_is_deterministic_and_limited():
-    text = sources.python_stdlib(50_000)
+    text = text_sources.python_stdlib(DataConfig(limit_bytes=50_000))
     assert 49_996 <= len(text.encode("utf-8")) <= 50_000  # a character is never cut
-    assert sources.python_stdlib(200_000).startswith(text)
+    assert text_sources.python_stdlib(DataConfig(limit_bytes=200_000)).startswith(text)
     assert "import " in text and "def " in text
 
 
 def test_text_splits_are_its_two_ends(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("0123456789" * 10, encoding="utf-8")
-    splits = sources.load(
+    splits = registry.load(
         DataConfig("text_file", path=str(file), limit_bytes=0, validation_fraction=0.25)
     )
-    assert isinstance(splits, sources.TextSplits)
+    assert isinstance(splits, registry.TextSplits)
     assert len(splits.train) == 75 and splits.train + splits.validation == "0123456789" * 10
 
 
 def test_a_limit_never_cuts_a_character(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("aé🦊", encoding="utf-8")
-    assert [sources.text_file(str(file), limit) for limit in range(8)] == [
-        "aé🦊",
-        "a",
-        "a",
-        "aé",
-        "aé",
-        "aé",
-        "aé",
-        "aé🦊",
-    ]
+    assert [
+        text_sources.text_file(DataConfig("text_file", path=str(file), limit_bytes=limit))
+        for limit in range(8)
+    ] == ["aé🦊", "a", "a", "aé", "aé", "aé", "aé", "aé🦊"]
 
 
 def test_digits_are_stratified_and_fixed():
-    splits = sources.load(DataConfig("digits"))
-    assert isinstance(splits, sources.LabelledSplits)
+    splits = registry.load(DataConfig("digits"))
+    assert isinstance(splits, registry.LabelledSplits)
     assert (len(splits.train), len(splits.validation), splits.num_classes) == (1437, 360, 10)
     example = splits.train[0]
     assert example["inputs"].shape == (64,) and example["inputs"].dtype == np.float32
@@ -51,7 +46,10 @@ def test_digits_are_stratified_and_fixed():
         np.bincount(train, minlength=10) + np.bincount(test, minlength=10)
     )
     np.testing.assert_allclose(shares, 0.2, atol=0.005)
-    again, other = sources.digits(), sources.digits(split_seed=1)
+    again, other = (
+        image_sources.digits(DataConfig()),
+        image_sources.digits(DataConfig(split_seed=1)),
+    )
     np.testing.assert_array_equal(again.train.inputs, splits.train.inputs)
     assert (other.train.inputs != splits.train.inputs).any()
     both = {row.tobytes() for row in splits.train.inputs} & {
@@ -67,18 +65,20 @@ def test_tiny_shakespeare(shared):
         data_dir=str(shared / "tfds"),
         validation_split="validation+test",
     )
-    splits = sources.load(config)
-    assert isinstance(splits, sources.TextSplits)
+    splits = registry.load(config)
+    assert isinstance(splits, registry.TextSplits)
     assert splits.train.startswith("First Citizen:\nBefore we proceed any further")
     assert (len(splits.train), len(splits.validation)) == (1_003_854, 111_540)
     assert len(set(splits.train + splits.validation)) == 65
-    alone = sources.load(DataConfig("tfds", name="tiny_shakespeare", data_dir=str(shared / "tfds")))
+    alone = registry.load(
+        DataConfig("tfds", name="tiny_shakespeare", data_dir=str(shared / "tfds"))
+    )
     assert splits.validation.startswith(alone.validation) and len(alone.validation) == 55_770
 
 
 def test_cifar10(shared):
-    splits = sources.load(DataConfig("tfds", name="cifar10", data_dir=str(shared / "tfds")))
-    assert isinstance(splits, sources.LabelledSplits)
+    splits = registry.load(DataConfig("tfds", name="cifar10", data_dir=str(shared / "tfds")))
+    assert isinstance(splits, registry.LabelledSplits)
     assert splits.num_classes == 10 and splits.labels[:2] == ("airplane", "automobile")
     assert len(splits.train) > 0 and len(splits.validation) == len(splits.test) > 0
     example = splits.train[0]
@@ -94,7 +94,7 @@ def test_cifar10(shared):
 def test_errors(tmp_path):
     def fails(message, **config):
         with pytest.raises(InputError, match=message):
-            sources.load(DataConfig(**config))
+            registry.load(DataConfig(**config))
 
     fails(r"data\.source: .*Did you mean 'digits'\?", source="digit")
     fails(
@@ -139,7 +139,7 @@ def test_unknown_splits(shared):
         InputError,
         match=r"data\.validation_split: tiny_shakespeare has no split 'dev'; it has train, validation, test",
     ):
-        sources.load(
+        registry.load(
             DataConfig(
                 "tfds",
                 name="tiny_shakespeare",

@@ -329,10 +329,11 @@ def test_a_run_without_checkpoints(trained, tmp_path):
 
 
 def test_a_classifier(tmp_path):
-    from quweit_jax import defaults
+    from quweit_jax.models.registry import defaults
+    from quweit_jax.training.defaults import base_config
 
-    config = defaults.base_config()
-    config.data.source, config.model = "digits", defaults.dwn_defaults()
+    config = base_config()
+    config.data.source, config.model = "digits", defaults("dwn")
     config.model.update(num_luts=(40,), lut_inputs=3, thermometer_bits=2)
     config.update(steps=2, batch_size=8, eval_every=2, eval_batches=1, checkpoint_every=2)
     config.mesh.data = 1

@@ -1,0 +1,46 @@
+"""The keys that every experiment has, and today's defaults for runs that older versions began."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_collections
+
+from quweit_jax.config import Config, with_defaults
+from quweit_jax.data.registry import DataConfig
+from quweit_jax.models import registry
+from quweit_jax.training.optimizers import OptimizerConfig
+from quweit_jax.training.sharding import MeshConfig
+
+
+def base_config() -> Config:
+    """The keys that every experiment has; the experiment adds those of its `model`."""
+    values = {
+        "seed": 0,  # of parameters, dropout and the order of examples
+        "steps": 2000,  # optimizer steps in all
+        "batch_size": 12,  # examples a step, over all devices
+        "grad_accum": 1,  # equal parts in which a step's batch is computed
+        "log_every": 10,  # steps between rows of metrics
+        "eval_every": 250,  # steps between evaluations
+        "eval_batches": 0,  # batches an evaluation reads; 0: the whole validation split
+        "eval_batch_size": 64,  # examples a batch, in evaluation
+        "checkpoint_every": 250,  # steps between checkpoints
+        "keep": 2,  # checkpoints that stay, besides the best
+        "prefetch": 4,  # batches made ahead
+        "sample_tokens": 200,  # tokens of a language model's sample at the end; 0: none
+        "init_from": "",  # a run directory or a published checkpoint to begin from
+        "data": dataclasses.asdict(DataConfig()),  # what to read
+        "optimizer": dataclasses.asdict(OptimizerConfig()),  # how parameters move
+        "mesh": dataclasses.asdict(MeshConfig()),  # how the devices share the work
+        "model": {},  # `models.registry.defaults(name)`, changed by the experiment
+    }
+    return ml_collections.ConfigDict(values, convert_dict=True, type_safe=False)
+
+
+def complete(saved: Config) -> Config:
+    """A saved config with today's default for each key it lacks, so that a new key locks no run."""
+    expected = base_config()
+    name = saved.get("model", {}).get("name")
+    if name in registry.MODELS:
+        expected.model = registry.defaults(name)
+    return with_defaults(saved, expected)
