@@ -193,7 +193,8 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
     if not file.is_file():
         file = file.parent / "configs" / file.name
     if not file.is_file():
-        near = [p.as_posix() for p in Path("experiments/configs").glob("*.py")]
+        near = [p.as_posix() for p in Path("experiments").glob("*.py")]
+        near += [p.as_posix() for p in Path("experiments/configs").glob("*.py")]
         help = " Run it where experiments/ is, or give a full path."
         raise InputError(f"--config: no file at {path}.{nearest(path, near) if near else help}")
     module_spec = importlib.util.spec_from_file_location(f"quweit_experiment_{file.stem}", file)

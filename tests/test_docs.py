@@ -4,6 +4,7 @@ are there in both schemes.
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -71,13 +72,20 @@ def test_commands_are_taken(page, monkeypatch):
     overrides.
     """
     monkeypatch.chdir(REPOSITORY)
+
+    class Taken(Exception):
+        pass
+
+    def parse(parser, argv):
+        parser.parse_args(cli.split_overrides(argv)[0])
+        raise Taken
+
+    monkeypatch.setattr(cli, "parse", parse)
     for name, *arguments in commands(page):
-        source = (REPOSITORY / "quweit_jax" / f"{name}.py").read_text(encoding="utf-8")
+        name = {"export_model": "export", "aot": "compile_tpu"}.get(name, name)
+        with pytest.raises(Taken):
+            importlib.import_module(f"quweit_jax.commands.{name}").main(arguments)
         rest, overrides = cli.split_overrides(arguments)
-        for argument in (
-            argument.partition("=")[0] for argument in rest if argument.startswith("--")
-        ):
-            assert f'"{argument}"' in source, f"{page.name}: {name} has no {argument}"
         spec = next(
             (argument.partition("=")[2] for argument in rest if argument.startswith("--config=")),
             None,
@@ -112,8 +120,9 @@ def test_every_module_is_in_the_reference():
         .replace("/", ".")
         .removesuffix(".__init__")
         for file in (REPOSITORY / "quweit_jax").rglob("*.py")
-        if file.name != "__init__.py"
-        or re.search(r"^def ", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if file.parent != REPOSITORY / "quweit_jax" or file.stem in ("errors", "config")
+        if not file.stem.startswith("__")
+        or re.search(r"^def [a-z]", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     listed = [
         name

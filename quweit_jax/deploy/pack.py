@@ -65,7 +65,7 @@ def packed_or_trained(model: nn.Module, variables: Tree, *inputs: Array | np.nda
 
 def constants(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
     """What the layers of a model write into `packed`; can be traced."""
-    _, written = model.apply(variables, *inputs, mutable=["packed"])
+    written: Any = model.apply(variables, *inputs, mutable=["packed"])[1]
     return dict(written.get("packed", {}))
 
 
@@ -97,7 +97,7 @@ def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> Tre
         held = [at(tree, name) for tree in packed.values() for name in blocks]
         facts |= {"block_bytes": stored_bytes(held), "dense_mlp_bytes_int8": replaced}
     above = tuple(f"{name}/" if name else "" for name in blocks)
-    written = flatten_dict(packed["packed"], sep="/")
+    written: dict[str, Any] = flatten_dict(packed["packed"], sep="/")  # type: ignore[assignment]
     ternary = [leaf for path, leaf in written.items() if not path.startswith(above)]
     if ternary and not integer:
         weights = WEIGHTS_PER_BYTE * sum(leaf.size for leaf in ternary if leaf.dtype == np.uint8)

@@ -126,7 +126,8 @@ def to_step_program(
 
     def step(tokens: Array, state: Tree) -> tuple[Array, Tree]:
         known = {**_inside(variables), "cache": state}
-        logits, changed = model.apply(known, tokens, decode=True, mutable=["cache"])
+        out: Any = model.apply(known, tokens, decode=True, mutable=["cache"])
+        logits, changed = out
         return logits[:, -1], changed["cache"]
 
     scope = jax.export.SymbolicScope(("b >= 1",))

@@ -45,7 +45,8 @@ def find_blocks(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> 
     inputs: any that the model can be applied to; only their shapes matter.
     """
     shapes = jax.eval_shape(lambda v: watch(model, v, *inputs)[1], packed)
-    bits = {path: found[0].shape for path, found in flatten_dict(shapes).items()}
+    flat: dict[Path, Any] = flatten_dict(shapes)  # type: ignore[assignment]
+    bits = {path: found[0].shape for path, found in flat.items()}
     layers = sorted((path for path in bits if path[-1] == "bits"), key=_natural)
     blocks: dict[str, Block] = {}
     for path in sorted((path for path in bits if path[-1] == "thermometer"), key=_natural):

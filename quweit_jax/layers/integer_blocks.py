@@ -141,7 +141,7 @@ class IntegerWeightlessBlock(WeightlessBlock):
         thresholds = integer.saturate(jnp.floor(jax.lax.stop_gradient(real) / x.scale))
         # without no_fusion each of a table's reads would repeat what made the integers
         bits = no_fusion(above, flat.ints, thresholds).astype(jnp.float32)
-        surrogate = thermometer.step_ste(
+        surrogate: Array = thermometer.step_ste(
             flat.real[:, None, :], real[:, :, None], self.window, self.window_shape
         )
         bits_LT = self._look_up(integer.straight_through(bits, surrogate.reshape(bits.shape)))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError, check_choice
 
 # The parameters of weightless layers, by name; everything else is 'decay' (matrices) or 'no_decay'
@@ -76,6 +77,9 @@ class OptimizerConfig:
                 raise InputError(
                     f"optimizer.{name}: expected 0 or more, found {getattr(self, name)}."
                 )
+
+
+SECTIONS["optimizer"] = lambda _: OptimizerConfig
 
 
 def group_of(path: tuple[Any, ...], leaf: Any) -> str:
