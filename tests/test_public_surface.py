@@ -127,6 +127,6 @@ def test_a_command_names_the_extra_it_lacks(monkeypatch, capsys):
         import grain  # noqa: F401
 
     with pytest.raises(SystemExit) as ended:
-        cli.run(main, [])
+        cli.run(main)
     assert ended.value.code == 2
     assert "error: expected the package grain for this command" in capsys.readouterr().err
