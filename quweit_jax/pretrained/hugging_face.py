@@ -142,7 +142,7 @@ def write_checkpoint(
             f"pretrained.save: {folder} already holds {', '.join(p.name for p in old[:5])}; give "
             "another folder, or overwrite=True."
         )
-    writer = require("safetensors.numpy", "to write a checkpoint")
+    writer = require("safetensors.numpy", "to write a checkpoint", "or safetensors alone")
     folder.mkdir(parents=True, exist_ok=True)
     for path in old:
         path.unlink()

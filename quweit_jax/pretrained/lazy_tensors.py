@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
-    safetensors = require("safetensors", f"to read {file.name}")
+    safetensors = require("safetensors", f"to read {file.name}", "or safetensors alone")
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             yield tensors
