@@ -1,5 +1,4 @@
-"""DeiT's checkpoints (timm's names), and I-ViT's: the same weights and, beside them, the range of
-each activation quantizer.
+"""DeiT's checkpoints (timm's names), and I-ViT's: also the range of each activation quantizer.
 
 Dimensions: P patch size, C channels, N patches, d width.
 """

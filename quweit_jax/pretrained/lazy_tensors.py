@@ -71,11 +71,8 @@ def read_index(path: Path) -> dict[Path, list[str]]:
       InputError: it is no index, a shard is missing or lies elsewhere.
     """
     places = read_json(path).get("weight_map")
-    if (
-        not isinstance(places, dict)
-        or not places
-        or not all(isinstance(file, str) for file in places.values())
-    ):
+    known = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
+    if not places or not known:
         raise InputError(
             f"pretrained: {path}: expected a 'weight_map' of tensors' names and files; download it "
             "again."

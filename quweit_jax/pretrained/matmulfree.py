@@ -1,6 +1,4 @@
-"""MatMul-free language models as published (HGRNBitForCausalLM; Zhu et al. 2024, arXiv 2406.02528):
-reading and writing.
-"""
+"""MatMul-free language models as published (HGRNBitForCausalLM; arXiv 2406.02528)."""
 
 from __future__ import annotations
 

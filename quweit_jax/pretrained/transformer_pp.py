@@ -117,9 +117,7 @@ def _head_width(c: TransformerPPConfig) -> int:
 
 
 def _rope_theta(config: PublishedConfig) -> float:
-    """The base of the rotary positions: in 'rope_parameters', of older files 'rope_theta'; refused
-    if they are scaled or of a part of a head.
-    """
+    """The base of the rotary positions; refused if they are scaled or of a part of a head."""
     theta = config.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key, {})
