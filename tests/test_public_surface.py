@@ -13,6 +13,7 @@ import pytest
 
 import quweit_jax as qj
 from quweit_jax import errors
+from quweit_jax.commands import cli
 from tests.conftest import REPOSITORY
 
 SOURCE = Path(qj.__file__).read_text(encoding="utf-8")
@@ -117,3 +118,15 @@ def test_a_missing_package_names_its_extra(monkeypatch):
         ):
             errors.require(package, "for this")
     assert errors.require("json", "for this").dumps({}) == "{}"
+
+
+def test_a_command_names_the_extra_it_lacks(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "grain", None)
+
+    def main(argv):
+        import grain  # noqa: F401
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 2
+    assert "error: expected the package grain for this command" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quweit_jax import config as configs
-from quweit_jax.errors import InputError, RunError
+from quweit_jax.errors import EXTRAS, InputError, RunError, missing
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -26,6 +26,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except ModuleNotFoundError as error:  # of a room that needs an extra
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"error: {missing(package, 'for this command')}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

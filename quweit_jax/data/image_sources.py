@@ -12,7 +12,7 @@ import numpy as np
 from quweit_jax.data.documents import VALIDATION_FOLDERS
 from quweit_jax.data.images import ImageConfig, ImageExamples, ImageSource
 from quweit_jax.data.registry import DataConfig, LabelledSplits, source
-from quweit_jax.errors import InputError, nearest
+from quweit_jax.errors import InputError, nearest, require
 
 _IMAGE_SUFFIXES = (
     ".jpg",
@@ -46,6 +46,7 @@ def digits(config: DataConfig) -> LabelledSplits:
     """scikit-learn's 1,797 handwritten digits, 64 pixels of 0..16 each; a stratified split, the
     test share also for validation.
     """
+    require("sklearn", "for data.source=digits")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

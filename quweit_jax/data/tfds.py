@@ -10,7 +10,7 @@ import numpy as np
 from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.image_sources import image_splits
 from quweit_jax.data.registry import DataConfig, Splits, TextSplits, source
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, require
 
 
 class TFDSImages:
@@ -102,6 +102,7 @@ def tfds_splits(config: DataConfig) -> Splits:
     """A TFDS set by name, read with `tfds.data_source`: sets with image and label are classified, a
     text set whose training split is one example is that text, and other text sets are documents.
     """
+    require("tensorflow_datasets", "for data.source=tfds")
     import tensorflow_datasets as tfds
 
     if not config.name:

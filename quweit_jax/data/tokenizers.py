@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.errors import InputError, check_choice, require
 
 KINDS = ("char", "byte", "bpe")  # made from a corpus
 CHOICES = (*KINDS, "file")
@@ -116,6 +116,7 @@ class _HuggingFaceTokenizer:
     kind = ""
 
     def __init__(self, serialized: str, end_of_text: int | None = None):
+        require("tokenizers", "for trained tokenizers")
         import tokenizers
 
         self._serialized, self.end_of_text = serialized, end_of_text
@@ -163,6 +164,7 @@ class BPETokenizer(_HuggingFaceTokenizer):
         """Learns `vocab_size` (at least 256) pieces from `text`; the same text gives the same
         pieces.
         """
+        require("tokenizers", "for trained tokenizers")
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.deploy.generate import context_of, generate_tokens, stream_text
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, require
 
 _SHORTEST = 16
 
@@ -167,14 +167,10 @@ def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0) -> d
     Raises:
       InputError: the harness isn't installed, or knows no such task.
     """
-    try:
-        from lm_eval import evaluator as harness  # type: ignore[import-not-found]
-        from lm_eval.api.model import LM  # type: ignore[import-not-found]
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
-    except ImportError:
-        raise InputError(
-            "--tasks: needs lm-evaluation-harness; pip install 'quweit_jax[harness]'."
-        ) from None
+    require("lm_eval", "for --tasks (lm-evaluation-harness)")
+    from lm_eval import evaluator as harness  # type: ignore[import-not-found]
+    from lm_eval.api.model import LM  # type: ignore[import-not-found]
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
     class Served(LM):
         """Our model behind the harness's interface."""

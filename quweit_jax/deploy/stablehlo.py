@@ -34,7 +34,7 @@ from numpy.typing import DTypeLike
 from quweit_jax.data.images import NORMALIZATIONS
 from quweit_jax.data.pipeline import Dataset
 from quweit_jax.data.tokenizers import Tokenizer
-from quweit_jax.errors import InputError, nearest
+from quweit_jax.errors import InputError, nearest, require
 
 Tree: TypeAlias = dict[str, Any]  # variables, a state, or JSON
 Apply: TypeAlias = Callable[..., Any]  # (variables, input, ...) -> outputs
@@ -224,13 +224,8 @@ def save(
       InputError: there is something at `out` already, or nothing can be written there.
     """
     check_target(out, overwrite)
-    try:
-        data = bytes(program.serialize())
-    except ImportError:
-        raise InputError(
-            "export: programs are serialized by the package flatbuffers, which isn't there; pip "
-            "install flatbuffers."
-        ) from None
+    require("flatbuffers", "to serialize a program")
+    data = bytes(program.serialize())
     sums = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     description = describe(program, given, out.name) | sums | dict(about)
     text = json.dumps(description, indent=2, ensure_ascii=False)

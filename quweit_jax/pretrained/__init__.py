@@ -15,7 +15,8 @@ from quweit_jax.models.matmulfree import MatMulFree
 from quweit_jax.models.transformer_pp import TransformerPP
 from quweit_jax.pretrained import deit, matmulfree, nanogpt, transformer_pp
 from quweit_jax.pretrained.deit import calibrate
-from quweit_jax.pretrained.hugging_face import SHARD_BYTES
+from quweit_jax.pretrained.hugging_face import SHARD_BYTES, write_checkpoint
+from quweit_jax.pretrained.layout import published
 from quweit_jax.pretrained.transfer import Report, merge, read_source
 
 __all__ = ["KINDS", "Report", "calibrate", "load", "merge", "read_source", "save"]
@@ -34,7 +35,7 @@ def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
 
     Args:
       folder: holds `config.json` and the weights. For 'deit' and 'ivit' also the file of weights
-        itself (*.safetensors, *.pth, *.pt, *.bin; read without running what is in it), and
+        itself (*.safetensors, *.pth, *.pt, *.bin; nothing in it is run), and
         config.json may be missing: sizes are told from the weights.
       kind: 'nanogpt' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
         (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' (Hugging Face's
@@ -44,8 +45,8 @@ def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
       (model, variables): `model.apply(variables, input_ids)`, of a ViT `model.apply(variables,
       images)` with images (B, H, W, C), gives logits. Images may be of another size than the
       checkpoint's: the positional embedding is resampled. Variables are float32 arrays, whatever
-      the type of the weights; of safetensors, and of torch files in shards, little more than the
-      model itself is in memory.
+      the type of the weights; little more than the model itself is in memory (of torch files
+      before torch 1.6 the whole file).
 
     Raises:
       InputError: a file, key or tensor is missing, unexpected or misshapen (named, with what was
@@ -67,9 +68,9 @@ def save(
     public program read them.
 
     Which layout is told from the model: `MatMulFree` is written as HGRNBitForCausalLM,
-      `TransformerPP` as LlamaForCausalLM. The tokenizer
-    is not part of it, nor the numbers of its special tokens: without them in config.json, both
-      programs take 1 for the first and 2 for the last.
+    `TransformerPP` as LlamaForCausalLM. The tokenizer is not part of it, nor the numbers of its
+    special tokens: without them in config.json, both programs take 1 for the first and 2 for the
+    last. Beside the model one shard is in memory.
 
     Args:
       variables: {'params': ...} of the model; other collections are left out.
@@ -81,13 +82,14 @@ def save(
       InputError: the model has no public layout (another class, weightless blocks, or none for an
         MLP), the variables are another model's, or the folder holds a checkpoint already.
     """
-    path = Path(folder).expanduser()
-    if isinstance(model, MatMulFree):
-        matmulfree.save(model, variables, path, overwrite=overwrite, shard_bytes=shard_bytes)
-    elif isinstance(model, TransformerPP):
-        transformer_pp.save(model, variables, path, overwrite=overwrite, shard_bytes=shard_bytes)
-    else:
+    layouts: dict[type[nn.Module], Any] = {MatMulFree: matmulfree, TransformerPP: transformer_pp}
+    layout = layouts.get(type(model))
+    if layout is None:
         raise InputError(
             "pretrained.save: expected a MatMulFree or TransformerPP model, found "
             f"{type(model).__name__}; no public layout is written for it."
         )
+    c = getattr(model, "config")  # noqa: B009 - of both
+    config = layout.published_config(c)
+    tensors = published(variables, layout.maps(c))
+    write_checkpoint(Path(folder).expanduser(), config, tensors, overwrite, shard_bytes)

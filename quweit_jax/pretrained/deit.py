@@ -1,5 +1,4 @@
-"""DeiT's checkpoints (timm's names), and I-ViT's: the same weights and, beside them, the range of
-each activation quantizer.
+"""DeiT's checkpoints (timm's names), and I-ViT's: also the range of each activation quantizer.
 
 Dimensions: P patch size, C channels, N patches, d width.
 """
@@ -52,15 +51,7 @@ _BLOCK_RANGES = {
 _DERIVED = re.compile(r".*(_scaling_factor|\.weight_integer|\.bias_integer)|.*\.int_softmax\..*")
 _UNUSED = re.compile(r"act_out\..*|blocks\.\d+\.attn\.qact_softmax\..*")
 _SCALE = ".act_scaling_factor"
-_RESIDUAL = (
-    "quant_patches",
-    "quant_position",
-    "quant_embedding",
-    "quant_attention",
-    "quant_mlp",
-    "quant_proj",
-    "quant_down",
-)
+_RESIDUAL = re.compile(r"quant_(patches|position|embedding|attention|mlp|proj|down)")
 _QUANTIZER = re.compile(r".*\.(min_val|max_val|act_scaling_factor)")
 
 
@@ -81,9 +72,7 @@ def load_deit(path: Path) -> tuple[ViT, dict[str, Any]]:
 
 
 def load_ivit(path: Path) -> tuple[ViT, dict[str, Any]]:
-    """An integer-only ViT and its variables, {'params': ..., 'ranges': ...}; ranges that are
-    nowhere are zeros, that is, not set.
-    """
+    """An integer-only ViT and its {'params': ..., 'ranges': ...}; zeros are ranges not set."""
     return _load(path, integer=True)
 
 
@@ -97,8 +86,7 @@ def read_variables(path: Path) -> dict[str, Any]:
     if "cls_token" not in tensors:
         raise InputError(
             "pretrained: expected the weights of a vision transformer in timm's names (cls_token, "
-            f"blocks.0.attn.qkv.weight, ...) in {path}, "
-            f"found {', '.join(sorted(tensors.names())[:5])}."
+            f"blocks.0.attn.qkv.weight, ...) in {path}, found {', '.join(sorted(tensors.names())[:5])}."
         )
     integer = _is_integer(tensors)
     return _convert(tensors, _sizes(tensors, _config(path)), integer)
@@ -107,8 +95,7 @@ def read_variables(path: Path) -> dict[str, Any]:
 def calibrate(
     model: ViT, variables: Mapping[str, Any], batches: Iterable[ArrayLike]
 ) -> dict[str, Any]:
-    """Sets the activation ranges of an integer-only model from images like those it will see; a few
-    hundred are enough.
+    """Sets the activation ranges of an integer-only model from a few hundred images of its kind.
 
     Args:
       model, variables: of `load(..., 'ivit')`. Ranges not set become the first batch's; then every
@@ -162,11 +149,8 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, Any]]:
     name = next((name for name, size in SIZES.items() if size == known), None)
     own = {} if name else dict(zip(("width", "depth", "heads"), known))
     variant = f"{name or 'Ti'}/{sizes.patch}"
-    model = ViT(
-        ViTConfig(
-            sizes.num_classes, variant=variant, mlp_ratio=sizes.mlp_ratio, integer=integer, **own
-        )
-    )
+    of_all = {"variant": variant, "mlp_ratio": sizes.mlp_ratio, "integer": integer}
+    model = ViT(ViTConfig(sizes.num_classes, **of_all, **own))
     return model, _convert(tensors, sizes, integer)
 
 
@@ -175,9 +159,7 @@ def _is_integer(tensors: Tensors) -> bool:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """config.json beside the weights, in timm's form or with the sizes plainly in it; empty if
-    there is none.
-    """
+    """config.json beside the weights, timm's or with the sizes plainly in it; {} if there is none."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         return {}
@@ -185,8 +167,8 @@ def _config(path: Path) -> dict[str, Any]:
     if "model_type" in config:
         raise InputError(
             f"pretrained: expected timm's names, found model_type '{config['model_type']}' in "
-            f"{folder / 'config.json'}; Hugging Face's "
-            "transformers rename the weights: take the checkpoint from timm instead."
+            f"{folder / 'config.json'}; Hugging Face's transformers rename the weights: take the "
+            "checkpoint from timm instead."
         )
     if config.get("global_pool") not in (None, "", "token"):
         raise InputError(
@@ -198,10 +180,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _whole(config: Mapping[str, Any], key: str) -> int | None:
-    """A positive whole number of the config, None if it isn't there. timm may give a patch size
-    twice, for height and width.
-    """
-    value = config.get(key)
+    """A positive whole number of the config, None if it isn't there."""
+    value = config.get(key)  # timm may give a patch size twice, for height and width
     if isinstance(value, list) and value and all(v == value[0] for v in value):
         value = value[0]
     if value is None:
@@ -223,19 +203,16 @@ def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> _Sizes:
     if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors.names()):
         raise InputError(
             f"pretrained: {tensors.where} is a distilled DeiT (it has dist_token and head_dist, a "
-            "second token and head), which is not "
-            "supported; take the one without '_distilled' in its name."
+            "second token and head), which is not supported; take the one without '_distilled' in "
+            "its name."
         )
     found_width = tensors.shape("cls_token", "1, 1, width")[2]
     conv = tensors.shape("patch_embed.proj.weight", "width, channels, patch, patch")
     positions = tensors.shape("pos_embed", "1, 1 + patches, width")[1] - 1
-    blocks = [
-        int(match[1])
-        for name in tensors.names()
-        if (match := re.match(r"blocks\.(\d{1,6})\.", name))
-    ]
     width = _whole(config, "embed_dim") or found_width
     hidden = tensors.shape("blocks.0.mlp.fc1.weight", "hidden, width")[0]
+    matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors.names())
+    depth = 1 + max(int(match[1]) for match in matches if match)
     ratio = _whole(config, "mlp_ratio")
     if ratio is None and (width == 0 or hidden % width):
         raise InputError(
@@ -247,15 +224,15 @@ def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> _Sizes:
             "pretrained: pos_embed: expected a class token and a square grid of patches, found 1 "
             f"+ {positions}."
         )
+    classes = _whole(config, "num_classes")
     return _Sizes(
         patch=_whole(config, "patch_size") or conv[2],
         channels=conv[1],
         patches=positions,
         width=width,
-        depth=_whole(config, "depth") or max(blocks) + 1,
+        depth=_whole(config, "depth") or depth,
         mlp_ratio=ratio or hidden // width,
-        num_classes=_whole(config, "num_classes")
-        or tensors.shape("head.weight", "classes, width")[0],
+        num_classes=classes or tensors.shape("head.weight", "classes, width")[0],
     )
 
 
@@ -296,32 +273,22 @@ def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
     The published program forgets min_val and max_val when it saves, but keeps each quantizer's last
     scale, which says as much.
     """
-    saved = {
-        name.removesuffix(_SCALE): tensors.peek(name)
-        for name in tensors.names()
-        if name.endswith(_SCALE)
-    }
-    scales = {
-        name: float(np.max(scale))
-        for name, scale in saved.items()
-        if scale is not None and scale.size
-    }
-    tensors.drop(
-        *(name for name in tensors.names() if _DERIVED.fullmatch(name) or _UNUSED.fullmatch(name))
-    )
+    scales: dict[str, float] = {}
+    for name in tensors.names():
+        scale = tensors.peek(name) if name.endswith(_SCALE) else None
+        if scale is not None and scale.size:
+            scales[name.removesuffix(_SCALE)] = float(np.max(scale))
+    tensors.drop(*(n for n in tensors.names() if _DERIVED.fullmatch(n) or _UNUSED.fullmatch(n)))
     quantizers = dict(_RANGES)
     for i in range(depth):
-        quantizers |= {
-            f"blocks.{i}.{theirs}": f"block_{i}/{ours}" for theirs, ours in _BLOCK_RANGES.items()
-        }
+        quantizers |= {f"blocks.{i}.{t}": f"block_{i}/{ours}" for t, ours in _BLOCK_RANGES.items()}
     unset = not any(name.endswith((".min_val", ".max_val")) for name in tensors.names())
     from_scales = unset and all(scales.get(theirs, 0) > 0 for theirs in quantizers)
     if unset and not from_scales:
         logging.warning(
             "%s",
             f"{tensors.where} has no ranges; every batch is quantized by its own until they are "
-            "set; "
-            "calibrate with quweit_jax.pretrained.calibrate(model, variables, batches).",
+            "set; calibrate with quweit_jax.pretrained.calibrate(model, variables, batches).",
         )
     ranges: dict[tuple[str, ...], np.ndarray] = {}
     for theirs, ours in quantizers.items():
@@ -329,7 +296,7 @@ def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
         if not unset:
             low, high = (_scalar(tensors, f"{theirs}.{end}") for end in ("min_val", "max_val"))
         else:
-            bits = RESIDUAL_BITS if path[-1] in _RESIDUAL else ACTIVATION_BITS
+            bits = RESIDUAL_BITS if _RESIDUAL.fullmatch(path[-1]) else ACTIVATION_BITS
             limit = scales[theirs] * (2 ** (bits - 1) - 1) if from_scales else 0.0
             low, high = np.asarray(0.0 - limit, np.float32), np.asarray(limit, np.float32)
         if not low <= high:  # also if one is not a number

@@ -1,6 +1,4 @@
-"""Checkpoints as Hugging Face's programs read and write them: config.json, and model.safetensors,
-whole or in shards with an index.
-"""
+"""Checkpoints of Hugging Face's programs: config.json, and weights whole or in shards."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ _WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 
 
 class PublishedConfig:
-    """config.json of one model_type: values by key, checked. A key that is missing or null has the
-    public program's default.
-    """
+    """config.json of one model_type, checked; what is missing or null has the program's default."""
 
     def __init__(self, folder: Path, model_type: str, required: tuple[str, ...]):
         """Reads it.
@@ -95,8 +91,7 @@ class PublishedConfig:
 def read_language_model(
     folder: Path, config: PublishedConfig, maps: Iterable[TensorMap]
 ) -> dict[str, Any]:
-    """{'params': ...} of a causal language model; a head tied to the embedding, saved or not,
-    becomes the embedding's transpose.
+    """{'params': ...} of a causal language model; a tied head is the embedding's transpose.
 
     Raises:
       InputError: as `tensors.read_weights` and `layout.read_params`.
@@ -142,7 +137,7 @@ def write_checkpoint(
             f"pretrained.save: {folder} already holds {', '.join(p.name for p in old[:5])}; give "
             "another folder, or overwrite=True."
         )
-    writer = require("safetensors.numpy", "to write a checkpoint")
+    writer = require("safetensors.numpy", "to write a checkpoint", "or safetensors alone")
     folder.mkdir(parents=True, exist_ok=True)
     for path in old:
         path.unlink()

@@ -71,11 +71,8 @@ def read_index(path: Path) -> dict[Path, list[str]]:
       InputError: it is no index, a shard is missing or lies elsewhere.
     """
     places = read_json(path).get("weight_map")
-    if (
-        not isinstance(places, dict)
-        or not places
-        or not all(isinstance(file, str) for file in places.values())
-    ):
+    known = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
+    if not places or not known:
         raise InputError(
             f"pretrained: {path}: expected a 'weight_map' of tensors' names and files; download it "
             "again."
@@ -113,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
-    safetensors = require("safetensors", f"to read {file.name}")
+    safetensors = require("safetensors", f"to read {file.name}", "or safetensors alone")
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             yield tensors

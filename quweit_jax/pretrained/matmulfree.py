@@ -1,24 +1,16 @@
-"""MatMul-free language models as published (HGRNBitForCausalLM; Zhu et al. 2024, arXiv 2406.02528):
-reading and writing.
-"""
+"""MatMul-free language models as published (HGRNBitForCausalLM; arXiv 2406.02528)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
 from quweit_jax.models.options import kinds_of_mlp
-from quweit_jax.pretrained.hugging_face import (
-    SHARD_BYTES,
-    PublishedConfig,
-    read_language_model,
-    require_dense,
-    write_checkpoint,
-)
-from quweit_jax.pretrained.layout import TensorMap, kernel, published
+from quweit_jax.pretrained.hugging_face import PublishedConfig, read_language_model, require_dense
+from quweit_jax.pretrained.layout import TensorMap, kernel
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PROJECTIONS = {"input": "i_proj", "forget": "f_proj", "gate": "g_proj", "output": "o_proj"}
@@ -52,19 +44,11 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, Any]]:
     return MatMulFree(c), read_language_model(folder, config, maps(c))
 
 
-def save(
-    model: MatMulFree,
-    variables: Mapping[str, Any],
-    folder: Path,
-    *,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes a checkpoint that the public program reads; see `pretrained.save`."""
-    c = model.config
+def published_config(c: MatMulFreeConfig) -> dict[str, Any]:
+    """config.json, as the public program reads it; raises InputError unless MLPs are dense."""
     width, layers = c.sizes()
     require_dense(kinds_of_mlp(c.mlp, layers), "MatMul-free language models")
-    config = {
+    return {
         "architectures": ["HGRNBitForCausalLM"],
         "model_type": "hgrn_bit",
         "attn_mode": "fused_recurrent",
@@ -83,7 +67,6 @@ def save(
         "max_position_embeddings": c.context,
         "torch_dtype": "float32",
     }
-    write_checkpoint(folder, config, published(variables, maps(c)), overwrite, shard_bytes)
 
 
 def maps(c: MatMulFreeConfig) -> Iterator[TensorMap]:

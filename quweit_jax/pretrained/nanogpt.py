@@ -1,6 +1,4 @@
-"""nanoGPT's checkpoints, and GPT-2's in Hugging Face layout (same names, transposed projections,
-tanh GELU).
-"""
+"""nanoGPT's checkpoints, and GPT-2's of Hugging Face (transposed projections, tanh GELU)."""
 
 from __future__ import annotations
 

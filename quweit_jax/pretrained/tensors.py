@@ -1,6 +1,4 @@
-"""Reading config.json and weights (safetensors, or torch.save's files), and taking tensors out by
-name with every mistake named.
-"""
+"""Reading config.json and weights, and taking tensors out by name with every mistake named."""
 
 from __future__ import annotations
 
@@ -28,16 +26,14 @@ def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            f"pretrained: expected {path}, found "
-            f"{'no such file' if folder.is_dir() else 'no such folder'}; give the folder that "
-            "holds it."
+            f"pretrained: expected {path}, found no such {'file' if folder.is_dir() else 'folder'}; "
+            "give the folder that holds it."
         )
     config = read_json(path)
     missing = [key for key in required if key not in config]
     if missing:
         raise InputError(
-            f"pretrained: {path} lacks {', '.join(missing)}; is it the config of this kind of "
-            "model?"
+            f"pretrained: {path} lacks {', '.join(missing)}; is it the config of this kind of model?"
         )
     return config
 
@@ -105,9 +101,7 @@ def _safetensors_in(folder: Path) -> list[Path]:
 
 
 class Tensors:
-    """Named tensors; each is taken once, so that what is left over can be told. `where` they are
-    from, for messages.
-    """
+    """Named tensors, each taken once, so that what is left can be told; `where` is for messages."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], where: str):
         self._left, self.where = dict(tensors), where
@@ -124,9 +118,7 @@ class Tensors:
         return np.asarray(self._left[name]) if name in self._left else None
 
     def shape(self, name: str, form: str) -> tuple[int, ...]:
-        """The shape of a tensor that must be there, of as many dimensions as `form` names:
-        'classes, width'.
-        """
+        """The shape of a tensor that must be there; `form` names its dimensions: 'classes, width'."""
         if name not in self._left:
             raise self._lacks(name, form)
         found = self._left[name].shape
@@ -142,9 +134,7 @@ class Tensors:
 
     def drop(self, *suffixes: str) -> None:
         """Forgets tensors that hold no weights, by the end of their name."""
-        self._left = {
-            name: value for name, value in self._left.items() if not name.endswith(suffixes)
-        }
+        self._left = {n: value for n, value in self._left.items() if not n.endswith(suffixes)}
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor in float32, of exactly this shape; a copy, whatever becomes of the file."""
@@ -152,9 +142,7 @@ class Tensors:
         return np.array(self._left.pop(name), np.float32)
 
     def take_stacked(self, rows: Mapping[str, int], columns: int) -> np.ndarray:
-        """Matrices (rows[name], columns) below each other, in float32; beside the result one of
-        them is in memory.
-        """
+        """Matrices (rows[name], columns) below each other, float32; beside it one is in memory."""
         if len(rows) == 1:
             ((name, count),) = rows.items()
             return self.take(name, (count, columns))

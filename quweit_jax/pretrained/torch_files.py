@@ -22,8 +22,12 @@ _WRAPPERS = ("model", "state_dict")  # where training programs keep the state di
 # Harmless company of weights, which torch would refuse: arguments of a training program, and NumPy
 # scalars such as a best accuracy.
 _IGNORED = (
-    *("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar"),
-    *("numpy._core.multiarray.scalar", "numpy.dtypes.Float32DType", "numpy.dtypes.Float64DType"),
+    "argparse.Namespace",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.dtypes.Float32DType",
+    "numpy.dtypes.Float64DType",
 )
 
 

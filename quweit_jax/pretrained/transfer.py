@@ -18,11 +18,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.ops.patches import resample_positions
 from quweit_jax.pretrained import deit
 
-COLLECTIONS = (
-    "params",
-    "wiring",
-    "ranges",
-)  # what a model is made of; caches and packed forms are not carried over
+COLLECTIONS = ("params", "wiring", "ranges")  # caches and packed forms are not carried over
 _Path = tuple[str, ...]  # collection, modules, name
 
 
@@ -104,13 +100,12 @@ def merge(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[st
         ):
             merged[path] = value
             resampled.append(path)
-    # Biases of as many numbers as there are classes fit by chance; a layer's matrix or tables do
-    # not.
+    # Biases of as many numbers as there are classes fit by chance; matrices and tables do not.
     if not any(path[0] == "params" and np.ndim(value) > 1 for path, value in merged.items()):
         raise InputError(
             f"init_from: none of the source's {len(theirs)} arrays fits the model's {len(ours)} "
-            f"({_examples(theirs)} there, {_examples(ours)} "
-            "here); use the same width, depth and heads, --config.model.variant."
+            f"({_examples(theirs)} there, {_examples(ours)} here); use the same width, depth and "
+            "heads, --config.model.variant."
         )
     report = Report(
         taken=_names(fits),
@@ -154,29 +149,17 @@ def _together(paths: Iterable[_Path]) -> list[set[_Path]]:
 
 
 def _resample(path: _Path, ours: Mapping[_Path, Any], theirs: Mapping[_Path, Any]) -> Array | None:
-    """The source's positional embedding (1, tokens, d) on the target's grid; None if either is of
-    no square grid.
-    """
+    """The source's positional embedding (1, tokens, d) on the target's grid; None if that can't be."""
     want, have = ours[path], theirs[path]
-    if (
-        want.ndim != 3
-        or have.ndim != 3
-        or (want.shape[0], want.shape[2]) != (have.shape[0], have.shape[2])
-    ):
+    if want.ndim != 3 or have.ndim != 3 or want.shape[::2] != have.shape[::2]:
         return None
     token = (*path[:-1], "cls_token")
     extra_want, extra_have = int(token in ours), int(token in theirs)
-    sides = [
-        math.isqrt(max(0, value.shape[1] - extra))
-        for value, extra in ((want, extra_want), (have, extra_have))
-    ]
-    if (
-        sides[0] ** 2 + extra_want != want.shape[1]
-        or sides[1] ** 2 + extra_have != have.shape[1]
-        or 0 in sides
-    ):
+    patches = [want.shape[1] - extra_want, have.shape[1] - extra_have]
+    side = math.isqrt(max(0, patches[0]))
+    if any(n <= 0 or math.isqrt(n) ** 2 != n for n in patches):
         return None
-    resampled = resample_positions(jnp.asarray(have, jnp.float32), (sides[0], sides[0]), extra_have)
+    resampled = resample_positions(jnp.asarray(have, jnp.float32), (side, side), extra_have)
     first = resampled[:, :extra_have] if extra_have else want[:, :extra_want]
     return jnp.concatenate([first[:, :extra_want], resampled[:, extra_have:]], 1).astype(want.dtype)
 
@@ -194,43 +177,25 @@ def _summary(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """Names cut down to the outermost modules that share nothing with `others`, blocks joined:
     'block_*/mlp', of some blocks 'block_{0,2}/mlp'.
     """
-    kept = {
-        "/".join(parts[:n])
-        for name in others
-        for parts in [name.split("/")]
-        for n in range(1, len(parts) + 1)
-    }
-    outermost, blocks = (
-        set(),
-        {
-            match[0]
-            for name in {*names, *kept}
-            if (match := re.match(r"block_\d+", name.removeprefix("ranges/")))
-        },
-    )
-    for name in names:
-        parts = name.split("/")
-        outermost.add(
-            next(
-                short
-                for n in range(1, len(parts) + 1)
-                if (short := "/".join(parts[:n])) not in kept or n == len(parts)
-            )
-        )
+    kept = {prefix for name in others for prefix in _prefixes(name)}
+    outermost = {next((p for p in _prefixes(name) if p not in kept), name) for name in names}
+    matches = [re.match(r"(?:ranges/)?(block_\d+)", name) for name in {*names, *kept}]
+    blocks = {match[1] for match in matches if match}
     joined: dict[str, list[int]] = {}
     for name in sorted(outermost):
         match = re.match(r"((?:ranges/)?block_)(\d+)(.*)", name)
-        joined.setdefault(f"{match[1]}%{match[3]}" if match else name, []).extend(
-            [int(match[2])] if match else []
-        )
+        numbers = joined.setdefault(f"{match[1]}%{match[3]}" if match else name, [])
+        numbers += [int(match[2])] if match else []
     said = []
     for name, numbers in joined.items():
-        some = (
-            f"{{{','.join(map(str, sorted(numbers)))}}}"
-            if len(numbers) > 1
-            else "".join(map(str, numbers))
-        )
-        said.append(
-            name.replace("%", "*" if len(numbers) > 1 and len(numbers) == len(blocks) else some)
-        )
+        some = ",".join(map(str, sorted(numbers)))
+        if len(numbers) > 1:
+            some = "*" if len(numbers) == len(blocks) else f"{{{some}}}"
+        said.append(name.replace("%", some))
     return sorted(said, key=lambda name: (name.startswith("ranges"), "block_" in name, name))
+
+
+def _prefixes(name: str) -> list[str]:
+    """'a/b/c' -> ['a', 'a/b', 'a/b/c']."""
+    parts = name.split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]

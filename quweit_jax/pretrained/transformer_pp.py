@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from quweit_jax.models.options import kinds_of_mlp
 from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
-from quweit_jax.pretrained.hugging_face import (
-    SHARD_BYTES,
-    PublishedConfig,
-    read_language_model,
-    require_dense,
-    write_checkpoint,
-)
-from quweit_jax.pretrained.layout import TensorMap, kernel, published
+from quweit_jax.pretrained.hugging_face import PublishedConfig, read_language_model, require_dense
+from quweit_jax.pretrained.layout import TensorMap, kernel
 
 _REQUIRED = (
     "vocab_size",
@@ -53,19 +47,11 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, Any]]:
     return TransformerPP(c), read_language_model(folder, config, maps(c))
 
 
-def save(
-    model: TransformerPP,
-    variables: Mapping[str, Any],
-    folder: Path,
-    *,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes a checkpoint that `transformers.LlamaForCausalLM` reads; see `pretrained.save`."""
-    c = model.config
+def published_config(c: TransformerPPConfig) -> dict[str, Any]:
+    """config.json, as `transformers` reads it; raises InputError unless MLPs are dense."""
     width, layers, heads = c.sizes()
     require_dense(kinds_of_mlp(c.mlp, layers), "Llama")
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": c.vocab_size,
@@ -86,7 +72,6 @@ def save(
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
-    write_checkpoint(folder, config, published(variables, maps(c)), overwrite, shard_bytes)
 
 
 def maps(c: TransformerPPConfig) -> Iterator[TensorMap]:
@@ -132,9 +117,7 @@ def _head_width(c: TransformerPPConfig) -> int:
 
 
 def _rope_theta(config: PublishedConfig) -> float:
-    """The base of the rotary positions: in 'rope_parameters', of older files 'rope_theta'; refused
-    if they are scaled or of a part of a head.
-    """
+    """The base of the rotary positions; refused if they are scaled or of a part of a head."""
     theta = config.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key, {})
