@@ -153,7 +153,7 @@ def _token_scores(
     model: nn.Module, variables: dict[str, Any], tokens: Array
 ) -> tuple[Array, Array]:
     """tokens (B, T + 1) -> (log-probability of each of the last T, whether it is the likeliest)."""
-    logits = model.apply(variables, tokens[:, :-1])
+    logits = jnp.asarray(model.apply(variables, tokens[:, :-1]))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]
     return chosen, logits.argmax(-1) == tokens[:, 1:]
 

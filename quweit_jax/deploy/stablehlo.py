@@ -127,7 +127,7 @@ def to_step_program(
     def step(tokens: Array, state: Tree) -> tuple[Array, Tree]:
         known = {**_inside(variables), "cache": state}
         logits, changed = model.apply(known, tokens, decode=True, mutable=["cache"])
-        return logits[:, -1], changed["cache"]
+        return logits[:, -1], dict(changed["cache"])
 
     scope = jax.export.SymbolicScope(("b >= 1",))
     state = jax.tree.map(
