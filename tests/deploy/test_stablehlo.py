@@ -166,7 +166,7 @@ def called(tmp_path_factory):
             asked[case] = [
                 (b, t if given.dtype == "int32" else 0) for b, t in zip(BATCHES, (1, 5, CONTEXT))
             ]
-            expected[case] = np.asarray(quick_jit(apply)(weights, inputs))
+            expected[case] = np.asarray(quick_jit(model.apply)(weights, inputs))
     (folder / "asked.json").write_text(json.dumps(asked))
     result = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER], cwd=folder, env=CPU, capture_output=True, text=True
