@@ -92,10 +92,10 @@ def examples_input(shape: Sequence[int]) -> Input:
 
 def portable(model: nn.Module) -> nn.Module:
     """The same model without what only one platform has (cuDNN's attention)."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "attention", "xla") == "xla":
         return model
-    return model.clone(config=dataclasses.replace(config, attention="xla"))  # type: ignore[arg-type]
+    return model.clone(config=dataclasses.replace(config, attention="xla"))
 
 
 def to_program(

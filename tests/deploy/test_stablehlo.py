@@ -103,7 +103,8 @@ for name, calls in json.load(open("asked.json")).items():
             logits.append(out)
         found[name] = np.stack(logits, 1)
         continue
-    every = jax.jit(lambda *each: [program.call(x) for x in each])(*(inputs[:b, :t] if t else inputs[:b] for b, t in calls))
+    parts = [inputs[:b, :t] if t else inputs[:b] for b, t in calls]
+    every = jax.jit(lambda *each: [program.call(x) for x in each])(*parts)
     found |= {f"{name} {i}": result for i, result in enumerate(every)}
 np.savez("found.npz", **found)
 assert "quweit_jax" not in sys.modules and "flax" not in sys.modules
