@@ -19,6 +19,7 @@ import numpy as np
 import timing
 
 from quweit_jax.deploy.generate import decode_step, empty_cache
+from quweit_jax.deploy.pack import constants, without
 from quweit_jax.models import build
 
 

@@ -24,7 +24,8 @@ EXPERIMENT = """
 from experiments import compare_lm
 
 SMALL = {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "eval_batches": 4, "mesh.data": 1,
-         "model.width": 32, "model.layers": 2, "model.context": 32, "data.source": "python_stdlib", "data.name": "",
+         "model.width": 32, "model.layers": 2, "model.context": 32,
+         "data.source": "python_stdlib", "data.name": "",
          "data.validation_split": "", "data.limit_bytes": 200_000}
 
 get_config = compare_lm.get_config

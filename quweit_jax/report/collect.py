@@ -192,13 +192,9 @@ def _describe_data(summary: RunSummary) -> None:
     summary.data = str(name or source).replace("_", " ")
     summary.fingerprint = str(summary.environment.get("data_fingerprint") or "")
     model = summary.config["model"].get("name")
-    summary.language = (
-        registry.MODELS[model].task == "language"
-        if model in registry.MODELS
-        else None
-        if not model
-        else True
-    )
+    if model:  # one that this version does not know most likely reads text
+        known = registry.MODELS.get(model)
+        summary.language = known is None or known.task == "language"
     if summary.language:
         summary.data += f", {data.get('tokenizer', 'char')} tokens"
 

@@ -137,9 +137,18 @@ def test_the_harness_on_tasks_of_our_own(scorer, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": t, "choices": c, "answer": a}) + "\n" for t, c, a in rows)
     )
-    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test\n"
-    choice = 'output_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
-    rolling = 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n'
+    common = (
+        "dataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path}/rows.jsonl\ntest_split: test\n"
+    )
+    choice = (
+        'output_type: multiple_choice\ndoc_to_text: "{{text}}"\n'
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+    )
+    rolling = (
+        'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: bits_per_byte\n"
+    )
     (tmp_path / "choice.yaml").write_text(
         f"task: own_choice\n{common}{choice}metric_list:\n  - metric: acc\n"
     )

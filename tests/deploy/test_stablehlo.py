@@ -103,7 +103,8 @@ for name, calls in json.load(open("asked.json")).items():
             logits.append(out)
         found[name] = np.stack(logits, 1)
         continue
-    every = jax.jit(lambda *each: [program.call(x) for x in each])(*(inputs[:b, :t] if t else inputs[:b] for b, t in calls))
+    parts = [inputs[:b, :t] if t else inputs[:b] for b, t in calls]
+    every = jax.jit(lambda *each: [program.call(x) for x in each])(*parts)
     found |= {f"{name} {i}": result for i, result in enumerate(every)}
 np.savez("found.npz", **found)
 assert "quweit_jax" not in sys.modules and "flax" not in sys.modules
@@ -166,7 +167,7 @@ def called(tmp_path_factory):
             asked[case] = [
                 (b, t if given.dtype == "int32" else 0) for b, t in zip(BATCHES, (1, 5, CONTEXT))
             ]
-            expected[case] = np.asarray(quick_jit(apply)(weights, inputs))
+            expected[case] = np.asarray(quick_jit(model.apply)(weights, inputs))
     (folder / "asked.json").write_text(json.dumps(asked))
     result = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER], cwd=folder, env=CPU, capture_output=True, text=True
