@@ -11,6 +11,7 @@ from quweit_jax.data import pipeline, registry
 from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.data.images import ImageExamples
 from quweit_jax.data.registry import DataConfig
+from quweit_jax.data.tfds import TFDSImages
 from quweit_jax.errors import InputError
 from tests.pictures import picture
 
@@ -193,7 +194,7 @@ def test_a_cifar100_like_set_with_arrays(tmp_path):
             return [{"image": pixels, "label": 99}] * 4
 
     Builder.info.features = features
-    source = tfds.TFDSImages(Builder(), "small", "train")
+    source = TFDSImages(Builder(), "small", "train")
     examples = ImageExamples(source, DataConfig())
     assert source.channels == 3 and source.num_classes == 100 and examples[2]["targets"] == 99
     np.testing.assert_array_equal(
@@ -203,4 +204,4 @@ def test_a_cifar100_like_set_with_arrays(tmp_path):
     with pytest.raises(
         InputError, match=r"data\.name: expected classes as the label of small, found "
     ):
-        tfds.TFDSImages(Builder(), "small", "train")
+        TFDSImages(Builder(), "small", "train")
