@@ -29,7 +29,7 @@ $(VENV)/.docs: requirements-docs.txt | $(BIN)/python
 
 # Goes on with an interrupted run; a finished one says how to train longer.
 train: $(VENV)/.runtime
-	$(BIN)/python -m quweit_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
+	$(BIN)/python -m quweit_jax train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile

@@ -61,7 +61,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page, one after another, as a reader would."""
     monkeypatch.chdir(tmp_path)
     code = "\n\n".join(blocks(page, "python"))
-    exec(compile(code, str(page), "exec"), {"__name__": "docs"})
+    exec(compile(code, str(page), "exec", dont_inherit=True), {"__name__": "docs"})
 
 
 @pytest.mark.parametrize(
