@@ -13,6 +13,7 @@ import optax
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.ops import sums
 
 # The parameters of weightless layers, by name; everything else is 'decay' (matrices) or 'no_decay'
 # (vectors and scalars).
@@ -31,6 +32,7 @@ class OptimizerConfig:
       learning_rate), same schedule.
     tables_min_ratio: where the cosine of tables and scores ends. Tables, scores and thresholds have
       no weight decay.
+    spectral_penalty: times the tables' squared spectral norm (arXiv 2410.11112), added to the loss.
     clip: of the global gradient norm, 0 for none. ema: decay of the parameters' moving average, 0
     for none.
     """
@@ -52,6 +54,7 @@ class OptimizerConfig:
     scores_learning_rate: float | None = 3e-2
     thresholds_learning_rate: float | None = None
     vectors_learning_rate: float | None = 4e-3
+    spectral_penalty: float = 0.0
 
     def __post_init__(self):
         check_choice("optimizer.name", self.name, OPTIMIZERS)
@@ -72,7 +75,15 @@ class OptimizerConfig:
                     f"optimizer.{name}_learning_rate: expected 0 or more, or none for "
                     f"learning_rate, found {rate}."
                 )
-        for name in ("warmup", "min_ratio", "tables_min_ratio", "eps", "weight_decay", "clip"):
+        for name in (
+            "warmup",
+            "min_ratio",
+            "tables_min_ratio",
+            "eps",
+            "weight_decay",
+            "clip",
+            "spectral_penalty",
+        ):
             if not getattr(self, name) >= 0:
                 raise InputError(
                     f"optimizer.{name}: expected 0 or more, found {getattr(self, name)}."
@@ -183,6 +194,13 @@ def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformati
         return jax.tree_util.tree_map_with_path(keep, updates, params), state
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def spectral_penalty(params: Any) -> jax.Array:
+    """The squared norm of all tables' Walsh-Hadamard coefficients, a scalar; 0 without tables."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    tables = [leaf for path, leaf in leaves if group_of(path, leaf) == "tables"]
+    return sum(map(sums.spectral_penalty, tables), jnp.zeros(()))
 
 
 def group_norms(tree: Any) -> dict[str, jax.Array]:

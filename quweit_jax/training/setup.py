@@ -89,6 +89,7 @@ class Setup:
             mesh=self.mesh,
             ema=self.optimizer_config.ema,
             grad_accum=self.config.grad_accum,
+            spectral_penalty=self.optimizer_config.spectral_penalty,
             augment=self.data_config.augment if self.data.image_shape is not None else None,
         )
 

@@ -139,11 +139,13 @@ def make_train_step(
     state_shardings: Any = None,
     mesh: Mesh | None = None,
     augment: AugmentConfig | None = None,
+    spectral_penalty: float = 0.0,
 ) -> TrainStep:
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused
     (donated).
 
-    augment: for classifiers, how batches are mixed and labels smoothed.
+    augment: for classifiers, how batches are mixed and labels smoothed. spectral_penalty: see
+    `OptimizerConfig`; the metrics are without it.
 
     metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm', 'grad_norm/<group>' and
     'update_norm/<group>', float32 scalars. Finite metrics mean a finite new state.
@@ -166,7 +168,10 @@ def make_train_step(
             "loss": sums["loss"] / sums["count"],
             "accuracy": sums["correct"] / sums["count"],
         }
-        return metrics["loss"], (metrics, moved)
+        loss = metrics["loss"]
+        if spectral_penalty:
+            loss = loss + spectral_penalty * optimizers.spectral_penalty(params)
+        return loss, (metrics, moved)
 
     def gradients(
         state: TrainState, batch: Batch, key: Array

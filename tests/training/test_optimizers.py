@@ -1,5 +1,6 @@
 """`training.optimizers`: tables stay in range whatever the optimizer does."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,14 @@ import optax
 import pytest
 
 from quweit_jax.errors import InputError
-from quweit_jax.training.optimizers import OptimizerConfig, keep_tables_in_range, make_optimizer
+from quweit_jax.layers.weightless import WeightlessBlock
+from quweit_jax.training import state
+from quweit_jax.training.optimizers import (
+    OptimizerConfig,
+    keep_tables_in_range,
+    make_optimizer,
+    spectral_penalty,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -55,3 +63,30 @@ def test_mistakes_are_named():
     make_optimizer(OptimizerConfig(), 3).init({"kernel": jnp.zeros((3, 3))})
     with pytest.raises(InputError, match="Did you mean 'adamw'"):
         OptimizerConfig(name="adam")
+
+
+class Classifier(nn.Module):
+    """A block that takes the arguments a training step gives."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return WeightlessBlock(3, num_luts=12, lut_inputs=3, name="block")(x)
+
+
+def test_the_spectral_penalty_moves_tables_alone():
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(16, 5)).astype(np.float32), np.arange(16) % 3
+    model, sgd = Classifier(), optax.sgd(1.0)
+    start = jax.jit(state.make_init(model, sgd, 0, ema=False))(x)
+    tables = np.asarray(start.params["block"]["luts_0"]["tables"])
+    np.testing.assert_allclose(spectral_penalty(start.params), (tables**2).sum() / 8, rtol=1e-5)
+    moved = [
+        state.make_train_step(model, sgd, spectral_penalty=weight)(
+            jax.tree.map(jnp.copy, start), {"inputs": x, "targets": y}
+        )[0].params["block"]
+        for weight in (0.0, 0.01)
+    ]
+    found = moved[0]["luts_0"]["tables"] - moved[1]["luts_0"]["tables"]
+    np.testing.assert_allclose(found, 0.01 * 2 * tables / 8, atol=1e-6)
+    np.testing.assert_array_equal(moved[0]["vectors"], moved[1]["vectors"])
+    assert spectral_penalty({"kernel": jnp.ones(3)}) == 0
