@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import timing
 
-from quweit_jax.ops.recurrence import METHODS, gated_recurrence, pick_method
+from quweit_jax.ops.recurrence import IMPLEMENTATIONS, gated_recurrence, pick_implementation
 
 
 def contenders(steps: int, batch: int, features: int, backward: bool):
@@ -16,15 +16,19 @@ def contenders(steps: int, batch: int, features: int, backward: bool):
     shape = (batch, steps, features)
     gates, candidates = jax.random.uniform(keys[0], shape), jax.random.normal(keys[1], shape)
 
-    def make(method: str):
+    def make(implementation: str):
         def states(gates, candidates):
-            return gated_recurrence(gates, candidates, method=method)[0]
+            return gated_recurrence(gates, candidates, implementation=implementation)[0]
 
         gradient = jax.grad(lambda *args: jnp.square(states(*args)).sum(), argnums=(0, 1))
         compiled = jax.jit(gradient if backward else states)
         return lambda: jax.block_until_ready(compiled(gates, candidates))
 
-    return {method: make(method) for method in METHODS if method != "auto"}
+    return {
+        implementation: make(implementation)
+        for implementation in IMPLEMENTATIONS
+        if implementation != "auto"
+    }
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def main() -> None:
             medians = timing.side_by_side(compared, args.rounds)
             said = "forward + backward" if backward else "forward"
             lines += [
-                f"{said}, T = {steps} (auto picks {pick_method(steps)})",
+                f"{said}, T = {steps} (auto picks {pick_implementation(steps)})",
                 timing.table(medians, "sequential"),
             ]
             print("\n".join(lines[-2:]), flush=True)

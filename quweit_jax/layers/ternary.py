@@ -85,12 +85,12 @@ class MLGRU(nn.Module):
     With decode=True it goes on from the state in its `cache`, (B, d) float32, whatever came before.
 
     Args:
-      kernel_init: of all four projections. method: of `ops.recurrence.gated_recurrence`.
+      kernel_init: of all four projections. implementation: of `ops.recurrence.gated_recurrence`.
     """
 
     kernel_init: Initializer = MIXER_INIT
     epsilon: float = ternary.EPSILON
-    method: str = "auto"
+    implementation: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -115,7 +115,7 @@ class MLGRU(nn.Module):
         states = (
             self._decode(forget, candidate)
             if decode
-            else gated_recurrence(forget, candidate, method=self.method)[0]
+            else gated_recurrence(forget, candidate, implementation=self.implementation)[0]
         )
         gate = RMSNorm(self.epsilon, name="gate_norm")(linear("gate")(x))
         return linear("output")((gate * jax.nn.silu(states)).astype(self.dtype))
@@ -126,7 +126,9 @@ class MLGRU(nn.Module):
             final = gated_recurrence_step(forget[:, 0], candidate[:, 0], state.value)
             states = final[:, None]
         else:
-            states, final = gated_recurrence(forget, candidate, state.value, method=self.method)
+            states, final = gated_recurrence(
+                forget, candidate, state.value, implementation=self.implementation
+            )
         if not self.is_initializing():
             state.value = final
         return states

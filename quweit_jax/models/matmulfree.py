@@ -31,7 +31,7 @@ from quweit_jax.models.options import (
     size_of,
 )
 from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts
-from quweit_jax.ops.recurrence import METHODS
+from quweit_jax.ops.recurrence import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MatMulFreeConfig(ChannelMixers):
         check_positive(self, "vocab_size", "context")
         check_positive(self, "width", "layers", "hidden", zero="the size's own")
         check_choice("model.dtype", self.dtype, DTYPES)
-        check_choice("model.recurrence", self.recurrence, METHODS)
+        check_choice("model.recurrence", self.recurrence, IMPLEMENTATIONS)
         if not self.epsilon > 0:
             raise InputError(
                 f"model.epsilon: expected a small positive number, found {self.epsilon}."
@@ -101,7 +101,7 @@ class MatMulFreeBlock(nn.Module):
         """x (B, T, d), lower_bound (d,), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         shared: dict[str, Any] = {"epsilon": c.epsilon, "dtype": dtype}
-        mixer = MLGRU(method=c.recurrence, name="mixer", **shared)
+        mixer = MLGRU(implementation=c.recurrence, name="mixer", **shared)
         x = x + mixer(RMSNorm(name="mixer_norm", **shared)(x), lower_bound, valid, decode=decode)
         output_init = normal(0.02 / math.sqrt(2 * c.sizes()[1]))
         mixer = mlp.make(

@@ -1,9 +1,9 @@
 """The gated linear recurrence h_t = f_t * h_{t-1} + c_t, the token mixer of MatMul-free language
 models (arXiv 2406.02528, equation 6).
 
-Every method computes the same function. Its gradient is the same recurrence run backwards, so it
-takes the same method, and what is
-kept for it is the gates and the states: memory grows with T whatever the method.
+Every implementation computes the same function. Its gradient is the same recurrence run backwards,
+so it takes the same implementation, and what is
+kept for it is the gates and the states: memory grows with T whatever the implementation.
 
 Dimensions: B batch, T time steps, D features, S steps of a chunk, N chunks.
 """
@@ -22,7 +22,7 @@ from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
 
-METHODS = ("auto", "sequential", "associative", "chunked")
+IMPLEMENTATIONS = ("auto", "sequential", "associative", "chunked")
 # See benchmarks/recurrence.py and its results.
 _SHORT = 16
 # Steps of a chunk where T is only a name, as in an exported program.
@@ -34,26 +34,26 @@ def gated_recurrence(
     candidate: Array,
     initial_state: Array | None = None,
     *,
-    method: str = "auto",
+    implementation: str = "auto",
 ) -> tuple[Array, Array]:
     """All states of h_t = forget_gate_t * h_{t-1} + candidate_t.
 
     Args:
       forget_gate, candidate: (B, T, D) floating, T may be 0. initial_state: (B, D), h before the
         first step; None for zeros.
-      method: 'sequential' (a loop over time), 'associative' (a parallel prefix sum), 'chunked'
-        (chunks of about sqrt(T) steps side by side, then a loop over chunks) or 'auto', by platform
-        and length.
+      implementation: 'sequential' (a loop over time), 'associative' (a parallel prefix sum),
+        'chunked' (chunks of about sqrt(T) steps side by side, then a loop over chunks) or 'auto',
+        by platform and length.
 
     Returns:
       (states (B, T, D) in candidate's dtype, final_state (B, D) float32), exact in the sense that
-      no method divides: gates of 0 are fine. Sums are in float32 (float64 for float64 inputs), and
-      all arguments have exact gradients.
+      no implementation divides: gates of 0 are fine. Sums are in float32 (float64 for float64
+      inputs), and all arguments have exact gradients.
 
     Raises:
-      InputError: shapes that don't belong together, or an unknown method.
+      InputError: shapes that don't belong together, or an unknown implementation.
     """
-    check_choice("gated_recurrence: method", method, METHODS)
+    check_choice("gated_recurrence: implementation", implementation, IMPLEMENTATIONS)
     if forget_gate.ndim != 3 or forget_gate.shape != candidate.shape:
         raise InputError(
             "gated_recurrence: expected forget_gate and candidate of one shape (batch, time, "
@@ -74,7 +74,9 @@ def gated_recurrence(
     )
     if candidate.shape[1] == 0:
         return candidate, start
-    states: Any = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, method)
+    states: Any = _recurrence(
+        forget_gate.astype(exact), candidate.astype(exact), start, implementation
+    )
     return states.astype(candidate.dtype), states[:, -1]
 
 
@@ -85,37 +87,40 @@ def gated_recurrence_step(forget_gate: Array, candidate: Array, state: Array) ->
     return (forget_gate * state + candidate).astype(state.dtype)
 
 
-def pick_method(steps: int, method: str = "auto", platform: str | None = None) -> str:
-    """The method 'auto' stands for: a loop where its overhead a step is small, else one whose depth
-    doesn't grow with T.
-    """
-    if method != "auto":
-        return method
+def pick_implementation(
+    steps: int, implementation: str = "auto", platform: str | None = None
+) -> str:
+    """The implementation 'auto' stands for: a loop where its overhead a step is small, else one
+    whose depth doesn't grow with T."""
+    if implementation != "auto":
+        return implementation
     platform = jax.default_backend() if platform is None else platform
     short = not jax.export.is_symbolic_dim(steps) and steps <= _SHORT
     return "sequential" if platform == "cpu" or short else "chunked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _recurrence(forget_gate: Array, candidate: Array, start: Array, method: str) -> Array:
-    return _FORMS[method](forget_gate, candidate, start)
+def _recurrence(forget_gate: Array, candidate: Array, start: Array, implementation: str) -> Array:
+    return _FORMS[implementation](forget_gate, candidate, start)
 
 
 def _forward(
-    forget_gate: Array, candidate: Array, start: Array, method: str
+    forget_gate: Array, candidate: Array, start: Array, implementation: str
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    states = _FORMS[method](forget_gate, candidate, start)
+    states = _FORMS[implementation](forget_gate, candidate, start)
     return states, (forget_gate, states, start)
 
 
 def _backward(
-    method: str, kept: tuple[Array, Array, Array], gradient: Array
+    implementation: str, kept: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array]:
     # d_t = gradient_t + f_{t+1} d_{t+1}: the recurrence from the end, with the gates one step
     # later.
     forget_gate, states, start = kept
     gates = jnp.concatenate([forget_gate[:, 1:], jnp.zeros_like(forget_gate[:, :1])], 1)
-    towards = _FORMS[method](gates[:, ::-1], gradient[:, ::-1], jnp.zeros_like(start))[:, ::-1]
+    towards = _FORMS[implementation](gates[:, ::-1], gradient[:, ::-1], jnp.zeros_like(start))[
+        :, ::-1
+    ]
     before = jnp.concatenate([start[:, None], states[:, :-1]], 1)
     return towards * before, towards, forget_gate[:, 0] * towards[:, 0]
 
@@ -174,7 +179,8 @@ def _by_platform(forget_gate: Array, candidate: Array, start: Array) -> Array:
     # Decided when it is compiled, not by the machine it is written down on: programs are compiled
     # ahead for others.
     on_cpu, elsewhere = (
-        _FORMS[pick_method(candidate.shape[1], platform=platform)] for platform in ("cpu", "tpu")
+        _FORMS[pick_implementation(candidate.shape[1], platform=platform)]
+        for platform in ("cpu", "tpu")
     )
     return jax.lax.platform_dependent(forget_gate, candidate, start, cpu=on_cpu, default=elsewhere)
 
