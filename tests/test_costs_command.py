@@ -131,7 +131,7 @@ def test_memory_of_training_beside_it(capsys, monkeypatch):
         asked.append((config.model.width, outputs))
         return {"with remat": {"parameters": 1234, "total": 5678}}
 
-    monkeypatch.setattr(accounts, "training_memory", measured)
+    monkeypatch.setattr(command, "training_memory", measured)
     tiny = ["--config.model.width=12", "--outputs=7", "--memory"]
     assert "bytes of a training step, with remat: 5,678 (parameters 1,234)" in ask(
         capsys, NANOGPT, *tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,44 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Counts what one inference of a config or a run costs, without data and arrays."""
+    args, overrides = cli.parse(_parser(), argv)
+    if args.outputs is not None and args.outputs < 1:
+        raise InputError(f"--outputs: expected at least 1, found {args.outputs}.")
+    from quweit_jax.costs import table
+
+    config, outputs = (
+        (configs.load_file(args.config), args.outputs)
+        if args.config
+        else of_run(args.workdir, args.outputs)
+    )
+    for path, text in overrides.items():
+        configs.set_value(config, path, text)
+    pairs = [pair.partition("=")[::2] for pair in args.levels.split(",") if pair]
+    settings = {
+        "lut_model": args.lut_model,
+        "levels": dict(pairs),
+        "active_bits": args.active_bits,
+        "tables_in_place": args.tables_in_place,
+    }
+    result, counted = table.account(
+        config,
+        args.technology.split(","),
+        outputs,
+        context=args.context,
+        precision=args.precision,
+        **settings,
+    )
+    if args.memory:
+        result["training_memory"] = training_memory(config, outputs)
+    print(
+        json.dumps(result)
+        if args.json
+        else table.render(result, args.config or args.workdir, counted if args.layers else None)
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "costs",
         "Counts what one image or one token costs: operations, look-ups, bytes and energy, beside "
@@ -74,41 +113,7 @@ def main(argv: Sequence[str]) -> int:
         "--config.PATH=VALUE sets any key of the config, as does key=value behind its colon: "
         "model.weightless.sum=grouped."
     )
-    args, overrides = cli.parse(parser, argv)
-    if args.outputs is not None and args.outputs < 1:
-        raise InputError(f"--outputs: expected at least 1, found {args.outputs}.")
-    from quweit_jax.costs import table
-
-    config, outputs = (
-        (configs.load_file(args.config), args.outputs)
-        if args.config
-        else of_run(args.workdir, args.outputs)
-    )
-    for path, text in overrides.items():
-        configs.set_value(config, path, text)
-    pairs = [pair.partition("=")[::2] for pair in args.levels.split(",") if pair]
-    settings = {
-        "lut_model": args.lut_model,
-        "levels": dict(pairs),
-        "active_bits": args.active_bits,
-        "tables_in_place": args.tables_in_place,
-    }
-    result, counted = table.account(
-        config,
-        args.technology.split(","),
-        outputs,
-        context=args.context,
-        precision=args.precision,
-        **settings,
-    )
-    if args.memory:
-        result["training_memory"] = training_memory(config, outputs)
-    print(
-        json.dumps(result)
-        if args.json
-        else table.render(result, args.config or args.workdir, counted if args.layers else None)
-    )
-    return 0
+    return parser
 
 
 def of_run(workdir: str, outputs: int | None = None) -> tuple[configs.Config, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,28 +13,7 @@ from quweit_jax.errors import InputError
 
 def main(argv: Sequence[str]) -> int:
     """Writes a trained run as one StableHLO file that plain JAX runs without this project."""
-    parser = cli.parser(
-        "export",
-        "Writes a trained run as one StableHLO file, weights inside, and a description beside it.",
-        *("workdir", "step", "packed"),
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        help="the file to write, such as model.stablehlo; model.json beside it says how to use it",
-    )
-    parser.add_argument(
-        "--step_function",
-        action="store_true",
-        help="of a language model one step of decoding: token, state -> logits, state",
-    )
-    parser.add_argument(
-        "--platforms",
-        default="cpu,tpu,cuda",
-        help="what it runs on, joined by commas (default: cpu,tpu,cuda; also rocm)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    args, overrides = cli.parse(parser, argv)
+    args, overrides = cli.parse(_parser(), argv)
     import jax
 
     from quweit_jax.deploy import stablehlo
@@ -76,3 +56,28 @@ def main(argv: Sequence[str]) -> int:
     )
     print("\n".join(description["load"]))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(
+        "export",
+        "Writes a trained run as one StableHLO file, weights inside, and a description beside it.",
+        *("workdir", "step", "packed"),
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="the file to write, such as model.stablehlo; model.json beside it says how to use it",
+    )
+    parser.add_argument(
+        "--step_function",
+        action="store_true",
+        help="of a language model one step of decoding: token, state -> logits, state",
+    )
+    parser.add_argument(
+        "--platforms",
+        default="cpu,tpu,cuda",
+        help="what it runs on, joined by commas (default: cpu,tpu,cuda; also rocm)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    return parser

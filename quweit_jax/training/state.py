@@ -130,6 +130,32 @@ def replace_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainS
     return state.replace(params=params, constants=constants, ema=ema)  # type: ignore[attr-defined]
 
 
+def _mean_gradients(grad_fn: Callable[..., Any], grad_accum: int) -> Callable[..., Any]:
+    """`grad_fn` of (params, constants, batch, key), of a batch in `grad_accum` parts one after another.
+
+    What it gives are means over the parts, of the ranges too: each part moves them on from where
+    the step began.
+    """
+    if grad_accum == 1:
+        return grad_fn
+
+    def gradients(params: Any, constants: Any, batch: Batch, key: Array) -> Any:
+        micro = {
+            k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()
+        }
+
+        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            found = grad_fn(params, constants, *part)
+            return jax.tree.map(lambda t, g: t + g / grad_accum, total, found), None
+
+        first = jax.tree.map(lambda v: v[0], micro)
+        shapes = jax.eval_shape(grad_fn, params, constants, first, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, (micro, jax.random.split(key, grad_accum)))[0]
+
+    return gradients
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -173,34 +199,11 @@ def make_train_step(
             loss = loss + spectral_penalty * optimizers.spectral_penalty(params)
         return loss, (metrics, moved)
 
-    def gradients(
-        state: TrainState, batch: Batch, key: Array
-    ) -> tuple[Any, tuple[dict[str, Array], Any]]:
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        if grad_accum == 1:
-            return grad_fn(state.params, state.constants, batch, key)
-        micro = {
-            k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()
-        }
-
-        # Means over the parts, of the ranges too: each part moves them on from where the step
-        # began.
-        def add(total: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
-            return jax.tree.map(
-                lambda t, g: t + g / grad_accum,
-                total,
-                grad_fn(state.params, state.constants, *part),
-            ), None
-
-        shapes = jax.eval_shape(
-            grad_fn, state.params, state.constants, jax.tree.map(lambda v: v[0], micro), key
-        )
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (micro, jax.random.split(key, grad_accum)))[0]
+    gradients = _mean_gradients(jax.grad(loss_fn, has_aux=True), grad_accum)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, (metrics, moved) = gradients(state, batch, key)
+        grads, (metrics, moved) = gradients(state.params, state.constants, batch, key)
         norms = optimizers.group_norms(grads)
         metrics |= {"grad_norm": jnp.sqrt(sum(n**2 for n in norms.values()))} | {
             f"grad_norm/{g}": n for g, n in norms.items()
