@@ -1,4 +1,4 @@
-"""python -m quweit_jax train --config=experiments/gpt_char.py:quick,mlp=weightless --workdir=runs/x"""
+"""python -m quweit_jax train --config=experiments/gpt_char.py:quick --workdir=runs/x"""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ class FolderDocuments:
             raise TypeError
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f'data.path: expected {{"text": "..."}} at byte {start} of {path}, found {text.strip()[:60]!r}; mend that line.'
+                f'data.path: expected {{"text": "..."}} at byte {start} of {path}, found '
+                f"{text.strip()[:60]!r}; mend that line."
             ) from None
 
     def identity(self) -> str:

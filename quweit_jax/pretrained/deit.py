@@ -86,7 +86,8 @@ def read_variables(path: Path) -> dict[str, Any]:
     if "cls_token" not in tensors:
         raise InputError(
             "pretrained: expected the weights of a vision transformer in timm's names (cls_token, "
-            f"blocks.0.attn.qkv.weight, ...) in {path}, found {', '.join(sorted(tensors.names())[:5])}."
+            f"blocks.0.attn.qkv.weight, ...) in {path}, found "
+            f"{', '.join(sorted(tensors.names())[:5])}."
         )
     integer = _is_integer(tensors)
     return _convert(tensors, _sizes(tensors, _config(path)), integer)
@@ -159,7 +160,7 @@ def _is_integer(tensors: Tensors) -> bool:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """config.json beside the weights, timm's or with the sizes plainly in it; {} if there is none."""
+    """The config.json beside the weights, timm's or with plain sizes; {} if there is none."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         return {}

@@ -26,14 +26,16 @@ def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            f"pretrained: expected {path}, found no such {'file' if folder.is_dir() else 'folder'}; "
+            f"pretrained: expected {path}, found no such "
+            f"{'file' if folder.is_dir() else 'folder'}; "
             "give the folder that holds it."
         )
     config = read_json(path)
     missing = [key for key in required if key not in config]
     if missing:
         raise InputError(
-            f"pretrained: {path} lacks {', '.join(missing)}; is it the config of this kind of model?"
+            f"pretrained: {path} lacks {', '.join(missing)}; "
+            "is it the config of this kind of model?"
         )
     return config
 
@@ -118,7 +120,7 @@ class Tensors:
         return np.asarray(self._left[name]) if name in self._left else None
 
     def shape(self, name: str, form: str) -> tuple[int, ...]:
-        """The shape of a tensor that must be there; `form` names its dimensions: 'classes, width'."""
+        """The shape of a tensor that must be there; `form` names its dimensions: 'classes, d'."""
         if name not in self._left:
             raise self._lacks(name, form)
         found = self._left[name].shape

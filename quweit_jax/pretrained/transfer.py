@@ -149,7 +149,7 @@ def _together(paths: Iterable[_Path]) -> list[set[_Path]]:
 
 
 def _resample(path: _Path, ours: Mapping[_Path, Any], theirs: Mapping[_Path, Any]) -> Array | None:
-    """The source's positional embedding (1, tokens, d) on the target's grid; None if that can't be."""
+    """The source's positional embedding (1, tokens, d) on the target's grid, or None."""
     want, have = ours[path], theirs[path]
     if want.ndim != 3 or have.ndim != 3 or want.shape[::2] != have.shape[::2]:
         return None

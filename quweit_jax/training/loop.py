@@ -1,4 +1,4 @@
-"""The one train loop, for every model: step, log, evaluate, checkpoint, stop cleanly, go on exactly.
+"""The one train loop, for every model: step, log, evaluate, checkpoint, stop, go on exactly.
 
 The order at a step k: its metrics are read while step k + 1 runs; rows up to k are on disk before
 checkpoint k is begun; a checkpoint is only begun once step k is known to be finite.

@@ -189,7 +189,7 @@ def has_checkpoints(workdir: Path) -> bool:
 
 
 def check_same(saved: Config, config: Config, workdir: Path) -> None:
-    """Raises InputError naming the keys in which a directory's config differs from the one given."""
+    """Raises InputError naming the keys in which a folder's config differs from the given."""
     before, now = configs.flat(configs.to_dict(saved)), configs.flat(configs.to_dict(config))
     missing = object()
     changed = [

@@ -131,7 +131,7 @@ def replace_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainS
 
 
 def _mean_gradients(grad_fn: Callable[..., Any], grad_accum: int) -> Callable[..., Any]:
-    """`grad_fn` of (params, constants, batch, key), of a batch in `grad_accum` parts one after another.
+    """`grad_fn` of (params, constants, batch, key), a batch in `grad_accum` parts in turn.
 
     What it gives are means over the parts, of the ranges too: each part moves them on from where
     the step began.
