@@ -18,18 +18,13 @@ from jax import Array
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.costs import Call, activation
 from quweit_jax.layers.integer_blocks import IntegerWeightlessBlock
+from quweit_jax.layers.lookup_glu import LookupGLU
 from quweit_jax.layers.norms import Initializer, normal
+from quweit_jax.layers.ternary import BitGLU, gated_width
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.ops.counts import LayerCosts
 
 GELUS = ("exact", "tanh")
-
-# What any model can have in the place of its own MLP: kind -> (block, its integer-only form or
-# None). A kind's options are the section of that name in the model's config. A block that brings a
-# norm of its own says so by a field `use_norm`.
-BLOCKS: dict[str, tuple[type[nn.Module], type[nn.Module] | None]] = {
-    "weightless": (WeightlessBlock, IntegerWeightlessBlock)
-}
 
 
 class MLP(nn.Module):
@@ -63,26 +58,41 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(a) * b) with [a, b] = gate(x), without biases (Shazeer 2020, arXiv 2002.05202)."""
+    """down(silu(a) * b) with [a, b] = gate(x), without biases (Shazeer 2020, arXiv 2002.05202).
 
-    hidden: int
+    hidden: 0 for 8 d / 3 in multiples of 8, as many parameters as an MLP of 4 d.
+    """
+
+    features: int
+    hidden: int = 0
     output_init: Initializer = normal(0.02)
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x (..., d) -> (..., d)."""
-        both = nn.Dense(
-            2 * self.hidden, use_bias=False, kernel_init=normal(0.02), dtype=self.dtype, name="gate"
-        )(x)
+        """x (..., d) -> (..., features)."""
+        dense = {"use_bias": False, "dtype": self.dtype}
+        hidden = gated_width(self.hidden, x.shape[-1])
+        both = nn.Dense(2 * hidden, kernel_init=normal(0.02), name="gate", **dense)(x)
         gate, up = jnp.split(both, 2, axis=-1)
-        return nn.Dense(
-            x.shape[-1], use_bias=False, kernel_init=self.output_init, dtype=self.dtype, name="down"
-        )(jax.nn.silu(gate) * up)
+        down = nn.Dense(self.features, kernel_init=self.output_init, name="down", **dense)
+        return down(jax.nn.silu(gate) * up)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Two layers and a SiLU, times the other branch, of what is between them."""
-        return call.inner("mlp", after={"gate": [activation(call, "silu", self.hidden)]})
+        hidden = gated_width(self.hidden, call.width)
+        return call.inner("mlp", after={"gate": [activation(call, "silu", hidden)]})
+
+
+# What any model can have in the place of its own MLP: kind -> (block, its integer-only form or
+# None). A kind's options are the section of that name in the model's config. A block that brings a
+# norm of its own says so by a field `use_norm`.
+BLOCKS: dict[str, tuple[type[nn.Module], type[nn.Module] | None]] = {
+    "weightless": (WeightlessBlock, IntegerWeightlessBlock),
+    "lookup_glu": (LookupGLU, None),
+    "swiglu": (SwiGLU, None),
+    "bitglu": (BitGLU, None),
+}
 
 
 def kinds(integer: bool = False) -> tuple[str, ...]:
@@ -105,7 +115,8 @@ def make(
     Args:
       kind: one of `kinds`. features: d. config: the model's, whose section `kind` has the options.
       dense: makes the model's own MLP. integer: the integer-only form.
-      fields: of the block beside its options, such as dtype or use_norm.
+      fields: of the block beside its options, such as dtype or use_norm; a block without such a
+        field goes without.
 
     Raises:
       InputError: an unknown kind.
@@ -117,4 +128,6 @@ def make(
         return dense()
     options = dataclasses.asdict(getattr(config, kind))
     block: Any = BLOCKS[kind][integer]
+    has = {field.name for field in dataclasses.fields(block)}
+    fields = {name: value for name, value in fields.items() if name in has}
     return block(features, name=name, **fields, **options)

@@ -154,10 +154,21 @@ class MLGRU(nn.Module):
         return call.inner("projection", after={"gate": [recurrence]}, instead={"gate_norm": [norm]})
 
 
-class BitGLU(nn.Module):
-    """The channel mixer: BL_down(silu(a) * b) with [a, b] = BL_gate(x) (equation 9)."""
+def gated_width(hidden: int, width: int) -> int:
+    """Units of a gated linear unit: `hidden`, or if that is 0 as many as give it the parameters of
+    an MLP four times as wide, 8 d / 3, in multiples of 8.
+    """
+    return hidden or 8 * -(-width // 3)
 
-    hidden: int
+
+class BitGLU(nn.Module):
+    """The channel mixer: BL_down(silu(a) * b) with [a, b] = BL_gate(x) (equation 9).
+
+    hidden: 0 for 8 d / 3 in multiples of 8.
+    """
+
+    features: int
+    hidden: int = 0
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     epsilon: float = ternary.EPSILON
@@ -165,15 +176,14 @@ class BitGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x (..., d) -> (..., d)."""
-        both = BitLinear(2 * self.hidden, self.kernel_init, self.epsilon, self.dtype, name="gate")(
-            x
-        )
+        """x (..., d) -> (..., features)."""
+        hidden, shared = gated_width(self.hidden, x.shape[-1]), (self.epsilon, self.dtype)
+        both = BitLinear(2 * hidden, self.kernel_init, *shared, name="gate")(x)
         gate, up = jnp.split(both, 2, axis=-1)
-        return BitLinear(x.shape[-1], self.output_init, self.epsilon, self.dtype, name="down")(
-            jax.nn.silu(gate) * up
-        )
+        down = BitLinear(self.features, self.output_init, *shared, name="down")
+        return down(jax.nn.silu(gate) * up)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Two layers and a SiLU, times the other branch, of what is between them."""
-        return call.inner("mlp", after={"gate": [activation(call, "silu", self.hidden)]})
+        hidden = gated_width(self.hidden, call.width)
+        return call.inner("mlp", after={"gate": [activation(call, "silu", hidden)]})

@@ -96,6 +96,7 @@ class GPTBlock(nn.Module):
             c,
             lambda: mlp.MLP(gelu=c.gelu, dtype=dtype, name="mlp", **shared),
             norm_bias=c.bias,
+            output_init=shared["output_init"],
             dtype=dtype,
         )
         if mixer is None:

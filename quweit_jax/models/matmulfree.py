@@ -108,7 +108,10 @@ class MatMulFreeBlock(nn.Module):
             self.mlp,
             x.shape[-1],
             c,
-            lambda: BitGLU(c.hidden_width(), output_init=output_init, name="mlp", **shared),
+            lambda: BitGLU(
+                x.shape[-1], c.hidden_width(), output_init=output_init, name="mlp", **shared
+            ),
+            output_init=output_init,
             dtype=dtype,
         )
         if mixer is None:

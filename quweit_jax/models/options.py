@@ -12,6 +12,7 @@ from typing import Any
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
+from quweit_jax.layers.lookup_glu import LookupGLU, check_glu
 from quweit_jax.layers.weightless import WeightlessBlock, check_options
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,13 +87,34 @@ class WeightlessOptions(_options_of(WeightlessBlock, "use_norm", "norm_bias")):
         check_options(self, "model.weightless.")
 
 
+@dataclasses.dataclass(frozen=True)
+class LookupGLUOptions(_options_of(LookupGLU, "use_norm", "norm_bias")):
+    """The fields of `layers.lookup_glu.LookupGLU`, where each is described."""
+
+    def __post_init__(self):
+        check_glu(self, "model.lookup_glu.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedOptions:
+    """Of gated linear units. hidden: units; 0 for 8 d / 3, in multiples of 8."""
+
+    hidden: int = 0
+
+    def __post_init__(self):
+        check_positive(self, "hidden", zero="8 d / 3")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChannelMixers:
     """What the configs of all models say of channel mixers.
 
     mlp: the kind for every block, or one for each block joined by '+', see `layers.mlp.kinds`.
-    weightless: options of the blocks of that kind.
+    weightless, lookup_glu, swiglu, bitglu: options of the blocks of that kind.
     """
 
     mlp: str = "dense"
-    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
+    weightless: WeightlessOptions = WeightlessOptions()
+    lookup_glu: LookupGLUOptions = LookupGLUOptions()
+    swiglu: GatedOptions = GatedOptions()
+    bitglu: GatedOptions = GatedOptions()

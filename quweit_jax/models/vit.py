@@ -166,6 +166,7 @@ class ViTBlock(nn.Module):
             lambda: mlp.MLP(c.mlp_ratio, True, dtype=dtype, name="mlp", **c.initializers()),
             use_norm=False,
             dtype=dtype,
+            **c.initializers(),
         )
         if mixer is None:
             return x

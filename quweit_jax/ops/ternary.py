@@ -47,6 +47,26 @@ def quantize_weights(weight: Array) -> tuple[Array, Array]:
     return jnp.clip(jnp.round(weight * inverse), -1, 1).astype(jnp.int8), 1 / inverse
 
 
+@jax.custom_vjp
+def ternary_weights(weight: Array) -> Array:
+    """The whole numbers of `quantize_weights`, float32; their gradient passes straight through to
+    the weights in units of the scale, mean|weight|.
+    """
+    return quantize_weights(weight)[0].astype(jnp.float32)
+
+
+def _ternary_weights_forward(weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    whole, scale = quantize_weights(weight)
+    return whole.astype(jnp.float32), (scale, jnp.zeros((0,), weight.dtype))
+
+
+def _ternary_weights_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array]:
+    return ((gradient / kept[0]).astype(kept[1].dtype),)
+
+
+ternary_weights.defvjp(_ternary_weights_forward, _ternary_weights_backward)
+
+
 def rms_norm(x: Array, scale: Array, *, eps: float = EPSILON) -> Array:
     """x / sqrt(mean(x**2) + eps) * scale over the last axis, computed in float32: x (..., I), scale
     (I,) -> x's dtype.

@@ -1,0 +1,219 @@
+"""A gated linear unit without multiplications: ternary sums, comparisons, and a table that gates.
+
+Dimensions: d model width, H units, C = 2**code_bits codes, G tables.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from quweit_jax.errors import InputError
+from quweit_jax.layers.costs import Call, layer_norm
+from quweit_jax.layers.norms import normal
+from quweit_jax.layers.packing import Packable
+from quweit_jax.ops import pair_table, ternary
+from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
+from quweit_jax.ops.integer import straight_through
+
+_INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
+
+
+class LookupGLU(Packable):
+    """LayerNorm -> int8 -> ternary sums -> codes -> a table read by two codes -> ternary sum.
+
+    Takes the place of an MLP or a gated one: (..., d_in) -> (..., features), the residual addition
+    left to the caller. The table begins as the gate silu(2 a) b and can be trained. Not a published
+    block; `docs/lookup-glu.md` derives it.
+
+    Args:
+      features: d. hidden: H, units; 0 for 4 d_in.
+      code_bits: of each of the two codes that address a table.
+      code_step: the distance of neighboring codes, in standard deviations of what they divide.
+      train_tables: the tables are trained, too. table_groups: G tables, each for H / G units; 0 for
+        one a unit.
+      mix_init, sum_init: standard deviations of the ternary layers' float kernels at the start.
+      use_norm: the LayerNorm; without it the caller's x should have about unit variance.
+      dtype: of the output and of the products' operands; all of them are whole numbers that
+        bfloat16 holds.
+    """
+
+    features: int
+    hidden: int = 0
+    code_bits: int = 4
+    code_step: float = 0.25
+    train_tables: bool = False
+    table_groups: int = 1
+    mix_init: float = 0.02
+    sum_init: float = 0.02
+    use_norm: bool = True
+    norm_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens features"]:
+        """x (..., d_in) -> (..., features)."""
+        check_glu(self, "LookupGLU: ")
+        if self.use_norm:
+            x = nn.LayerNorm(1e-5, jnp.float32, use_bias=self.norm_bias, name="norm")(x)
+        x = _to_int8(x.astype(jnp.float32))
+        return self._packed(x) if self.is_packed else self._trained(x)
+
+    def units(self, width: int) -> int:
+        """H for inputs of a width."""
+        return self.hidden or 4 * width
+
+    def groups(self, width: int) -> int:
+        """G for inputs of a width."""
+        units = self.units(width)
+        groups = self.table_groups or units
+        if units % groups:
+            raise InputError(
+                f"LookupGLU: table_groups: {units} units cannot share {groups} tables equally; use "
+                f"a divisor of {units}."
+            )
+        return groups
+
+    def _trained(self, x: Array) -> Array:
+        width, units = x.shape[-1], self.units(x.shape[-1])
+        mix = self.param("mix", normal(self.mix_init), (width, 2 * units), jnp.float32)
+        total = self.param("sum", normal(self.sum_init), (units, self.features), jnp.float32)
+        offsets = self.param("offsets", nn.initializers.zeros, (2 * units,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        gate = pair_table.silu_gate(self.code_bits, self.code_step)
+        entries = pair_table.entry_scale(gate)
+        start = jnp.broadcast_to(jnp.asarray(gate), (self.groups(width), *gate.shape))
+        tables = self.param("gates", lambda _: start) if self.train_tables else start
+        tables = pair_table.round_entries(tables * entries)
+        # An offset is a whole number of the sums' unit, and one that its integer type holds.
+        largest = jnp.iinfo(_offset_type(width)).max
+        shift = offsets / _unit(width)
+        shift = straight_through(jnp.clip(jnp.round(shift), -largest, largest), shift)
+        scale = ternary.quantize_weights(total)[1] / entries
+        if self.is_packing:
+            self.write(
+                mix=ternary.pack_ternary(ternary.quantize_weights(mix)[0]),
+                offsets=shift.astype(_offset_type(width)),
+                tables=tables.astype(jnp.int8),
+                sum=ternary.pack_ternary(ternary.quantize_weights(total)[0]),
+                scale=scale,
+                bias=bias,
+            )
+        read = self._gate(self._product(x, mix) - shift, tables, width)
+        return (self._product(read, total) * scale + bias).astype(self.dtype)
+
+    def _packed(self, x: Array) -> Array:
+        """Sums of int8, comparisons and table reads; floats only around them."""
+        mix, offsets, tables, total, scale, bias = self.read(
+            "mix", "offsets", "tables", "sum", "scale", "bias"
+        )
+        sums = ternary.packed_matmul(x.astype(jnp.int8), mix) - offsets.astype(jnp.float32)
+        out = ternary.packed_matmul(self._gate(sums, tables, x.shape[-1]), total)
+        return (out * scale + bias).astype(self.dtype)
+
+    def _product(self, x: Array, kernel: Array) -> Array:
+        """x (..., I), whole numbers, times the ternary weights of a float kernel (I, O), exact."""
+        weights = ternary.ternary_weights(kernel).astype(self.dtype)
+        return jnp.matmul(x.astype(self.dtype), weights, preferred_element_type=jnp.float32)
+
+    def _gate(self, sums: Array, tables: Array, width: int) -> Array:
+        """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
+        step = max(1, round(self.code_step / _unit(width)))
+        codes = pair_table.codes(sums, step, self.code_bits)
+        first, second = jnp.split(codes, 2, axis=-1)
+        return pair_table.pair_lookup(first, second, tables)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """As deployed: additions of int8 into int32 (at most one a weight), comparisons that halve
+        the codes left, int8 entries read, one rescaling an output.
+        """
+        width, units = call.width, self.units(call.width)
+        inner, values = call.rows * units, call.rows * self.features
+        norm = [layer_norm(call, FLOAT, "norm", bias=self.norm_bias)] if self.use_norm else []
+        rounding = call.row(
+            "requantize",
+            "round",
+            elementwise=Elementwise.of(FLOAT, call.size),
+            comparisons=2 * call.size,
+        )
+        mix = call.row(
+            call.kind,
+            "mix",
+            additions={INT: 2 * call.size * units},
+            stored={"2-bit": 2 * units * -(-width // ternary.WEIGHTS_PER_BYTE)},
+            activations=call.size,
+            parameters=2 * units * width,
+        )
+        offsets = _offset_type(width)
+        codes = call.row(
+            "thermometer",
+            "codes",
+            comparisons=2 * inner * self.code_bits,
+            comparison_type=INT,
+            stored={offsets: 2 * units * BYTES[offsets]},
+            activations=2 * inner,
+            parameters=2 * units,
+        )
+        entries = self.groups(width) * 4**self.code_bits
+        table = call.row(
+            "lookup",
+            "gate",
+            lookups={2 * self.code_bits: 8 * inner},
+            stored={"int8": entries},
+            activations=3 * inner,
+            parameters=entries * self.train_tables,
+        )
+        total = call.row(
+            call.kind,
+            "sum",
+            additions={INT: inner * self.features},
+            elementwise=Elementwise.of(FLOAT, values, values),
+            stored={
+                "2-bit": self.features * -(-units // ternary.WEIGHTS_PER_BYTE),
+                FLOAT: (1 + self.features) * BYTES[FLOAT],
+            },
+            activations=inner + values * BYTES[call.types.activations],
+            parameters=(units + 1) * self.features,
+        )
+        return [*norm, rounding, mix, codes, table, total]
+
+
+def _to_int8(x: Array) -> Array:
+    """Normalized values in whole numbers of 1 / 32, at most 127; no gradient beyond."""
+    scaled = x * _INPUT_SCALE
+    limited = jnp.clip(scaled, -127, 127)
+    return straight_through(jnp.round(limited), limited)
+
+
+def _unit(width: int) -> float:
+    """What one whole number of a ternary sum is worth, in standard deviations of such sums: two of
+    three weights are 0 or -1, or 1, and inputs have unit variance.
+    """
+    return 1 / (_INPUT_SCALE * math.sqrt(2 * width / 3))
+
+
+def _offset_type(width: int) -> str:
+    """The smallest integers that hold all sums of a width."""
+    return "int16" if 127 * width < 2**15 else INT
+
+
+def check_glu(options: Any, where: str) -> None:
+    """Raises InputError for a value that a LookupGLU's field of that name cannot have."""
+    pair_table.check_code_bits(options.code_bits, where)
+    for name in ("hidden", "table_groups"):
+        if getattr(options, name) < 0:
+            raise InputError(
+                f"{where}{name}: expected a positive number, or 0 for its default, found "
+                f"{getattr(options, name)}."
+            )
+    for name in ("code_step", "mix_init", "sum_init"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise InputError(
+                f"{where}{name}: expected a positive number, found {getattr(options, name)}."
+            )

@@ -1,0 +1,157 @@
+"""Tables read by a pair of codes: two small integers address one entry, which can be any function
+of two numbers, such as the gate silu(a) b of a gated linear unit.
+
+Trained by the extended finite difference rule (arXiv 2410.11112) carried over from bits to codes:
+the gradient to a code is the difference of the entries beside the one that was read.
+
+Dimensions: C codes of a side, 2**bits of them; G tables; H units, each reads the table of its
+group.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Shaped
+
+from quweit_jax.errors import InputError
+from quweit_jax.ops.integer import straight_through
+
+MAX_CODE_BITS = 6
+_LARGEST = 127  # of an int8 entry
+
+
+def check_code_bits(code_bits: int, where: str) -> None:
+    """Raises InputError for a number of bits that codes cannot have."""
+    if not 1 <= code_bits <= MAX_CODE_BITS:
+        raise InputError(
+            f"{where}code_bits: codes have 1 to {MAX_CODE_BITS} bits (a table has "
+            f"2**(2 code_bits) entries), found {code_bits}."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def codes(sums: Float[Array, "*shape"], step: int, code_bits: int) -> Float[Array, "*shape"]:
+    """Whole numbers in steps of `step`: the nearest multiple, halves up, from -C / 2 to C / 2 - 1.
+
+    It is what comparisons with the C - 1 numbers halfway between the multiples count. The gradient
+    passes straight through (1 / step) inside the range and is 0 beyond it.
+
+    Args:
+      sums: whole numbers below 2**23.
+    """
+    return _codes_forward(sums, step, code_bits)[0]
+
+
+def _codes_forward(sums: Array, step: int, code_bits: int) -> tuple[Array, Array]:
+    half = 2 ** (code_bits - 1)
+    # The half added to a whole number keeps the quotient off whole numbers, so that a division
+    # that is right to a few bits only (TPU) has the same floor.
+    nearest = jnp.floor((2 * sums + (step + 0.5)) / (2 * step))
+    inside = (nearest >= -half) & (nearest <= half - 1)
+    return jnp.clip(nearest, -half, half - 1), inside
+
+
+def _codes_backward(step: int, code_bits: int, inside: Array, gradient: Array) -> tuple[Array]:
+    return (jnp.where(inside, gradient / step, 0),)
+
+
+codes.defvjp(_codes_forward, _codes_backward)
+
+
+def silu_gate(code_bits: int, step: float) -> Float[np.ndarray, "C C"]:
+    """The gate silu(2 a) b at a = step * first code, b = step * second code: the table that gated
+    units begin with (`entry_scale` tells the scale of its int8 form).
+    """
+    check_code_bits(code_bits, "silu_gate: ")
+    half = 2 ** (code_bits - 1)
+    a = step * np.arange(-half, half, dtype=np.float64)
+    return ((2 * a / (1 + np.exp(-2 * a)))[:, None] * a[None, :]).astype(np.float32)
+
+
+def entry_scale(table: Float[np.ndarray, "C C"]) -> float:
+    """The power of two that a table's entries are multiplied with before they are rounded to int8:
+    the largest one with which all fit.
+    """
+    return float(2.0 ** np.floor(np.log2(_LARGEST / np.abs(table).max())))
+
+
+def round_entries(tables: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Entries as int8 holds them, whole numbers of at most 127; the gradient passes straight
+    through.
+    """
+    return straight_through(jnp.clip(jnp.round(tables), -_LARGEST, _LARGEST), tables)
+
+
+def pair_lookup(
+    first: Float[Array, "*tokens H"],
+    second: Float[Array, "*tokens H"],
+    tables: Shaped[Array, "G C C"],
+) -> Shaped[Array, "*tokens H"]:
+    """Each unit's entry `tables[group, first, second]`; unit j reads table j // (H / G).
+
+    Gradients: exact to the entries that were read; to a code, half the difference of the entries
+    on its two sides (the whole difference to the one side there is, at the ends of the table).
+
+    Args:
+      first, second: codes, whole numbers from -C / 2 to C / 2 - 1.
+      tables: float, or int8 where no gradient is asked for.
+
+    Raises:
+      InputError: the shapes do not belong together.
+    """
+    _check(first, second, tables)
+    return _lookup(first, second, tables)
+
+
+def _check(first: Array, second: Array, tables: Array) -> None:
+    groups, side = tables.shape[0] if tables.ndim else 0, tables.shape[-1] if tables.ndim else 0
+    fits = tables.ndim == 3 and groups and side == tables.shape[1] and side >= 2
+    if not fits or first.shape != second.shape or not first.ndim or first.shape[-1] % groups:
+        raise InputError(
+            "pair_lookup: expected codes (..., H), twice, and tables (G, C, C) with H a multiple "
+            f"of G, found {list(first.shape)}, {list(second.shape)} and {list(tables.shape)}."
+        )
+
+
+def _addresses(first: Array, second: Array, groups: int, side: int) -> tuple[Array, Array]:
+    """Of the entries in the flattened tables, and of each unit's table: int32."""
+    units = first.shape[-1]
+    table = jnp.arange(units, dtype=jnp.int32) // max(1, units // groups) * side**2
+    codes = [code.astype(jnp.int32) + side // 2 for code in (first, second)]
+    return table + codes[0] * side + codes[1], table
+
+
+def _at(flat: Array, address: Array) -> Array:
+    return flat.at[address].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _lookup(first: Array, second: Array, tables: Array) -> Array:
+    address, _ = _addresses(first, second, *tables.shape[:2])
+    return _at(tables.reshape(-1), address)
+
+
+def _lookup_forward(first: Array, second: Array, tables: Array):
+    return _lookup(first, second, tables), (first, second, tables)
+
+
+def _lookup_backward(
+    kept: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
+    first, second, tables = kept
+    address, _ = _addresses(first, second, *tables.shape[:2])
+    slopes = [_at(jnp.gradient(tables, axis=axis).reshape(-1), address) for axis in (1, 2)]
+    entries = (
+        jnp.zeros(tables.size, gradient.dtype).at[address].add(gradient, mode="promise_in_bounds")
+    )
+    to_tables = entries.reshape(tables.shape).astype(tables.dtype)
+    to_codes = [(gradient * slope).astype(first.dtype) for slope in slopes]
+    return to_codes[0], to_codes[1], to_tables
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
