@@ -114,7 +114,7 @@ class ChannelMixers:
     """
 
     mlp: str = "dense"
-    weightless: WeightlessOptions = WeightlessOptions()
-    lookup_glu: LookupGLUOptions = LookupGLUOptions()
-    swiglu: GatedOptions = GatedOptions()
-    bitglu: GatedOptions = GatedOptions()
+    weightless: WeightlessOptions = dataclasses.field(default_factory=WeightlessOptions)
+    lookup_glu: LookupGLUOptions = dataclasses.field(default_factory=LookupGLUOptions)
+    swiglu: GatedOptions = dataclasses.field(default_factory=GatedOptions)
+    bitglu: GatedOptions = dataclasses.field(default_factory=GatedOptions)

@@ -145,7 +145,7 @@ def _lookup_backward(
 ) -> tuple[Array, Array, Array]:
     first, second, tables = kept
     address, _ = _addresses(first, second, *tables.shape[:2])
-    slopes = [_at(jnp.gradient(tables, axis=axis).reshape(-1), address) for axis in (1, 2)]
+    slopes = [_at(jnp.ravel(jnp.gradient(tables, axis=axis)), address) for axis in (1, 2)]
     entries = (
         jnp.zeros(tables.size, gradient.dtype).at[address].add(gradient, mode="promise_in_bounds")
     )
