@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.errors import InputError
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.integer import (
     RESIDUAL_BITS,
@@ -130,12 +131,18 @@ class IntegerWeightlessBlock(WeightlessBlock):
         """x (..., d_in) at 8 bits -> (..., features) int32, a scale a feature; `train` changes
         nothing.
         """
-        self._layers()
+        if self.sum == "vector":
+            raise InputError(
+                "WeightlessBlock: sum='vector' has no integer-only form; use sum='dense' or "
+                "'grouped', or a model with integer=False."
+            )
+        layers = self._layers()
         lead, width = x.ints.shape[:-1], x.ints.shape[-1]
         flat = x.map(lambda a: a.reshape(-1, width).T)
         if x.packed:
             thresholds, vectors, bias = self.read("thresholds", "vectors", "bias")
-            total = self._add(self._look_up(above(flat.ints, thresholds)), vectors) + bias
+            bits_LT = self._look_up(above(flat.ints, thresholds), layers)
+            total = self._add(bits_LT, vectors) + bias
             return Quantized(total.reshape(*lead, self.features))
         real = self._thresholds(width)
         thresholds = integer.saturate(jnp.floor(jax.lax.stop_gradient(real) / x.scale))
@@ -144,7 +151,8 @@ class IntegerWeightlessBlock(WeightlessBlock):
         surrogate: Array = thermometer.step_ste(
             flat.real[:, None, :], real[:, :, None], self.window, self.window_shape
         )
-        bits_LT = self._look_up(integer.straight_through(bits, surrogate.reshape(bits.shape)))
+        bits_FT = integer.straight_through(bits, surrogate.reshape(bits.shape))
+        bits_LT = self._look_up(bits_FT, layers)
         vectors, bias = self._vectors(bits_LT.shape[0])
         out, scale = self._integer_sum(bits_LT, vectors, bias)
         out = out.astype(x.ints.dtype)

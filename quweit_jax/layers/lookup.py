@@ -17,10 +17,11 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import lut, packed_lut
+from quweit_jax.ops import lut, packed_lut, vector_lut
 from quweit_jax.ops import sums as reductions
 from quweit_jax.ops import wiring as mapping
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
+from quweit_jax.ops.integer import straight_through
 
 MAPPINGS = ("random", "arange", "learnable", "candidates")
 
@@ -149,6 +150,11 @@ class LUTLayer(Packable):
         straight = mapping.arange_mapping(slots, self.num_luts, self.lut_inputs)
         return chosen_MT, straight, mapping.invert_mapping(straight, slots)
 
+    def _wired(self, bits_FT: Array) -> Array:
+        """What each slot of each table reads: (L, n, T)."""
+        bits_MT, wiring, _ = self._wire(bits_FT)
+        return bits_MT[jnp.asarray(wiring)]
+
     def _fixed_wiring(self, shape: tuple[int, int, int]) -> Array:
         if self.mapping == "random":
             return mapping.random_mapping(self.make_rng("params"), *shape)
@@ -166,9 +172,8 @@ class LUTLayer(Packable):
         learned wiring has a score for every choice.
         """
         bits, rows = call.shape if call.method == "feature_major" else (call.width, call.rows)
-        count, slots, entries = self.num_luts, self.num_luts * self.lut_inputs, 2**self.lut_inputs
-        choices = {"learnable": bits, "candidates": min(self.candidates, bits)}
-        stored = {"wiring": slots * (1 if bits <= 2**8 else 2 if bits <= 2**16 else 4)}
+        count, entries = self.num_luts, 2**self.lut_inputs
+        stored, scores = self._wiring_costs(bits)
         if self.binary:
             stored["1-bit"], wrote = count * packed_bits(entries), packed_bits(count)
         else:
@@ -178,7 +183,72 @@ class LUTLayer(Packable):
             lookups={self.lut_inputs: rows * count * (1 if self.binary else 32)},
             stored=stored,
             activations=rows * (packed_bits(bits) + wrote),
-            parameters=count * entries + choices.get(self.mapping, 0) * slots,
+            parameters=count * entries + scores,
+        )
+        return [row]
+
+    def _wiring_costs(self, num_inputs: int) -> tuple[dict[str, int], int]:
+        """Of the wiring: bytes stored, and scores trained."""
+        slots = self.num_luts * self.lut_inputs
+        choices = {"learnable": num_inputs, "candidates": min(self.candidates, num_inputs)}
+        size = 1 if num_inputs <= 2**8 else 2 if num_inputs <= 2**16 else 4
+        return {"wiring": slots * size}, choices.get(self.mapping, 0) * slots
+
+
+class VectorLUTLayer(LUTLayer):
+    """Look-up tables whose entries are vectors, added: bits (..., F) -> (..., features).
+
+    One read and `features` additions a table, whatever its number of entries. Entries are rounded
+    to int8, one scale an output, also while training. Of LUTLayer's fields those of the wiring
+    count.
+
+    Args:
+      features: d. vector_init: standard deviation of the entries at the start.
+    """
+
+    features: int = 1
+    vector_init: float = 0.006
+
+    def __call__(self, bits: Array) -> Array:
+        """bits (..., F), 0 or 1 -> (..., features) float."""
+        out = self.feature_major(bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1]).T)
+        return out.reshape(*bits.shape[:-1], self.features)
+
+    @nn.compact
+    def feature_major(self, bits_FT: Array) -> Array:
+        """The same for bits (F, T): (T, features)."""
+        if self.is_packed:
+            wiring, vectors, scale = self.read("wiring", "vectors", "scale")
+            total = vector_lut.packed_vector_lookup(bits_FT[wiring.astype(jnp.int32)], vectors)
+            return total * scale
+        check_lookup(self, "VectorLUTLayer: ")
+        shape = (self.num_luts, 2**self.lut_inputs, self.features)
+        init = nn.initializers.normal(self.vector_init)
+        vectors = self.param("vectors", init, shape, jnp.float32)
+        rounded, scale = reductions.quantize_int8(vectors, axis=(0, 1))
+        wired = self._wired(bits_FT)
+        self.write(vectors=rounded, scale=scale.reshape(-1))
+        shadow = vectors / jax.lax.stop_gradient(scale)
+        rounded = straight_through(rounded.astype(jnp.float32), shadow)
+        return vector_lut.vector_lookup(wired, rounded) * scale.reshape(-1)
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """A read of int8 vectors and their addition in int32 a table and token; only what is read
+        is moved.
+        """
+        bits, rows = call.shape if call.method == "feature_major" else (call.width, call.rows)
+        wiring = self._wiring_costs(bits)
+        values, read = self.num_luts * 2**self.lut_inputs * self.features, rows * self.num_luts
+        scales = self.features * BYTES[FLOAT]
+        row = call.row(
+            "conditional_sum",
+            additions={"int32": read * self.features},
+            lookups={self.lut_inputs: 8 * read * self.features},
+            elementwise=Elementwise.of(FLOAT, rows * self.features),
+            stored={"int8": values, FLOAT: scales, **wiring[0]},
+            weights=read * self.features + scales + sum(wiring[0].values()),
+            activations=rows * (packed_bits(bits) + self.features * BYTES[FLOAT]),
+            parameters=values + wiring[1],
         )
         return [row]
 

@@ -14,14 +14,16 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call, layer_norm
 from quweit_jax.layers.norms import normal
 from quweit_jax.layers.packing import Packable
+from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.ops import pair_table, ternary
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.integer import straight_through
 
+SUMS = ("ternary", "vector", "int8")
 _INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
 
 
@@ -32,8 +34,13 @@ class LookupGLU(Packable):
     left to the caller. The table begins as the gate silu(2 a) b and can be trained. Not a published
     block; `docs/lookup-glu.md` derives it.
 
+    Two variants keep the ternary sums and read bits instead of codes, [sum > its threshold], for
+    `hidden` sums: sum='vector', tables of `lut_inputs` bits whose entries are vectors, and
+    sum='int8', the published one-bit tables and int8 vectors (see `WeightlessBlock`).
+
     Args:
-      features: d. hidden: H, units; 0 for 4 d_in.
+      features: d. hidden: H, units; 0 for 4 d_in. sum: 'ternary' as above, or a variant.
+      num_luts, lut_inputs: of a variant's tables, wired at random; 0 tables for H.
       code_bits: of each of the two codes that address a table.
       code_step: the distance of neighboring codes, in standard deviations of what they divide.
       train_tables: the tables are trained, too. table_groups: G tables, each for H / G units; 0 for
@@ -46,6 +53,9 @@ class LookupGLU(Packable):
 
     features: int
     hidden: int = 0
+    sum: str = "ternary"
+    num_luts: int = 0
+    lut_inputs: int = 4
     code_bits: int = 4
     code_step: float = 0.25
     train_tables: bool = False
@@ -63,6 +73,8 @@ class LookupGLU(Packable):
         if self.use_norm:
             x = nn.LayerNorm(1e-5, jnp.float32, use_bias=self.norm_bias, name="norm")(x)
         x = _to_int8(x.astype(jnp.float32))
+        if self.sum != "ternary":
+            return self._bits(x)
         return self._packed(x) if self.is_packed else self._trained(x)
 
     def units(self, width: int) -> int:
@@ -117,6 +129,28 @@ class LookupGLU(Packable):
         out = ternary.packed_matmul(self._gate(sums, tables, x.shape[-1]), total)
         return (out * scale + bias).astype(self.dtype)
 
+    def _bits(self, x: Array) -> Array:
+        """The variants: ternary sums into tables of bits."""
+        width = x.shape[-1]
+        if self.is_packed:
+            sums = ternary.packed_matmul(x.astype(jnp.int8), *self.read("mix"))
+        else:
+            shape = (width, self.units(width))
+            mix = self.param("mix", normal(self.mix_init), shape, jnp.float32)
+            self.write(mix=ternary.pack_ternary(ternary.quantize_weights(mix)[0]))
+            sums = self._product(x, mix)
+        tables = WeightlessBlock(
+            self.features,
+            self.num_luts or self.units(width),
+            self.lut_inputs,
+            thermometer_bits=1,
+            sum="vector" if self.sum == "vector" else "dense",
+            use_norm=False,
+            dtype=self.dtype,
+            name="luts",
+        )
+        return tables(sums * _unit(width))
+
     def _product(self, x: Array, kernel: Array) -> Array:
         """x (..., I), whole numbers, times the ternary weights of a float kernel (I, O), exact."""
         weights = ternary.ternary_weights(kernel).astype(self.dtype)
@@ -136,6 +170,7 @@ class LookupGLU(Packable):
         width, units = call.width, self.units(call.width)
         inner, values = call.rows * units, call.rows * self.features
         norm = [layer_norm(call, FLOAT, "norm", bias=self.norm_bias)] if self.use_norm else []
+        branches = 2 if self.sum == "ternary" else 1
         rounding = call.row(
             "requantize",
             "round",
@@ -145,11 +180,13 @@ class LookupGLU(Packable):
         mix = call.row(
             call.kind,
             "mix",
-            additions={INT: 2 * call.size * units},
-            stored={"2-bit": 2 * units * -(-width // ternary.WEIGHTS_PER_BYTE)},
+            additions={INT: branches * call.size * units},
+            stored={"2-bit": branches * units * -(-width // ternary.WEIGHTS_PER_BYTE)},
             activations=call.size,
-            parameters=2 * units * width,
+            parameters=branches * units * width,
         )
+        if branches == 1:
+            return [*norm, rounding, mix, *call.inner(instead={"norm": []})]
         offsets = _offset_type(width)
         codes = call.row(
             "thermometer",
@@ -206,7 +243,8 @@ def _offset_type(width: int) -> str:
 def check_glu(options: Any, where: str) -> None:
     """Raises InputError for a value that a LookupGLU's field of that name cannot have."""
     pair_table.check_code_bits(options.code_bits, where)
-    for name in ("hidden", "table_groups"):
+    check_choice(f"{where}sum", options.sum, SUMS)
+    for name in ("hidden", "num_luts", "table_groups"):
         if getattr(options, name) < 0:
             raise InputError(
                 f"{where}{name}: expected a positive number, or 0 for its default, found "

@@ -23,13 +23,13 @@ from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call, layer_norm
-from quweit_jax.layers.lookup import LUTLayer, check_lookup
+from quweit_jax.layers.lookup import LUTLayer, VectorLUTLayer, check_lookup
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import sums, thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS
 
-SUMS = ("dense", "grouped")
+SUMS = ("dense", "grouped", "vector")
 
 
 class WeightlessBlock(Packable):
@@ -48,11 +48,12 @@ class WeightlessBlock(Packable):
       learn_thresholds: train the thresholds through the surrogate gradient.
       window, window_shape: half-width and shape of that surrogate, see
         `ops.thermometer.encode_ste`.
-      sum: 'dense', every bit adds its vector of d, or 'grouped', each bit serves one output.
+      sum: 'dense', every bit adds its vector of d; 'grouped', each bit serves one output; or
+        'vector' (ours), the last layer's tables have vectors for entries, and those are added.
       signed: bits count as -1/+1 in the sum instead of 0/1 (trains better; at inference the
-        constant folds into the bias).
+        constant folds into the bias); nothing to sum='vector'.
       int8_sums: round the vectors to int8 (one scale an output) in the forward pass, so that what
-        is trained is what is deployed.
+        is trained is what is deployed; sum='vector' always does.
       vector_init: standard deviation of the vectors at the start.
       use_norm: the LayerNorm; without it the caller's x should have about unit variance.
       mapping, candidates, tau, decay, alpha, beta, table_init, table_scale: see `LUTLayer`.
@@ -92,11 +93,14 @@ class WeightlessBlock(Packable):
             )
         lead, width = x.shape[:-1], x.shape[-1]
         x_DT = x.reshape(math.prod(lead), width).T
-        out = self._packed(x_DT) if self.is_packed else self._trained(x_DT)
+        if self.sum == "vector":
+            out = self._vector_tables(x_DT)
+        else:
+            out = self._packed(x_DT) if self.is_packed else self._trained(x_DT)
         return out.reshape(*lead, self.features)
 
     def _trained(self, x_DT: Array) -> Array:
-        bits_LT = self._look_up(self._encode(x_DT))
+        bits_LT = self._look_up(self._encode(x_DT), self._layers())
         vectors, bias = self._vectors(bits_LT.shape[0])
         if self.is_packing:
             vectors_int, scale = sums.quantize_int8(vectors, axis=0)
@@ -109,7 +113,7 @@ class WeightlessBlock(Packable):
         A block from which tables were pruned has an `offset`, int32 (d,), where its sums begin.
         """
         thresholds, vectors, scale, bias = self.read("thresholds", "vectors", "scale", "bias")
-        bits_LT = self._look_up(above(x_DT.astype(jnp.float32), thresholds))
+        bits_LT = self._look_up(above(x_DT.astype(jnp.float32), thresholds), self._layers())
         bits_LT = bits_LT.astype(jnp.int8)
         counted = 2 * bits_LT - 1 if self.signed else bits_LT
         if vectors.ndim == 2:
@@ -123,6 +127,29 @@ class WeightlessBlock(Packable):
         if self.has_variable("packed", "offset"):
             total = total + self.read("offset")[0]
         return (total * scale + bias).astype(self.dtype)
+
+    def _vector_tables(self, x_DT: Array) -> Array:
+        """The block whose last layer gives vectors, in either form."""
+        if self.is_packed:
+            thresholds, bias = self.read("thresholds", "bias")
+            bits_FT = above(x_DT.astype(jnp.float32), thresholds).astype(jnp.float32)
+        else:
+            bits_FT, bias = self._encode(x_DT), self._bias()
+            self.write(bias=bias)
+        *below, last = self._layers()
+        tables = VectorLUTLayer(
+            last,
+            features=self.features,
+            vector_init=self.vector_init,
+            name="vectors",
+            **self._wiring(),
+        )
+        out = tables.feature_major(self._look_up(bits_FT, below)) + bias
+        return out.astype(self.dtype)
+
+    def _wiring(self) -> dict[str, Any]:
+        names = ("lut_inputs", "mapping", "candidates", "tau")
+        return {name: getattr(self, name) for name in names}
 
     def _layers(self) -> tuple[int, ...]:
         """The number of tables of each look-up layer, checked."""
@@ -141,16 +168,13 @@ class WeightlessBlock(Packable):
             )
         return layers
 
-    def _look_up(self, bits_FT: Array) -> Array:
-        """All look-up layers, one after another: bits (F, T) -> (L, T)."""
+    def _look_up(self, bits_FT: Array, layers: Sequence[int]) -> Array:
+        """Look-up layers, one after another: bits (F, T) -> (L, T)."""
         self.show(thermometer=bits_FT)
-        for i, num_luts in enumerate(self._layers()):
+        for i, num_luts in enumerate(layers):
             bits_FT = LUTLayer(
                 num_luts,
-                self.lut_inputs,
-                mapping=self.mapping,
-                candidates=self.candidates,
-                tau=self.tau,
+                **self._wiring(),
                 decay=self.decay,
                 alpha=self.alpha,
                 beta=self.beta,
@@ -174,7 +198,10 @@ class WeightlessBlock(Packable):
         vectors = self.param(
             "vectors", nn.initializers.normal(self.vector_init), shape, jnp.float32
         )
-        return vectors, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return vectors, self._bias()
+
+    def _bias(self) -> Array:
+        return self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
 
     def _thresholds(self, width: int) -> Array:
         """The thermometer's thresholds (d, z), trained or not."""
@@ -239,6 +266,15 @@ class WeightlessBlock(Packable):
             activations=call.size * BYTES[compared[0]] + call.rows * packed_bits(bits),
             parameters=bits * self.learn_thresholds,
         )
+        if self.sum == "vector":
+            total = call.row(
+                "conditional_sum",
+                "bias",
+                elementwise=Elementwise.of(FLOAT, additions=call.rows * self.features),
+                stored={FLOAT: self.features * BYTES[FLOAT]},
+                parameters=self.features,
+            )
+            return [thermometer, *call.inner(instead={"norm": []}), total]
         total = call.row(  # all vectors added, as if every bit were set
             "conditional_sum",
             "conditional_sum",
