@@ -44,6 +44,14 @@ MODELS = {
     },
     "gpt_wide_wiring": GPT
     | {"mlp": "weightless", "weightless": SMALL | {"thermometer_bits": 9, "num_luts": 96}},
+    "gpt_vector_tables": GPT
+    | {"mlp": "weightless", "weightless": SMALL | {"sum": "vector", "num_luts": (40, 9)}},
+    "gpt_lookup_glu": GPT | {"mlp": "lookup_glu+swiglu", "lookup_glu": {"hidden": 22}},
+    "gpt_lookup_glu_trained": GPT
+    | {"mlp": "lookup_glu+bitglu", "lookup_glu": {"train_tables": True, "table_groups": 0}},
+    "gpt_lookup_glu_bits": GPT | {"mlp": "lookup_glu", "lookup_glu": {"sum": "int8"}},
+    "gpt_lookup_glu_vectors": GPT
+    | {"mlp": "lookup_glu+none", "lookup_glu": {"sum": "vector", "num_luts": 12}},
     "vit": VIT,
     "vit_mean": VIT | {"pool": "mean", "mlp": "weightless", "weightless": SMALL},
     "vit_narrow": VIT | {"mlp": "none+dense", "mlp_ratio": 3},
@@ -58,6 +66,7 @@ MODELS = {
     "matmulfree": MATMULFREE,
     "matmulfree_weightless": MATMULFREE
     | {"mlp": "weightless+dense", "hidden": 48, "weightless": SMALL},
+    "matmulfree_lookup_glu": MATMULFREE | {"mlp": "lookup_glu+dense"},
     "matmulfree_none": MATMULFREE | {"mlp": "none"},
     "transformer_pp": LLAMA,
     "transformer_pp_shared_keys": LLAMA
