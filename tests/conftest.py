@@ -149,7 +149,7 @@ def tiny_arguments(tiny_values) -> Callable[..., list[str]]:
     """
 
     def make(changes: dict[str, Any] | None = None) -> list[str]:
-        experiment = REPOSITORY / "experiments" / "gpt_char.py"
+        experiment = REPOSITORY / "experiments" / "configs" / "gpt_char.py"
         return [
             f"--config={experiment}:quick",
             *(f"--config.{path}={value}" for path, value in tiny_values(changes).items()),

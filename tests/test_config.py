@@ -1,5 +1,6 @@
 """`config` and `models.registry`: values by annotation, and configs that an older version saved."""
 
+import ast
 from collections.abc import Sequence
 
 import pytest
@@ -9,6 +10,9 @@ from quweit_jax import models
 from quweit_jax.errors import InputError
 from quweit_jax.models import registry
 from quweit_jax.training import defaults, rundir
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "experiments" / "configs").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize(
@@ -82,3 +86,41 @@ def test_experiment_files_may_leave_out_their_folder(tmp_path):
     (folder / "one.py").write_text("def get_config(argument=None): return argument")
     module, argument = configs.load_module(f"{tmp_path / 'experiments' / 'one.py'}:a,b=1")
     assert module.get_config(argument) == "a,b=1"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_config_file_stands_alone(file, tmp_path, monkeypatch):
+    """It is found without its folder's name and from any folder, says what it has and runs nothing,
+    and builds on no other model's file.
+    """
+    monkeypatch.chdir(tmp_path)
+    short = configs.load_file(str(REPOSITORY / "experiments" / file.name))
+    assert short.to_dict() == configs.load_file(str(file)).to_dict()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    public = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {name for name in public if name[0] != "_"} - {"sweep"} == {"get_config"}
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    others = {node.module for node in imported if node.module.startswith("experiments")}
+    names = {alias.name for node in imported for alias in node.names}
+    assert others <= {"experiments.configs"} and not names & {other.stem for other in CONFIGS}
+
+
+def test_a_shortcut_sets_its_key():
+    """Each is a key of at least one model, and of each model at most one."""
+    left = set(defaults.SHORTCUTS)
+    for name in registry.MODELS:
+        config = defaults.base_config()
+        config.model = registry.defaults(name)
+        known = configs.flat(config)
+        keys = {key: short for key, short in defaults.SHORTCUTS.items() if key in known}
+        assert len(set(keys.values())) == len(keys)
+        for key, short in keys.items():
+            value = "(7,)" if isinstance(known[key], tuple) else str(7 if known[key] != 7 else 8)
+            if isinstance(known[key], bool):
+                value = str(not known[key])
+            changed = defaults.with_shortcuts(config.copy_and_resolve_references(), {short: value})
+            assert {k for k, v in configs.flat(changed).items() if v != known[k]} == {key}
+        left -= set(keys)
+    assert not left
+    with pytest.raises(InputError, match=r"unknown key 'widht'.*Did you mean 'width'\?"):
+        defaults.with_shortcuts(config, {"widht": "3"})

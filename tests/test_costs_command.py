@@ -12,8 +12,8 @@ from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from tests.conftest import REPOSITORY
 
-PAPER = f"--config={REPOSITORY / 'experiments/vit_cifar.py'}:paper,mlp=weightless"
-NANOGPT = f"--config={REPOSITORY / 'experiments/gpt_char.py'}:nanogpt,mlp=weightless"
+PAPER = f"--config={REPOSITORY / 'experiments/configs/vit_cifar.py'}:paper,mlp=weightless"
+NANOGPT = f"--config={REPOSITORY / 'experiments/configs/gpt_char.py'}:nanogpt,mlp=weightless"
 NOWHERE = "--config.data.data_dir=/no/such/folder"
 
 
@@ -95,9 +95,9 @@ def test_a_run_needs_only_its_config_and_tokenizer(capsys, tmp_path, tiny_config
 
 
 def test_models_without_a_dense_twin(capsys):
-    text = ask(capsys, f"--config={REPOSITORY / 'experiments/dwn_digits.py'}")
+    text = ask(capsys, f"--config={REPOSITORY / 'experiments/configs/dwn_digits.py'}")
     assert "no dense baseline" in text and "multiplications: none" in text
-    text = ask(capsys, f"--config={REPOSITORY / 'experiments/matmulfree.py'}:13b")
+    text = ask(capsys, f"--config={REPOSITORY / 'experiments/configs/matmulfree.py'}:13b")
     assert "multiplications replaced: 100.00%" in text and "baseline, Transformer++" in text
 
 
@@ -110,7 +110,7 @@ def test_models_without_a_dense_twin(capsys):
         ([PAPER, "--config.model.mlp=sparse"], "found 'sparse'"),
         ([NANOGPT, "--context=500"], "1 to 256 tokens, found 500"),
         (
-            [f"--config={REPOSITORY / 'experiments/vit_cifar.py'}:paper,dataset=flowers"],
+            [f"--config={REPOSITORY / 'experiments/configs/vit_cifar.py'}:paper,dataset=flowers"],
             "the classes of flowers are not known",
         ),
         (["--workdir=/no/such/run"], "no run in /no/such/run"),

@@ -90,7 +90,7 @@ def test_commands_are_taken(page, monkeypatch):
             (argument.partition("=")[2] for argument in rest if argument.startswith("--config=")),
             None,
         )
-        config = configs.load_file(spec or "experiments/gpt_char.py:quick")
+        config = configs.load_file(spec or "experiments/configs/gpt_char.py:quick")
         for path, value in overrides.items():
             configs.set_value(config, path, value)
 

@@ -1,4 +1,4 @@
-"""python -m quweit_jax compile_tpu --config=experiments/vit_cifar.py:paper --topology=v5e:2x4"""
+"""python -m quweit_jax compile_tpu --config=experiments/configs/vit_cifar.py:paper --topology=v5e:2x4"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m quweit_jax costs --config=experiments/vit_cifar.py:paper [--json] [--config.a.b=v]"""
+"""python -m quweit_jax costs --config=experiments/configs/vit_cifar.py:paper [--json] [--config.a.b=v]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m quweit_jax sweep --config=experiments/compare_lm.py:cpu --workdir=runs/sweep [--print]
+"""python -m quweit_jax sweep --config=experiments/configs/compare_lm.py:cpu --workdir=runs/sweep [--print]
 
 What is known of a point of a sweep is what its run directory holds, so a sweep that was interrupted
 goes on by being started again.

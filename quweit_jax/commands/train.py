@@ -1,4 +1,4 @@
-"""python -m quweit_jax train --config=experiments/gpt_char.py:quick --workdir=runs/x"""
+"""python -m quweit_jax train --config=experiments/configs/gpt_char.py:quick --workdir=runs/x"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if args.config is None and not (workdir / "config.json").exists():
         raise InputError(
             f"--config: expected an experiment file to begin a run in {workdir}, such as "
-            "--config=experiments/gpt_char.py:quick."
+            "--config=experiments/configs/gpt_char.py:quick."
         )
     config = configs.load_file(args.config) if args.config else rundir.read_config(workdir)
     for path, text in overrides.items():

@@ -168,7 +168,7 @@ def read_config(workdir: Path) -> Config:
     if not path.exists():
         raise InputError(
             f"--workdir: no run in {workdir} (no config.json); start one with "
-            "--config=experiments/FILE.py."
+            "--config=experiments/configs/FILE.py."
         )
     try:
         return defaults.complete(configs.from_dict(json.loads(path.read_text())))

@@ -21,7 +21,9 @@ def total(counts):
 
 
 def of_experiment(spec, **options):
-    return costs.of_config(configs.load_file(f"{REPOSITORY / 'experiments' / spec}"), **options)
+    return costs.of_config(
+        configs.load_file(f"{REPOSITORY / 'experiments/configs' / spec}"), **options
+    )
 
 
 def test_deit_tiny_by_hand():
@@ -200,7 +202,9 @@ def test_transformer_pp_370m_by_hand():
     assert counted.bytes_stored == {"bfloat16": 2 * (32000 * 1024 + matrices), "float32": 4 * norms}
     assert counted.state_bytes == 24 * 2 * 2048 * 1024 * 2
     shared = costs.count(
-        configs.load_file(str(REPOSITORY / "experiments/transformer_pp.py:370m")).model.to_dict()
+        configs.load_file(
+            str(REPOSITORY / "experiments/configs/transformer_pp.py:370m")
+        ).model.to_dict()
         | {"kv_heads": 4},
         32000,
     )
@@ -210,7 +214,7 @@ def test_transformer_pp_370m_by_hand():
 
 
 def test_dwn_by_hand():
-    config = configs.load_file(str(REPOSITORY / "experiments/dwn_digits.py"))
+    config = configs.load_file(str(REPOSITORY / "experiments/configs/dwn_digits.py"))
     configs.set_value(config, "model.num_luts", "(500, 300)")
     counted = costs.of_config(config)
     assert counted.multiplications == {} and counted.unit == "image"
@@ -244,12 +248,14 @@ def test_int8_products_among_floats_by_hand():
 
 
 def test_published_shares():
-    vit = configs.load_file(str(REPOSITORY / "experiments/vit_cifar.py:paper"))
+    vit = configs.load_file(str(REPOSITORY / "experiments/configs/vit_cifar.py:paper"))
     ours, dense = costs.of_config(vit), costs.of_config(vit, model=costs.baseline(vit.model)[0])  # type: ignore[index]
     assert round(dense.total_multiplications / 1e6, 1) == 1253.5
     assert round(dense.of_kind("mlp").total_multiplications / 1e6, 1) == 697.2
     assert 0.55 < costs.multiplications_replaced(ours, dense) < 0.56
-    gpt = configs.load_file(str(REPOSITORY / "experiments/gpt_char.py:nanogpt,mlp=weightless"))
+    gpt = configs.load_file(
+        str(REPOSITORY / "experiments/configs/gpt_char.py:nanogpt,mlp=weightless")
+    )
     dense = costs.of_config(gpt, model=costs.baseline(gpt.model)[0])  # type: ignore[index]
     assert 0.59 < costs.multiplications_replaced(costs.of_config(gpt), dense) < 0.60
     deit = costs.count(DEIT, 1000, image_size=224)
@@ -267,7 +273,7 @@ def test_kinds_of_mlp_add_up():
 
 def test_thirteen_billion_weights_are_counted_without_any():
     config, before = (
-        configs.load_file(str(REPOSITORY / "experiments/matmulfree.py:13b")),
+        configs.load_file(str(REPOSITORY / "experiments/configs/matmulfree.py:13b")),
         len(jax.live_arrays()),
     )
     counted = costs.of_config(config)

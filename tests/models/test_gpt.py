@@ -168,7 +168,7 @@ def test_bfloat16():
 
 def test_parameters_of_nanogpt():
     config = configs.load_file(
-        str(Path(__file__).parents[2] / "experiments" / "gpt_char.py") + ":nanogpt"
+        str(Path(__file__).parents[2] / "experiments" / "configs" / "gpt_char.py") + ":nanogpt"
     )
     params = jax.eval_shape(
         models.build(config.model, 65).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
