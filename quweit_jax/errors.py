@@ -57,8 +57,10 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0]
+    """The first line of an error's message, no more than 200 characters; the error's kind if it
+    says nothing.
+    """
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def require(package: str, purpose: str, otherwise: str = "") -> ModuleType:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from quweit_jax import config as configs
 from quweit_jax.commands import costs as command
+from quweit_jax.config import to_dict
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from tests.conftest import REPOSITORY
@@ -79,7 +79,7 @@ def test_text_says_what_json_says(capsys):
 
 
 def test_a_run_needs_only_its_config_and_tokenizer(capsys, tmp_path, tiny_config):
-    (tmp_path / "config.json").write_text(json.dumps(configs.to_dict(tiny_config())))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny_config())))
     with pytest.raises(InputError, match="--outputs"):
         command.main([f"--workdir={tmp_path}"])
     tokenizers.save(tokenizers.CharTokenizer.train("abcde"), tmp_path / "tokenizer.json")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from quweit_jax import config as configs
+from quweit_jax import config
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         "form": "packed" if args.packed else "trained",
         "weight_bytes": stablehlo.weight_bytes(variables),
         "versions": rundir.describe_environment()["versions"],
-        "config": configs.to_dict(setup.config),
+        "config": config.to_dict(setup.config),
     }
     description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
     print(

@@ -238,8 +238,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip().split("\n")[0]
-    return text[:200] or type(error).__name__
+    return first_line(error)
 
 
 def compare_trees(expected: Any, found: Any, what: str) -> None:
