@@ -9,7 +9,7 @@ from typing import Any
 
 from quweit_jax.commands import cli
 from quweit_jax.config import Config
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, first_line
 
 
 def main(argv: Sequence[str]) -> int:

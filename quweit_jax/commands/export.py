@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
 
     from quweit_jax.deploy import stablehlo
     from quweit_jax.deploy.generate import context_of
-    from quweit_jax.deploy.pack import pack
+    from quweit_jax.deploy.pack import pack, stored_bytes
     from quweit_jax.training import rundir
 
     out, platforms = Path(args.out), args.platforms.split(",")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     about = stablehlo.about_data(tokenizer, setup.data_config.normalize, setup.data) | {
         "training_step": opened.step,
         "form": "packed" if args.packed else "trained",
-        "weight_bytes": stablehlo.weight_bytes(variables),
+        "weight_bytes": stored_bytes(variables),
         "versions": rundir.describe_environment()["versions"],
         "config": config.to_dict(setup.config),
     }

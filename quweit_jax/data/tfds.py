@@ -10,7 +10,7 @@ import numpy as np
 from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.image_sources import image_splits
 from quweit_jax.data.registry import DataConfig, Splits, TextSplits, source
-from quweit_jax.errors import InputError, require
+from quweit_jax.errors import InputError, first_line, require
 
 
 class TFDSImages:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from quweit_jax.errors import InputError, check_choice, require
+from quweit_jax.errors import InputError, check_choice, first_line, require
 
 KINDS = ("char", "byte", "bpe")  # made from a corpus
 CHOICES = (*KINDS, "file")

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from quweit_jax.errors import InputError, RunError
+from quweit_jax.errors import InputError, RunError, first_line
 from quweit_jax.training import files
 from quweit_jax.training.sharding import path_name
 
