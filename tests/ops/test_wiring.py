@@ -194,11 +194,11 @@ ONES = np.ones((2, 3), np.float32)
         ),
         (
             lambda: invert_wiring(np.asarray([[0, 5]]), 3),
-            r"invert_wiring: mapping refers to inputs 0\.\.5, of 3 \(valid: 0\.\.2\)",
+            r"invert_wiring: wiring refers to inputs 0\.\.5, of 3 \(valid: 0\.\.2\)",
         ),
         (
             lambda: invert_wiring(np.asarray([[0, -1]]), 3),
-            r"invert_wiring: mapping refers to inputs -1\.\.0, of 3",
+            r"invert_wiring: wiring refers to inputs -1\.\.0, of 3",
         ),
         (
             lambda: learnable_wiring(ONES, np.ones((4, 2), np.float32)),
