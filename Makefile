@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quick
-CONFIG ?= experiments/gpt_char.py:quick
+CONFIG ?= experiments/configs/gpt_char.py:quick
 
 .PHONY: train test lint format types docs colabs clean
 .DELETE_ON_ERROR:

@@ -50,7 +50,7 @@ CONFIG = {
 
 
 def start(workdir: Path) -> subprocess.Popen[str]:
-    experiment = processes.REPOSITORY / "experiments" / "gpt_char.py"
+    experiment = processes.REPOSITORY / "experiments" / "configs" / "gpt_char.py"
     overrides = [f"--config.{path}={value}" for path, value in CONFIG.items()]
     given = f"--config={experiment}:quick", f"--workdir={workdir}", "--progress=off"
     return processes.start("train", *given, *overrides)

@@ -19,7 +19,7 @@ import numpy as np
 import timing
 
 from quweit_jax.deploy.generate import decode_step, empty_cache
-from quweit_jax.deploy.pack import constants, without
+from quweit_jax.deploy.pack import constants, stored_bytes, without
 from quweit_jax.models import build
 
 
@@ -68,9 +68,9 @@ def dense_variables(model, rng: np.random.Generator):
 
 
 def decode(name: str, model, variables, tokens: int) -> str:
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    weights = stored_bytes(variables)
     cache = empty_cache(model)
-    carried = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    carried = stored_bytes(cache)
     seconds, token = [], jnp.zeros((1, 1), jnp.int32)
     for _ in range(tokens + 1):
         begun = time.perf_counter()

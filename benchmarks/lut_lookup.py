@@ -14,7 +14,7 @@ import numpy as np
 import timing
 
 from quweit_jax.ops import lut
-from quweit_jax.ops.wiring import invert_mapping, random_mapping
+from quweit_jax.ops.wiring import invert_wiring, random_wiring
 
 
 def textbook(bits, wiring, tables):
@@ -79,8 +79,8 @@ def main() -> None:
     bits = jnp.asarray(rng.integers(0, 2, (args.tokens, args.inputs)), jnp.float32)
     tables = jnp.asarray(rng.uniform(-1, 1, (args.luts, 2**args.lut_inputs)), jnp.float32)
     grad_out = jnp.asarray(rng.normal(size=(args.tokens, args.luts)), jnp.float32)
-    wiring = random_mapping(jax.random.key(0), args.inputs, args.luts, args.lut_inputs)
-    inverse = invert_mapping(wiring, args.inputs)
+    wiring = random_wiring(jax.random.key(0), args.inputs, args.luts, args.lut_inputs)
+    inverse = invert_wiring(wiring, args.inputs)
     contenders = {
         "textbook": contender(lambda b, t: textbook(b, wiring, t), bits, tables, grad_out),
         "lut_lookup": contender(lambda b, t: lut.lut_lookup(b, wiring, t), bits, tables, grad_out),

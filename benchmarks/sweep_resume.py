@@ -21,7 +21,7 @@ import timing
 from processes import finish
 
 EXPERIMENT = """
-from experiments import compare_lm
+from experiments.configs import compare_lm
 
 SMALL = {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "eval_batches": 4, "mesh.data": 1,
          "model.width": 32, "model.layers": 2, "model.context": 32,

@@ -23,7 +23,7 @@ VOCABULARY = 65
 
 def ours(mlp: str, batch: dict[str, np.ndarray]):
     """A call that runs one step of our own train loop's compiled function to the end."""
-    experiment = Path(__file__).parents[1] / "experiments" / "gpt_char.py"
+    experiment = Path(__file__).parents[1] / "experiments" / "configs" / "gpt_char.py"
     config = load_file(f"{experiment}:nanogpt_cpu,mlp={mlp}")
     model = models.build(config.model.to_dict(), VOCABULARY)
     optimizer = optimizers.make_optimizer(

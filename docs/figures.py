@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from quweit_jax.ops import integer, lut, packed_lut, ternary, thermometer
-from quweit_jax.ops import sums as reductions
+from quweit_jax.ops.sums import conditional_sum
 
 OUT = Path(__file__).parent / "figures"
 # Ink, quiet ink, fill, two colors that tell apart without hue, and a diverging map whose middle is
@@ -350,7 +350,7 @@ def sums(colors: Colors) -> Figure:
     for axis, counted, title in zip(
         axes, (bits, 2 * bits - 1), ("bits as 0 and 1", "bits as -1 and +1")
     ):
-        out = np.asarray(reductions.conditional_sum(counted, vectors))
+        out = np.asarray(conditional_sum(counted, vectors))
         axis.axhline(0, color=colors["quiet"], lw=0.8)
         axis.errorbar(
             range(10), out.mean(0), out.std(0), fmt="o", ms=4, color=colors["one"], capsize=3

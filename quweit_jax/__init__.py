@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from quweit_jax.ops.sums import conditional_sum, group_sum
     from quweit_jax.ops.ternary import bit_linear
     from quweit_jax.ops.thermometer import distributive_thresholds, encode, encode_ste
-    from quweit_jax.ops.wiring import learnable_mapping, random_mapping
+    from quweit_jax.ops.wiring import learnable_wiring, random_wiring
     from quweit_jax.training.optimizers import keep_tables_in_range
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _NAMES = {  # module: what of it can be used as quweit_jax.NAME
     "ops.lut": ("lut_lookup",),
     "ops.sums": ("conditional_sum", "group_sum"),
     "ops.thermometer": ("encode", "encode_ste", "distributive_thresholds"),
-    "ops.wiring": ("random_mapping", "learnable_mapping"),
+    "ops.wiring": ("random_wiring", "learnable_wiring"),
     "ops.ternary": ("bit_linear",),
     "ops.recurrence": ("gated_recurrence",),
     "models": ("build",),

@@ -193,14 +193,14 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
     if not file.is_file():
         file = file.parent / "configs" / file.name
     if not file.is_file():
-        near = [p.as_posix() for p in Path("experiments").glob("*.py")]
-        near += [p.as_posix() for p in Path("experiments/configs").glob("*.py")]
+        folders = Path("experiments/configs"), Path("experiments")
+        near = [p.as_posix() for folder in folders for p in folder.glob("[!_]*.py")]
         help = " Run it where experiments/ is, or give a full path."
         raise InputError(f"--config: no file at {path}.{nearest(path, near) if near else help}")
     module_spec = importlib.util.spec_from_file_location(f"quweit_experiment_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    # Experiment files may build on one another, `from experiments.configs import x`, wherever the
+    # Experiment files may share what they say, `from experiments.configs import x`, wherever the
     # command was started.
     folder = file.resolve().parent
     beside = str(folder.parents[folder.name == "configs"])
@@ -213,7 +213,7 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
 
 
 def load_file(spec: str) -> Config:
-    """'experiments/gpt_char.py:nanogpt_cpu,mlp=weightless' -> its config, locked."""
+    """'experiments/configs/gpt_char.py:nanogpt_cpu,mlp=weightless' -> its config, locked."""
     module, argument = load_module(spec)
     return module.get_config(argument or None).lock()
 

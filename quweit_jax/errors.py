@@ -56,9 +56,11 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
         )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0]
+def first_line(error: BaseException, longest: int | None = 200) -> str:
+    """The first line of an error's message, cut where others' errors get long (None: whole); the
+    error's kind if it says nothing.
+    """
+    return str(error).strip().split("\n")[0][:longest] or type(error).__name__
 
 
 def require(package: str, purpose: str, otherwise: str = "") -> ModuleType:

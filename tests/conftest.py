@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from quweit_jax import config as configs
+from quweit_jax.config import set_value
 from quweit_jax.models.registry import defaults
 from quweit_jax.training.defaults import base_config
 
@@ -136,7 +136,7 @@ def tiny_config(tiny_values) -> Callable[..., Any]:
         config = base_config()
         config.model = defaults("gpt")
         for path, value in tiny_values(changes).items():
-            configs.set_value(config.lock(), path, str(value))
+            set_value(config.lock(), path, str(value))
         return config.lock()
 
     return make
@@ -149,7 +149,7 @@ def tiny_arguments(tiny_values) -> Callable[..., list[str]]:
     """
 
     def make(changes: dict[str, Any] | None = None) -> list[str]:
-        experiment = REPOSITORY / "experiments" / "gpt_char.py"
+        experiment = REPOSITORY / "experiments" / "configs" / "gpt_char.py"
         return [
             f"--config={experiment}:quick",
             *(f"--config.{path}={value}" for path, value in tiny_values(changes).items()),

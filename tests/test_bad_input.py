@@ -183,23 +183,23 @@ def test_experiment_files(command, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     workdir = f"--workdir={tmp_path / 'run'}"
     refused(
-        command(train, "--config=experiments/gpt_chart.py", workdir),
-        r"no file at experiments/gpt_chart.py. Did you mean 'experiments/gpt_char.py'\?",
+        command(train, "--config=experiments/configs/gpt_chart.py", workdir),
+        r"no file at experiments/configs/gpt_chart.py. Did you mean 'experiments/configs/gpt_char.py'\?",
     )
     refused(
-        command(train, "--config=experiments/gpt_char.py:quik", workdir),
+        command(train, "--config=experiments/configs/gpt_char.py:quik", workdir),
         r"config variant: expected one of \['quick', .*\], found 'quik'. Did you mean 'quick'\?",
     )
     refused(
-        command(train, "--config=experiments/gpt_char.py:quick,mpl=dense", workdir),
+        command(train, "--config=experiments/configs/gpt_char.py:quick,mpl=dense", workdir),
         r"config argument: unknown key 'mpl'. Did you mean 'mlp'\?",
     )
     refused(
-        command(train, "--config=experiments/gpt_char.py:quick,dense", workdir),
+        command(train, "--config=experiments/configs/gpt_char.py:quick,dense", workdir),
         "config argument: expected key=value after the variant, found 'dense'",
     )
     refused(
-        command(train, "--config=experiments/gpt_char.py:quick", "--config.steps", workdir),
+        command(train, "--config=experiments/configs/gpt_char.py:quick", "--config.steps", workdir),
         "--config.steps: expected a value; write --config.steps=VALUE",
     )
     refused(
@@ -209,7 +209,7 @@ def test_experiment_files(command, tmp_path, monkeypatch):
     refused(
         command(train, workdir),
         "--config: expected an experiment file to begin a run in .*, such as "
-        "--config=experiments/gpt_char.py:quick",
+        "--config=experiments/configs/gpt_char.py:quick",
     )
     (tmp_path / "empty.py").write_text("x = 1\n")
     refused(
@@ -299,7 +299,7 @@ def test_workdirs(command, tiny_arguments, trained, tmp_path):
         refused(
             command(module, f"--workdir={full}"),
             r"--workdir: no run in .*full \(no config.json\); start one with "
-            r"--config=experiments/FILE.py",
+            r"--config=experiments/configs/FILE.py",
         )
         refused(
             command(module, f"--workdir={tmp_path / 'nowhere'}"),

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from quweit_jax import config as configs
 from quweit_jax.commands import evaluate, generate, train
+from quweit_jax.config import flat, load_file
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -31,7 +31,7 @@ TINY = [
 def trained(tiny_text, tmp_path, monkeypatch, capsys):
     """A run made by the command line in the current folder, and what the command said."""
     monkeypatch.chdir(tmp_path)
-    spec = f"{REPOSITORY / 'experiments' / 'gpt_char.py'}:quick,steps=10,data.source=text_file,data.path={tiny_text}"
+    spec = f"{REPOSITORY / 'experiments/configs/gpt_char.py'}:quick,steps=10,data.source=text_file,data.path={tiny_text}"
     assert train.main([f"--config={spec}", "--workdir=runs/x", *TINY]) == 0
     return capsys.readouterr().out
 
@@ -96,7 +96,7 @@ def test_generate_streams_the_same_text_for_the_same_seed(trained, capsys, tiny_
     ],
 )
 def test_every_config_is_complete(spec):
-    config = configs.load_file(str(REPOSITORY / "experiments" / spec))
+    config = load_file(str(REPOSITORY / "experiments/configs" / spec))
     for key in ("seed", "steps", "batch_size", "eval_every", "checkpoint_every"):
         assert isinstance(config[key], int)
     assert {
@@ -106,4 +106,4 @@ def test_every_config_is_complete(spec):
         "optimizer.learning_rate",
         "model.name",
         "mesh.data",
-    } <= set(configs.flat(config))
+    } <= set(flat(config))

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from quweit_jax import config as configs
 from quweit_jax.commands import costs as command
+from quweit_jax.config import to_dict
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from tests.conftest import REPOSITORY
 
-PAPER = f"--config={REPOSITORY / 'experiments/vit_cifar.py'}:paper,mlp=weightless"
-NANOGPT = f"--config={REPOSITORY / 'experiments/gpt_char.py'}:nanogpt,mlp=weightless"
+PAPER = f"--config={REPOSITORY / 'experiments/configs/vit_cifar.py'}:paper,mlp=weightless"
+NANOGPT = f"--config={REPOSITORY / 'experiments/configs/gpt_char.py'}:nanogpt,mlp=weightless"
 NOWHERE = "--config.data.data_dir=/no/such/folder"
 
 
@@ -79,7 +79,7 @@ def test_text_says_what_json_says(capsys):
 
 
 def test_a_run_needs_only_its_config_and_tokenizer(capsys, tmp_path, tiny_config):
-    (tmp_path / "config.json").write_text(json.dumps(configs.to_dict(tiny_config())))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny_config())))
     with pytest.raises(InputError, match="--outputs"):
         command.main([f"--workdir={tmp_path}"])
     tokenizers.save(tokenizers.CharTokenizer.train("abcde"), tmp_path / "tokenizer.json")
@@ -95,9 +95,9 @@ def test_a_run_needs_only_its_config_and_tokenizer(capsys, tmp_path, tiny_config
 
 
 def test_models_without_a_dense_twin(capsys):
-    text = ask(capsys, f"--config={REPOSITORY / 'experiments/dwn_digits.py'}")
+    text = ask(capsys, f"--config={REPOSITORY / 'experiments/configs/dwn_digits.py'}")
     assert "no dense baseline" in text and "multiplications: none" in text
-    text = ask(capsys, f"--config={REPOSITORY / 'experiments/matmulfree.py'}:13b")
+    text = ask(capsys, f"--config={REPOSITORY / 'experiments/configs/matmulfree.py'}:13b")
     assert "multiplications replaced: 100.00%" in text and "baseline, Transformer++" in text
 
 
@@ -110,7 +110,7 @@ def test_models_without_a_dense_twin(capsys):
         ([PAPER, "--config.model.mlp=sparse"], "found 'sparse'"),
         ([NANOGPT, "--context=500"], "1 to 256 tokens, found 500"),
         (
-            [f"--config={REPOSITORY / 'experiments/vit_cifar.py'}:paper,dataset=flowers"],
+            [f"--config={REPOSITORY / 'experiments/configs/vit_cifar.py'}:paper,dataset=flowers"],
             "the classes of flowers are not known",
         ),
         (["--workdir=/no/such/run"], "no run in /no/such/run"),

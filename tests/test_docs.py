@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from quweit_jax import config as configs
 from quweit_jax.commands import cli
+from quweit_jax.config import load_file, set_value
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -90,9 +90,9 @@ def test_commands_are_taken(page, monkeypatch):
             (argument.partition("=")[2] for argument in rest if argument.startswith("--config=")),
             None,
         )
-        config = configs.load_file(spec or "experiments/gpt_char.py:quick")
+        config = load_file(spec or "experiments/configs/gpt_char.py:quick")
         for path, value in overrides.items():
-            configs.set_value(config, path, value)
+            set_value(config, path, value)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import compare_lm, weightless_vs_dense
+from experiments.studies import compare_lm, weightless_vs_dense
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -69,7 +69,7 @@ def arguments(
     folder, workdir, *extra, variant="quick,mlp=weightless,integer=True,steps=8", size=TINY
 ):
     return [
-        f"--config={REPOSITORY / 'experiments' / 'vit_cifar.py'}:{variant}",
+        f"--config={REPOSITORY / 'experiments/configs/vit_cifar.py'}:{variant}",
         f"--workdir={workdir}",
         "--config.data.source=image_folder",
         f"--config.data.path={folder}",

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quweit_jax import config as configs
+from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import EXTRAS, InputError, RunError, missing
 
 
@@ -100,11 +100,11 @@ def parse(
     return made.parse_args(rest), overrides
 
 
-def load_config(spec: str, overrides: Mapping[str, str]) -> configs.Config:
+def load_config(spec: str, overrides: Mapping[str, str]) -> Config:
     """The config of an experiment file, 'FILE.py:VARIANT,key=value', with values of its keys."""
-    config = configs.load_file(spec)
+    config = load_file(spec)
     for path, text in overrides.items():
-        configs.set_value(config, path, text)
+        set_value(config, path, text)
     return config
 
 

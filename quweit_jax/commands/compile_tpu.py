@@ -1,4 +1,4 @@
-"""python -m quweit_jax compile_tpu --config=experiments/vit_cifar.py:paper --topology=v5e:2x4"""
+"""python -m quweit_jax compile_tpu --config=experiments/configs/vit_cifar.py:paper --topology=v5e:2x4"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from quweit_jax.commands import cli
 from quweit_jax.config import Config
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, first_line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,9 +43,8 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:
-        reason = str(error).split("\n")[0][:200]
         raise InputError(
-            f"--topology: cannot compile for TPU topology '{topology}' ({reason}); pip install "
+            f"--topology: cannot compile for TPU topology '{topology}' ({first_line(error)}); pip install "
             "libtpu, or give one such as v5e:2x4."
         ) from None
     setup = assemble(config, devices=devices)

@@ -1,4 +1,4 @@
-"""python -m quweit_jax costs --config=experiments/vit_cifar.py:paper [--json] [--config.a.b=v]"""
+"""python -m quweit_jax costs --config=experiments/configs/vit_cifar.py:paper [--json] [--config.a.b=v]"""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quweit_jax import config as configs
 from quweit_jax.commands import cli
+from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.costs import table
 
     config, outputs = (
-        (configs.load_file(args.config), args.outputs)
+        (load_file(args.config), args.outputs)
         if args.config
         else of_run(args.workdir, args.outputs)
     )
     for path, text in overrides.items():
-        configs.set_value(config, path, text)
+        set_value(config, path, text)
     pairs = [pair.partition("=")[::2] for pair in args.levels.split(",") if pair]
     settings = {
         "lut_model": args.lut_model,
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def of_run(workdir: str, outputs: int | None = None) -> tuple[configs.Config, int | None]:
+def of_run(workdir: str, outputs: int | None = None) -> tuple[Config, int | None]:
     """A run's config and, of a language model, the size of its vocabulary; `outputs` overrules it.
 
     Raises:
@@ -130,9 +130,7 @@ def of_run(workdir: str, outputs: int | None = None) -> tuple[configs.Config, in
 
 
 def training_memory(
-    config: configs.Config,
-    outputs: int | None = None,
-    compiler_options: Mapping[str, Any] | None = None,
+    config: Config, outputs: int | None = None, compiler_options: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, int]]:
     """Bytes of a training step on this machine's first device: {'without remat': {'parameters':
     ..., 'total': ...}, 'with remat': ...}; a model without remat has one entry, 'as configured'.
@@ -157,7 +155,7 @@ def training_memory(
 
 
 def _bytes(
-    config: configs.Config,
+    config: Config,
     form: Mapping[str, bool],
     outputs: int,
     image_shape: tuple[int, int, int] | None,

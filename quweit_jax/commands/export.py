@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from quweit_jax import config as configs
+from quweit_jax import config
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
 
     from quweit_jax.deploy import stablehlo
     from quweit_jax.deploy.generate import context_of
-    from quweit_jax.deploy.pack import pack
+    from quweit_jax.deploy.pack import pack, stored_bytes
     from quweit_jax.training import rundir
 
     out, platforms = Path(args.out), args.platforms.split(",")
@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
     about = stablehlo.about_data(tokenizer, setup.data_config.normalize, setup.data) | {
         "training_step": opened.step,
         "form": "packed" if args.packed else "trained",
-        "weight_bytes": stablehlo.weight_bytes(variables),
+        "weight_bytes": stored_bytes(variables),
         "versions": rundir.describe_environment()["versions"],
-        "config": configs.to_dict(setup.config),
+        "config": config.to_dict(setup.config),
     }
     description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
     print(

@@ -1,4 +1,4 @@
-"""python -m quweit_jax sweep --config=experiments/compare_lm.py:cpu --workdir=runs/sweep [--print]
+"""python -m quweit_jax sweep --config=experiments/configs/compare_lm.py:cpu --workdir=runs/sweep [--print]
 
 What is known of a point of a sweep is what its run directory holds, so a sweep that was interrupted
 goes on by being started again.
@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quweit_jax import config as configs
 from quweit_jax.commands import cli
+from quweit_jax.config import Config, load_module
 from quweit_jax.errors import InputError
 
 _POLL_SECONDS = 0.2
@@ -90,7 +90,7 @@ class Point:
 
     name: str
     settings: Mapping[str, Any]
-    config: configs.Config
+    config: Config
     workdir: Path
     command: tuple[str, ...]
 
@@ -110,7 +110,7 @@ def enumerate_points(spec: str, root: Path, overrides: Mapping[str, str]) -> lis
       InputError: the file has no sweep, or a point is wrong or there twice; nothing has been
         started then.
     """
-    module, argument = configs.load_module(spec)
+    module, argument = load_module(spec)
     if not hasattr(module, "sweep"):
         raise InputError(
             f"--config: {spec.partition(':')[0]} has no sweep(add); define one that calls "

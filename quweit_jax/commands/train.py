@@ -1,4 +1,4 @@
-"""python -m quweit_jax train --config=experiments/gpt_char.py:quick --workdir=runs/x"""
+"""python -m quweit_jax train --config=experiments/configs/gpt_char.py:quick --workdir=runs/x"""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quweit_jax import config as configs
 from quweit_jax.commands import cli
+from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ def main(argv: Sequence[str]) -> int:
     if args.config is None and not (workdir / "config.json").exists():
         raise InputError(
             f"--config: expected an experiment file to begin a run in {workdir}, such as "
-            "--config=experiments/gpt_char.py:quick."
+            "--config=experiments/configs/gpt_char.py:quick."
         )
-    config = configs.load_file(args.config) if args.config else rundir.read_config(workdir)
+    config = load_file(args.config) if args.config else rundir.read_config(workdir)
     for path, text in overrides.items():
-        configs.set_value(config, path, text)
+        set_value(config, path, text)
     cli.join_processes()
     begin = initial(config.get("init_from") or "", workdir)
     announce(config, workdir)
@@ -91,7 +91,7 @@ def initial(path: str, workdir: Path) -> Callable[[Mapping[str, Any]], Mapping[s
     return begin
 
 
-def announce(config: configs.Config, workdir: Path) -> None:
+def announce(config: Config, workdir: Path) -> None:
     """Says in one line what is about to happen."""
     import jax
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 from jax import Array
 
 from quweit_jax.errors import InputError
-from quweit_jax.ops.counts import Costs
+from quweit_jax.ops.counts import Costs, stored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +54,15 @@ class InferenceMemory:
         return self.weights + self.state + self.activations
 
 
-def tree_bytes(tree: Any) -> int:
-    """Of all arrays (or shapes and dtypes of arrays) in a tree; of those spread over devices one
-    device's part.
-    """
+def device_bytes(tree: Any) -> int:
+    """Of one device's part of all arrays (or shapes and dtypes of arrays) in a tree."""
 
-    def one(leaf: Any) -> int:
+    def part(leaf: Any) -> jax.ShapeDtypeStruct:
         where = getattr(leaf, "sharding", None)
         shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+    return stored_bytes(jax.tree.map(part, tree))
 
 
 def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> int:
@@ -86,8 +83,7 @@ def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> 
         for variable in jaxpr.outvars
         if id(variable) not in given and not hasattr(variable, "val")
     }  # constants have one
-    arrays: list[Any] = list(kept.values())
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
+    return stored_bytes(list(kept.values()))
 
 
 def of_training(state: Any, batch: Any, compiled: Any, activations: int) -> TrainingMemory:
@@ -109,11 +105,11 @@ def of_training(state: Any, batch: Any, compiled: Any, activations: int) -> Trai
             "JAX_PLATFORMS=cpu."
         )
     return TrainingMemory(
-        parameters=tree_bytes(state.params),
-        constants=tree_bytes(state.constants),
-        optimizer=tree_bytes(state.opt_state),
-        average=tree_bytes(state.ema),
-        batch=tree_bytes(batch),
+        parameters=device_bytes(state.params),
+        constants=device_bytes(state.constants),
+        optimizer=device_bytes(state.opt_state),
+        average=device_bytes(state.ema),
+        batch=device_bytes(batch),
         working=int(analysis.temp_size_in_bytes),
         activations=activations,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.image_sources import image_splits
 from quweit_jax.data.registry import DataConfig, Splits, TextSplits, source
-from quweit_jax.errors import InputError, require
+from quweit_jax.errors import InputError, first_line, require
 
 
 class TFDSImages:
@@ -176,7 +176,7 @@ def _tfds_builder(tfds: Any, config: DataConfig) -> Any:
         except Exception:
             raise InputError(
                 f"data.name: TFDS cannot open '{config.name}' in {where} ({type(error).__name__}: "
-                f"{_first_line(error)})."
+                f"{first_line(error)})."
             ) from None
     if builder.info.splits:
         return builder
@@ -191,7 +191,7 @@ def _tfds_builder(tfds: Any, config: DataConfig) -> Any:
     except Exception as error:
         raise InputError(
             f"data.name: '{config.name}' is not prepared in {where} and could not be downloaded "
-            f"({type(error).__name__}: {_first_line(error)}). "
+            f"({type(error).__name__}: {first_line(error)}). "
             "Give the folder that holds it with --config.data.data_dir=FOLDER, or prepare it "
             f"with: tfds build {config.name} --file_format=array_record"
         ) from None
@@ -207,10 +207,6 @@ def _prepared_folder(config: DataConfig) -> str:
         if p.is_dir()
     )
     return str(versions[-1])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from quweit_jax.errors import InputError, check_choice, require
+from quweit_jax.errors import InputError, check_choice, first_line, require
 
 KINDS = ("char", "byte", "bpe")  # made from a corpus
 CHOICES = (*KINDS, "file")
@@ -219,10 +219,9 @@ class FileTokenizer(_HuggingFaceTokenizer):
         try:
             found = cls(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library's own are plain Exceptions
-            reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
                 "data.tokenizer_path: expected a tokenizer of Hugging Face's tokenizers in "
-                f"{file}, found another file ({reason})."
+                f"{file}, found another file ({first_line(error)})."
             ) from None
         found.end_of_text = found._find_end_of_text(file.with_name("tokenizer_config.json"))
         return found

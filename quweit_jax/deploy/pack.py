@@ -19,6 +19,7 @@ from jax import Array
 
 from quweit_jax.deploy.tables import Tree, at, find_blocks
 from quweit_jax.errors import InputError
+from quweit_jax.ops.counts import stored_bytes
 from quweit_jax.ops.ternary import WEIGHTS_PER_BYTE
 
 
@@ -79,11 +80,6 @@ def without(tree: Mapping[str, Any], packed: Mapping[str, Any]) -> Tree:
         elif inner := without(value, packed.get(name, {})):
             left[name] = inner
     return left
-
-
-def stored_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a packed model, or of a part of one."""
-    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
 
 
 def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> Tree:

@@ -35,6 +35,7 @@ from quweit_jax.data.images import NORMALIZATIONS
 from quweit_jax.data.pipeline import Dataset
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, nearest, require
+from quweit_jax.ops.counts import stored_bytes
 
 Tree: TypeAlias = dict[str, Any]  # variables, a state, or JSON
 Apply: TypeAlias = Callable[..., Any]  # (variables, input, ...) -> outputs
@@ -181,17 +182,12 @@ def check(variables: Tree, platforms: Sequence[str]) -> None:
             raise InputError(
                 f"platforms: expected some of {', '.join(PLATFORMS)}, found '{name}'.{hint}"
             )
-    if (size := weight_bytes(variables)) > MAX_WEIGHT_BYTES:
+    if (size := stored_bytes(variables)) > MAX_WEIGHT_BYTES:
         raise InputError(
             f"export: the weights are {size:,} bytes, and a StableHLO file with weights inside "
             f"holds at most {MAX_WEIGHT_BYTES:,}; export the packed form (--packed) if that is "
             "smaller, or write the weights as safetensors (pretrained.save)."
         )
-
-
-def weight_bytes(variables: Tree) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
 
 
 def check_target(out: Path, overwrite: bool = False) -> None:

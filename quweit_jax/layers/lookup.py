@@ -17,11 +17,18 @@ from jax import Array
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import lut, packed_lut, vector_lut
-from quweit_jax.ops import sums as reductions
-from quweit_jax.ops import wiring as mapping
+from quweit_jax.ops import lut, packed_lut, sums, vector_lut
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 from quweit_jax.ops.integer import straight_through
+from quweit_jax.ops.wiring import (
+    arange_wiring,
+    invert_wiring,
+    learnable_wiring,
+    random_candidates,
+    random_wiring,
+    sparse_wiring_feature_major,
+    strongest,
+)
 
 MAPPINGS = ("random", "arange", "learnable", "candidates")
 
@@ -125,30 +132,26 @@ class LUTLayer(Packable):
         if self.mapping in ("random", "arange"):
             wiring = self.variable("wiring", "mapping", lambda: self._fixed_wiring(shape)).value
             inverse = self.variable(
-                "wiring", "inverse", lambda: mapping.invert_mapping(wiring, num_inputs)
+                "wiring", "inverse", lambda: invert_wiring(wiring, num_inputs)
             ).value
             self._write_wiring(wiring, num_inputs)
             return bits_FT, wiring, inverse
         uniform, candidates = nn.initializers.uniform(1.0), None
         if self.mapping == "learnable":
             scores = self.param("scores", uniform, (num_inputs, slots), jnp.float32)
-            chosen_MT = mapping.learnable_mapping(bits_FT.T, scores, tau=self.tau).T
+            chosen_MT = learnable_wiring(bits_FT.T, scores, tau=self.tau).T
         else:
             choices = min(self.candidates, num_inputs)
             candidates = self.variable(
                 "wiring",
                 "candidates",
-                lambda: mapping.random_candidates(
-                    self.make_rng("params"), num_inputs, slots, choices
-                ),
+                lambda: random_candidates(self.make_rng("params"), num_inputs, slots, choices),
             ).value
             scores = self.param("scores", uniform, (slots, choices), jnp.float32)
-            chosen_MT = mapping.sparse_mapping_feature_major(
-                bits_FT, scores, candidates, tau=self.tau
-            )
-        self._write_wiring(mapping.strongest(scores, candidates), num_inputs)
-        straight = mapping.arange_mapping(slots, self.num_luts, self.lut_inputs)
-        return chosen_MT, straight, mapping.invert_mapping(straight, slots)
+            chosen_MT = sparse_wiring_feature_major(bits_FT, scores, candidates, tau=self.tau)
+        self._write_wiring(strongest(scores, candidates), num_inputs)
+        straight = arange_wiring(slots, self.num_luts, self.lut_inputs)
+        return chosen_MT, straight, invert_wiring(straight, slots)
 
     def _wired(self, bits_FT: Array) -> Array:
         """What each slot of each table reads: (L, n, T)."""
@@ -157,8 +160,8 @@ class LUTLayer(Packable):
 
     def _fixed_wiring(self, shape: tuple[int, int, int]) -> Array:
         if self.mapping == "random":
-            return mapping.random_mapping(self.make_rng("params"), *shape)
-        return mapping.arange_mapping(*shape)
+            return random_wiring(self.make_rng("params"), *shape)
+        return arange_wiring(*shape)
 
     def _write_wiring(self, wiring: Array, num_inputs: int) -> None:
         """Writes the input of each slot, (L, n), in the smallest integers that hold them all."""
@@ -225,7 +228,7 @@ class VectorLUTLayer(LUTLayer):
         shape = (self.num_luts, 2**self.lut_inputs, self.features)
         init = nn.initializers.normal(self.vector_init)
         vectors = self.param("vectors", init, shape, jnp.float32)
-        rounded, scale = reductions.quantize_int8(vectors, axis=(0, 1))
+        rounded, scale = sums.quantize_int8(vectors, axis=(0, 1))
         wired = self._wired(bits_FT)
         self.write(vectors=rounded, scale=scale.reshape(-1))
         shadow = vectors / jax.lax.stop_gradient(scale)
@@ -272,7 +275,7 @@ class GroupSum(Packable):
             vectors, offset = self.read("vectors", "offset")
             total = jnp.matmul(bits.astype(jnp.int8), vectors, preferred_element_type=jnp.int32)
             return (total + offset).astype(jnp.float32) / jnp.float32(self.tau)
-        return reductions.group_sum(bits, self.num_groups, tau=self.tau)
+        return sums.group_sum(bits, self.num_groups, tau=self.tau)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Bits counted in the smallest integers that hold a group's count; the scores divided by

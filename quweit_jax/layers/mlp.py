@@ -100,6 +100,11 @@ def kinds(integer: bool = False) -> tuple[str, ...]:
     return ("dense", *(kind for kind, forms in BLOCKS.items() if forms[1] or not integer), "none")
 
 
+def brings_norm(mixer: nn.Module) -> bool:
+    """Whether a mixer normalizes what it reads itself, so that the model does not."""
+    return getattr(mixer, "use_norm", False)
+
+
 def make(
     kind: str,
     features: int,

@@ -101,7 +101,7 @@ class GPTBlock(nn.Module):
         )
         if mixer is None:
             return x
-        y = x if getattr(mixer, "use_norm", False) else nn.LayerNorm(name="mlp_norm", **norm)(x)
+        y = x if mlp.brings_norm(mixer) else nn.LayerNorm(name="mlp_norm", **norm)(x)
         return x + nn.Dropout(c.dropout, deterministic=not train)(mixer(y))
 
     def costs(self, call: Call) -> list[LayerCosts]:

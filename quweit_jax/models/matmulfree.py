@@ -116,7 +116,7 @@ class MatMulFreeBlock(nn.Module):
         )
         if mixer is None:
             return x
-        y = x if getattr(mixer, "use_norm", False) else RMSNorm(name="mlp_norm", **shared)(x)
+        y = x if mlp.brings_norm(mixer) else RMSNorm(name="mlp_norm", **shared)(x)
         return x + mixer(y)
 
     def costs(self, call: Call) -> list[LayerCosts]:

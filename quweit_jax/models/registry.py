@@ -9,7 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import ml_collections
 
-from quweit_jax import config as configs
+from quweit_jax.config import SECTIONS, Config, from_mapping
 from quweit_jax.errors import check_choice
 from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.models.gpt import GPT, GPTConfig
@@ -53,7 +53,7 @@ def config_of(values: Mapping[str, Any], outputs: int | None = None) -> Any:
     model = find(options.pop("name", None))
     if outputs is not None:
         options[model.outputs] = outputs
-    return configs.from_mapping(model.config, options)
+    return from_mapping(model.config, options)
 
 
 def build(config: Mapping[str, Any], outputs: int | None = None) -> nn.Module:
@@ -67,7 +67,7 @@ def build(config: Mapping[str, Any], outputs: int | None = None) -> nn.Module:
     return find(config.get("name")).module(config_of(config, outputs))
 
 
-def defaults(name: str) -> configs.Config:
+def defaults(name: str) -> Config:
     """`config.model` of a named model, complete but for what the data decides."""
     model = find(name)
     values = dataclasses.asdict(model.config(**{model.outputs: 1}))
@@ -75,4 +75,4 @@ def defaults(name: str) -> configs.Config:
     return ml_collections.ConfigDict({"name": name, **values}, type_safe=False)
 
 
-configs.SECTIONS["model"] = lambda values: find(values.get("name")).config
+SECTIONS["model"] = lambda values: find(values.get("name")).config

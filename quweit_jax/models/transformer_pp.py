@@ -144,7 +144,7 @@ class TransformerPPBlock(nn.Module):
         )
         if mixer is None:
             return x
-        if not getattr(mixer, "use_norm", False):
+        if not mlp.brings_norm(mixer):
             return x + mixer(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
         return x + mixer(x)
 

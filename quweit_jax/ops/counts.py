@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import jax
 
 K = TypeVar("K", str, int)
 
@@ -29,6 +31,11 @@ def merge(*counts: Mapping[K, int]) -> dict[K, int]:
 def packed_bits(count: int) -> int:
     """Bytes of bits, eight a byte."""
     return -(-count // 8)
+
+
+def stored_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or shapes and dtypes of arrays, in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)

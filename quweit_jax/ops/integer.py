@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from quweit_jax.ops import int64 as wide
+from quweit_jax.ops import int64
 from quweit_jax.ops.fusion import no_fusion
 
 SOFTMAX_SHIFTS = 15
@@ -143,7 +143,7 @@ def _shift_exp_int(x: Array, inverse: Array, shifts: Array | int) -> Array:
     shift = jnp.asarray(shifts - halvings)
     few = jnp.clip(shift, 0, 31).astype(jnp.uint32)
     too_far = (shift > 31) | (twice > (jnp.uint32(2**32 - 1) >> few))
-    return jnp.where(too_far, jnp.uint32(wide.INT32_MAX), (twice << few) >> 1)
+    return jnp.where(too_far, jnp.uint32(int64.INT32_MAX), (twice << few) >> 1)
 
 
 def _shift_exp_float(x: Array, inverse: Array, shifts: Array | int) -> Array:
@@ -188,7 +188,7 @@ def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     # bits.
     spare = _bit_length(inverse) + SOFTMAX_SHIFTS + math.ceil(math.log2(max(1, x.shape[-1]))) - 32
     exponentials = exponentials >> jnp.maximum(0, spare).astype(jnp.uint32)
-    total = jnp.clip(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), 1, wide.INT32_MAX)
+    total = jnp.clip(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), 1, int64.INT32_MAX)
     return ((exponentials * (jnp.uint32(_DIVIDEND) // total)) >> (32 - bits)).astype(jnp.int32)
 
 
@@ -206,7 +206,7 @@ def _shift_gelu(x: Array, inverse: Array) -> Array:
     if not is_integer(x):
         total = jnp.minimum(numerator + other, _DIVIDEND)
         return x * jnp.floor(numerator * jnp.floor(_DIVIDEND / total) / 2.0 ** (32 - GELU_BITS))
-    total = jnp.clip(numerator + other, 1, wide.INT32_MAX)
+    total = jnp.clip(numerator + other, 1, int64.INT32_MAX)
     return x * ((numerator * (jnp.uint32(_DIVIDEND) // total)) >> (32 - GELU_BITS)).astype(
         jnp.int32
     )
@@ -261,10 +261,10 @@ def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
     rest = 2 * (total - mean * width)
     mean = mean + ((rest > width) | ((rest == width) & (mean & 1 == 1)))
     centered = x - mean
-    high, low = _sum_of_squares(jnp.minimum(wide.magnitude(centered), 2**17 - 1))
+    high, low = _sum_of_squares(jnp.minimum(int64.magnitude(centered), 2**17 - 1))
 
     def newton(_: int, root: Array) -> Array:
-        return (root + wide.divide(high, low, root)) >> 1
+        return (root + int64.divide(high, low, root)) >> 1
 
     root = jax.lax.fori_loop(0, LAYER_NORM_ITERATIONS, newton, jnp.full_like(low, 2**16))
     factor = (jnp.uint32(_DIVIDEND) // root).astype(jnp.int32)
@@ -285,7 +285,7 @@ def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits
     exactly; float32 by float32 ratios.
     """
     if is_integer(branches[0][0]):
-        return requantize_int([(x, *wide.dyadic(scale, scale_out)) for x, scale in branches], bits)
+        return requantize_int([(x, *int64.dyadic(scale, scale_out)) for x, scale in branches], bits)
     return clamp(
         sum((jnp.round(x * (scale / scale_out)) for x, scale in branches), jnp.float32(0)), bits
     )
@@ -306,7 +306,7 @@ def _requantize(branches: list[Any], bits: int) -> Array:
     # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot
     # overflow.
     return clamp(
-        sum((jnp.clip(wide.multiply_shift(*b), -(2**29), 2**29) for b in branches), jnp.int32(0)),
+        sum((jnp.clip(int64.multiply_shift(*b), -(2**29), 2**29) for b in branches), jnp.int32(0)),
         bits,
     )
 
@@ -334,6 +334,6 @@ def _sum_of_squares(x: Array) -> tuple[Array, Array]:
     total = functools.partial(jnp.sum, axis=-1, keepdims=True, dtype=jnp.uint32)
     squares, crosses, small = total(upper * upper), total(upper * lower), total(lower * lower)
     zero = jnp.zeros_like(small)
-    return wide.add(
-        wide.add((squares >> 14, squares << 18), (crosses >> 22, crosses << 10)), (zero, small)
+    return int64.add(
+        int64.add((squares >> 14, squares << 18), (crosses >> 22, crosses << 10)), (zero, small)
     )

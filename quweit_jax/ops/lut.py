@@ -263,7 +263,7 @@ def lut_lookup(
       alpha: scale of the gradient to the bits; 0.5 * 0.75**(n-1) (exponential) or 1 (harmonic) if
         None.
       beta: decay per unit of distance; 1/3 if None.
-      inverse: (F, K) int from `mapping.invert_mapping`, optional: without it the gradient to the
+      inverse: (F, K) int from `wiring.invert_wiring`, optional: without it the gradient to the
         bits makes one anew each time, if the wiring is even, or scatters.
 
     Returns:

@@ -30,13 +30,13 @@ def _check_sizes(name: str, num_inputs: int, num_luts: int, lut_inputs: int) -> 
         )
 
 
-def random_mapping(key: Key, num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
+def random_wiring(key: Key, num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
     """Concatenated random permutations of the inputs, cut at n * L: every input is used equally
     often, give or take one.
 
     Returns (L, n) int32.
     """
-    _check_sizes("random_mapping", num_inputs, num_luts, lut_inputs)
+    _check_sizes("random_wiring", num_inputs, num_luts, lut_inputs)
     slots = num_luts * lut_inputs
     rounds = -(-slots // num_inputs)
     keys = jax.random.split(key, rounds)
@@ -48,14 +48,14 @@ def random_mapping(key: Key, num_inputs: int, num_luts: int, lut_inputs: int) ->
     return permutations.reshape(-1)[:slots].reshape(num_luts, lut_inputs).astype(jnp.int32)
 
 
-def arange_mapping(num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
-    """The inputs in order, round and round: (L, n) int32, `mapping[j, l] = (j * n + l) mod F`."""
-    _check_sizes("arange_mapping", num_inputs, num_luts, lut_inputs)
+def arange_wiring(num_inputs: int, num_luts: int, lut_inputs: int) -> Int[Array, "L n"]:
+    """The inputs in order, round and round: (L, n) int32, `wiring[j, l] = (j * n + l) mod F`."""
+    _check_sizes("arange_wiring", num_inputs, num_luts, lut_inputs)
     slots = jnp.arange(num_luts * lut_inputs, dtype=jnp.int32)
     return (slots % num_inputs).reshape(num_luts, lut_inputs)
 
 
-def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array, "F K"]:
+def invert_wiring(wiring: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array, "F K"]:
     """The slots that read each input, for a wiring that uses every input equally often: (F, ceil(M
     / F)) int32.
 
@@ -63,36 +63,36 @@ def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array
     its gradient to the bits.
 
     Raises:
-      InputError: a mapping known at trace time that uses some input more often than ceil(M / F),
+      InputError: a wiring known at trace time that uses some input more often than ceil(M / F),
         leave the inverse out then; or one that refers to an input that isn't there.
     """
-    num_luts, lut_inputs = jnp.shape(mapping)
+    num_luts, lut_inputs = jnp.shape(wiring)
     slots = num_luts * lut_inputs
     fan_out = -(-slots // num_inputs)
-    if not isinstance(mapping, Tracer) and slots:
-        known = np.asarray(mapping).reshape(-1)
+    if not isinstance(wiring, Tracer) and slots:
+        known = np.asarray(wiring).reshape(-1)
         if known.min() < 0 or known.max() >= num_inputs:
             raise InputError(
-                f"invert_mapping: mapping refers to inputs {known.min()}..{known.max()}, of "
+                f"invert_wiring: wiring refers to inputs {known.min()}..{known.max()}, of "
                 f"{num_inputs} (valid: 0..{num_inputs - 1})."
             )
         uses = np.bincount(known, minlength=num_inputs)
         if uses.max() > fan_out:
             raise InputError(
-                f"invert_mapping: input {int(uses.argmax())} is read {int(uses.max())} times, more "
+                f"invert_wiring: input {int(uses.argmax())} is read {int(uses.max())} times, more "
                 f"than ceil(M / F) = {fan_out}; "
                 "only an evenly used wiring has an inverse of this form. Call lut_lookup without "
                 "one."
             )
-    return even_inverse(jnp.asarray(mapping), num_inputs)
+    return even_inverse(jnp.asarray(wiring), num_inputs)
 
 
-def even_inverse(mapping_Ln: Array, num_inputs: int) -> Array:
+def even_inverse(wiring_Ln: Array, num_inputs: int) -> Array:
     """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F)
     times: (F, ceil(M / F)), M if empty.
     """
-    slots = math.prod(mapping_Ln.shape)
-    reads = mapping_Ln.T.reshape(-1)
+    slots = math.prod(wiring_Ln.shape)
+    reads = wiring_Ln.T.reshape(-1)
     order = jnp.argsort(reads, stable=True).astype(jnp.int32)
     ordered = reads[order]
     place = jnp.arange(slots) - jnp.searchsorted(ordered, jnp.arange(num_inputs))[ordered]
@@ -107,11 +107,11 @@ def random_candidates(
     key: Key, num_inputs: int, num_slots: int, num_candidates: int
 ) -> Int[Array, "M C"]:
     """Fixed random candidates for each slot, column by column an even wiring: (M, C) int32."""
-    return random_mapping(key, num_inputs, num_candidates, num_slots).T
+    return random_wiring(key, num_inputs, num_candidates, num_slots).T
 
 
 def strongest(scores: ArrayLike, candidates: ArrayLike | None = None) -> Array:
-    """The input each slot of a learnable mapping reads: scores (F, M), or (M, C) with candidates
+    """The input each slot of a learnable wiring reads: scores (F, M), or (M, C) with candidates
     (M, C) -> int (M,).
     """
     if candidates is None:
@@ -126,7 +126,7 @@ def _inexact(bits: ArrayLike, like: Array) -> Array:
     return bits if jnp.issubdtype(bits.dtype, jnp.floating) else bits.astype(like.dtype)
 
 
-def learnable_mapping(
+def learnable_wiring(
     bits: Shaped[ArrayLike, "*tokens F"], scores: Float[ArrayLike, "F M"], *, tau: float = 0.001
 ) -> Float[Array, "*tokens M"]:
     """Each slot reads the input with the largest score: `y[..., m] = bits[..., argmax_f scores[f,
@@ -146,7 +146,7 @@ def learnable_mapping(
     bits = _inexact(bits, scores)
     if scores.ndim != 2 or bits.ndim < 1 or bits.shape[-1] != scores.shape[0]:
         raise InputError(
-            "learnable_mapping: expected bits (..., F) and scores (F, M), found "
+            "learnable_wiring: expected bits (..., F) and scores (F, M), found "
             f"{list(bits.shape)} and {list(scores.shape)}."
         )
     return _learnable(bits, scores, float(tau))
@@ -173,14 +173,14 @@ def _learnable_backward(tau, saved, grad):
 _learnable.defvjp(_learnable_forward, _learnable_backward)
 
 
-def sparse_learnable_mapping(
+def sparse_learnable_wiring(
     bits: Shaped[ArrayLike, "*tokens F"],
     scores: Float[ArrayLike, "M C"],
     candidates: Int[ArrayLike, "M C"],
     *,
     tau: float = 0.001,
 ) -> Float[Array, "*tokens M"]:
-    """`learnable_mapping` among C candidates a slot: what a transformer can afford.
+    """`learnable_wiring` among C candidates a slot: what a transformer can afford.
 
     Args:
       bits: (..., F) in {0, 1}. scores: (M, C). candidates: (M, C) int, the inputs among which each
@@ -194,25 +194,25 @@ def sparse_learnable_mapping(
     bits = _inexact(bits, scores)
     if scores.ndim != 2 or jnp.shape(candidates) != scores.shape:
         raise InputError(
-            "sparse_learnable_mapping: scores and candidates must both be (M, C), found "
+            "sparse_learnable_wiring: scores and candidates must both be (M, C), found "
             f"{list(scores.shape)} and {list(jnp.shape(candidates))}."
         )
     if not isinstance(candidates, Tracer) and np.size(candidates):
         low, high = int(np.min(np.asarray(candidates))), int(np.max(np.asarray(candidates)))
         if low < 0 or high >= bits.shape[-1]:
             raise InputError(
-                f"sparse_learnable_mapping: candidates refer to inputs {low}..{high} but bits has "
+                f"sparse_learnable_wiring: candidates refer to inputs {low}..{high} but bits has "
                 f"{bits.shape[-1]} (valid: 0..{bits.shape[-1] - 1})."
             )
     tokens_FT = bits.reshape(-1, bits.shape[-1]).T
-    chosen = sparse_mapping_feature_major(tokens_FT, scores, jnp.asarray(candidates), tau=tau)
+    chosen = sparse_wiring_feature_major(tokens_FT, scores, jnp.asarray(candidates), tau=tau)
     return chosen.T.reshape(*bits.shape[:-1], scores.shape[0])
 
 
-def sparse_mapping_feature_major(
+def sparse_wiring_feature_major(
     bits_FT: Array, scores: Array, candidates: Array, *, tau: float = 0.001
 ) -> Array:
-    """`sparse_learnable_mapping` for (F, T) floating bits: (M, T)."""
+    """`sparse_learnable_wiring` for (F, T) floating bits: (M, T)."""
     return _sparse(bits_FT, scores, candidates, float(tau))
 
 

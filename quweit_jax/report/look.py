@@ -73,7 +73,7 @@ def _look(summary: RunSummary, overrides: Mapping[str, str], batches: int) -> Js
 
 def _explain(error: Exception, summary: RunSummary, training: bool) -> None:
     """Says why a run could not be opened; one without its data keeps its state."""
-    text = first_line(error)
+    text = first_line(error, longest=None)  # ours end with what to do
     named = f"{type(error).__name__}: {text}"
     if isinstance(error, RunError):
         state, reason = "damaged", text

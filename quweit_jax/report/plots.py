@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -15,7 +14,7 @@ from quweit_jax.report import figures
 from quweit_jax.report.figures import GRID, INK, MUTED, SERIES, Picture, series_style, shortened
 from quweit_jax.report.label_placement import place
 from quweit_jax.report.summary import Group, RunSummary
-from quweit_jax.training.metrics import curve
+from quweit_jax.training.metrics import draw_losses
 
 
 @figures.style()
@@ -25,20 +24,9 @@ def loss_curves(group: Group, name: str) -> Picture | None:
     if not shown:
         return None
     figure, axes = figures.new(3.4 + 0.2 * -(-len(shown) // 2))
-    seen = []
-    for run in shown:
-        look = series_style(run.number - 1)
-        steps, losses = curve(run.rows, "train")
-        axes.plot(steps, losses, color=look["color"], linewidth=0.8, alpha=0.35)
-        seen += losses[len(losses) // 20 :]  # the first are far above all that matters
-        steps, losses = curve(run.rows, "validation")
-        look |= {"markersize": 3.5, "linewidth": 1.5, "markevery": max(1, len(steps) // 12)}
-        axes.plot(steps, losses, label=shortened(run.label), **look)
-        seen += losses
-    finite = sorted(value for value in seen if math.isfinite(value))
-    if finite:
-        low, high = finite[0], finite[min(len(finite) - 1, int(0.97 * len(finite)))]
-        axes.set_ylim(low - 0.04 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
+    draw_losses(
+        axes, [(shortened(run.label), run.rows, series_style(run.number - 1)) for run in shown]
+    )
     axes.set(xlabel="step", ylabel=f"loss ({loss_unit(group)})")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figures.legend(figure, columns=min(2, len(shown)))

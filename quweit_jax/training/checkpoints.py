@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from quweit_jax.errors import InputError, RunError
+from quweit_jax.errors import InputError, RunError, first_line
 from quweit_jax.training import files
 from quweit_jax.training.sharding import path_name
 
@@ -238,8 +238,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip().split("\n")[0]
-    return text[:200] or type(error).__name__
+    return first_line(error)
 
 
 def compare_trees(expected: Any, found: Any, what: str) -> None:

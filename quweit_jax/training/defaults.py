@@ -1,4 +1,6 @@
-"""The keys that every experiment has, and today's defaults for runs that older versions began."""
+"""The keys that every experiment has, their shorter names, and today's defaults for runs that older
+versions began.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,37 @@ import dataclasses
 
 import ml_collections
 
-from quweit_jax.config import Config, with_defaults
+from quweit_jax.config import Config, apply_shortcuts, flat, with_defaults
 from quweit_jax.data.registry import DataConfig
 from quweit_jax.models import registry
 from quweit_jax.training.optimizers import OptimizerConfig
 from quweit_jax.training.sharding import MeshConfig
+
+# A key's shorter name, which may stand after the colon; a full path may, too.
+SHORTCUTS = {
+    "data.name": "dataset",
+    "data.data_dir": "data_dir",
+    "data.image_size": "res",
+    "optimizer.learning_rate": "lr",
+    "model.mlp": "mlp",
+    "model.width": "width",
+    "model.layers": "layers",
+    "model.depth": "depth",
+    "model.context": "context",
+    "model.dropout": "dropout",
+    "model.variant": "variant",
+    "model.integer": "integer",
+    "model.weightless.num_luts": "luts",
+    "model.weightless.lut_inputs": "lut_inputs",
+    # of a plain weightless classifier, which has no section `weightless`
+    "model.num_luts": "luts",
+    "model.lut_inputs": "lut_inputs",
+    "model.mapping": "mapping",
+    "model.thermometer": "thermometer",
+    "model.thermometer_bits": "bits",
+    "model.tau": "tau",
+    "model.alpha": "alpha",
+}
 
 
 def base_config() -> Config:
@@ -35,6 +63,17 @@ def base_config() -> Config:
         "model": {},  # `models.registry.defaults(name)`, changed by the experiment
     }
     return ml_collections.ConfigDict(values, convert_dict=True, type_safe=False)
+
+
+def with_shortcuts(config: Config, shortcuts: dict[str, str]) -> Config:
+    """The config with what stood after the variant, locked.
+
+    Raises:
+      InputError: a key that this config does not have; names the nearest.
+    """
+    known = flat(config)
+    aliases = {name: key for key, name in SHORTCUTS.items() if key in known}
+    return apply_shortcuts(config, shortcuts, aliases)
 
 
 def complete(saved: Config) -> Config:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,54 +102,49 @@ def curve(rows: Sequence[Row], split: str, key: str = "loss") -> tuple[list[int]
     return [p[0] for p in points], [p[1] for p in points]
 
 
+def draw_losses(axes: Any, runs: Sequence[tuple[str, Sequence[Row], Mapping[str, Any]]]) -> None:
+    """Draws each run's training losses (thin) and validation losses (marked) into Matplotlib axes.
+
+    runs: (label, rows, how Matplotlib draws the line, at least its `color`) of each. The limits
+    leave out the first losses, which are far above all that matters, and what is not finite.
+    """
+    seen: list[float] = []
+    for label, rows, look in runs:
+        steps, losses = curve(rows, "train")
+        axes.plot(steps, losses, color=look["color"], linewidth=0.8, alpha=0.4)
+        seen += losses[len(losses) // 20 :]
+        steps, losses = curve(rows, "validation")
+        shown = {"markersize": 3.5, "linewidth": 1.5, "markevery": max(1, len(steps) // 12)}
+        axes.plot(steps, losses, label=label, **look, **shown)
+        seen += losses
+    finite = sorted(value for value in seen if math.isfinite(value))
+    if finite:
+        low, high = finite[0], finite[min(len(finite) - 1, int(0.97 * len(finite)))]
+        axes.set_ylim(low - 0.04 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
+
+
 def plot_losses(
     runs: dict[str, Sequence[Row]], path: Path, title: str = "", unit: str = "nats per token"
 ) -> None:
-    """Loss curves of one run (training and validation) or several (validation, labelled by name) as
-    a PNG.
-    """
-    from matplotlib.figure import (
-        Figure,
-    )  # without pyplot, whose figures belong to the caller: a notebook shows its own
+    """Loss curves of one run (training and validation) or several (labelled by name) as a PNG."""
+    # Without pyplot, whose figures belong to the caller: a notebook shows its own.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=130)
     axes = figure.subplots()
-    for i, (name, rows) in enumerate(runs.items()):
-        color = f"C{i}"
-        steps, values = curve(rows, "validation")
-        if len(runs) == 1:
-            axes.plot(*curve(rows, "train"), color=color, alpha=0.45, linewidth=1, label="training")
-            color = "C1"
-        axes.plot(
-            steps,
-            values,
-            color=color,
-            marker="o",
-            markersize=3,
-            label=name if len(runs) > 1 else "validation",
-        )
-        if values and len(runs) == 1:
-            axes.annotate(
-                f"{values[-1]:.3f}",
-                (steps[-1], values[-1]),
-                textcoords="offset points",
-                xytext=(0, 8),
-                ha="right",
-                color=color,
-            )
-    finite = [
-        v
-        for rows in runs.values()
-        for split in ("train", "validation")
-        for v in curve(rows, split)[1]
-        if math.isfinite(v)
-    ]
-    if finite and len(runs) > 1:
-        lows = [curve(rows, "validation")[1] for rows in runs.values()]
-        axes.set_ylim(
-            min(map(min, filter(None, lows))) * 0.98,
-            sorted(v for low in lows for v in low)[int(0.97 * sum(map(len, lows)))] * 1.02,
-        )
+    drawn = enumerate(runs.items())
+    draw_losses(
+        axes,
+        [
+            (name or "validation", rows, {"color": f"C{i}", "marker": "o"})
+            for i, (name, rows) in drawn
+        ],
+    )
+    if len(runs) == 1:
+        axes.lines[0].set_label("training")
+        for step, loss in list(zip(*curve(next(iter(runs.values())), "validation")))[-1:]:
+            above = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right"}
+            axes.annotate(f"{loss:.3f}", (step, loss), **above)
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.3)

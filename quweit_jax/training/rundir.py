@@ -15,8 +15,7 @@ from typing import Any
 
 import jax
 
-from quweit_jax import config as configs
-from quweit_jax.config import Config
+from quweit_jax.config import Config, flat, from_dict, set_value, to_dict
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from quweit_jax.training import defaults, files
@@ -76,7 +75,7 @@ def open_run(
     """
     config = read_config(workdir)
     for path, text in (overrides or {}).items():
-        configs.set_value(config, path, text)
+        set_value(config, path, text)
     setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False)
     with Checkpoints(workdir, read_only=True) as saved:
         wanted = saved.best_step() if step is None else step
@@ -134,7 +133,7 @@ def write_files(workdir: Path, setup: Setup) -> None:
             )
     # config.json first, and each file whole or not at all: whenever this is killed, the same
     # command goes on.
-    files.replace_json(workdir / "config.json", configs.to_dict(setup.config))
+    files.replace_json(workdir / "config.json", to_dict(setup.config))
     if setup.tokenizer is not None and not (workdir / "tokenizer.json").exists():
         files.replace_json(workdir / "tokenizer.json", setup.tokenizer.to_json())
     files.replace_json(environment, describe_environment() | {"data_fingerprint": fingerprint})
@@ -168,10 +167,10 @@ def read_config(workdir: Path) -> Config:
     if not path.exists():
         raise InputError(
             f"--workdir: no run in {workdir} (no config.json); start one with "
-            "--config=experiments/FILE.py."
+            "--config=experiments/configs/FILE.py."
         )
     try:
-        return defaults.complete(configs.from_dict(json.loads(path.read_text())))
+        return defaults.complete(from_dict(json.loads(path.read_text())))
     except json.JSONDecodeError as error:
         raise InputError(f"--workdir: {path} is damaged ({error}).") from None
 
@@ -190,7 +189,7 @@ def has_checkpoints(workdir: Path) -> bool:
 
 def check_same(saved: Config, config: Config, workdir: Path) -> None:
     """Raises InputError naming the keys in which a folder's config differs from the given."""
-    before, now = configs.flat(configs.to_dict(saved)), configs.flat(configs.to_dict(config))
+    before, now = flat(to_dict(saved)), flat(to_dict(config))
     missing = object()
     changed = [
         f"{key} (there {before.get(key, 'nothing')!r}, now {now.get(key, 'nothing')!r})"

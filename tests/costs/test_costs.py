@@ -5,8 +5,8 @@ numbers.
 import jax
 import pytest
 
-from quweit_jax import config as configs
-from quweit_jax.costs import count as costs
+from quweit_jax.config import load_file, set_value
+from quweit_jax.costs import count
 from quweit_jax.errors import InputError
 from quweit_jax.models.registry import defaults
 from tests.conftest import REPOSITORY
@@ -21,11 +21,11 @@ def total(counts):
 
 
 def of_experiment(spec, **options):
-    return costs.of_config(configs.load_file(f"{REPOSITORY / 'experiments' / spec}"), **options)
+    return count.of_config(load_file(f"{REPOSITORY / 'experiments/configs' / spec}"), **options)
 
 
 def test_deit_tiny_by_hand():
-    counted = costs.count(DEIT, 1000, image_size=224)
+    counted = count.count(DEIT, 1000, image_size=224)
     # 14 x 14 patches and a class token; width 192, three heads of 64, 12 blocks.
     patches, tokens = 196, 197
     patch = patches * (16 * 16 * 3) * 192
@@ -72,7 +72,7 @@ def test_deit_tiny_by_hand():
 
 
 def test_integer_deit_tiny_by_hand():
-    counted = costs.count(DEIT | {"integer": True}, 10, image_size=224)
+    counted = count.count(DEIT | {"integer": True}, 10, image_size=224)
     tokens, values, scores = 197, 197 * 192, 3 * 197 * 197
     mixing = 12 * scores * 64  # 16-bit weights times 8-bit values
     assert counted.multiplications == {
@@ -101,8 +101,8 @@ def test_quweit_on_integers_by_hand():
     (dense) or of single numbers (grouped).
     """
     model = DEIT | {"integer": True, "mlp": "weightless", "weightless": LUTS}
-    dense = costs.count(DEIT | {"integer": True}, 10, image_size=224)
-    counted = costs.count(model, 10, image_size=224)
+    dense = count.count(DEIT | {"integer": True}, 10, image_size=224)
+    counted = count.count(model, 10, image_size=224)
     assert counted.total_multiplications == dense.total_multiplications - 12 * 197 * 8 * 192 * 192
     assert counted.lookups == {4: 12 * 197 * 1536}
     assert counted.comparisons["int8"] == 12 * 197 * 192 * 4
@@ -118,7 +118,7 @@ def test_quweit_on_integers_by_hand():
         "int8": 12 * 1536 * 192,
         "int32": 12 * 768,
     }
-    grouped = costs.count(
+    grouped = count.count(
         model | {"weightless": LUTS | {"sum": "grouped"}}, 10, image_size=224
     ).of_kind("conditional_sum")
     assert (
@@ -128,7 +128,7 @@ def test_quweit_on_integers_by_hand():
 
 
 def test_nanogpt_by_hand():
-    counted = costs.count(NANOGPT, 65)
+    counted = count.count(NANOGPT, 65)
     matrices, attention, head = 6 * 12 * 384 * 384, 6 * 2 * 256 * 384, 65 * 384
     assert counted.multiplications == {"float32": matrices + attention + head}
     assert counted.of_kind("mlp").total_multiplications == 6 * 8 * 384 * 384
@@ -147,12 +147,12 @@ def test_nanogpt_by_hand():
     assert counted.bytes_moved["weights"] == 4 * (
         parameters - 65 * 384 - 256 * 384 + 2 * 384 + 65 * 384
     )
-    half = costs.count(NANOGPT, 65, context=128)
+    half = count.count(NANOGPT, 65, context=128)
     assert total(counted.multiplications) - total(half.multiplications) == 6 * 2 * 128 * 384
 
 
 def test_quweit_gpt_by_hand():
-    counted = costs.count(
+    counted = count.count(
         NANOGPT | {"mlp": "weightless", "weightless": LUTS | {"num_luts": 2688}}, 65
     )
     blocks = counted.of_kind("thermometer", "lookup", "conditional_sum")
@@ -199,8 +199,8 @@ def test_transformer_pp_370m_by_hand():
     assert counted.parameters == 32000 * 1024 + matrices + norms
     assert counted.bytes_stored == {"bfloat16": 2 * (32000 * 1024 + matrices), "float32": 4 * norms}
     assert counted.state_bytes == 24 * 2 * 2048 * 1024 * 2
-    shared = costs.count(
-        configs.load_file(str(REPOSITORY / "experiments/transformer_pp.py:370m")).model.to_dict()
+    shared = count.count(
+        load_file(str(REPOSITORY / "experiments/configs/transformer_pp.py:370m")).model.to_dict()
         | {"kv_heads": 4},
         32000,
     )
@@ -210,9 +210,9 @@ def test_transformer_pp_370m_by_hand():
 
 
 def test_dwn_by_hand():
-    config = configs.load_file(str(REPOSITORY / "experiments/dwn_digits.py"))
-    configs.set_value(config, "model.num_luts", "(500, 300)")
-    counted = costs.of_config(config)
+    config = load_file(str(REPOSITORY / "experiments/configs/dwn_digits.py"))
+    set_value(config, "model.num_luts", "(500, 300)")
+    counted = count.of_config(config)
     assert counted.multiplications == {} and counted.unit == "image"
     assert counted.comparisons == {"float32": 64 * 8}
     assert counted.lookups == {6: 800}
@@ -230,7 +230,7 @@ def test_int8_products_among_floats_by_hand():
     """Weights and inputs of products in int8, each with a scale an output; every input is rounded,
     every result rescaled.
     """
-    counted = costs.count(
+    counted = count.count(
         {"name": "gpt", "layers": 1, "heads": 2, "width": 32, "context": 16}, 11, precision="int8"
     )
     assert counted.multiplications == {"int8": 12 * 32 * 32 + 2 * 16 * 32 + 11 * 32}
@@ -244,22 +244,22 @@ def test_int8_products_among_floats_by_hand():
 
 
 def test_published_shares():
-    vit = configs.load_file(str(REPOSITORY / "experiments/vit_cifar.py:paper"))
-    ours, dense = costs.of_config(vit), costs.of_config(vit, model=costs.baseline(vit.model)[0])  # type: ignore[index]
+    vit = load_file(str(REPOSITORY / "experiments/configs/vit_cifar.py:paper"))
+    ours, dense = count.of_config(vit), count.of_config(vit, model=count.baseline(vit.model)[0])  # type: ignore[index]
     assert round(dense.total_multiplications / 1e6, 1) == 1253.5
     assert round(dense.of_kind("mlp").total_multiplications / 1e6, 1) == 697.2
-    assert 0.55 < costs.multiplications_replaced(ours, dense) < 0.56
-    gpt = configs.load_file(str(REPOSITORY / "experiments/gpt_char.py:nanogpt,mlp=weightless"))
-    dense = costs.of_config(gpt, model=costs.baseline(gpt.model)[0])  # type: ignore[index]
-    assert 0.59 < costs.multiplications_replaced(costs.of_config(gpt), dense) < 0.60
-    deit = costs.count(DEIT, 1000, image_size=224)
+    assert 0.55 < count.multiplications_replaced(ours, dense) < 0.56
+    gpt = load_file(str(REPOSITORY / "experiments/configs/gpt_char.py:nanogpt,mlp=weightless"))
+    dense = count.of_config(gpt, model=count.baseline(gpt.model)[0])  # type: ignore[index]
+    assert 0.59 < count.multiplications_replaced(count.of_config(gpt), dense) < 0.60
+    deit = count.count(DEIT, 1000, image_size=224)
     assert 0.61 < deit.of_kind("mlp").parameters / deit.parameters < 0.63
 
 
 def test_kinds_of_mlp_add_up():
     """What one block saves does not depend on the others."""
     both, first, none = (
-        costs.count(NANOGPT | {"layers": 2, "mlp": mlp}, 65).total_multiplications
+        count.count(NANOGPT | {"layers": 2, "mlp": mlp}, 65).total_multiplications
         for mlp in ("dense", "dense+none", "none+none")
     )
     assert both - first == first - none == 8 * 384 * 384
@@ -267,13 +267,13 @@ def test_kinds_of_mlp_add_up():
 
 def test_thirteen_billion_weights_are_counted_without_any():
     config, before = (
-        configs.load_file(str(REPOSITORY / "experiments/matmulfree.py:13b")),
+        load_file(str(REPOSITORY / "experiments/configs/matmulfree.py:13b")),
         len(jax.live_arrays()),
     )
-    counted = costs.of_config(config)
-    dense = costs.of_config(config, model=costs.baseline(config.model)[0])  # type: ignore[index]
+    counted = count.of_config(config)
+    dense = count.of_config(config, model=count.baseline(config.model)[0])  # type: ignore[index]
     assert len(jax.live_arrays()) == before
-    assert costs.multiplications_replaced(counted, dense) == 1
+    assert count.multiplications_replaced(counted, dense) == 1
     assert 12.9e9 < counted.parameters < 13.1e9 and dense.parameters == pytest.approx(
         counted.parameters, rel=1e-3
     )
@@ -283,10 +283,10 @@ def test_thirteen_billion_weights_are_counted_without_any():
 @pytest.mark.parametrize("width", [0, 96, 32])
 def test_the_baseline_of_matmulfree_can_be_built(width):
     model = defaults("matmulfree").to_dict() | {"width": width, "size": "2.7b", "layers": 2}
-    dense, name = costs.baseline(model)  # type: ignore[misc]
+    dense, name = count.baseline(model)  # type: ignore[misc]
     assert "Transformer++" in name
-    assert costs.count(dense, 100).total_multiplications > 0
-    assert costs.baseline({"name": "dwn"}) is None
+    assert count.count(dense, 100).total_multiplications > 0
+    assert count.baseline({"name": "dwn"}) is None
 
 
 def test_what_data_decide_is_said():
@@ -302,15 +302,15 @@ def test_what_data_decide_is_said():
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda: costs.count({"name": "gtp"}, 65), "Did you mean 'gpt'"),
-        (lambda: costs.count(NANOGPT | {"widht": 3}, 65), "Did you mean 'width'"),
-        (lambda: costs.count(DEIT, 10), "give it"),
-        (lambda: costs.count(DEIT, 10, image_size=100), "multiple of the patch size 16, found 100"),
-        (lambda: costs.count(NANOGPT, 65, context=257), "1 to 256 tokens, found 257"),
-        (lambda: costs.count(NANOGPT, 65, context=0), "found 0"),
-        (lambda: costs.count(NANOGPT, 65, precision="int4"), "found 'int4'"),
+        (lambda: count.count({"name": "gtp"}, 65), "Did you mean 'gpt'"),
+        (lambda: count.count(NANOGPT | {"widht": 3}, 65), "Did you mean 'width'"),
+        (lambda: count.count(DEIT, 10), "give it"),
+        (lambda: count.count(DEIT, 10, image_size=100), "multiple of the patch size 16, found 100"),
+        (lambda: count.count(NANOGPT, 65, context=257), "1 to 256 tokens, found 257"),
+        (lambda: count.count(NANOGPT, 65, context=0), "found 0"),
+        (lambda: count.count(NANOGPT, 65, precision="int4"), "found 'int4'"),
         (
-            lambda: costs.count(DEIT | {"integer": True}, 10, image_size=224, precision="float16"),
+            lambda: count.count(DEIT | {"integer": True}, 10, image_size=224, precision="float16"),
             "integer model",
         ),
         (lambda: of_experiment("vit_cifar.py:quick,dataset=my_images"), "--outputs"),
@@ -320,13 +320,13 @@ def test_what_data_decide_is_said():
             "--config.data.image_size",
         ),
         (
-            lambda: costs.multiplications_replaced(
-                costs.count(NANOGPT, 65), costs.count(DEIT, 10, image_size=224)
+            lambda: count.multiplications_replaced(
+                count.count(NANOGPT, 65), count.count(DEIT, 10, image_size=224)
             ),
             "one unit",
         ),
         (
-            lambda: costs.multiplications_replaced(*2 * [of_experiment("dwn_digits.py")]),
+            lambda: count.multiplications_replaced(*2 * [of_experiment("dwn_digits.py")]),
             "multiplies nothing",
         ),
     ],

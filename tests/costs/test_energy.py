@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from quweit_jax.costs import count as costs
-from quweit_jax.costs import energy
+from quweit_jax.costs import count, energy
 from quweit_jax.costs.technologies import TECHNOLOGIES, technology_of
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs, Elementwise, LayerCosts
@@ -122,7 +121,7 @@ def test_choices_about_weightless_blocks(table):
 
 
 def test_kinds_add_up_and_assumptions_are_said():
-    counted = costs.count(
+    counted = count.count(
         {"name": "vit", "variant": "mu/8", "integer": True, "mlp": "weightless"}, 10, image_size=16
     )
     found = energy.estimate(counted, "7nm", lut_model="fpga")
@@ -144,8 +143,8 @@ def test_published_energy_ratios(technology):
 
     def ratio(model, outputs, options, **kwargs):
         luts = {"num_luts": 1536 if model["name"] == "vit" else 2688, **options}
-        ours = costs.count(model | {"mlp": "weightless", "weightless": luts}, outputs, **kwargs)
-        dense = costs.count(model, outputs, **kwargs)
+        ours = count.count(model | {"mlp": "weightless", "weightless": luts}, outputs, **kwargs)
+        dense = count.count(model, outputs, **kwargs)
         return (
             energy.estimate(dense, technology).matrix_pj
             / energy.estimate(ours, technology).matrix_pj

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from quweit_jax.commands.costs import training_memory
-from quweit_jax.costs import count as costs
-from quweit_jax.costs import memory
+from quweit_jax.costs import count, memory
 from quweit_jax.errors import InputError
 from tests.compiled import CHEAP
 
@@ -60,7 +59,7 @@ def test_training_with_and_without_remat(tiny_config):
     config = tiny_config({"model.layers": 1, "model.mlp": "dense"})
     found = training_memory(config, 30, CHEAP)
     assert set(found) == {"without remat", "with remat"}
-    parameters = costs.of_config(config, outputs=30).parameters
+    parameters = count.of_config(config, outputs=30).parameters
     for needed in found.values():
         assert needed["parameters"] == 4 * parameters
         assert (
@@ -81,7 +80,7 @@ def test_training_with_and_without_remat(tiny_config):
 
 
 def test_bytes_of_inference():
-    counted = costs.count({"name": "gpt", "layers": 2, "heads": 2, "width": 32, "context": 16}, 11)
+    counted = count.count({"name": "gpt", "layers": 2, "heads": 2, "width": 32, "context": 16}, 11)
     one, four = memory.of_inference(counted), memory.of_inference(counted, 4)
     assert one.weights == four.weights == 4 * counted.parameters
     assert one.state == 2 * 2 * 16 * 32 * 4 and four.state == 4 * one.state

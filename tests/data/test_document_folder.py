@@ -4,8 +4,7 @@ documents.
 
 import pytest
 
-from quweit_jax.data import pipeline, tokenizers
-from quweit_jax.data import text as text_sources
+from quweit_jax.data import pipeline, text, tokenizers
 from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 
@@ -37,4 +36,4 @@ def test_folder_of_documents(tmp_path):
         InputError,
         match=r"""expected \{"text": "..."\} at byte 17 of .*b\.jsonl, found '\{"tex": 1\}'""",
     ):
-        text_sources.document_folder(DataConfig(path=str(tmp_path))).train.read(2)
+        text.document_folder(DataConfig(path=str(tmp_path))).train.read(2)

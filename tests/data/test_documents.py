@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from quweit_jax.data import documents, image_sources, pipeline, registry, tokenizers
-from quweit_jax.data import text as text_sources
 from quweit_jax.data.documents import PackedDocuments
 from quweit_jax.data.registry import DataConfig
+from quweit_jax.data.text import document_folder
 from quweit_jax.errors import InputError
 from quweit_jax.training.setup import assemble
 
@@ -479,27 +479,23 @@ def test_errors(sets, tmp_path):
             InputError,
             match=r"data\.path: expected a folder of documents .*found '.*(nothing|nowhere)'",
         ):
-            text_sources.document_folder(DataConfig(path=str(path)))
+            document_folder(DataConfig(path=str(path)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         InputError,
         match=r"data\.path: expected documents \(files ending in \.txt or \.jsonl\) in .*empty, found none",
     ):
-        text_sources.document_folder(DataConfig(path=str(tmp_path / "empty")))
+        document_folder(DataConfig(path=str(tmp_path / "empty")))
     with pytest.raises(
         InputError, match=r"data\.validation_split: .*empty has no folder 'train' beside 'dev'"
     ):
-        text_sources.document_folder(
-            DataConfig(path=str(tmp_path / "empty"), validation_split="dev")
-        )
+        document_folder(DataConfig(path=str(tmp_path / "empty"), validation_split="dev"))
     (tmp_path / "empty" / "train").mkdir()
     with pytest.raises(
         InputError,
         match=r"data\.validation_split: no folder 'dev' in .*empty; leave it out for validation, val, test",
     ):
-        text_sources.document_folder(
-            DataConfig(path=str(tmp_path / "empty"), validation_split="dev")
-        )
+        document_folder(DataConfig(path=str(tmp_path / "empty"), validation_split="dev"))
 
 
 def test_a_tokenizer_that_cannot_part_documents():

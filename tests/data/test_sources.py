@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from quweit_jax.data import image_sources, registry
-from quweit_jax.data import text as text_sources
 from quweit_jax.data.registry import DataConfig
+from quweit_jax.data.text import python_stdlib, text_file
 from quweit_jax.errors import InputError
 
 
 def test_python_stdlib_is_deterministic_and_limited():
-    text = text_sources.python_stdlib(DataConfig(limit_bytes=50_000))
+    text = python_stdlib(DataConfig(limit_bytes=50_000))
     assert 49_996 <= len(text.encode("utf-8")) <= 50_000  # a character is never cut
-    assert text_sources.python_stdlib(DataConfig(limit_bytes=200_000)).startswith(text)
+    assert python_stdlib(DataConfig(limit_bytes=200_000)).startswith(text)
     assert "import " in text and "def " in text
 
 
@@ -30,8 +30,7 @@ def test_a_limit_never_cuts_a_character(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("aé🦊", encoding="utf-8")
     assert [
-        text_sources.text_file(DataConfig("text_file", path=str(file), limit_bytes=limit))
-        for limit in range(8)
+        text_file(DataConfig("text_file", path=str(file), limit_bytes=limit)) for limit in range(8)
     ] == ["aé🦊", "a", "a", "aé", "aé", "aé", "aé", "aé🦊"]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quweit_jax.data import tokenizers
-from quweit_jax.deploy import generate as generation
+from quweit_jax.deploy import generate
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
@@ -69,7 +69,7 @@ def greedy_without_cache(logits_of, prompt, count):
 def test_greedy_with_cache_is_greedy_without(variables, logits_of, length):
     prompt = np.random.default_rng(length).integers(0, VOCABULARY, length)
     count = 3 * CONTEXT  # past the context several times
-    found = list(generation.generate_tokens(MODEL, variables, prompt, count, temperature=0))
+    found = list(generate.generate_tokens(MODEL, variables, prompt, count, temperature=0))
     assert found == greedy_without_cache(logits_of, prompt, count)
     assert len(set(found)) > 2
 
@@ -77,20 +77,20 @@ def test_greedy_with_cache_is_greedy_without(variables, logits_of, length):
 @pytest.mark.parametrize("length", range(1, CONTEXT + 1))
 def test_prefill_in_pieces(variables, logits_of, length):
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, length)
-    logits, cache = generation.prefill(MODEL, variables, prompt)
+    logits, cache = generate.prefill(MODEL, variables, prompt)
     np.testing.assert_allclose(logits, logits_of(prompt), rtol=1e-4, atol=1e-3)
     assert cache["positions"].tolist() == [length]
 
 
 def test_same_seed_same_text(variables):
-    sample = functools.partial(generation.generate_tokens, MODEL, variables, np.asarray([1, 2]), 25)
+    sample = functools.partial(generate.generate_tokens, MODEL, variables, np.asarray([1, 2]), 25)
     one, again, other = (list(sample(temperature=1.5, seed=seed)) for seed in (0, 0, 1))
     assert one == again and one != other
     assert all(isinstance(token, int) and 0 <= token < VOCABULARY for token in one)
 
 
 def test_one_candidate_is_the_likeliest(variables):
-    sample = functools.partial(generation.generate_tokens, MODEL, variables, np.asarray([1, 2]), 20)
+    sample = functools.partial(generate.generate_tokens, MODEL, variables, np.asarray([1, 2]), 20)
     assert list(sample(temperature=0.9, top_k=1, seed=3)) == list(sample(temperature=0))
 
 
@@ -101,7 +101,7 @@ def test_samples_have_the_right_frequencies(temperature, top_k):
     logits = np.asarray([1.0, 3.0, 2.0, 2.5], np.float32)
     keys = jax.random.split(jax.random.key(0), 20_000)
     draws = quick_jit(
-        jax.vmap(lambda key: generation.sample_logits(key, logits, temperature, top_k))
+        jax.vmap(lambda key: generate.sample_logits(key, logits, temperature, top_k))
     )(keys)
     kept = np.argsort(-logits)[: top_k or None]
     expected = np.zeros(4)
@@ -113,7 +113,7 @@ def test_samples_have_the_right_frequencies(temperature, top_k):
 
 
 def test_no_tokens_wanted(variables):
-    assert list(generation.generate_tokens(MODEL, variables, np.asarray([1]), 0)) == []
+    assert list(generate.generate_tokens(MODEL, variables, np.asarray([1]), 0)) == []
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_no_tokens_wanted(variables):
 def test_errors(prompt, options, message):
     arguments = {"max_tokens": 3} | options
     with pytest.raises(InputError, match=message):
-        next(generation.generate_tokens(MODEL, {}, np.asarray(prompt, np.int32), **arguments))
+        next(generate.generate_tokens(MODEL, {}, np.asarray(prompt, np.int32), **arguments))
 
 
 TEXTS = ["plain", "größe", "数据🦊!", "🦊🦊🦊", "a\u0301 e", "\ufffd stays"]
@@ -139,12 +139,12 @@ TEXTS = ["plain", "größe", "数据🦊!", "🦊🦊🦊", "a\u0301 e", "\ufffd
 def test_streamed_text_is_the_text(kind):
     tokenizer = tokenizers.train(kind, "".join(TEXTS), bpe_vocab_size=260)
     for text in TEXTS:
-        pieces = list(generation.stream_text(tokenizer, iter(map(int, tokenizer.encode(text)))))
+        pieces = list(generate.stream_text(tokenizer, iter(map(int, tokenizer.encode(text)))))
         assert "".join(pieces) == text
 
 
 def test_each_character_is_streamed_as_soon_as_it_is_whole():
-    pieces = list(generation.stream_text(tokenizers.ByteTokenizer(), iter("aé🦊b".encode())))
+    pieces = list(generate.stream_text(tokenizers.ByteTokenizer(), iter("aé🦊b".encode())))
     assert pieces == ["a", "é", "🦊", "b"]
 
 
@@ -161,15 +161,15 @@ def test_each_character_is_streamed_as_soon_as_it_is_whole():
 )
 def test_streaming_bytes_that_are_not_text(data):
     tokenizer = tokenizers.ByteTokenizer()
-    assert "".join(generation.stream_text(tokenizer, iter(data))) == tokenizer.decode(list(data))
+    assert "".join(generate.stream_text(tokenizer, iter(data))) == tokenizer.decode(list(data))
 
 
 def test_generation_stops_at_the_end_of_text(variables):
     prompt = np.asarray([1, 2])
-    whole = list(generation.generate_tokens(MODEL, variables, prompt, 12, temperature=1.0, seed=3))
+    whole = list(generate.generate_tokens(MODEL, variables, prompt, 12, temperature=1.0, seed=3))
     end = whole[5]
     short = list(
-        generation.generate_tokens(
+        generate.generate_tokens(
             MODEL, variables, prompt, 12, temperature=1.0, seed=3, end_of_text=end
         )
     )

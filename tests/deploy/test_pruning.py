@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from quweit_jax.deploy import prune as pruning
+from quweit_jax.deploy import prune
 from quweit_jax.deploy.tables import Block
 from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.models.gpt import GPT, GPTConfig
@@ -83,20 +83,20 @@ def trained(name):
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_stay_the_same_to_the_bit(name):
     model, variables, inputs = trained(name)
-    whole = pruning.deploy(model, variables, inputs)
+    whole = prune.deploy(model, variables, inputs)
     batches = [
         (inputs, np.ones(len(inputs), np.float32)),
         (inputs[::-1].copy(), np.arange(len(inputs), dtype=np.float32)),
     ]
-    counts = pruning.count_ones(whole, batches)
+    counts = prune.count_ones(whole, batches)
     assert counts.keys() == whole.blocks.keys()
-    pruned, folds = pruning.prune(whole, counts)
+    pruned, folds = prune.prune(whole, counts)
     assert sum(int((~kept).sum()) for left in folds.values() for kept in left.kept) > 0
     for block, left in folds.items():
         assert [len(t) for t in pruned.blocks[block].tables] == [int(k.sum()) for k in left.kept]
     tokens = inputs.size // len(inputs) if inputs.dtype == np.int32 else 1
     outputs = (2 * len(inputs) - 1) * tokens  # one example has no weight
-    assert pruning.compare(whole, pruned, batches) == pruning.Comparison(outputs, outputs, outputs)
+    assert prune.compare(whole, pruned, batches) == prune.Comparison(outputs, outputs, outputs)
     # Both are the model that was trained.
     expected = quick_jit(model.apply)(variables, inputs)
     found = quick_jit(model.apply)(pruned.variables, inputs)
@@ -106,10 +106,10 @@ def test_outputs_stay_the_same_to_the_bit(name):
 @pytest.mark.parametrize("name", ["dwn", "gpt"])
 def test_counts_are_those_of_examples_with_weight(name):
     model, variables, inputs = trained(name)
-    whole = pruning.deploy(model, variables, inputs)
+    whole = prune.deploy(model, variables, inputs)
     batches = [(inputs, np.eye(len(inputs), dtype=np.float32)[i]) for i in (0, 1)]
-    first, both = pruning.count_ones(whole, batches[:1]), pruning.count_ones(whole, batches)
-    repeated = pruning.count_ones(
+    first, both = prune.count_ones(whole, batches[:1]), prune.count_ones(whole, batches)
+    repeated = prune.count_ones(
         whole, [(np.stack([inputs[1]] * len(inputs)), np.ones(len(inputs), np.float32))]
     )
     for block, counts in both.items():
@@ -120,14 +120,14 @@ def test_counts_are_those_of_examples_with_weight(name):
 
 def test_a_change_that_matters_is_told():
     model, variables, inputs = trained("dwn")
-    whole = pruning.deploy(model, variables, inputs)
+    whole = prune.deploy(model, variables, inputs)
 
     class Changed:
         def apply(self, variables, x):
             return model.apply(variables, x) + (np.arange(len(x)) == 2)[:, None] * [0, 0, 99.0]
 
     other = dataclasses.replace(whole, model=Changed())
-    found = pruning.compare(whole, other, [(inputs, np.ones(len(inputs), np.float32))])
+    found = prune.compare(whole, other, [(inputs, np.ones(len(inputs), np.float32))])
     assert (
         found.outputs == len(inputs)
         and found.same_logits == len(inputs) - 1 <= found.same_decisions
@@ -174,7 +174,7 @@ def test_folding_three_layers_against_a_naive_evaluation(seed):
     block = random_block(draw, 3)
     layers = naive(block.tables, block.wiring, bits)
     constant = [(x == x[0]).all(0) for x in layers]
-    left = pruning.fold(block, constant, [x[0] for x in layers])
+    left = prune.fold(block, constant, [x[0] for x in layers])
     assert all((~k).sum() > 0 for k in left.kept[:2]) and not (left.kept[-1] & constant[-1]).any()
     expected = layers[-1][:, left.kept[-1]]
     np.testing.assert_array_equal(naive(left.tables, left.wiring, bits)[-1], expected)
@@ -190,7 +190,7 @@ def test_a_layer_keeps_a_table():
         1,
         1,
     )
-    left = pruning.fold(
+    left = prune.fold(
         block, [np.ones(4, bool), np.ones(2, bool)], [np.zeros(4, bool), np.ones(2, bool)]
     )
     assert [int(k.sum()) for k in left.kept] == [1, 1]
@@ -199,4 +199,4 @@ def test_a_layer_keeps_a_table():
 def test_models_without_tables():
     model = GPT(GPTConfig(11, context=9, layers=1, heads=2, width=8))
     variables = quick_jit(model.init)(jax.random.key(0), TOKENS)
-    assert pruning.deploy(model, variables, TOKENS) is None
+    assert prune.deploy(model, variables, TOKENS) is None

@@ -11,7 +11,7 @@ import pytest
 
 from quweit_jax import models
 from quweit_jax.data import tokenizers
-from quweit_jax.deploy import score as scoring
+from quweit_jax.deploy import score
 from quweit_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -41,7 +41,7 @@ def scorer(request):
             lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, variables["params"]
         ),
     }
-    return scoring.Scorer(model, variables, TOKENIZER, batch_size=3)
+    return score.Scorer(model, variables, TOKENIZER, batch_size=3)
 
 
 def plain(scorer, tokens, begin):
@@ -153,7 +153,7 @@ def test_the_harness_on_tasks_of_our_own(scorer, tmp_path, monkeypatch):
         f"task: own_choice\n{common}{choice}metric_list:\n  - metric: acc\n"
     )
     (tmp_path / "rolling.yaml").write_text(f"task: own_rolling\n{common}{rolling}")
-    results = scoring.evaluate_tasks(scorer, [str(tmp_path)])
+    results = score.evaluate_tasks(scorer, [str(tmp_path)])
     best = [
         int(np.argmax([scorer.log_likelihoods([(text, " " + choice)])[0][0] for choice in choices]))
         for text, choices, _ in rows
@@ -166,4 +166,4 @@ def test_the_harness_on_tasks_of_our_own(scorer, tmp_path, monkeypatch):
         nats / np.log(2) / sum(len(text) for text, _, _ in rows)
     )
     with pytest.raises(InputError, match="has no task no_such_task"):
-        scoring.evaluate_tasks(scorer, ["no_such_task"])
+        score.evaluate_tasks(scorer, ["no_such_task"])

@@ -15,12 +15,11 @@ import jax.export
 import numpy as np
 import pytest
 
-from quweit_jax import config as configs
 from quweit_jax import models
-from quweit_jax.commands import export as export_model
-from quweit_jax.deploy import generate as generation
-from quweit_jax.deploy import stablehlo
-from quweit_jax.deploy.pack import pack
+from quweit_jax.commands import export
+from quweit_jax.config import to_dict
+from quweit_jax.deploy import generate, stablehlo
+from quweit_jax.deploy.pack import pack, stored_bytes
 from quweit_jax.errors import InputError
 from quweit_jax.training import loop, rundir
 from tests.compiled import quick_jit
@@ -139,7 +138,7 @@ def make(values, seed=0):
 def given_of(model, inputs, form):
     if inputs.dtype == np.float32:
         return stablehlo.examples_input(inputs.shape[1:])
-    context = generation.context_of(model)
+    context = generate.context_of(model)
     return stablehlo.tokens_input(VOCABULARY, context, one_step=form == "step")
 
 
@@ -233,11 +232,7 @@ def test_weights_are_inside_once_and_in_their_packed_form():
         program = stablehlo.to_program(
             model.apply, weights, given_of(model, inputs, "packed"), ["cpu"]
         )
-        sizes[num_luts] = (
-            len(program.serialize()),
-            stablehlo.weight_bytes(weights),
-            stablehlo.weight_bytes(variables),
-        )
+        sizes[num_luts] = (len(program.serialize()), stored_bytes(weights), stored_bytes(variables))
     grown = [large - small for small, large in zip(*sizes.values())]
     assert grown[0] == pytest.approx(grown[1], rel=0.02) and grown[1] < grown[2] / 4
 
@@ -293,13 +288,13 @@ def trained(tiny_config, tmp_path_factory):
 def test_the_command(trained, tmp_path, capsys):
     out = tmp_path / "model.stablehlo"
     command = [f"--workdir={trained}", f"--out={out}", "--packed", "--platforms=cpu,tpu"]
-    assert export_model.main(command) == 0
+    assert export.main(command) == 0
     said = capsys.readouterr().out
     about = json.loads(out.with_suffix(".json").read_text())
     assert f"{out.stat().st_size:,} bytes" in said and "\n".join(about["load"]) in said
     opened = rundir.open_run(trained, data=False)
     assert about["tokenizer"] == opened.setup.tokenizer.to_json()
-    assert about["config"]["model"] == configs.to_dict(opened.setup.config)["model"]
+    assert about["config"]["model"] == to_dict(opened.setup.config)["model"]
     assert (about["form"], about["training_step"], about["platforms"]) == (
         "packed",
         3,
@@ -314,18 +309,16 @@ def test_the_command(trained, tmp_path, capsys):
     expected = quick_jit(opened.setup.model.apply)(opened.variables, np.zeros((3, 16), np.int32))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-4)
     with pytest.raises(InputError, match="exists; give another name, or --overwrite"):
-        export_model.main(command)
+        export.main(command)
     with pytest.raises(InputError, match="platforms: expected some of cpu"):
-        export_model.main(
-            [*command[:1], f"--out={tmp_path / 'other.stablehlo'}", "--platforms=npu"]
-        )
+        export.main([*command[:1], f"--out={tmp_path / 'other.stablehlo'}", "--platforms=npu"])
 
 
 def test_a_run_without_checkpoints(trained, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text((trained / name).read_text())
     with pytest.raises(InputError, match="no checkpoints in"):
-        export_model.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'model.stablehlo'}"])
+        export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'model.stablehlo'}"])
     assert not (tmp_path / "model.stablehlo").exists()
 
 
@@ -341,8 +334,8 @@ def test_a_classifier(tmp_path):
     loop.fit(config.lock(), tmp_path / "run", progress=False)
     out = tmp_path / "digits.stablehlo"
     with pytest.raises(InputError, match=r"--step_function: .* is a run of a classifier"):
-        export_model.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--step_function"])
-    assert export_model.main([f"--workdir={tmp_path / 'run'}", f"--out={out}"]) == 0
+        export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--step_function"])
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}"]) == 0
     about = json.loads(out.with_suffix(".json").read_text())
     assert (
         about["labels"] == list("0123456789")

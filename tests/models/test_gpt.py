@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quweit_jax import config as configs
 from quweit_jax import models
+from quweit_jax.config import load_file
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTBlock, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
@@ -167,8 +167,8 @@ def test_bfloat16():
 
 
 def test_parameters_of_nanogpt():
-    config = configs.load_file(
-        str(Path(__file__).parents[2] / "experiments" / "gpt_char.py") + ":nanogpt"
+    config = load_file(
+        str(Path(__file__).parents[2] / "experiments" / "configs" / "gpt_char.py") + ":nanogpt"
     )
     params = jax.eval_shape(
         models.build(config.model, 65).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)

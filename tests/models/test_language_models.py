@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quweit_jax import models
-from quweit_jax.deploy import generate as generation
+from quweit_jax.deploy import generate
 from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.models.matmulfree import MatMulFree
@@ -64,15 +64,15 @@ def made(request):
 def test_step_by_step_decoding_equals_the_parallel_form(made):
     model, variables, tokens, expected = made
 
-    cache, logits = generation.empty_cache(model, 2), []
+    cache, logits = generate.empty_cache(model, 2), []
     for i in range(TOKENS):
-        out, cache = generation.decode_step(model, variables, cache, tokens[:, i : i + 1])
+        out, cache = generate.decode_step(model, variables, cache, tokens[:, i : i + 1])
         logits.append(out)
     close(jnp.concatenate(logits, 1), expected)
     # Prefill in chunks of odd sizes ends with the same cache and the same logits.
-    cut, found, other = 0, [], generation.empty_cache(model, 2)
+    cut, found, other = 0, [], generate.empty_cache(model, 2)
     for size in (1, 130, 369):
-        out, other = generation.decode_step(model, variables, other, tokens[:, cut : cut + size])
+        out, other = generate.decode_step(model, variables, other, tokens[:, cut : cut + size])
         found.append(out)
         cut += size
     close(jnp.concatenate(found, 1), expected)
@@ -100,11 +100,11 @@ def test_left_padding_changes_nothing(made):
     )
     valid = np.stack([np.arange(most) >= most - n for n in lengths])
     whole = apply(variables, batch, valid)
-    cache, pieces = generation.empty_cache(model, 2), []
+    cache, pieces = generate.empty_cache(model, 2), []
     for part in (slice(0, 6), slice(6, most)):
-        out, cache = generation.decode_step(model, variables, cache, batch[:, part], valid[:, part])
+        out, cache = generate.decode_step(model, variables, cache, batch[:, part], valid[:, part])
         pieces.append(out)
-    following, _ = generation.decode_step(model, variables, cache, tokens[:, :1])
+    following, _ = generate.decode_step(model, variables, cache, tokens[:, :1])
     for i, n in enumerate(lengths):
         close(whole[i, most - n :], expected[i])
         close(jnp.concatenate(pieces, 1)[i, most - n :], expected[i])
@@ -129,9 +129,9 @@ def test_packed_form(made):
     close(
         jax.jit(model.apply)(small, tokens[:, :20]), jax.jit(model.apply)(variables, tokens[:, :20])
     )
-    found = list(generation.generate_tokens(model, small, tokens[0, :5], 12, temperature=0))
+    found = list(generate.generate_tokens(model, small, tokens[0, :5], 12, temperature=0))
     assert found == list(
-        generation.generate_tokens(model, variables, tokens[0, :5], 12, temperature=0)
+        generate.generate_tokens(model, variables, tokens[0, :5], 12, temperature=0)
     )
     ternary = sum(
         leaf.size
@@ -164,11 +164,10 @@ def test_state_of_fixed_size():
     sizes = []
     for context in (8, 4096):
         model = models.build({**KINDS["matmulfree"], "context": context}, VOCAB)
-        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(generation.empty_cache(model))))
+        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(generate.empty_cache(model))))
         variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))
         assert (
-            len(list(generation.generate_tokens(model, variables, np.zeros(10, np.int32), 20)))
-            == 20
+            len(list(generate.generate_tokens(model, variables, np.zeros(10, np.int32), 20))) == 20
         )
     assert sizes == [2 * 32, 2 * 32]
 
@@ -272,8 +271,8 @@ def test_prompt_errors():
     with pytest.raises(
         InputError, match="the prompt has 513 tokens, but this model reads at most 512 at a time"
     ):
-        generation.generate_tokens(model, {}, np.zeros(513, np.int32), 3)
+        generate.generate_tokens(model, {}, np.zeros(513, np.int32), 3)
     with pytest.raises(InputError, match="expected token ids from 0 to 30, found 31"):
-        generation.generate_tokens(model, {}, np.asarray([0, 31]), 3)
+        generate.generate_tokens(model, {}, np.asarray([0, 31]), 3)
     with pytest.raises(InputError, match="TransformerPP: 513 tokens do not fit its context of 512"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 513), jnp.int32))

@@ -67,7 +67,7 @@ def softmax(values: np.ndarray) -> np.ndarray:
     return np.asarray(exponentials) / sum(exponentials)
 
 
-def learnable_mapping(bits_TF: np.ndarray, scores_FM: np.ndarray, grad_TM: np.ndarray, tau: float):
+def learnable_wiring(bits_TF: np.ndarray, scores_FM: np.ndarray, grad_TM: np.ndarray, tau: float):
     """(out (T, M), gradient to the bits (T, F), gradient to the scores (F, M))."""
     num_inputs, slots = scores_FM.shape
     out, grad_bits, grad_scores = (
@@ -86,7 +86,7 @@ def learnable_mapping(bits_TF: np.ndarray, scores_FM: np.ndarray, grad_TM: np.nd
     return out, grad_bits, grad_scores
 
 
-def sparse_learnable_mapping(
+def sparse_learnable_wiring(
     bits_TF: np.ndarray,
     scores_MC: np.ndarray,
     candidates_MC: np.ndarray,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quweit_jax.ops import int64 as wide
+from quweit_jax.ops import int64
 from tests.compiled import quick_jit
 
 EDGES = [
@@ -51,13 +51,13 @@ def test_multiply_shift_is_exact():
     shift = np.concatenate(
         [np.tile(np.arange(64), len(EDGES)), rng.integers(0, 64, 3000), rng.integers(25, 40, 3000)]
     ).astype(np.int32)
-    found = quick_jit(wide.multiply_shift)(x, multiplier.astype(np.int32), shift)
+    found = quick_jit(int64.multiply_shift)(x, multiplier.astype(np.int32), shift)
     assert found.tolist() == [rounded(*values) for values in zip(x, multiplier, shift)]
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 1, 5)])
 def test_multiply_shift_shapes(shape):
-    out = quick_jit(wide.multiply_shift)(np.ones(shape, np.int32), np.int32(2**30), np.int32(30))
+    out = quick_jit(int64.multiply_shift)(np.ones(shape, np.int32), np.int32(2**30), np.int32(30))
     assert out.shape == shape and out.dtype == jnp.int32 and (out == 1).all()
 
 
@@ -65,7 +65,7 @@ def test_dyadic_is_the_float64_quotient():
     rng = np.random.default_rng(1)
     a, b = (np.exp(rng.normal(0, 8, 3000)).astype(np.float32) for _ in range(2))
     a[:5], b[:5] = [1.0, 3.0, 1.0, 0.0, -2.0], [1.0, 1.0, 3.0, 1.0, 3.0]
-    multiplier, shift = quick_jit(wide.dyadic)(a, b)
+    multiplier, shift = quick_jit(int64.dyadic)(a, b)
     for x, y, m, s in zip(a.astype(float), b.astype(float), multiplier.tolist(), shift.tolist()):
         mantissa, exponent = math.frexp(abs(x) / y)
         whole = math.floor(Fraction(mantissa) * 2**31 + Fraction(1, 2))
@@ -86,14 +86,14 @@ def test_divide_is_exact():
     )
     high = (rng.random(len(divisor)) * divisor).astype(np.uint32)
     low = rng.integers(0, 2**32, len(divisor)).astype(np.uint32)
-    found = quick_jit(wide.divide)(high, low, divisor)
+    found = quick_jit(int64.divide)(high, low, divisor)
     assert found.tolist() == [
         (int(h) * 2**32 + int(l)) // int(d) for h, l, d in zip(high, low, divisor)
     ]
 
 
 def test_add_carries():
-    high, low = quick_jit(wide.add)(
+    high, low = quick_jit(int64.add)(
         (jnp.uint32(1), jnp.uint32(2**32 - 1)), (jnp.uint32(2), jnp.uint32(1))
     )
     assert (int(high), int(low)) == (4, 0)

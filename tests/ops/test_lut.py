@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops import lut
-from quweit_jax.ops import wiring as mapping
+from quweit_jax.ops.wiring import invert_wiring
 from tests.compiled import quick_jit
 from tests.ops import naive
 from tests.ops.gradients import value_and_vjp
@@ -115,7 +115,7 @@ def test_odd_shapes(shape, indexed):
         wiring,
         tables,
         grad,
-        **({"inverse": mapping.invert_mapping(wiring, bits.shape[1])} if indexed else {}),
+        **({"inverse": invert_wiring(wiring, bits.shape[1])} if indexed else {}),
     )
 
 
@@ -228,7 +228,7 @@ def test_eager_is_the_same_as_jit():
 @pytest.mark.parametrize("indexed", [False, True], ids=["scatter", "inverse"])
 def test_vmap_over_bits_and_tables(indexed):
     bits, wiring, tables, grad = case(tokens=6)
-    inverse = mapping.invert_mapping(wiring, bits.shape[1]) if indexed else None
+    inverse = invert_wiring(wiring, bits.shape[1]) if indexed else None
     gradients = jax.grad(loss, (0, 1))
     several = np.stack([tables, -tables, 2 * tables])
     over_tables = quick_jit(jax.vmap(gradients, (None, 0, None, None, None)))(
@@ -284,7 +284,7 @@ def test_sharded_is_the_same_as_unsharded(indexed, tables_spec):
     assert len(jax.devices()) >= 8
     mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(4, 2), ("tokens", "luts"))
     bits, wiring, tables, grad = case(tokens=16, inputs=8, luts=6, n=3)
-    inverse = mapping.invert_mapping(wiring, bits.shape[1]) if indexed else None
+    inverse = invert_wiring(wiring, bits.shape[1]) if indexed else None
     expected = forward_and_backward(bits, wiring, tables, grad, inverse=inverse)
     by_tokens, by_tables = NamedSharding(mesh, P("tokens")), NamedSharding(mesh, tables_spec)
     found = forward_and_backward(

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from quweit_jax.errors import InputError
-from quweit_jax.ops import wiring as mapping
+from quweit_jax.ops.wiring import (
+    arange_wiring,
+    invert_wiring,
+    learnable_wiring,
+    random_candidates,
+    random_wiring,
+    sparse_learnable_wiring,
+)
 from tests.compiled import quick_jit
 from tests.ops import naive
 from tests.ops.gradients import value_and_vjp
@@ -22,14 +29,14 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     ("inputs", "luts", "n"), [(7, 5, 3), (6, 4, 3), (40, 3, 2), (2, 3, 5), (1, 4, 2), (5, 0, 3)]
 )
 def test_random_mapping_uses_inputs_equally_often(inputs, luts, n):
-    wiring = np.asarray(mapping.random_mapping(jax.random.key(0), inputs, luts, n))
+    wiring = np.asarray(random_wiring(jax.random.key(0), inputs, luts, n))
     assert wiring.shape == (luts, n) and wiring.dtype == np.int32
     uses = np.bincount(wiring.reshape(-1), minlength=inputs)
     assert len(uses) == inputs and uses.max() - uses.min() <= 1
 
 
 def test_random_mapping_depends_on_its_key_alone():
-    draw = functools.partial(mapping.random_mapping, num_inputs=20, num_luts=10, lut_inputs=4)
+    draw = functools.partial(random_wiring, num_inputs=20, num_luts=10, lut_inputs=4)
     first = np.asarray(draw(jax.random.key(0)))
     np.testing.assert_array_equal(first, draw(jax.random.key(0)))
     assert (first != np.asarray(draw(jax.random.key(1)))).any()
@@ -42,7 +49,7 @@ def test_random_mapping_depends_on_its_key_alone():
 
 
 def test_arange_mapping():
-    np.testing.assert_array_equal(mapping.arange_mapping(5, 4, 2), [[0, 1], [2, 3], [4, 0], [1, 2]])
+    np.testing.assert_array_equal(arange_wiring(5, 4, 2), [[0, 1], [2, 3], [4, 0], [1, 2]])
 
 
 @pytest.mark.parametrize(
@@ -50,8 +57,8 @@ def test_arange_mapping():
 )
 @pytest.mark.parametrize("traced", [False, True])
 def test_invert_mapping_finds_every_slot_once(inputs, luts, n, traced):
-    wiring = mapping.random_mapping(jax.random.key(1), inputs, luts, n)
-    invert = functools.partial(mapping.invert_mapping, num_inputs=inputs)
+    wiring = random_wiring(jax.random.key(1), inputs, luts, n)
+    invert = functools.partial(invert_wiring, num_inputs=inputs)
     inverse = np.asarray((quick_jit(invert) if traced else invert)(wiring))
     assert inverse.shape == (inputs, -(-luts * n // inputs))
     flat = np.asarray(wiring).T.reshape(-1)  # slot l * L + j
@@ -68,9 +75,7 @@ def test_golden_learnable_mapping(shared, tau):
     bits, scores, grad = (
         golden[f"learnable_mapping_tau{tau}/{key}"] for key in ("bits", "scores", "grad_out")
     )
-    results = value_and_vjp(
-        lambda b, s: mapping.learnable_mapping(b, s, tau=tau), (bits, scores), grad
-    )
+    results = value_and_vjp(lambda b, s: learnable_wiring(b, s, tau=tau), (bits, scores), grad)
     for found, key in zip(results, ("out", "grad_bits", "grad_scores")):
         np.testing.assert_allclose(
             found, golden[f"learnable_mapping_tau{tau}/{key}"], atol=1e-5, rtol=0
@@ -97,10 +102,8 @@ def learnable_case(tokens, inputs, slots, choices=None, seed=0):
 )
 def test_learnable_mapping(tokens, inputs, slots, tau):
     bits, scores, grad, _ = learnable_case(tokens, inputs, slots)
-    results = value_and_vjp(
-        lambda b, s: mapping.learnable_mapping(b, s, tau=tau), (bits, scores), grad
-    )
-    for found, expected in zip(results, naive.learnable_mapping(bits, scores, grad, tau)):
+    results = value_and_vjp(lambda b, s: learnable_wiring(b, s, tau=tau), (bits, scores), grad)
+    for found, expected in zip(results, naive.learnable_wiring(bits, scores, grad, tau)):
         close(found, expected)
 
 
@@ -112,12 +115,10 @@ def test_learnable_mapping(tokens, inputs, slots, tau):
 def test_candidates(tokens, inputs, slots, choices, tau):
     bits, scores, grad, candidates = learnable_case(tokens, inputs, slots, choices)
     results = value_and_vjp(
-        lambda b, s: mapping.sparse_learnable_mapping(b, s, candidates, tau=tau),
-        (bits, scores),
-        grad,
+        lambda b, s: sparse_learnable_wiring(b, s, candidates, tau=tau), (bits, scores), grad
     )
     for found, expected in zip(
-        results, naive.sparse_learnable_mapping(bits, scores, candidates, grad, tau)
+        results, naive.sparse_learnable_wiring(bits, scores, candidates, grad, tau)
     ):
         close(found, expected)
 
@@ -125,11 +126,9 @@ def test_candidates(tokens, inputs, slots, choices, tau):
 def test_all_inputs_as_candidates_is_the_dense_form():
     bits, scores, grad, _ = learnable_case(6, 5, 4)
     every = np.tile(np.arange(5, dtype=np.int32), (4, 1))
-    dense = value_and_vjp(
-        lambda b, s: mapping.learnable_mapping(b, s, tau=0.2), (bits, scores), grad
-    )
+    dense = value_and_vjp(lambda b, s: learnable_wiring(b, s, tau=0.2), (bits, scores), grad)
     sparse = value_and_vjp(
-        lambda b, s: mapping.sparse_learnable_mapping(b, s.T, every, tau=0.2), (bits, scores), grad
+        lambda b, s: sparse_learnable_wiring(b, s.T, every, tau=0.2), (bits, scores), grad
     )
     jax.tree.map(close, dense, sparse)
 
@@ -138,12 +137,8 @@ def test_all_inputs_as_candidates_is_the_dense_form():
 @pytest.mark.parametrize("lead", [(), (2, 3), (2, 0)], ids=str)
 def test_leading_dimensions_and_dtypes(lead, sparse):
     bits, scores, grad, candidates = learnable_case(int(np.prod(lead)), 6, 4, 3 if sparse else None)
-    read = (
-        (lambda b, s: mapping.sparse_learnable_mapping(b, s, candidates))
-        if sparse
-        else mapping.learnable_mapping
-    )
-    reference = naive.sparse_learnable_mapping if sparse else naive.learnable_mapping
+    read = (lambda b, s: sparse_learnable_wiring(b, s, candidates)) if sparse else learnable_wiring
+    reference = naive.sparse_learnable_wiring if sparse else naive.learnable_wiring
     expected = reference(bits, scores, *((candidates, grad) if sparse else (grad,)), 0.001)
     half = jnp.bfloat16
     out, grad_bits, grad_scores = value_and_vjp(
@@ -168,16 +163,14 @@ def test_leading_dimensions_and_dtypes(lead, sparse):
 def test_ties_go_to_the_lowest():
     bits = np.eye(3, dtype=np.float32)
     np.testing.assert_array_equal(
-        mapping.learnable_mapping(bits, np.ones((3, 1), np.float32))[:, 0], [1, 0, 0]
+        learnable_wiring(bits, np.ones((3, 1), np.float32))[:, 0], [1, 0, 0]
     )
-    chosen = mapping.sparse_learnable_mapping(
-        bits, np.ones((1, 2), np.float32), np.asarray([[2, 1]])
-    )
+    chosen = sparse_learnable_wiring(bits, np.ones((1, 2), np.float32), np.asarray([[2, 1]]))
     np.testing.assert_array_equal(chosen[:, 0], [0, 0, 1])
 
 
 def test_random_candidates_are_an_even_wiring_column_by_column():
-    candidates = np.asarray(mapping.random_candidates(jax.random.key(0), 6, 9, 4))
+    candidates = np.asarray(random_candidates(jax.random.key(0), 6, 9, 4))
     assert candidates.shape == (9, 4) and candidates.dtype == np.int32
     uses = np.bincount(candidates.reshape(-1), minlength=6)
     assert len(uses) == 6 and uses.max() - uses.min() <= 1
@@ -190,37 +183,37 @@ ONES = np.ones((2, 3), np.float32)
     ("call", "message"),
     [
         (
-            lambda: mapping.random_mapping(jax.random.key(0), 0, 2, 2),
-            "random_mapping: expected num_inputs >= 1.*found 0, 2 and 2",
+            lambda: random_wiring(jax.random.key(0), 0, 2, 2),
+            "random_wiring: expected num_inputs >= 1.*found 0, 2 and 2",
         ),
-        (lambda: mapping.arange_mapping(3, -1, 2), "arange_mapping: .*found 3, -1 and 2"),
-        (lambda: mapping.arange_mapping(3, 1, 0), "arange_mapping: .*found 3, 1 and 0"),
+        (lambda: arange_wiring(3, -1, 2), "arange_wiring: .*found 3, -1 and 2"),
+        (lambda: arange_wiring(3, 1, 0), "arange_wiring: .*found 3, 1 and 0"),
         (
-            lambda: mapping.invert_mapping(np.asarray([[0, 0], [0, 1]]), 2),
-            "invert_mapping: input 0 is read 3 times, more than .* = 2",
-        ),
-        (
-            lambda: mapping.invert_mapping(np.asarray([[0, 5]]), 3),
-            r"invert_mapping: mapping refers to inputs 0\.\.5, of 3 \(valid: 0\.\.2\)",
+            lambda: invert_wiring(np.asarray([[0, 0], [0, 1]]), 2),
+            "invert_wiring: input 0 is read 3 times, more than .* = 2",
         ),
         (
-            lambda: mapping.invert_mapping(np.asarray([[0, -1]]), 3),
-            r"invert_mapping: mapping refers to inputs -1\.\.0, of 3",
+            lambda: invert_wiring(np.asarray([[0, 5]]), 3),
+            r"invert_wiring: wiring refers to inputs 0\.\.5, of 3 \(valid: 0\.\.2\)",
         ),
         (
-            lambda: mapping.learnable_mapping(ONES, np.ones((4, 2), np.float32)),
-            r"learnable_mapping: .*found \[2, 3\] and \[4, 2\]",
+            lambda: invert_wiring(np.asarray([[0, -1]]), 3),
+            r"invert_wiring: wiring refers to inputs -1\.\.0, of 3",
         ),
         (
-            lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.zeros((2, 2), int)),
+            lambda: learnable_wiring(ONES, np.ones((4, 2), np.float32)),
+            r"learnable_wiring: .*found \[2, 3\] and \[4, 2\]",
+        ),
+        (
+            lambda: sparse_learnable_wiring(ONES, ONES, np.zeros((2, 2), int)),
             r"must both be \(M, C\), found \[2, 3\] and \[2, 2\]",
         ),
         (
-            lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.full((2, 3), 3)),
+            lambda: sparse_learnable_wiring(ONES, ONES, np.full((2, 3), 3)),
             r"candidates refer to inputs 3\.\.3 but bits has 3 \(valid: 0\.\.2\)",
         ),
         (
-            lambda: mapping.sparse_learnable_mapping(ONES, ONES, np.full((2, 3), -1)),
+            lambda: sparse_learnable_wiring(ONES, ONES, np.full((2, 3), -1)),
             "candidates refer to inputs -1",
         ),
     ],

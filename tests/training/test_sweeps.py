@@ -15,8 +15,9 @@ from quweit_jax.errors import InputError
 from tests.conftest import REPOSITORY
 
 EXPERIMENT = """
-from experiments import dwn_digits
-from quweit_jax import config as configs
+from experiments.configs import dwn_digits
+from quweit_jax.config import parse_argument
+from quweit_jax.training.defaults import with_shortcuts
 
 
 def get_config(argument=None):
@@ -24,7 +25,7 @@ def get_config(argument=None):
     with config.unlocked():
         config.steps, config.eval_every, config.checkpoint_every, config.log_every = 60, 20, 20, 10
         config.mesh.data = 1
-    return configs.apply_shortcuts(config, configs.parse_argument(argument, ("small",), "small")[1], dwn_digits.ALIASES)
+    return with_shortcuts(config, parse_argument(argument, ("small",), "small")[1])
 
 
 def sweep(add):

@@ -1,7 +1,7 @@
 """Five forms of the same ViT on CIFAR-10: dense, weightless and no MLPs in floats; dense and
 weightless MLPs in integers.
 
-    python -m experiments.vit_study --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds dense
+    python -m experiments.studies.vit_study --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds dense
     weightless ...] [--out=experiments/results]
 
 Same data, batches, steps and seeds. Runs go into runs/vit_cifar/KIND-SEED; finished ones are read,
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import studies
+from experiments.studies import common
 from quweit_jax.data import pipeline
 from quweit_jax.deploy.pack import describe, pack, stored_bytes
 from quweit_jax.training import metrics, rundir
@@ -116,7 +116,7 @@ def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Trains what is missing, then writes table and curves."""
-    args = studies.arguments(
+    args = common.arguments(
         __doc__,
         variant="quick",
         kinds=list(KINDS),
@@ -124,9 +124,7 @@ def main() -> None:
         runs="vit_cifar",
         name="vit_quick_cifar10",
     )
-    results = studies.conduct(
-        args, lambda kind: f"vit_cifar.py:{args.variant},{KINDS[kind]}", score
-    )
+    results = common.conduct(args, lambda kind: f"vit_cifar.py:{args.variant},{KINDS[kind]}", score)
     header = [
         "model",
         "test accuracy",
@@ -134,7 +132,7 @@ def main() -> None:
         "images decided differently",
         "parameters",
     ]
-    studies.write(args, results, header, row, "CIFAR-10 validation loss")
+    common.write(args, results, header, row, "CIFAR-10 validation loss")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Dense, weightless and no MLPs in the same GPT: same data, batches, steps and seeds. Makes the
 table and curves in experiments/results/.
 
-    python -m experiments.weightless_vs_dense --data_dir=FOLDER [--seeds 0 1 2] [--kinds dense
+    python -m experiments.studies.weightless_vs_dense --data_dir=FOLDER [--seeds 0 1 2] [--kinds dense
     weightless none] [--out=experiments/results]
 
 Runs go into runs/weightless_vs_dense/KIND-SEED; finished ones are read, not repeated, and
@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from experiments import studies
+from experiments.studies import common
 from quweit_jax.deploy.pack import describe, pack
 from quweit_jax.training import loop, metrics, rundir, state
 
@@ -67,11 +67,11 @@ def main() -> None:
         "runs": "weightless_vs_dense",
         "name": "nanogpt_cpu_tiny_shakespeare",
     }
-    args = studies.arguments(
+    args = common.arguments(
         __doc__, kinds=["dense", "weightless", "none"], seeds=[0, 1, 2], **settings
     )
-    results = studies.conduct(args, lambda kind: f"gpt_char.py:{args.variant},mlp={kind}", score)
-    studies.write(
+    results = common.conduct(args, lambda kind: f"gpt_char.py:{args.variant},mlp={kind}", score)
+    common.write(
         args,
         results,
         ["MLP", "validation loss, mean", "each seed", "bytes of all MLPs at inference"],

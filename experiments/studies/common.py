@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from quweit_jax import config as configs
 from quweit_jax.commands import cli
+from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.training import loop, metrics, rundir
 
-HERE = Path(__file__).parent
+EXPERIMENTS = Path(__file__).parents[1]
 # {kind: {seed: what `score` found}}
 Results = dict[str, dict[int, dict[str, Any]]]
 
@@ -38,17 +38,17 @@ def arguments(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--data_dir", help="where TFDS finds the data set")
-    made.add_argument("--variant", default=variant, help="of the experiment file")
+    made.add_argument("--variant", default=variant, help="of the config file")
     made.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds))
     made.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
     made.add_argument("--steps", type=int, default=0, help="0: the variant's")
     made.add_argument("--runs", type=Path, default=Path("runs") / runs)
-    made.add_argument("--out", type=Path, default=HERE / "results")
+    made.add_argument("--out", type=Path, default=EXPERIMENTS / "results")
     made.add_argument("--name", default=name, help="of the files that are written")
     return made.parse_args(rest, argparse.Namespace(overrides=overrides))
 
 
-def finish(config: configs.Config, workdir: Path) -> Path:
+def finish(config: Config, workdir: Path) -> Path:
     """Trains a model, or goes on with it, or finds it finished."""
     if (
         not any(row["step"] == config.steps for row in metrics.evaluations(workdir))
@@ -65,20 +65,18 @@ def conduct(
 ) -> Results:
     """Every kind and seed, trained and scored.
 
-    argument: kind -> 'FILE.py:VARIANT,key=value' without seed and steps. score: (run directory,
-    kind) -> what is to be known of it.
+    argument: kind -> 'FILE.py:VARIANT,key=value' of experiments/configs, without seed and steps.
+    score: (run directory, kind) -> what is to be known of it.
     """
     results: Results = {kind: {} for kind in args.kinds}
     for seed in args.seeds:
         for kind in args.kinds:
-            config = configs.load_file(
-                f"{HERE / argument(kind)},seed={seed}"
-                + (f",steps={args.steps}" if args.steps else "")
-            )
+            spec = f"{EXPERIMENTS / 'configs' / argument(kind)},seed={seed}"
+            config = load_file(spec + (f",steps={args.steps}" if args.steps else ""))
             with config.unlocked():
                 config.data.data_dir, config.sample_tokens = args.data_dir, 0
             for path, text in args.overrides.items():
-                configs.set_value(config, path, text)
+                set_value(config, path, text)
             results[kind][seed] = score(finish(config, args.runs / f"{kind}-{seed}"), kind)
             print(f"{kind} seed {seed}: {json.dumps(results[kind][seed])[:400]}", flush=True)
     return results
