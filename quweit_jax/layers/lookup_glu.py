@@ -5,7 +5,9 @@ Dimensions: d model width, H units, C = 2**code_bits codes, G tables.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -93,32 +95,42 @@ class LookupGLU(Packable):
         return groups
 
     def _trained(self, x: Array) -> Array:
-        width, units = x.shape[-1], self.units(x.shape[-1])
-        mix = self.param("mix", normal(self.mix_init), (width, 2 * units), jnp.float32)
-        total = self.param("sum", normal(self.sum_init), (units, self.features), jnp.float32)
-        offsets = self.param("offsets", nn.initializers.zeros, (2 * units,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        gate = pair_table.silu_gate(self.code_bits, self.code_step)
-        entries = pair_table.entry_scale(gate)
-        start = jnp.broadcast_to(jnp.asarray(gate), (self.groups(width), *gate.shape))
-        tables = self.param("gates", lambda _: start) if self.train_tables else start
-        tables = pair_table.round_entries(tables * entries)
+        width = x.shape[-1]
+        mix, total, offsets, bias = self._parameters(width)
+        tables, entries = self._tables(width)
         # An offset is a whole number of the sums' unit, and one that its integer type holds.
         largest = jnp.iinfo(_offset_type(width)).max
         shift = offsets / _unit(width)
         shift = straight_through(jnp.clip(jnp.round(shift), -largest, largest), shift)
         scale = ternary.quantize_weights(total)[1] / entries
-        if self.is_packing:
-            self.write(
-                mix=ternary.pack_ternary(ternary.quantize_weights(mix)[0]),
-                offsets=shift.astype(_offset_type(width)),
-                tables=tables.astype(jnp.int8),
-                sum=ternary.pack_ternary(ternary.quantize_weights(total)[0]),
-                scale=scale,
-                bias=bias,
-            )
+        self._write_weights(mix, total, tables)
+        self.write(offsets=shift.astype(_offset_type(width)), scale=scale, bias=bias)
         read = self._gate(self._product(x, mix) - shift, tables, width)
         return (self._product(read, total) * scale + bias).astype(self.dtype)
+
+    def _parameters(self, width: int) -> tuple[Array, Array, Array, Array]:
+        """mix (d_in, 2 H), sum (H, d), offsets (2 H,) in standard deviations, bias (d,)."""
+        units, zeros = self.units(width), nn.initializers.zeros
+        return (
+            self.param("mix", normal(self.mix_init), (width, 2 * units), jnp.float32),
+            self.param("sum", normal(self.sum_init), (units, self.features), jnp.float32),
+            self.param("offsets", zeros, (2 * units,), jnp.float32),
+            self.param("bias", zeros, (self.features,), jnp.float32),
+        )
+
+    def _tables(self, width: int) -> tuple[Array, float]:
+        """Entries as int8 holds them, (G, C, C) float32, and what 1 is in their units."""
+        gate = pair_table.silu_gate(self.code_bits, self.code_step)
+        entries = pair_table.entry_scale(gate)
+        tables = jnp.broadcast_to(jnp.asarray(gate), (self.groups(width), *gate.shape))
+        if self.train_tables:
+            tables = self.param("gates", lambda _, start=tables: start)
+        return pair_table.round_entries(tables * entries), entries
+
+    def _write_weights(self, mix: Array, total: Array, tables: Array) -> None:
+        if self.is_packing:
+            packed = [ternary.pack_ternary(ternary.quantize_weights(w)[0]) for w in (mix, total)]
+            self.write(mix=packed[0], sum=packed[1], tables=tables.astype(jnp.int8))
 
     def _packed(self, x: Array) -> Array:
         """Sums of int8, comparisons and table reads; floats only around them."""
@@ -159,7 +171,7 @@ class LookupGLU(Packable):
     def _gate(self, sums: Array, tables: Array, width: int) -> Array:
         """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
         step = max(1, round(self.code_step / _unit(width)))
-        codes = pair_table.codes(sums, step, self.code_bits)
+        codes: Array = pair_table.codes(sums, step, self.code_bits)
         first, second = jnp.split(codes, 2, axis=-1)
         return pair_table.pair_lookup(first, second, tables)
 
@@ -167,37 +179,41 @@ class LookupGLU(Packable):
         """As deployed: additions of int8 into int32 (at most one a weight), comparisons that halve
         the codes left, int8 entries read, one rescaling an output.
         """
-        width, units = call.width, self.units(call.width)
-        inner, values = call.rows * units, call.rows * self.features
         norm = [layer_norm(call, FLOAT, "norm", bias=self.norm_bias)] if self.use_norm else []
-        branches = 2 if self.sum == "ternary" else 1
         rounding = call.row(
             "requantize",
             "round",
             elementwise=Elementwise.of(FLOAT, call.size),
             comparisons=2 * call.size,
         )
-        mix = call.row(
-            call.kind,
-            "mix",
-            additions={INT: branches * call.size * units},
-            stored={"2-bit": branches * units * -(-width // ternary.WEIGHTS_PER_BYTE)},
-            activations=call.size,
-            parameters=branches * units * width,
-        )
-        if branches == 1:
+        if self.sum != "ternary":
+            mix = self._sums_row(call, "mix", call.width, self.units(call.width))
             return [*norm, rounding, mix, *call.inner(instead={"norm": []})]
-        offsets = _offset_type(width)
+        offsets, values = _offset_type(call.width), call.rows * self.features
+        *rows, total = self._costs(
+            call,
+            {offsets: 2 * self.units(call.width) * BYTES[offsets]},
+            {FLOAT: (1 + self.features) * BYTES[FLOAT]},
+            values * BYTES[call.types.activations],
+        )
+        scaled = Elementwise.of(FLOAT, values, values)
+        return [*norm, rounding, *rows, dataclasses.replace(total, elementwise=scaled)]
+
+    def _costs(
+        self, call: Call, offsets: dict[str, int], scales: dict[str, int], wrote: int
+    ) -> list[LayerCosts]:
+        """Sums, codes, table, sum. offsets, scales: bytes beside the weights. wrote: bytes."""
+        width, units = call.width, self.units(call.width)
+        inner, entries = call.rows * units, self.groups(width) * 4**self.code_bits
         codes = call.row(
             "thermometer",
             "codes",
             comparisons=2 * inner * self.code_bits,
             comparison_type=INT,
-            stored={offsets: 2 * units * BYTES[offsets]},
+            stored=offsets,
             activations=2 * inner,
             parameters=2 * units,
         )
-        entries = self.groups(width) * 4**self.code_bits
         table = call.row(
             "lookup",
             "gate",
@@ -206,19 +222,29 @@ class LookupGLU(Packable):
             activations=3 * inner,
             parameters=entries * self.train_tables,
         )
-        total = call.row(
+        mix = self._sums_row(call, "mix", width, 2 * units)
+        total = self._sums_row(call, "sum", units, self.features, scales, wrote, self.features)
+        return [mix, codes, table, total]
+
+    def _sums_row(
+        self,
+        call: Call,
+        part: str,
+        inputs: int,
+        outputs: int,
+        scales: Mapping[str, int] = {},
+        wrote: int = 0,
+        biases: int = 0,
+    ) -> LayerCosts:
+        """Ternary sums, added in int32. scales: bytes beside the weights. wrote: bytes."""
+        return call.row(
             call.kind,
-            "sum",
-            additions={INT: inner * self.features},
-            elementwise=Elementwise.of(FLOAT, values, values),
-            stored={
-                "2-bit": self.features * -(-units // ternary.WEIGHTS_PER_BYTE),
-                FLOAT: (1 + self.features) * BYTES[FLOAT],
-            },
-            activations=inner + values * BYTES[call.types.activations],
-            parameters=(units + 1) * self.features,
+            part,
+            additions={INT: call.rows * inputs * outputs},
+            stored={"2-bit": outputs * -(-inputs // ternary.WEIGHTS_PER_BYTE), **scales},
+            activations=call.rows * inputs + wrote,
+            parameters=inputs * outputs + biases,
         )
-        return [*norm, rounding, mix, codes, table, total]
 
 
 def _to_int8(x: Array) -> Array:

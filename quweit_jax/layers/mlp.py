@@ -18,6 +18,7 @@ from jax import Array
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.costs import Call, activation
 from quweit_jax.layers.integer_blocks import IntegerWeightlessBlock
+from quweit_jax.layers.integer_glu import IntegerLookupGLU
 from quweit_jax.layers.lookup_glu import LookupGLU
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.ternary import BitGLU, gated_width
@@ -89,7 +90,7 @@ class SwiGLU(nn.Module):
 # norm of its own says so by a field `use_norm`.
 BLOCKS: dict[str, tuple[type[nn.Module], type[nn.Module] | None]] = {
     "weightless": (WeightlessBlock, IntegerWeightlessBlock),
-    "lookup_glu": (LookupGLU, None),
+    "lookup_glu": (LookupGLU, IntegerLookupGLU),
     "swiglu": (SwiGLU, None),
     "bitglu": (BitGLU, None),
 }

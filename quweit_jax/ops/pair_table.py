@@ -11,12 +11,14 @@ group.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Shaped
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.integer import straight_through
@@ -130,6 +132,12 @@ def _at(flat: Array, address: Array) -> Array:
     return flat.at[address].get(mode="promise_in_bounds")
 
 
+def _slope(tables: Array, axis: int) -> Array:
+    """Half the difference of the entries on both sides; at the ends, the difference to the one."""
+    slope: Any = jnp.gradient(tables, axis=axis)  # a list only for several axes
+    return slope
+
+
 @jax.custom_vjp
 def _lookup(first: Array, second: Array, tables: Array) -> Array:
     address, _ = _addresses(first, second, *tables.shape[:2])
@@ -145,7 +153,7 @@ def _lookup_backward(
 ) -> tuple[Array, Array, Array]:
     first, second, tables = kept
     address, _ = _addresses(first, second, *tables.shape[:2])
-    slopes = [_at(jnp.ravel(jnp.gradient(tables, axis=axis)), address) for axis in (1, 2)]
+    slopes = [_at(_slope(tables, axis).reshape(-1), address) for axis in (1, 2)]
     entries = (
         jnp.zeros(tables.size, gradient.dtype).at[address].add(gradient, mode="promise_in_bounds")
     )
@@ -155,3 +163,22 @@ def _lookup_backward(
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def count_codes(
+    sums: Int[Array, "*tokens H"], halfway: Int[Array, " K"]
+) -> Int[Array, "*tokens H"]:
+    """`codes` of integers by comparisons alone: how many of the numbers `halfway` a sum reaches,
+    less half the codes.
+    """
+    codes = jnp.full(sums.shape, -(len(halfway) + 1) // 2, jnp.int32)
+    for bound in halfway:
+        codes = codes + (sums >= bound).astype(jnp.int32)
+    return codes
+
+
+def halfway_points(step: Int[ArrayLike, ""], code_bits: int) -> Int[Array, " K"]:
+    """The smallest whole numbers of each code but the lowest, C - 1 of them; see `codes`."""
+    half = 2 ** (code_bits - 1)
+    odd = 2 * jnp.arange(1 - half, half, dtype=jnp.int32) - 1
+    return -((-odd * step) // 2)

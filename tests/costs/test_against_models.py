@@ -57,6 +57,7 @@ MODELS = {
     "vit_narrow": VIT | {"mlp": "none+dense", "mlp_ratio": 3},
     "ivit": VIT | {"integer": True},
     "quweit_ivit": VIT | {"integer": True, "mlp": "weightless", "weightless": SMALL},
+    "ivit_lookup_glu": VIT | {"integer": True, "pool": "mean", "mlp": "lookup_glu"},
     "quweit_ivit_grouped": VIT
     | {
         "integer": True,

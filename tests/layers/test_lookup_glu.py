@@ -159,3 +159,51 @@ def test_in_every_model(name, kind):
     if kind != "swiglu" or name == "matmulfree":
         found = quick_jit(model.apply)(pack(model, variables, x), x)
         np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def integer_vit():
+    config = {"name": "vit", "variant": "mu/8", "depth": 2, "pool": "mean", "integer": True}
+    model = models.build(config | {"mlp": "lookup_glu", "lookup_glu": {"hidden": 24}}, 11)
+    x = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+    variables = trained(model, x)
+    ranges = model.apply(variables, x, train=True, mutable=["ranges"])[1]
+    return model, {**variables, **jax.device_get(ranges)}, x
+
+
+def test_the_integer_form_is_exact_and_without_floats():
+    model, variables, x = integer_vit()
+    logits = quick_jit(model.apply)(variables, x)
+    packed = pack(model, variables, x)
+    np.testing.assert_allclose(quick_jit(model.apply)(packed, x), logits, atol=2e-3)
+    held = packed["packed"]["block_0"]["mlp"]
+    assert {str(value.dtype) for value in held.values()} == {"uint8", "int8", "int32"}
+    counted = of_model(model, x[:1])
+    assert sum(counted.bytes_stored.values()) == stored_bytes(packed)
+    assert counted.parameters == sum(a.size for a in jax.tree.leaves(variables["params"]))
+    block = [row for row in counted.layers if "/mlp" in row.name]
+    assert block and not any(row.multiplications for row in block)
+
+
+def test_the_integer_form_trains_every_parameter_and_follows_the_float_form():
+    model, variables, x = integer_vit()
+
+    def loss(params):
+        return jnp.square(model.apply({**variables, "params": params}, x)).sum()
+
+    grads = quick_jit(jax.grad(loss))(variables["params"])["block_1"]["mlp"]
+    assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(grads))
+    config = {"name": "vit", "variant": "mu/8", "depth": 2, "pool": "mean", "mlp": "lookup_glu"}
+    floats = models.build(config | {"lookup_glu": {"hidden": 24}}, 11)
+    near = quick_jit(floats.apply)({"params": variables["params"]}, x)
+    found = quick_jit(model.apply)(variables, x)
+    assert np.corrcoef(np.ravel(near), np.ravel(found))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize(
+    "kind,options", [("lookup_glu", {"sum": "int8"}), ("weightless", {"sum": "vector"})]
+)
+def test_what_has_no_integer_form_says_so(kind, options):
+    config = {"name": "vit", "variant": "mu/8", "integer": True, "mlp": kind, kind: options}
+    model = models.build(config, 11)
+    with pytest.raises(InputError, match="integer=False"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))

@@ -46,6 +46,10 @@ def test_codes_count_the_halfway_points(step, code_bits):
         lambda s: pair_table.codes(s, step, code_bits), (sums,), np.ones_like(sums)
     )
     np.testing.assert_array_equal(codes, naive_codes(sums, step, code_bits))
+    halfway = pair_table.halfway_points(step, code_bits)
+    counted = pair_table.count_codes(jnp.asarray(sums, jnp.int32), halfway)
+    assert counted.dtype == jnp.int32
+    np.testing.assert_array_equal(counted, codes)
     # the gradient is that of sums / step where the nearest multiple is in the range
     nearest, half = np.floor(sums / step + 0.5), 2 ** (code_bits - 1)
     inside = (nearest >= -half) & (nearest < half)
