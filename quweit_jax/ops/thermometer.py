@@ -135,7 +135,9 @@ def encode_ste(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def step_ste(x: Array, threshold: Array, window: float, shape: str) -> Array:
+def step_ste(
+    x: Float[Array, "*#shape"], threshold: Float[Array, "*#shape"], window: float, shape: str
+) -> Float[Array, "*shape"]:
     """`x > threshold` after broadcasting, in x's dtype, with the surrogate gradient of
     `encode_ste`.
     """
