@@ -26,6 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Real
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.costs import Call
@@ -48,12 +49,17 @@ class Quantized:
     feature. real: float32, ints * scale with gradients.
     """
 
-    ints: Array
+    ints: Real[Array, "..."]
     scale: Any = None
     real: Any = None
 
     @classmethod
-    def of(cls, ints: Array, scale: Array, surrogate: Array) -> Quantized:
+    def of(
+        cls,
+        ints: Float[Array, "*shape"],
+        scale: Float[Array, "*#shape"],
+        surrogate: Float[Array, "*shape"],
+    ) -> Quantized:
         """Integers and their scale, with the gradient of `surrogate`, the real function."""
         return cls(ints, scale, integer.straight_through(ints * scale, surrogate))
 
@@ -108,7 +114,7 @@ class ActivationQuantizer(Packable):
         return Quantized.of(out, scale, integer.clip_shadow(real, scale, self.bits))
 
     @nn.compact
-    def from_real(self, x: Array, *, train: bool = False) -> Quantized:
+    def from_real(self, x: Float[Array, "..."], *, train: bool = False) -> Quantized:
         """Rounds real values. In packed form the scale is the one number that is read."""
         if self.is_packed:
             out = integer.quantize(x, self.read("scale")[0], self.bits)
@@ -118,7 +124,7 @@ class ActivationQuantizer(Packable):
         out = integer.quantize(jax.lax.stop_gradient(x), scale, self.bits).astype(jnp.float32)
         return Quantized.of(out, scale, integer.clip_shadow(x, scale, self.bits))
 
-    def running_scale(self, x: Array, train: bool) -> Array:
+    def running_scale(self, x: Float[Array, "..."], train: bool) -> Float[Array, ""]:
         """The scale of the running range, which training moves on first. A range never set is that
         of x.
         """

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.costs import Call, activation
@@ -47,7 +48,7 @@ class MLP(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens d"]:
         """x (..., d) -> (..., d)."""
         dense = {"use_bias": self.use_bias, "dtype": self.dtype}
         hidden = nn.gelu(
@@ -70,7 +71,7 @@ class SwiGLU(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens d"]:
         """x (..., d) -> (..., d)."""
         both = nn.Dense(
             2 * self.hidden, use_bias=False, kernel_init=normal(0.02), dtype=self.dtype, name="gate"
