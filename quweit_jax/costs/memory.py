@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs
@@ -55,12 +56,12 @@ class InferenceMemory:
         return self.weights + self.state + self.activations
 
 
-def tree_bytes(tree: Any) -> int:
+def tree_bytes(tree: PyTree) -> int:
     """Of all arrays (or shapes and dtypes of arrays) in a tree; of those spread over devices one
     device's part.
     """
 
-    def one(leaf: Any) -> int:
+    def one(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
         where = getattr(leaf, "sharding", None)
         shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
@@ -68,7 +69,7 @@ def tree_bytes(tree: Any) -> int:
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> int:
+def kept_for_backward(loss: Callable[..., Array], params: PyTree, *inputs: PyTree) -> int:
     """Bytes of what the gradient of loss(params, *inputs) keeps from the forward to the backward
     pass, parameters and inputs not counted.
 
@@ -76,7 +77,7 @@ def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> 
     is what the policy keeps.
     """
 
-    def forward(params: Any, *inputs: Any) -> list[Any]:
+    def forward(params: PyTree, *inputs: PyTree) -> list[jax.Array]:
         return jax.tree.leaves(jax.vjp(lambda p: loss(p, *inputs), params)[1])
 
     jaxpr = jax.make_jaxpr(forward)(params, *inputs).jaxpr
@@ -90,7 +91,9 @@ def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> 
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
 
 
-def of_training(state: Any, batch: Any, compiled: Any, activations: int) -> TrainingMemory:
+def of_training(
+    state: Any, batch: PyTree, compiled: jax.stages.Compiled, activations: int
+) -> TrainingMemory:
     """What a compiled training step needs.
 
     Args:

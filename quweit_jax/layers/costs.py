@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, Types, merge
@@ -36,8 +37,8 @@ class Call:
     layer: nn.Module
     path: tuple[str, ...]
     method: str
-    args: tuple[Any, ...]
-    output: Any
+    args: tuple[PyTree, ...]
+    output: PyTree
     params: Mapping[str, jax.ShapeDtypeStruct]
     all_params: int
     again: bool
@@ -206,7 +207,7 @@ def residuals(call: Call, *branches: str) -> dict[str, Rows]:
     }
 
 
-def _dense(layer: Any, call: Call) -> Rows:
+def _dense(layer: nn.Dense, call: Call) -> Rows:
     return [_product(call, call.kind, call.at(), layer.features, layer.use_bias)]
 
 
@@ -231,7 +232,7 @@ def _product(call: Call, kind: str, name: str, outputs: int, bias: bool) -> Laye
     return dataclasses.replace(row, name=name)
 
 
-def _embed(layer: Any, call: Call) -> Rows:
+def _embed(layer: nn.Embed, call: Call) -> Rows:
     """A token's row of a table, or `attend`: the head of a model whose embedding is tied to it."""
     if call.method == "attend":
         name = "/".join((*call.path[:-1], "head"))
@@ -248,12 +249,12 @@ def _embed(layer: Any, call: Call) -> Rows:
     return [row]
 
 
-def _layer_norm(layer: Any, call: Call) -> Rows:
+def _layer_norm(layer: nn.LayerNorm, call: Call) -> Rows:
     act = call.types.activations
     return [layer_norm(call, act, bias=layer.use_bias, scale=layer.use_scale)]
 
 
-def _rms_norm(layer: Any, call: Call) -> Rows:
+def _rms_norm(layer: nn.RMSNorm, call: Call) -> Rows:
     return [rms_norm(call, call.types.activations, scale=layer.use_scale)]
 
 
