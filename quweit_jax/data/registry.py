@@ -73,7 +73,7 @@ SECTIONS["data"] = lambda _: DataConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextSplits:
-    """A corpus: one string a split."""
+    """A corpus of text, one string a split."""
 
     train: str
     validation: str
@@ -82,7 +82,7 @@ class TextSplits:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSplits:
-    """Classification: `train[i]` is {'inputs': array, 'targets': int}; likewise the others."""
+    """Labelled examples: `train[i]` is {'inputs': array, 'targets': int}; likewise the others."""
 
     train: Sequence[Example]
     validation: Sequence[Example]

@@ -24,7 +24,9 @@ ATTENTIONS = ("auto", "xla", "cudnn")
 
 
 def pick_attention(implementation: str, dtype: DTypeLike) -> Literal["xla", "cudnn"]:
-    """'cudnn' (flash attention) for half precision on a GPU when 'auto', else 'xla'."""
+    """What runs attention: for 'auto', 'cudnn' (flash attention) in half precision on a GPU, else
+    'xla'.
+    """
     check_choice("attention", implementation, ATTENTIONS)
     if implementation in ("xla", "cudnn"):
         return implementation
@@ -35,8 +37,8 @@ def pick_attention(implementation: str, dtype: DTypeLike) -> Literal["xla", "cud
 def rotate(
     x: Float[Array, "B T H K"], positions: Int[Array, "#B T"], theta: float
 ) -> Float[Array, "B T H K"]:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864; pairs are the two halves of a head, as
-    in Llama).
+    """Turns queries or keys by their positions: rotary embedding (RoFormer, arXiv 2104.09864; pairs
+    are the two halves of a head, as in Llama).
 
     x (B, T, H, K) with even K, positions (B or 1, T) -> the same shape and dtype.
     """

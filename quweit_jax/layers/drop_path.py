@@ -46,5 +46,5 @@ class DropPath(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """None: nothing is left out at inference."""
+        """It costs nothing: nothing is left out at inference."""
         return []

@@ -69,7 +69,7 @@ class Quantized:
         return self.real is None
 
     def map(self, move: Callable[[Array], Array]) -> Quantized:
-        """The same function, one that only moves values about, of integers and reals."""
+        """Applies a function that only moves values about to the integers and to the reals."""
         return Quantized(
             move(self.ints), self.scale, None if self.real is None else move(self.real)
         )
@@ -259,8 +259,8 @@ class Shiftmax(Packable):
         return Quantized.of(out, scale, jax.nn.softmax(x.real, axis=-1))
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """Less the largest; x + x / 2 - x / 16; quotient and rest by the constant for 1; shifted,
-        summed, times the sum's inverse, shifted.
+        """The largest subtracted; x + x / 2 - x / 16; quotient and rest by the constant for 1;
+        shifted, summed, times the sum's inverse, shifted.
         """
         n = call.size
         row = call.row(
@@ -310,8 +310,8 @@ class ShiftGELU(Packable):
 def requantize_costs(
     call: Call, values: int, scales: Sequence[int], reads: int, *part: str
 ) -> LayerCosts:
-    """A dyadic multiplication (32 bits by 31, 64 bits of product), a shift and a rounding addition
-    a value and branch; clamped.
+    """The costs of requantizing: a dyadic multiplication (32 bits by 31, 64 bits of product), a
+    shift and a rounding addition a value and branch; clamped.
 
     scales: for each branch how many it has, one or one a feature; two branches are added. reads:
       bytes of the second branch.

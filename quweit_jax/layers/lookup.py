@@ -39,7 +39,9 @@ def symmetric_uniform(scale: float = 1.0) -> Initializer:
 
 
 def residual_tables(scale: float = 1.0) -> Initializer:
-    """An initializer of tables that start by passing on their first input, with magnitudes U(0, scale)."""
+    """An initializer of tables that start by passing on their first input, with magnitudes U(0,
+    scale).
+    """
 
     def init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
         sign = 2 * (jnp.arange(shape[-1]) & 1) - 1
@@ -112,7 +114,7 @@ class LUTLayer(Packable):
 
     @nn.compact
     def feature_major(self, bits_FT: Shaped[Array, "F T"]) -> Shaped[Array, "L T"]:
-        """The same for bits (F, T): (num_luts, T), bool in packed form.
+        """Reads the tables for bits that are (F, T): (num_luts, T), bool in packed form.
 
         The bits that come out are in the collection `intermediates`, if that is mutable.
         """

@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 def no_fusion(function: Callable[..., T], first: Shaped[Array, "..."], *operands: PyTree) -> T:
-    """Returns function(first, *operands), computed on CPU behind a branch that is always taken, across which nothing
-    is fused.
+    """Returns function(first, *operands), computed on CPU behind a branch that is always taken,
+    across which nothing is fused.
 
     XLA fuses producers into their consumers there even where that repeats them for every element
     (the many steps of an integer square root), or makes them walk memory column by column (the

@@ -26,7 +26,7 @@ def magnitude(x: Int[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 
 def multiply(a: Word, b: Word) -> Words:
-    """The 64-bit product of uint32 values: (high word, low word)."""
+    """The 64-bit products of uint32 numbers, as (high word, low word)."""
     a, b = a.astype(jnp.uint32), b.astype(jnp.uint32)
     half = jnp.uint32(0xFFFF)
     a1, a0, b1, b0 = a >> 16, a & half, b >> 16, b & half
@@ -82,8 +82,8 @@ def dyadic(
 def multiply_shift(
     x: Int[Array, "*#shape"], multiplier: Int[Array, "*#shape"], shift: Int[Array, "*#shape"]
 ) -> Int32[Array, "*shape"]:
-    """round(x * multiplier / 2**shift) in exact 64-bit arithmetic, ties to even, saturated to
-    +-(2**31 - 1).
+    """Returns round(x * multiplier / 2**shift) in exact 64-bit arithmetic, ties to even, saturated
+    to +-(2**31 - 1).
 
     Args:
       x, multiplier: int32, broadcastable. shift: int32, 0 to 63.
@@ -117,8 +117,8 @@ def multiply_shift(
 
 
 def divide(high: Word, low: Word, divisor: Word) -> UInt32[Array, "*shape"]:
-    """floor((high * 2**32 + low) / divisor) for uint32 words with high < divisor < 2**31, so that
-    the quotient fits: uint32.
+    """Returns floor((high * 2**32 + low) / divisor) for uint32 words with high < divisor < 2**31,
+    so that the quotient fits: uint32.
     """
     rest, quotient = high, jnp.zeros_like(low)
     for bit in range(31, -1, -1):

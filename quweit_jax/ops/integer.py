@@ -90,7 +90,7 @@ def quantize_bias(bias: Float[Array, " O"], scale: Float[Array, " O"]) -> Int32[
 
 
 def saturate(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Turns floats into int32; what lies beyond stays at +-2**30 (so that a sum of two still fits)."""
+    """Turns floats into int32, clipped to +-2**30 so that a sum of two still fits."""
     return jnp.clip(x, -(2.0**30), 2.0**30).astype(jnp.int32)
 
 
@@ -345,7 +345,9 @@ def clamp(x_int: Real[Array, "*shape"], bits: int) -> Real[Array, "*shape"]:
 def clip_shadow(
     x: Float[Array, "*shape"], scale: Float[Array, "*#shape"], bits: int
 ) -> Float[Array, "*shape"]:
-    """Clips real x, which then has no gradient where a `bits`-bit integer of that scale would be clamped."""
+    """Clips real x, which then has no gradient where a `bits`-bit integer of that scale would be
+    clamped.
+    """
     return jnp.clip(x, -(2 ** (bits - 1)) * scale, (2 ** (bits - 1) - 1) * scale)
 
 

@@ -49,8 +49,8 @@ def efd_weighting(
     alpha: float | None = None,
     beta: float | None = None,
 ) -> EFD:
-    """Fills in the defaults: alpha = 0.5 * 0.75**(n-1) and beta = 1/3 (exponential); harmonic is 1
-    / (h + 1), times alpha if given.
+    """A weighting, with defaults for what is None: alpha = 0.5 * 0.75**(n-1) and beta = 1/3
+    (exponential); harmonic is 1 / (h + 1), times alpha if given.
     """
     check_choice("lut_lookup: decay", decay, DECAYS)
     if decay == "harmonic":
@@ -387,8 +387,8 @@ def check_lut_arguments(
 
 @jax.custom_jvp
 def binarize(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """1 where values > 0, else 0, in the same dtype; the gradient passes straight through
-    (identity).
+    """Turns values into bits, 1 where they are > 0, else 0, in the same dtype; the gradient is the
+    identity's.
     """
     return (values > 0).astype(values.dtype)
 

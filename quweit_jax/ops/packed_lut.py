@@ -19,14 +19,14 @@ _CHUNK = 32
 
 
 def pack_tables(tables: Shaped[ArrayLike, "L A"]) -> UInt8[Array, "L bytes"]:
-    """The signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L, ceil(A /
-    8)).
+    """Packs the signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L,
+    ceil(A / 8)).
     """
     return jnp.packbits(jnp.asarray(tables) > 0, axis=1, bitorder="little")
 
 
 def read_packed(packed: UInt8[Array, "L bytes"], address: Int[Array, "L T"]) -> Bool[Array, "L T"]:
-    """Entry address[j, t] of packed table j: bool (L, T)."""
+    """Reads entry address[j, t] of packed table j: bool (L, T)."""
     byte = jnp.take_along_axis(packed, address >> 3, axis=1, mode="clip")
     return ((byte >> (address & 7).astype(jnp.uint8)) & 1).astype(bool)
 
@@ -36,8 +36,8 @@ def look_up(
     wiring: Integer[ArrayLike, "L n"],
     packed: UInt8[ArrayLike, "L bytes"],
 ) -> Bool[Array, "L T"]:
-    """Bits (F, T), bool or 0/1, through tables `packed` that read inputs `wiring` (L, n): bool (L,
-    T).
+    """Sends bits (F, T), bool or 0/1, through tables `packed` that read the inputs `wiring` (L, n):
+    bool (L, T).
     """
     return no_fusion(_look_up, bits_FT, jnp.asarray(wiring, jnp.int32), jnp.asarray(packed))
 

@@ -16,7 +16,9 @@ from quweit_jax.errors import InputError
 
 
 def cut_patches(images: Shaped[Array, "B H W C"], patch: int) -> Shaped[Array, "B N PPC"]:
-    """Images (B, H, W, C) as patches (B, N, P * P * C), row by row, each in rows, columns, channels."""
+    """Images (B, H, W, C) as patches (B, N, P * P * C), row by row, each in rows, columns,
+    channels.
+    """
     b, h, w, ch = images.shape
     cut = images.reshape(b, h // patch, patch, w // patch, patch, ch).transpose(0, 1, 3, 2, 4, 5)
     return cut.reshape(b, (h // patch) * (w // patch), patch * patch * ch)

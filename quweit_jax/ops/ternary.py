@@ -34,8 +34,8 @@ AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 def quantize_activations(
     x: Float[Array, "*tokens I"],
 ) -> tuple[Int8[Array, "*tokens I"], Float32[Array, "*tokens 1"]]:
-    """One scale a token: x (..., I) floating -> (int8 (..., I), scale (..., 1) float32) with x
-    close to int * scale.
+    """Rounds activations to int8 with one scale a token: x (..., I) floating -> (int8 (..., I),
+    scale (..., 1) float32) with x close to int * scale.
 
     scale is max|x| / 127, not below 1e-5 / 127; ties round to even. No gradient.
     """
@@ -45,8 +45,8 @@ def quantize_activations(
 
 
 def quantize_weights(weight: Float[Array, "I O"]) -> tuple[Int8[Array, "I O"], Float32[Array, ""]]:
-    """One scale a matrix: weight (I, O) floating -> (int8 of -1, 0, 1 (I, O), scale () float32 =
-    mean|weight|). No gradient.
+    """Rounds weights to -1, 0, 1 with one scale a matrix: weight (I, O) floating -> (int8 of -1, 0,
+    1 (I, O), scale () float32 = mean|weight|). No gradient.
     """
     weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
     inverse = 1 / jnp.maximum(jnp.abs(weight).mean() if weight.size else jnp.float32(0), _SMALLEST)
@@ -56,8 +56,8 @@ def quantize_weights(weight: Float[Array, "I O"]) -> tuple[Int8[Array, "I O"], F
 def rms_norm(
     x: Float[Array, "*tokens I"], scale: Float[Array, " I"], *, eps: float = EPSILON
 ) -> Float[Array, "*tokens I"]:
-    """Returns x / sqrt(mean(x**2) + eps) * scale over the last axis, computed in float32: x (..., I), scale
-    (I,) -> x's dtype.
+    """Returns x / sqrt(mean(x**2) + eps) * scale over the last axis, computed in float32: x (...,
+    I), scale (I,) -> x's dtype.
     """
     wide = x.astype(jnp.float32)
     inverse: Array = _inverse_rms(wide, eps)
@@ -108,8 +108,8 @@ _inverse_rms.defvjp(_inverse_rms_forward, _inverse_rms_backward)
 def int_matmul(
     x_int: Int8[Array, "*tokens I"], weight_int: Int8[Array, "I O"]
 ) -> Float32[Array, "*tokens O"]:
-    """Multiplies int8 (..., I) by int8 (I, O) into float32 (..., O), exactly: int8 products where units take them,
-    float32 ones on a CPU.
+    """Multiplies int8 (..., I) by int8 (I, O) into float32 (..., O), exactly: int8 products where
+    units take them, float32 ones on a CPU.
 
     float32 is exact there as no partial sum of ternary weights exceeds 128 I, below 2**24 for I <
     131,072.
@@ -294,8 +294,8 @@ def packed_matmul(
     packed: UInt8[Array, "(I+3)//4 O"],
     scale: Float[Array, "*#tokens 1"] | Float[Array, ""] | float = 1.0,
 ) -> Float32[Array, "*tokens O"]:
-    """Multiplies int8 (..., I) by a packed ternary matrix (ceil(I / 4), O) and a scale, into float32
-    (..., O). The sums are exact.
+    """Multiplies int8 (..., I) by a packed ternary matrix (ceil(I / 4), O) and a scale, into
+    float32 (..., O). The sums are exact.
 
     The unpacked matrix never exists: a single token adds up the bytes' codes, more tokens multiply
     by tiles of columns unpacked one after another.
