@@ -160,7 +160,8 @@ def layer_norm(
     shape: tuple[int, ...] = (),
 ) -> LayerCosts:
     """The costs of a LayerNorm in float32: mean and mean square, a factor a feature (inverse
-    deviation times scale), subtract, multiply, perhaps add. shape: of other vectors than the call's.
+    deviation times scale), subtract, multiply, perhaps add. shape: of other vectors than the
+    call's.
     """
     shape = shape or call.shape
     rows, n = math.prod(shape[:-1]), math.prod(shape)
