@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 # Which dataclass the keys of a section ('model', 'data', ...) are for, told by the modules that
 # define them: section -> a function of the section's values.
-SECTIONS: dict[str, Callable[[Mapping[str, Any]], type]] = {}
+SECTIONS: dict[str, Callable[[Mapping[str, object]], type]] = {}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -144,7 +144,7 @@ def parse_value(text: str, annotation: Any, path: str, example: object = None) -
     raise InputError(f"--config.{path}: expected {found}, found '{text}'.")
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") -> T:
+def from_mapping(cls: type[T], values: Mapping[str, object], where: str = "model") -> T:
     """Builds a (frozen) dataclass from a mapping; nested dataclasses from nested mappings.
 
     Raises:
@@ -218,7 +218,7 @@ def load_file(spec: str) -> Config:
     return module.get_config(argument or None).lock()
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: Mapping[str, object]) -> Config:
     """A locked config from what `to_dict` or a run's config.json holds."""
     return ml_collections.ConfigDict(dict(values), type_safe=False).lock()
 

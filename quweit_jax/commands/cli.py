@@ -108,7 +108,7 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> Config:
     return config
 
 
-def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+def print_facts(facts: Mapping[str, object], *, as_json: bool) -> None:
     """Prints names and values, a line each, or all as one JSON object."""
     if as_json:
         print(json.dumps(facts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from quweit_jax.commands import cli
 from quweit_jax.config import Config
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def compile_step(config: Config, topology: str) -> dict[str, Any]:
+def compile_step(config: Config, topology: str) -> dict[str, object]:
     """Bytes and FLOPs of a chip's part of the compiled training step.
 
     Raises:

@@ -7,13 +7,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quweit_jax.commands import cli
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import InputError
 
 if TYPE_CHECKING:
+    import jax
+    from jaxtyping import PyTree
+
     from quweit_jax.training.setup import Setup
     from quweit_jax.training.state import TrainState
 
@@ -130,7 +133,9 @@ def of_run(workdir: str, outputs: int | None = None) -> tuple[Config, int | None
 
 
 def training_memory(
-    config: Config, outputs: int | None = None, compiler_options: Mapping[str, Any] | None = None
+    config: Config,
+    outputs: int | None = None,
+    compiler_options: Mapping[str, str | bool] | None = None,
 ) -> dict[str, dict[str, int]]:
     """Bytes of a training step on this machine's first device: {'without remat': {'parameters':
     ..., 'total': ...}, 'with remat': ...}; a model without remat has one entry, 'as configured'.
@@ -159,7 +164,7 @@ def _bytes(
     form: Mapping[str, bool],
     outputs: int,
     image_shape: tuple[int, int, int] | None,
-    compiler_options: Mapping[str, Any] | None,
+    compiler_options: Mapping[str, str | bool] | None,
 ) -> dict[str, int]:
     import jax
     import numpy as np
@@ -185,7 +190,9 @@ def _bytes(
     return dataclasses.asdict(needed) | {"total": needed.total}
 
 
-def _activations(setup: Setup, before: TrainState, batch: Mapping[str, Any]) -> int:
+def _activations(
+    setup: Setup, before: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> int:
     """Bytes kept for the backward pass of one part of a batch that is read in `grad_accum`."""
     import jax
 
@@ -198,7 +205,7 @@ def _activations(setup: Setup, before: TrainState, batch: Mapping[str, Any]) -> 
     }
     mutable = [name for name in state.MUTABLE if name in before.constants]
 
-    def loss(params: Any, constants: Any, batch: Any, key: jax.Array) -> jax.Array:
+    def loss(params: PyTree, constants: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
         variables = {"params": params, **constants}
         rngs = {"dropout": jax.random.wrap_key_data(key)}
         logits, _ = setup.model.apply(

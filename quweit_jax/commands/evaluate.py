@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
@@ -41,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     setup, variables = opened.setup, opened.variables
     if args.tasks and setup.tokenizer is None:
         raise InputError(f"--tasks: {args.workdir} is a run of a classifier; the tasks are texts.")
-    facts: dict[str, Any] = {"step": opened.step}
+    facts: dict[str, object] = {"step": opened.step}
     if args.packed:
         variables = pack(setup.model, variables, setup.init_inputs)
         facts |= describe(setup.model, variables, setup.init_inputs)

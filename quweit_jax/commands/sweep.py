@@ -89,7 +89,7 @@ class Point:
     """One run of a sweep: its settings, and the command that trains it or goes on with it."""
 
     name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     config: Config
     workdir: Path
     command: tuple[str, ...]
@@ -116,7 +116,7 @@ def enumerate_points(spec: str, root: Path, overrides: Mapping[str, str]) -> lis
             f"--config: {spec.partition(':')[0]} has no sweep(add); define one that calls "
             "add(key=value, ...) for each point."
         )
-    added: list[dict[str, Any]] = []
+    added: list[dict[str, object]] = []
     module.sweep(
         lambda *mappings, **settings: added.append(
             {k: v for mapping in (*mappings, settings) for k, v in mapping.items()}
@@ -137,7 +137,7 @@ def enumerate_points(spec: str, root: Path, overrides: Mapping[str, str]) -> lis
 
 
 def _point(
-    spec: str, argument: str, root: Path, overrides: Mapping[str, str], settings: dict[str, Any]
+    spec: str, argument: str, root: Path, overrides: Mapping[str, str], settings: dict[str, object]
 ) -> Point:
     shortcuts = [f"{key}={value}" for key, value in settings.items()]
     if bad := [text for text in shortcuts if "," in text]:

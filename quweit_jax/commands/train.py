@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quweit_jax.commands import cli
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
     from quweit_jax.training.loop import Result
 
 
@@ -52,7 +54,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def initial(path: str, workdir: Path) -> Callable[[Mapping[str, Any]], Mapping[str, Any]] | None:
+def initial(
+    path: str, workdir: Path
+) -> Callable[[Mapping[str, PyTree]], Mapping[str, PyTree]] | None:
     """`init_from`: a function from a new run's variables to those it begins with; what fits is
     taken from `path`, the rest stays, and both are told.
 
@@ -78,7 +82,7 @@ def initial(path: str, workdir: Path) -> Callable[[Mapping[str, Any]], Mapping[s
             "checkpoint, or its weights file."
         )
 
-    def begin(fresh: Mapping[str, Any]) -> Mapping[str, Any]:
+    def begin(fresh: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
         if (place / "environment.json").is_file():
             source = jax.device_get(rundir.open_run(place).variables)
         else:
@@ -148,7 +152,7 @@ def summarize(result: Result, workdir: Path) -> None:
     print(longer)
 
 
-def sample(result: Result, variables: dict[str, Any]) -> str:
+def sample(result: Result, variables: dict[str, PyTree]) -> str:
     """A text of `config.sample_tokens` tokens after the beginning of the validation text."""
     import numpy as np
 

@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
@@ -61,7 +62,7 @@ CHARACTERS = {
 
 
 def count(
-    model_config: Mapping[str, Any],
+    model_config: Mapping[str, object],
     outputs: int,
     *,
     image_size: int | None = None,
@@ -115,7 +116,7 @@ def count(
 
 def of_model(
     model: nn.Module,
-    *inputs: Any,
+    *inputs: PyTree,
     context: int | None = None,
     precision: str | None = None,
     **options: Any,
@@ -134,14 +135,17 @@ def of_model(
     return _costs(recorded(model, *inputs, **options), context, precision)
 
 
-def recorded(model: nn.Module, *inputs: Any, **options: Any) -> Call:
+def recorded(model: nn.Module, *inputs: PyTree, **options: Any) -> Call:
     """The calls of a model and of its layers as its initialization makes them, abstractly."""
     stack: list[tuple[tuple[str, ...], list[Call]]] = [((), [])]
     known: set[tuple[str, ...]] = set()
 
     def record(
-        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
+        call: Callable[..., PyTree],
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+        context: nn.module.InterceptorContext,
+    ) -> PyTree:
         layer = context.module
         if layer.scope is None or context.method_name == "setup":
             return call(*args, **kwargs)
@@ -175,7 +179,7 @@ def recorded(model: nn.Module, *inputs: Any, **options: Any) -> Call:
     return stack[0][1][0]
 
 
-def _shapes(tree: Any) -> Any:
+def _shapes(tree: PyTree) -> PyTree:
     """A tree with shapes in place of its arrays."""
     return jax.tree.map(
         lambda leaf: (
@@ -209,8 +213,8 @@ def _costs(call: Call, context: int | None, precision: str | None) -> Costs:
     return counted
 
 
-def _reads_images(model_config: Mapping[str, Any]) -> bool:
-    name = model_config.get("name")
+def _reads_images(model_config: Mapping[str, object]) -> bool:
+    name = str(model_config.get("name"))
     return name in MODELS and MODELS[name].task == "classify"
 
 
@@ -233,7 +237,7 @@ def multiplications_replaced(costs: Costs, dense_costs: Costs) -> float:
     return 1 - costs.total_multiplications / dense_costs.total_multiplications
 
 
-def baseline(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
+def baseline(model_config: Mapping[str, object]) -> tuple[dict[str, Any], str] | None:
     """The dense model to compare with, and what it is: every MLP dense or, for 'matmulfree',
     Transformer++ of the same size.
 
@@ -278,7 +282,7 @@ def of_config(
     image_size: int | None = None,
     context: int | None = None,
     precision: str | None = None,
-    model: Mapping[str, Any] | None = None,
+    model: Mapping[str, object] | None = None,
 ) -> Costs:
     """The costs of a whole experiment config (or of a run's config.json), with what the data
     decides taken from a table of known sets.

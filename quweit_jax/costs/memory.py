@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs, stored_bytes
@@ -54,10 +55,10 @@ class InferenceMemory:
         return self.weights + self.state + self.activations
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: PyTree) -> int:
     """Of one device's part of all arrays (or shapes and dtypes of arrays) in a tree."""
 
-    def part(leaf: Any) -> jax.ShapeDtypeStruct:
+    def part(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         where = getattr(leaf, "sharding", None)
         shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
@@ -65,7 +66,7 @@ def device_bytes(tree: Any) -> int:
     return stored_bytes(jax.tree.map(part, tree))
 
 
-def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> int:
+def kept_for_backward(loss: Callable[..., Array], params: PyTree, *inputs: PyTree) -> int:
     """Bytes of what the gradient of loss(params, *inputs) keeps from the forward to the backward
     pass, parameters and inputs not counted.
 
@@ -73,7 +74,7 @@ def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> 
     is what the policy keeps.
     """
 
-    def forward(params: Any, *inputs: Any) -> list[Any]:
+    def forward(params: PyTree, *inputs: PyTree) -> list[jax.Array]:
         return jax.tree.leaves(jax.vjp(lambda p: loss(p, *inputs), params)[1])
 
     jaxpr = jax.make_jaxpr(forward)(params, *inputs).jaxpr
@@ -86,7 +87,9 @@ def kept_for_backward(loss: Callable[..., Array], params: Any, *inputs: Any) -> 
     return stored_bytes(list(kept.values()))
 
 
-def of_training(state: Any, batch: Any, compiled: Any, activations: int) -> TrainingMemory:
+def of_training(
+    state: Any, batch: PyTree, compiled: jax.stages.Compiled, activations: int
+) -> TrainingMemory:
     """What a compiled training step needs.
 
     Args:

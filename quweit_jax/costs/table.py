@@ -41,7 +41,7 @@ def account(
 
     asked: dict[str, Any] = {"outputs": outputs, "context": context, "precision": precision}
 
-    def both(model: Mapping[str, Any] | None) -> tuple[Costs, list[Energy]]:
+    def both(model: Mapping[str, object] | None) -> tuple[Costs, list[Energy]]:
         counted = of_config(config, model=model, **asked)
         return counted, [estimate(counted, each, **energy_options) for each in technologies]
 
@@ -49,7 +49,7 @@ def account(
     return compared(*own, None if dense is None else (*both(dense[0]), dense[1])), own[0]
 
 
-def with_total(counts: Mapping[Any, int]) -> dict[str, int]:
+def with_total(counts: Mapping[str, int] | Mapping[int, int]) -> dict[str, int]:
     """By type, with their sum as 'total'."""
     return {"total": sum(counts.values()), **{str(key): value for key, value in counts.items()}}
 
@@ -204,7 +204,7 @@ def _layers(costs: Costs) -> list[str]:
     return table(header, rows)
 
 
-def _sum(counts: Mapping[Any, int] | int) -> int:
+def _sum(counts: Mapping[str, int] | Mapping[int, int] | int) -> int:
     return counts if isinstance(counts, int) else sum(counts.values())
 
 

@@ -113,18 +113,18 @@ class AugmentConfig:
 
 
 def from_pixels(pixels: np.ndarray) -> Image.Image:
-    """uint8 (H, W, C) as a Pillow image."""
+    """Makes a Pillow image of uint8 (H, W, C)."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """A Pillow image of 8-bit channels as uint8 (H, W, C)."""
+    """Makes uint8 (H, W, C) of a Pillow image of 8-bit channels."""
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def pad_crop(pixels: np.ndarray, pad: int, rng: np.random.Generator) -> np.ndarray:
-    """`pixels` (H, W, C) moved by up to `pad` pixels each way at random; what comes in from outside
+    """Moves `pixels` (H, W, C) by up to `pad` pixels each way at random; what comes in from outside
     is black.
     """
     if not pad:
@@ -250,8 +250,8 @@ _NAMES = tuple(OPERATIONS)
 def rand_augment(
     pixels: np.ndarray, config: AugmentConfig, fill: Fill, rng: np.random.Generator
 ) -> np.ndarray:
-    """`pixels` (H, W, 1 or 3) after `randaugment_layers` operations drawn with replacement, each
-    applied every second time.
+    """Varies `pixels` (H, W, 1 or 3) by `randaugment_layers` operations drawn with replacement,
+    each applied every second time.
     """
     image = None  # Pillow's view is made when the first operation is applied
     for _ in range(config.randaugment_layers):

@@ -38,7 +38,7 @@ Window = dict[str, np.ndarray]
 
 
 class DocumentSource(Protocol):
-    """Documents by index."""
+    """A source of documents, read by index."""
 
     place: str  # data set and split, for messages
 
@@ -100,8 +100,8 @@ def separator(tokenizer: Tokenizer) -> np.ndarray:
 def held_out(
     splits: DocumentSplits, tokenizer: Tokenizer, limit: int, fraction: float
 ) -> tuple[np.ndarray, int]:
-    """(`limit` tokens to validate on, or all there are; the number of documents that are left to
-    train on).
+    """Encodes what to validate on: (`limit` tokens, or all there are; the number of documents left
+    to train on).
 
     Without a validation split these are the documents at the end of the training split, from the
     last one back, until they hold `limit` tokens or are the `fraction` of all.

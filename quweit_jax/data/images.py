@@ -127,7 +127,7 @@ class _UnusableError(Exception):
 
 
 def decode(data: bytes | np.ndarray, mode: str, to_rgb: bool) -> np.ndarray:
-    """An image file's content (or pixels) as uint8 (H, W, C) of Pillow's `mode`."""
+    """Decodes an image file's content (or pixels) into uint8 (H, W, C) of Pillow's `mode`."""
     if isinstance(data, np.ndarray):
         image = _from_array(data)
     elif not data:
@@ -171,7 +171,7 @@ def _from_array(data: np.ndarray) -> Image.Image:
 
 
 def evaluation_view(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
-    """(H, W, C) with its shorter side resized to image_size / crop_fraction, and of that the
+    """Pixels (H, W, C) with the shorter side resized to image_size / crop_fraction, and of that the
     middle: (image_size, image_size, C).
     """
     height, width = pixels.shape[:2]

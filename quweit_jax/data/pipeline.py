@@ -17,7 +17,7 @@ import numpy as np
 
 from quweit_jax.data import documents, registry, tokenizers
 from quweit_jax.data.documents import DocumentSplits, PackedDocuments
-from quweit_jax.data.images import ImageExamples
+from quweit_jax.data.images import Example, ImageExamples
 from quweit_jax.data.registry import DataConfig, LabelledSplits
 from quweit_jax.errors import InputError
 
@@ -66,8 +66,8 @@ class Dataset:
     labels: the classes' names. image_shape: (H, W, C) of images.
     """
 
-    train: Sequence[Any]
-    validation: Sequence[Any]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     outputs: int
     fingerprint: str
     tokenizer: tokenizers.Tokenizer | None = None
@@ -188,18 +188,18 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def _example(examples: Sequence[Any], index: int) -> dict[str, np.ndarray] | None:
+def _example(examples: Sequence[Example], index: int) -> dict[str, np.ndarray] | None:
     """An example as it is evaluated; None for an image that is left out (data.skip_bad)."""
     return examples.get(index) if isinstance(examples, ImageExamples) else examples[index]
 
 
-def left_out(examples: Sequence[Any]) -> dict[int, str]:
+def left_out(examples: Sequence[Example]) -> dict[int, str]:
     """Why images could not be used so far, by index (data.skip_bad); {} for other examples."""
     return examples.bad if isinstance(examples, ImageExamples) else {}
 
 
 def train_batches(
-    examples: Sequence[Any],
+    examples: Sequence[Example],
     batch_size: int,
     seed: int,
     *,
@@ -262,12 +262,12 @@ def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": rows} if rows else states[0]
 
 
-def _threads(examples: Sequence[Any]) -> int:
+def _threads(examples: Sequence[Example]) -> int:
     return examples.config.threads if isinstance(examples, ImageExamples) else 1
 
 
 def eval_batches(
-    examples: Sequence[Any],
+    examples: Sequence[Example],
     batch_size: int,
     limit: int = 0,
     *,

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.data.augment import check_number
 from quweit_jax.data.documents import DocumentSplits
-from quweit_jax.data.images import ImageConfig
+from quweit_jax.data.images import Example, ImageConfig
 from quweit_jax.errors import InputError, check_choice
 
 # The modules whose sources are known; a new source is one more function in one of them.
@@ -73,7 +73,7 @@ SECTIONS["data"] = lambda _: DataConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextSplits:
-    """A corpus: one string a split."""
+    """A corpus of text, one string a split."""
 
     train: str
     validation: str
@@ -82,11 +82,11 @@ class TextSplits:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSplits:
-    """Classification: `train[i]` is {'inputs': array, 'targets': int}; likewise the others."""
+    """Labelled examples: `train[i]` is {'inputs': array, 'targets': int}; likewise the others."""
 
-    train: Sequence[dict[str, Any]]
-    validation: Sequence[dict[str, Any]]
-    test: Sequence[dict[str, Any]]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
     num_classes: int
     labels: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] | None = None

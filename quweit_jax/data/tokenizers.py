@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """(N,) int32; InputError for text the vocabulary cannot spell."""
+        """The text's ids, (N,) int32; InputError for text the vocabulary cannot spell."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -67,7 +67,7 @@ class CharTokenizer:
         return len(self.vocabulary)
 
     def encode(self, text: str) -> np.ndarray:
-        """(N,) int32; InputError for characters outside the vocabulary."""
+        """The text's ids, (N,) int32; InputError for characters outside the vocabulary."""
         try:
             return np.fromiter((self._ids[c] for c in text), np.int32, len(text))
         except KeyError:
@@ -86,7 +86,7 @@ class CharTokenizer:
         return "".join(self.vocabulary[int(i)] for i in ids)
 
     def to_json(self) -> dict:
-        """Kind and vocabulary."""
+        """The kind and the vocabulary."""
         return {"kind": self.kind, "vocabulary": self.vocabulary}
 
 
@@ -98,7 +98,7 @@ class ByteTokenizer:
     end_of_text = None
 
     def encode(self, text: str) -> np.ndarray:
-        """(N,) int32, one id a byte."""
+        """The text's ids, (N,) int32, one a byte."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -106,7 +106,7 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
 
     def to_json(self) -> dict:
-        """Kind alone."""
+        """The kind, which tells everything."""
         return {"kind": self.kind}
 
 
@@ -253,7 +253,7 @@ class FileTokenizer(_HuggingFaceTokenizer):
         return next((special[name] for name in _END_OF_TEXT if name in special), None)
 
     def to_json(self) -> dict:
-        """Kind, the file's content and the end of text."""
+        """The kind, the file's content and the end of text."""
         return super().to_json() | {"end_of_text": self.end_of_text}
 
 
@@ -268,7 +268,7 @@ def train(kind: str, text: str, *, bpe_vocab_size: int = 4096, path: str = "") -
 
 
 def from_json(saved: dict) -> Tokenizer:
-    """The inverse of `to_json`."""
+    """The tokenizer that `to_json` described."""
     check_choice("tokenizer.json: kind", saved.get("kind"), CHOICES)
     if saved["kind"] == "char":
         return CharTokenizer(saved["vocabulary"])
@@ -280,12 +280,12 @@ def from_json(saved: dict) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
-    """Writes `tokenizer.json`."""
+    """Writes a tokenizer to the file at `path`, a `tokenizer.json`."""
     path.write_text(json.dumps(tokenizer.to_json(), ensure_ascii=False), encoding="utf-8")
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads `tokenizer.json`."""
+    """Reads the tokenizer that `save` wrote."""
     if not path.exists():
         raise InputError(f"no tokenizer at {path}: is this the run directory of a language model?")
     return from_json(json.loads(path.read_text(encoding="utf-8")))

@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 
+from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError
 
 _KNOWN = 16  # tokens before a piece that are decoded with it
@@ -48,11 +49,11 @@ def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_step(
     model: nn.Module,
-    variables: dict[str, Any],
-    cache: Any,
+    variables: dict[str, PyTree],
+    cache: PyTree,
     tokens: Array,
     valid: Array | None = None,
-) -> tuple[Array, Any]:
+) -> tuple[Array, PyTree]:
     """Reads tokens (B, T), of which valid (B, T) are not padding, behind the cache: (logits (B, T,
     V), the new cache).
 
@@ -63,7 +64,7 @@ def decode_step(
     return logits, changed["cache"]  # type: ignore[return-value]
 
 
-def empty_cache(model: nn.Module, batch: int = 1) -> Any:
+def empty_cache(model: nn.Module, batch: int = 1) -> PyTree:
     """A cache that holds nothing yet."""
     shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((batch, 1), jnp.int32), decode=True)
@@ -71,7 +72,9 @@ def empty_cache(model: nn.Module, batch: int = 1) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def prefill(model: nn.Module, variables: dict[str, Any], tokens: np.ndarray) -> tuple[Array, Any]:
+def prefill(
+    model: nn.Module, variables: dict[str, PyTree], tokens: np.ndarray
+) -> tuple[Array, PyTree]:
     """Reads a prompt (T,) in pieces of powers of two (few shapes to compile): (logits of the last
     token (V,), cache).
     """
@@ -87,8 +90,8 @@ def prefill(model: nn.Module, variables: dict[str, Any], tokens: np.ndarray) -> 
 
 
 def generate_tokens(
-    model: Any,
-    variables: dict[str, Any],
+    model: nn.Module,
+    variables: dict[str, PyTree],
     prompt: np.ndarray,
     max_tokens: int,
     *,
@@ -116,7 +119,7 @@ def generate_tokens(
     )
 
 
-def context_of(model: Any) -> int | None:
+def context_of(model: nn.Module) -> int | None:
     """The most tokens a language model reads at a time; None for no limit."""
     return model.config.context if getattr(model, "limited_context", True) else None
 
@@ -142,8 +145,8 @@ def check_prompt(prompt: np.ndarray, vocab_size: int, context: int | None) -> No
 
 
 def _generate(
-    model: Any,
-    variables: dict[str, Any],
+    model: nn.Module,
+    variables: dict[str, PyTree],
     prompt: np.ndarray,
     max_tokens: int,
     temperature: float,
@@ -168,7 +171,7 @@ def _generate(
 
 
 def stream_text(
-    tokenizer: Any, tokens: Iterator[int], after: Sequence[int] | np.ndarray = ()
+    tokenizer: Tokenizer, tokens: Iterator[int], after: Sequence[int] | np.ndarray = ()
 ) -> Iterator[str]:
     """Decodes tokens as they come, holding back pieces that aren't whole characters yet.
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jaxtyping import PyTree
 
 from quweit_jax.deploy.tables import Tree, at, find_blocks
 from quweit_jax.errors import InputError
@@ -70,7 +71,7 @@ def constants(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) ->
     return dict(written.get("packed", {}))
 
 
-def without(tree: Mapping[str, Any], packed: Mapping[str, Any]) -> Tree:
+def without(tree: Mapping[str, PyTree], packed: Mapping[str, PyTree]) -> Tree:
     """What is left of a collection when layers that wrote constants no longer need theirs."""
     wrote = any(not isinstance(value, Mapping) for value in packed.values())
     left: Tree = {}
@@ -82,18 +83,18 @@ def without(tree: Mapping[str, Any], packed: Mapping[str, Any]) -> Tree:
     return left
 
 
-def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> Tree:
+def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> dict[str, Any]:
     """Sizes of a packed model by name: its bytes and those of its weightless blocks and ternary
     layers, beside what they take the place of.
     """
     integer = "params" not in packed
     blocks = find_blocks(model, packed, *inputs)
-    facts: Tree = {"form": "integer" if integer else "packed"}
+    facts: dict[str, Any] = {"form": "integer" if integer else "packed"}
     if replaced := sum(block.replaced_weights for block in blocks.values()):
         held = [at(tree, name) for tree in packed.values() for name in blocks]
         facts |= {"block_bytes": stored_bytes(held), "dense_mlp_bytes_int8": replaced}
     above = tuple(f"{name}/" if name else "" for name in blocks)
-    written: dict[str, Any] = flatten_dict(packed["packed"], sep="/")  # type: ignore[assignment]
+    written: dict[str, Array | np.ndarray] = flatten_dict(packed["packed"], sep="/")  # type: ignore[assignment]
     ternary = [leaf for path, leaf in written.items() if not path.startswith(above)]
     if ternary and not integer:
         weights = WEIGHTS_PER_BYTE * sum(leaf.size for leaf in ternary if leaf.dtype == np.uint8)
@@ -101,7 +102,7 @@ def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> Tre
     return facts | {"model_bytes": stored_bytes(packed)}
 
 
-def describe_lines(facts: Tree) -> list[str]:
+def describe_lines(facts: dict[str, Any]) -> list[str]:
     """`describe` in sentences, for people."""
     lines = []
     if "block_bytes" in facts:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.deploy.generate import context_of, generate_tokens, stream_text
@@ -35,7 +36,7 @@ class Scorer:
     """
 
     model: nn.Module
-    variables: dict[str, Any]
+    variables: dict[str, PyTree]
     tokenizer: Tokenizer
     start: int | None = None
     batch_size: int = 8
@@ -150,7 +151,7 @@ class Scorer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_scores(
-    model: nn.Module, variables: dict[str, Any], tokens: Array
+    model: nn.Module, variables: dict[str, PyTree], tokens: Array
 ) -> tuple[Array, Array]:
     """tokens (B, T + 1) -> (log-probability of each of the last T, whether it is the likeliest)."""
     logits: Any = model.apply(variables, tokens[:, :-1])
@@ -158,7 +159,9 @@ def _token_scores(
     return chosen, logits.argmax(-1) == tokens[:, 1:]
 
 
-def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0) -> dict[str, Any]:
+def evaluate_tasks(
+    scorer: Scorer, tasks: Sequence[str], *, limit: int = 0
+) -> dict[str, dict[str, object]]:
     """Zero-shot results of lm-evaluation-harness's tasks: {task: {metric: value}}.
 
     tasks: names of tasks, or folders of task files (.yaml), of which all are taken.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 from numpy.typing import DTypeLike
 
 from quweit_jax.data.images import NORMALIZATIONS
@@ -37,8 +38,9 @@ from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, nearest, require
 from quweit_jax.ops.counts import stored_bytes
 
-Tree: TypeAlias = dict[str, Any]  # variables, a state, or JSON
-Apply: TypeAlias = Callable[..., Any]  # (variables, input, ...) -> outputs
+Tree: TypeAlias = dict[str, PyTree]  # variables, or a state
+Json: TypeAlias = dict[str, Any]
+Apply: TypeAlias = Callable[..., PyTree]  # (variables, input, ...) -> outputs
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT_PLATFORMS = PLATFORMS[:3]
 # A serialized program is one flatbuffer, below 2 GiB; something is left for the program itself.
@@ -159,7 +161,7 @@ def state_shapes(model: nn.Module) -> Tree:
         tokens = jnp.zeros((batch, 1), jnp.int32)
         return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, decode=True))["cache"]
 
-    def described(two: jax.ShapeDtypeStruct, three: jax.ShapeDtypeStruct) -> Tree:
+    def described(two: jax.ShapeDtypeStruct, three: jax.ShapeDtypeStruct) -> Json:
         # The batch is where caches for two and for three texts differ.
         return _shown(("b" if m != n else m for m, n in zip(two.shape, three.shape)), two.dtype)
 
@@ -205,13 +207,8 @@ def check_target(out: Path, overwrite: bool = False) -> None:
 
 
 def save(
-    program: jax.export.Exported,
-    out: Path,
-    about: Mapping[str, Any],
-    given: Input,
-    *,
-    overwrite: bool = False,
-) -> Tree:
+    program: jax.export.Exported, out: Path, about: Json, given: Input, *, overwrite: bool = False
+) -> Json:
     """Writes the program to `out` and its description, which is returned, beside it as .json.
 
     about: what the description says besides inputs, outputs and platforms. given: the first input.
@@ -232,7 +229,7 @@ def save(
     return description
 
 
-def describe(program: jax.export.Exported, given: Input, file: str = "model.stablehlo") -> Tree:
+def describe(program: jax.export.Exported, given: Input, file: str = "model.stablehlo") -> Json:
     """What somebody who only has the file needs to call it; a step's `state` is zeros at first."""
     taken, given_back = (
         [_shown(a.shape, a.dtype) for a in avals] for avals in (program.in_avals, program.out_avals)
@@ -262,12 +259,12 @@ def describe(program: jax.export.Exported, given: Input, file: str = "model.stab
     }
 
 
-def about_data(tokenizer: Tokenizer | None, normalize: str, dataset: Dataset | None) -> Tree:
+def about_data(tokenizer: Tokenizer | None, normalize: str, dataset: Dataset | None) -> Json:
     """What makes inputs and reads outputs: the tokenizer, or the classes and normalization."""
     if tokenizer is not None:
         return {"tokenizer": tokenizer.to_json()}
     assert dataset is not None
-    about: Tree = {"labels": list(dataset.labels)}
+    about: Json = {"labels": list(dataset.labels)}
     if dataset.image_shape is not None:
         mean, deviation = NORMALIZATIONS[normalize]
         formula = "(pixel / 255 - mean) / deviation"
@@ -275,6 +272,6 @@ def about_data(tokenizer: Tokenizer | None, normalize: str, dataset: Dataset | N
     return about
 
 
-def _shown(shape: Iterable[object], dtype: DTypeLike) -> Tree:
+def _shown(shape: Iterable[object], dtype: DTypeLike) -> Json:
     dimensions = [n if isinstance(n, int) else str(n) for n in shape]
     return {"shape": dimensions, "dtype": np.dtype(dtype).name}

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
-Tree: TypeAlias = dict[str, Any]
+Tree: TypeAlias = dict[str, PyTree]
 Path: TypeAlias = tuple[str, ...]
 
 
@@ -45,7 +47,7 @@ def find_blocks(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> 
     inputs: any that the model can be applied to; only their shapes matter.
     """
     shapes = jax.eval_shape(lambda v: watch(model, v, *inputs)[1], packed)
-    flat: dict[Path, Any] = flatten_dict(shapes)  # type: ignore[assignment]
+    flat: dict[Path, tuple[jax.ShapeDtypeStruct, ...]] = flatten_dict(shapes)  # type: ignore[assignment]
     bits = {path: found[0].shape for path, found in flat.items()}
     layers = sorted((path for path in bits if path[-1] == "bits"), key=_natural)
     blocks: dict[str, Block] = {}
@@ -76,7 +78,7 @@ def watch(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> tuple[
     return out, dict(found.get("intermediates", {}))  # type: ignore[return-value]
 
 
-def at(tree: Mapping[str, Any], path: str) -> Tree:
+def at(tree: Mapping[str, PyTree], path: str) -> Tree:
     """The part of a tree at 'a/b', {} where there is none."""
     for key in path.split("/") if path else ():
         tree = tree.get(key, {})
@@ -88,12 +90,12 @@ def pack_bits(tables: np.ndarray) -> np.ndarray:
     return np.packbits(tables, axis=1, bitorder="little")
 
 
-def _unpack(tables: Any, lut_inputs: int) -> np.ndarray:
+def _unpack(tables: ArrayLike, lut_inputs: int) -> np.ndarray:
     bits = np.unpackbits(np.asarray(tables), axis=1, bitorder="little")
     return bits[:, : 2**lut_inputs].astype(bool)
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: Path) -> list[str | int]:
     """A key that puts block_2 before block_10."""
     pieces = re.split(r"(\d+)", "/".join(path))
     return [int(piece) if piece.isdigit() else piece for piece in pieces]

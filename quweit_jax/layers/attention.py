@@ -5,12 +5,15 @@ Dimensions: B batch, T tokens, C context (cache length), H heads, K width of a h
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.costs import Call
@@ -20,18 +23,22 @@ from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
 ATTENTIONS = ("auto", "xla", "cudnn")
 
 
-def pick_attention(implementation: str, dtype: Any) -> str:
-    """'cudnn' (flash attention) for half precision on a GPU when 'auto', else 'xla'."""
+def pick_attention(implementation: str, dtype: DTypeLike) -> Literal["xla", "cudnn"]:
+    """What runs attention: for 'auto', 'cudnn' (flash attention) in half precision on a GPU, else
+    'xla'.
+    """
     check_choice("attention", implementation, ATTENTIONS)
-    if implementation != "auto":
+    if implementation in ("xla", "cudnn"):
         return implementation
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
 
 
-def rotate(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864; pairs are the two halves of a head, as
-    in Llama).
+def rotate(
+    x: Float[Array, "B T H K"], positions: Int[Array, "#B T"], theta: float
+) -> Float[Array, "B T H K"]:
+    """Turns queries or keys by their positions: rotary embedding (RoFormer, arXiv 2104.09864; pairs
+    are the two halves of a head, as in Llama).
 
     x (B, T, H, K) with even K, positions (B or 1, T) -> the same shape and dtype.
     """
@@ -47,8 +54,8 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
 
 
 def token_positions(
-    module: nn.Module, shape: tuple[int, ...], valid: Array | None, decode: bool
-) -> Array:
+    module: nn.Module, shape: tuple[int, ...], valid: Bool[Array, "B T"] | None, decode: bool
+) -> Int[Array, "#B T"]:
     """The place of each of (B, T) tokens in its text, (B or 1, T): padding (valid (B, T) False)
     doesn't count.
 
@@ -88,7 +95,7 @@ class CausalSelfAttention(nn.Module):
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     implementation: str = "auto"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     num_kv_heads: int = 0
     head_width: int = 0
     rotary: float = 0.0
@@ -96,13 +103,13 @@ class CausalSelfAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        valid: Array | None = None,
+        x: Float[Array, "B T d"],
+        valid: Bool[Array, "B T"] | None = None,
         *,
-        positions: Array | None = None,
+        positions: Int[Array, "#B T"] | None = None,
         train: bool = False,
         decode: bool = False,
-    ) -> Array:
+    ) -> Float[Array, "B T d"]:
         """x (B, T, d), valid (B, T) bool: tokens that are not padding, positions (B or 1, T) if
         rotary -> (B, T, d).
         """
@@ -112,10 +119,8 @@ class CausalSelfAttention(nn.Module):
             self.num_kv_heads or self.num_heads,
             self.head_width or width // self.num_heads,
         )
-        dense = {"use_bias": self.use_bias, "dtype": self.dtype}
-        qkv = nn.Dense(
-            (heads + 2 * kv_heads) * head, kernel_init=self.kernel_init, name="qkv", **dense
-        )(x)
+        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+        qkv = dense((heads + 2 * kv_heads) * head, kernel_init=self.kernel_init, name="qkv")(x)
         q, k, v = jnp.split(qkv.reshape(batch, tokens, -1, head), [heads, heads + kv_heads], axis=2)
         if self.rotary:
             assert positions is not None
@@ -126,7 +131,7 @@ class CausalSelfAttention(nn.Module):
         elif valid is not None:
             # Padding sees itself, so that its results are numbers; nobody else sees it.
             mask = (valid[:, None, :] | jnp.eye(tokens, dtype=bool))[:, None]
-        implementation: Any = (
+        implementation = (
             "xla" if mask is not None else pick_attention(self.implementation, self.dtype)
         )
         if train and self.dropout > 0:
@@ -135,7 +140,7 @@ class CausalSelfAttention(nn.Module):
             mixed = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, is_causal=not decode, implementation=implementation
             )
-        out = nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(
+        out = dense(width, kernel_init=self.output_init, name="proj")(
             mixed.reshape(batch, tokens, heads * head)
         )
         return nn.Dropout(self.dropout, deterministic=not train)(out)
@@ -200,18 +205,18 @@ class SelfAttention(nn.Module):
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     implementation: str = "auto"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
         """x (B, T, d) -> (B, T, d)."""
         batch, tokens, width = x.shape
-        dense = {"use_bias": self.use_bias, "dtype": self.dtype}
-        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, name="qkv", **dense)(x)
+        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+        qkv = dense(3 * width, kernel_init=self.kernel_init, name="qkv")(x)
         q, k, v = jnp.split(qkv.reshape(batch, tokens, 3 * self.num_heads, -1), 3, axis=2)
-        implementation: Any = pick_attention(self.implementation, self.dtype)
+        implementation = pick_attention(self.implementation, self.dtype)
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        return nn.Dense(width, kernel_init=self.output_init, name="proj", **dense)(
+        return dense(width, kernel_init=self.output_init, name="proj")(
             mixed.reshape(batch, tokens, width)
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, Types, merge
@@ -36,8 +37,8 @@ class Call:
     layer: nn.Module
     path: tuple[str, ...]
     method: str
-    args: tuple[Any, ...]
-    output: Any
+    args: tuple[PyTree, ...]
+    output: PyTree
     params: Mapping[str, jax.ShapeDtypeStruct]
     all_params: int
     again: bool
@@ -49,31 +50,33 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the first array that went in."""
+        """The shape of the first array that went in."""
         return jax.tree.leaves(self.args)[0].shape
 
     @property
     def rows(self) -> int:
-        """Vectors that went in: the product of all dimensions but the last."""
+        """How many vectors went in: the product of all dimensions but the last."""
         return math.prod(self.shape[:-1])
 
     @property
     def width(self) -> int:
-        """Of the vectors that went in."""
+        """The length of the vectors that went in."""
         return self.shape[-1]
 
     @property
     def size(self) -> int:
-        """Numbers that went in."""
+        """How many numbers went in."""
         return math.prod(self.shape)
 
     @property
     def types(self) -> Types:
-        """Those of a layer of the output's type."""
+        """The number types of a layer whose results are of the output's type."""
         return self.types_of(str(jax.tree.leaves(self.output)[0].dtype))
 
     def types_of(self, dtype: str) -> Types:
-        """Those of a layer of a type, with other operands where a precision is asked for."""
+        """The number types of a layer of type `dtype`, with other operands where a precision is
+        asked for.
+        """
         operands = self.precision or dtype
         return Types(operands, dtype if operands == "int8" else operands)
 
@@ -156,8 +159,9 @@ def layer_norm(
     scale: bool = True,
     shape: tuple[int, ...] = (),
 ) -> LayerCosts:
-    """Mean and mean square, a factor a feature (inverse deviation times scale), subtract, multiply,
-    perhaps add; in float32. shape: of other vectors than the call's.
+    """The costs of a LayerNorm in float32: mean and mean square, a factor a feature (inverse
+    deviation times scale), subtract, multiply, perhaps add. shape: of other vectors than the
+    call's.
     """
     shape = shape or call.shape
     rows, n = math.prod(shape[:-1]), math.prod(shape)
@@ -168,7 +172,7 @@ def layer_norm(
 
 
 def rms_norm(call: Call, activations: str, *part: str, scale: bool = True) -> LayerCosts:
-    """Mean square, times inverse root, times scale; in float32."""
+    """The costs of an RMSNorm in float32: mean square, times inverse root, times scale."""
     rows, n = call.rows, call.size
     counts = Elementwise.of(FLOAT, (2 + scale) * n, n + rows, rows, rows)
     return _norm(call, part, counts, 2 * n * BYTES[activations], scale * call.width)
@@ -184,8 +188,8 @@ def _norm(
 
 
 def activation(call: Call, function: str, width: int) -> LayerCosts:
-    """Of hidden vectors: GELU ('exact' or 'tanh'), or SiLU times another branch ('silu'), in
-    float32.
+    """The costs of the activation of hidden vectors: GELU ('exact' or 'tanh'), or SiLU times
+    another branch ('silu'), in float32.
     """
     multiplications, additions = {"exact": (3, 0), "tanh": (6, 2), "silu": (2, 0)}[function]
     n = call.rows * width
@@ -206,7 +210,7 @@ def residuals(call: Call, *branches: str) -> dict[str, Rows]:
     }
 
 
-def _dense(layer: Any, call: Call) -> Rows:
+def _dense(layer: nn.Dense, call: Call) -> Rows:
     return [_product(call, call.kind, call.at(), layer.features, layer.use_bias)]
 
 
@@ -231,7 +235,7 @@ def _product(call: Call, kind: str, name: str, outputs: int, bias: bool) -> Laye
     return dataclasses.replace(row, name=name)
 
 
-def _embed(layer: Any, call: Call) -> Rows:
+def _embed(layer: nn.Embed, call: Call) -> Rows:
     """A token's row of a table, or `attend`: the head of a model whose embedding is tied to it."""
     if call.method == "attend":
         name = "/".join((*call.path[:-1], "head"))
@@ -248,12 +252,12 @@ def _embed(layer: Any, call: Call) -> Rows:
     return [row]
 
 
-def _layer_norm(layer: Any, call: Call) -> Rows:
+def _layer_norm(layer: nn.LayerNorm, call: Call) -> Rows:
     act = call.types.activations
     return [layer_norm(call, act, bias=layer.use_bias, scale=layer.use_scale)]
 
 
-def _rms_norm(layer: Any, call: Call) -> Rows:
+def _rms_norm(layer: nn.RMSNorm, call: Call) -> Rows:
     return [rms_norm(call, call.types.activations, scale=layer.use_scale)]
 
 

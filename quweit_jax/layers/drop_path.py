@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import overload
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Shaped
 
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.integer import Quantized
@@ -20,9 +22,15 @@ class DropPath(nn.Module):
 
     rate: float
 
+    @overload
+    def __call__(self, x: Shaped[Array, "B *rest"], train: bool) -> Shaped[Array, "B *rest"]: ...
+    @overload
+    def __call__(self, x: Quantized, train: bool) -> Quantized: ...
     @nn.compact
-    def __call__(self, x: Any, train: bool) -> Any:
-        """x, (B, ...) array or Quantized -> the same."""
+    def __call__(
+        self, x: Shaped[Array, "B *rest"] | Quantized, train: bool
+    ) -> Shaped[Array, "B *rest"] | Quantized:
+        """x, an array (B, ...) or Quantized -> the same."""
         if not train or self.rate == 0:
             return x
         shape = x.ints.shape if isinstance(x, Quantized) else x.shape
@@ -38,5 +46,5 @@ class DropPath(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """None: nothing is left out at inference."""
+        """It costs nothing: nothing is left out at inference."""
         return []

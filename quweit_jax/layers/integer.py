@@ -26,6 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Real
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.costs import Call
@@ -48,12 +49,17 @@ class Quantized:
     feature. real: float32, ints * scale with gradients.
     """
 
-    ints: Array
+    ints: Real[Array, "..."]
     scale: Any = None
     real: Any = None
 
     @classmethod
-    def of(cls, ints: Array, scale: Array, surrogate: Array) -> Quantized:
+    def of(
+        cls,
+        ints: Float[Array, "*shape"],
+        scale: Float[Array, "*#shape"],
+        surrogate: Float[Array, "*shape"],
+    ) -> Quantized:
         """Integers and their scale, with the gradient of `surrogate`, the real function."""
         return cls(ints, scale, integer.straight_through(ints * scale, surrogate))
 
@@ -63,7 +69,7 @@ class Quantized:
         return self.real is None
 
     def map(self, move: Callable[[Array], Array]) -> Quantized:
-        """The same function, one that only moves values about, of integers and reals."""
+        """Applies a function that only moves values about to the integers and to the reals."""
         return Quantized(
             move(self.ints), self.scale, None if self.real is None else move(self.real)
         )
@@ -108,7 +114,7 @@ class ActivationQuantizer(Packable):
         return Quantized.of(out, scale, integer.clip_shadow(real, scale, self.bits))
 
     @nn.compact
-    def from_real(self, x: Array, *, train: bool = False) -> Quantized:
+    def from_real(self, x: Float[Array, "..."], *, train: bool = False) -> Quantized:
         """Rounds real values. In packed form the scale is the one number that is read."""
         if self.is_packed:
             out = integer.quantize(x, self.read("scale")[0], self.bits)
@@ -118,7 +124,7 @@ class ActivationQuantizer(Packable):
         out = integer.quantize(jax.lax.stop_gradient(x), scale, self.bits).astype(jnp.float32)
         return Quantized.of(out, scale, integer.clip_shadow(x, scale, self.bits))
 
-    def running_scale(self, x: Array, train: bool) -> Array:
+    def running_scale(self, x: Float[Array, "..."], train: bool) -> Float[Array, ""]:
         """The scale of the running range, which training moves on first. A range never set is that
         of x.
         """
@@ -253,8 +259,8 @@ class Shiftmax(Packable):
         return Quantized.of(out, scale, jax.nn.softmax(x.real, axis=-1))
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """Less the largest; x + x / 2 - x / 16; quotient and rest by the constant for 1; shifted,
-        summed, times the sum's inverse, shifted.
+        """The largest subtracted; x + x / 2 - x / 16; quotient and rest by the constant for 1;
+        shifted, summed, times the sum's inverse, shifted.
         """
         n = call.size
         row = call.row(
@@ -304,8 +310,8 @@ class ShiftGELU(Packable):
 def requantize_costs(
     call: Call, values: int, scales: Sequence[int], reads: int, *part: str
 ) -> LayerCosts:
-    """A dyadic multiplication (32 bits by 31, 64 bits of product), a shift and a rounding addition
-    a value and branch; clamped.
+    """The costs of requantizing: a dyadic multiplication (32 bits by 31, 64 bits of product), a
+    shift and a rounding addition a value and branch; clamped.
 
     scales: for each branch how many it has, one or one a feature; two branches are added. reads:
       bytes of the second branch.

@@ -113,7 +113,7 @@ class IntegerMLP(nn.Module):
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """Those of the layers inside."""
+        """The costs of the layers inside."""
         return call.inner("mlp")
 
 

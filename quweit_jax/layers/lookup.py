@@ -6,16 +6,19 @@ Dimensions: T tokens (all leading dimensions), F input bits, L look-up tables, n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
+from quweit_jax.layers.norms import Initializer
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import lut, packed_lut, sums, vector_lut
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
@@ -36,24 +39,45 @@ MAPPINGS = ("random", "arange", "learnable", "candidates")
 TABLE_INITS = ("uniform", "residual")
 
 
-def symmetric_uniform(scale: float = 1.0) -> Callable[..., Array]:
-    """U(-scale, scale), the published initialization of tables at scale 1."""
+def symmetric_uniform(scale: float = 1.0) -> Initializer:
+    """An initializer with U(-scale, scale), the published initialization of tables at scale 1."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -scale, scale
     )
 
 
-def residual_tables(scale: float = 1.0) -> Callable[..., Array]:
-    """Tables that start by passing on their first input, with magnitudes U(0, scale)."""
+def residual_tables(scale: float = 1.0) -> Initializer:
+    """An initializer of tables that start by passing on their first input, with magnitudes U(0,
+    scale).
+    """
 
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    def init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
         sign = 2 * (jnp.arange(shape[-1]) & 1) - 1
         return sign.astype(dtype) * jax.random.uniform(key, shape, dtype, 0.0, scale)
 
     return init
 
 
-def check_lookup(options: Any, where: str) -> None:
+class LookupOptions(Protocol):
+    """What decides the tables of a look-up layer; see `LUTLayer`."""
+
+    @property
+    def mapping(self) -> str:
+        """One of MAPPINGS."""
+        ...
+
+    @property
+    def table_init(self) -> str:
+        """One of TABLE_INITS."""
+        ...
+
+    @property
+    def lut_inputs(self) -> int:
+        """Inputs of a table."""
+        ...
+
+
+def check_lookup(options: LookupOptions, where: str) -> None:
     """Raises InputError for a mapping, table_init or lut_inputs that tables cannot have."""
     check_choice(f"{where}mapping", options.mapping, MAPPINGS)
     check_choice(f"{where}table_init", options.table_init, TABLE_INITS)
@@ -91,14 +115,14 @@ class LUTLayer(Packable):
     table_scale: float = 1.0
     binary: bool = True
 
-    def __call__(self, bits: Array) -> Array:
+    def __call__(self, bits: Shaped[Array, "*tokens F"]) -> Shaped[Array, "*tokens L"]:
         """bits (..., F), 0 or 1 -> (..., num_luts) float."""
         out_LT = self.feature_major(bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1]).T)
         return out_LT.T.reshape(*bits.shape[:-1], out_LT.shape[0])
 
     @nn.compact
-    def feature_major(self, bits_FT: Array) -> Array:
-        """The same for bits (F, T): (num_luts, T), bool in packed form.
+    def feature_major(self, bits_FT: Shaped[Array, "F T"]) -> Shaped[Array, "L T"]:
+        """Reads the tables for bits that are (F, T): (num_luts, T), bool in packed form.
 
         The bits that come out are in the collection `intermediates`, if that is mutable.
         """
@@ -212,13 +236,13 @@ class VectorLUTLayer(LUTLayer):
     features: int = 1
     vector_init: float = 0.006
 
-    def __call__(self, bits: Array) -> Array:
+    def __call__(self, bits: Shaped[Array, "*tokens F"]) -> Float[Array, "*tokens features"]:
         """bits (..., F), 0 or 1 -> (..., features) float."""
         out = self.feature_major(bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1]).T)
         return out.reshape(*bits.shape[:-1], self.features)
 
     @nn.compact
-    def feature_major(self, bits_FT: Array) -> Array:
+    def feature_major(self, bits_FT: Shaped[Array, "F T"]) -> Float[Array, "T features"]:
         """The same for bits (F, T): (T, features)."""
         if self.is_packed:
             wiring, vectors, scale = self.read("wiring", "vectors", "scale")
@@ -269,7 +293,7 @@ class GroupSum(Packable):
     tau: float = 1.0
 
     @nn.compact
-    def __call__(self, bits: Array) -> Array:
+    def __call__(self, bits: Shaped[Array, "*tokens L"]) -> Float[Array, "*tokens groups"]:
         """bits (..., L) -> (..., num_groups)."""
         if self.is_packed:
             vectors, offset = self.read("vectors", "offset")
@@ -315,7 +339,7 @@ class LearnableReduction(Packable):
         return widths
 
     @nn.compact
-    def __call__(self, bits: Array) -> Array:
+    def __call__(self, bits: Shaped[Array, "*tokens L"]) -> Float[Array, "*tokens outputs"]:
         """bits (..., L) -> (..., num_outputs)."""
         # a packed form from which tables were pruned has its own widths, but as many layers
         held = {} if self.is_packing else self.variables.get("packed", {})

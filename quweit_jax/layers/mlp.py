@@ -7,6 +7,7 @@ Dimensions: d model width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.costs import Call, activation
@@ -40,10 +43,10 @@ class MLP(nn.Module):
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     gelu: str = "exact"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens d"]:
         """x (..., d) -> (..., d)."""
         dense = {"use_bias": self.use_bias, "dtype": self.dtype}
         hidden = nn.gelu(
@@ -67,16 +70,16 @@ class SwiGLU(nn.Module):
     features: int
     hidden: int = 0
     output_init: Initializer = normal(0.02)
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens features"]:
         """x (..., d) -> (..., features)."""
-        dense = {"use_bias": False, "dtype": self.dtype}
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         hidden = gated_width(self.hidden, x.shape[-1])
-        both = nn.Dense(2 * hidden, kernel_init=normal(0.02), name="gate", **dense)(x)
+        both = dense(2 * hidden, kernel_init=normal(0.02), name="gate")(x)
         gate, up = jnp.split(both, 2, axis=-1)
-        down = nn.Dense(self.features, kernel_init=self.output_init, name="down", **dense)
+        down = dense(self.features, kernel_init=self.output_init, name="down")
         return down(jax.nn.silu(gate) * up)
 
     def costs(self, call: Call) -> list[LayerCosts]:

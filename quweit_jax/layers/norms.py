@@ -5,11 +5,11 @@ Dimensions: d features.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from quweit_jax.layers.costs import Call, rms_norm
 from quweit_jax.ops import ternary
@@ -27,10 +27,10 @@ class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, in float32."""
 
     epsilon: float = ternary.EPSILON
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens d"]:
         """x (..., d) -> the same shape, in `dtype`."""
         return ternary.rms_norm(
             x,

@@ -37,7 +37,7 @@ class Packable(nn.Module):
                 self.put_variable("packed", name, value)
 
     def read(self, *names: str) -> list[Array]:
-        """Constants of the packed form."""
+        """The constants of these names in the packed form."""
         return [jnp.asarray(self.get_variable("packed", name)) for name in names]
 
     def show(self, **bits: Array) -> None:

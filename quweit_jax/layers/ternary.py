@@ -9,12 +9,12 @@ Dimensions: B batch, T tokens, d model width, I inputs, O outputs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float
 
 from quweit_jax.layers.costs import Call, activation, rms_norm
 from quweit_jax.layers.norms import Initializer, RMSNorm, normal
@@ -38,10 +38,10 @@ class BitLinear(Packable):
     features: int
     kernel_init: Initializer = normal(0.02)
     epsilon: float = ternary.EPSILON
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens I"]) -> Float[Array, "*tokens O"]:
         """x (..., I) -> (..., features)."""
         x = x.astype(self.dtype)
         if self.is_packed:
@@ -91,12 +91,17 @@ class MLGRU(nn.Module):
     kernel_init: Initializer = MIXER_INIT
     epsilon: float = ternary.EPSILON
     implementation: str = "auto"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Array, lower_bound: Array, valid: Array | None = None, *, decode: bool = False
-    ) -> Array:
+        self,
+        x: Float[Array, "B T d"],
+        lower_bound: Float[Array, " d"],
+        valid: Bool[Array, "B T"] | None = None,
+        *,
+        decode: bool = False,
+    ) -> Float[Array, "B T d"]:
         """x (B, T, d), lower_bound (d,) of the forget gate, valid (B, T) bool: tokens that are not
         padding -> (B, T, d).
         """
@@ -172,10 +177,10 @@ class BitGLU(nn.Module):
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     epsilon: float = ternary.EPSILON
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens features"]:
         """x (..., d) -> (..., features)."""
         hidden, shared = gated_width(self.hidden, x.shape[-1]), (self.epsilon, self.dtype)
         both = BitLinear(2 * hidden, self.kernel_init, *shared, name="gate")(x)

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Real
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call, layer_norm
-from quweit_jax.layers.lookup import LUTLayer, VectorLUTLayer, check_lookup
+from quweit_jax.layers.lookup import LookupOptions, LUTLayer, VectorLUTLayer, check_lookup
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import sums, thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
@@ -81,10 +83,10 @@ class WeightlessBlock(Packable):
     beta: float | None = None
     table_init: str = "uniform"
     table_scale: float = 1.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*tokens inputs"]) -> Float[Array, "*tokens d"]:
         """x (..., d_in) floating -> (..., features)."""
         self._layers()
         if self.use_norm:
@@ -148,6 +150,7 @@ class WeightlessBlock(Packable):
         return out.astype(self.dtype)
 
     def _wiring(self) -> dict[str, Any]:
+        """The fields of a look-up layer that are about its wiring."""
         names = ("lut_inputs", "mapping", "candidates", "tau")
         return {name: getattr(self, name) for name in names}
 
@@ -206,7 +209,7 @@ class WeightlessBlock(Packable):
     def _thresholds(self, width: int) -> Array:
         """The thermometer's thresholds (d, z), trained or not."""
 
-        def start(*_: Any) -> Array:
+        def start(*_: object) -> Array:
             return jnp.broadcast_to(
                 thermometer.normal_quantiles(self.thermometer_bits), (width, self.thermometer_bits)
             )
@@ -287,12 +290,36 @@ class WeightlessBlock(Packable):
         return [thermometer, *call.inner(instead={"norm": []}), total]
 
 
-def above(x_DT: Array, thresholds: Array) -> Array:
+def above(x_DT: Real[Array, "d T"], thresholds: Real[Array, "d z"]) -> Bool[Array, "bits T"]:
     """Thermometer bits: x (d, T) and thresholds (d, z) -> bool (d * z, T)."""
     return (x_DT[:, None, :] > thresholds[:, :, None]).reshape(-1, x_DT.shape[1])
 
 
-def check_options(options: Any, where: str) -> None:
+class BlockOptions(LookupOptions, Protocol):
+    """What decides a weightless block beside its tables; see `WeightlessBlock`."""
+
+    @property
+    def window_shape(self) -> str:
+        """One of `ops.thermometer.WINDOWS`."""
+        ...
+
+    @property
+    def sum(self) -> str:
+        """One of SUMS."""
+        ...
+
+    @property
+    def decay(self) -> str:
+        """One of `ops.lut.DECAYS`."""
+        ...
+
+    @property
+    def thermometer_bits(self) -> int:
+        """Thresholds a feature."""
+        ...
+
+
+def check_options(options: BlockOptions, where: str) -> None:
     """Raises InputError for a value that a block's field of that name cannot have.
 
     options: a WeightlessBlock, or what has its fields. where: is put before the field's name.

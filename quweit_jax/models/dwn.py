@@ -9,6 +9,7 @@ import math
 
 import flax.linen as nn
 from jax import Array
+from jaxtyping import Float, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
@@ -76,7 +77,9 @@ class DWN(Packable):
     fits_inputs = True  # initialize it on a good share of the training inputs
 
     @nn.compact
-    def __call__(self, inputs: Array, *, train: bool = False) -> Array:
+    def __call__(
+        self, inputs: Shaped[Array, "B ..."], *, train: bool = False
+    ) -> Float[Array, "B classes"]:
         """inputs (B, ...) real -> (B, num_classes) float32."""
         c = self.config
         features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))

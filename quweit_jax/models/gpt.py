@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Integer
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
@@ -73,8 +74,12 @@ class GPTBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, valid: Array | None = None, train: bool = False, decode: bool = False
-    ) -> Array:
+        self,
+        x: Float[Array, "B T d"],
+        valid: Bool[Array, "B T"] | None = None,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Float[Array, "B T d"]:
         """x (B, T, d), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         shared = {"use_bias": c.bias, "output_init": normal(0.02 / math.sqrt(2 * c.layers))}
@@ -117,12 +122,12 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Array,
-        valid: Array | None = None,
+        tokens: Integer[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Array:
+    ) -> Float32[Array, "B T V"]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
         (B, T, V) float32.
 

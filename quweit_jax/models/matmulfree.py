@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Integer
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
@@ -78,7 +79,7 @@ class MatMulFreeConfig(ChannelMixers):
         return self.hidden or glu_width(self.sizes()[0])
 
 
-def lower_bounds(parameters: Array) -> Array:
+def lower_bounds(parameters: Float[Array, "layers d"]) -> Float32[Array, "layers d"]:
     """The forget gates' lower bounds from Gamma (layers, d): 0 in the first layer, rising with
     depth, below 1.
     """
@@ -96,8 +97,12 @@ class MatMulFreeBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, lower_bound: Array, valid: Array | None = None, decode: bool = False
-    ) -> Array:
+        self,
+        x: Float[Array, "B T d"],
+        lower_bound: Float[Array, " d"],
+        valid: Bool[Array, "B T"] | None = None,
+        decode: bool = False,
+    ) -> Float[Array, "B T d"]:
         """x (B, T, d), lower_bound (d,), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         shared: dict[str, Any] = {"epsilon": c.epsilon, "dtype": dtype}
@@ -134,12 +139,12 @@ class MatMulFree(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Array,
-        valid: Array | None = None,
+        tokens: Integer[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Array:
+    ) -> Float32[Array, "B T V"]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
         (B, T, V) float32.
 

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
@@ -42,7 +41,7 @@ def glu_width(width: int) -> int:
     return 256 * math.ceil(int(8 * width / 3) / 256)
 
 
-def check_positive(config: Any, *names: str, zero: str = "") -> None:
+def check_positive(config: object, *names: str, zero: str = "") -> None:
     """Raises InputError unless these fields are at least 1, or 0 if that means something."""
     for name in names:
         if getattr(config, name) < (0 if zero else 1):

@@ -47,7 +47,7 @@ def find(name: object) -> Model:
     return MODELS[str(name)]
 
 
-def config_of(values: Mapping[str, Any], outputs: int | None = None) -> Any:
+def config_of(values: Mapping[str, object], outputs: int | None = None) -> Any:
     """The frozen config of `values['name']`, made of the other keys; see `build`."""
     options = dict(values)
     model = find(options.pop("name", None))
@@ -56,7 +56,7 @@ def config_of(values: Mapping[str, Any], outputs: int | None = None) -> Any:
     return from_mapping(model.config, options)
 
 
-def build(config: Mapping[str, Any], outputs: int | None = None) -> nn.Module:
+def build(config: Mapping[str, object], outputs: int | None = None) -> nn.Module:
     """The model `config['name']` with the other keys as its configuration.
 
     outputs: the vocabulary size or number of classes, when the data decides it.

@@ -12,6 +12,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int, Integer
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
@@ -111,8 +112,12 @@ class TransformerPPBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, valid: Array | None = None, decode: bool = False
-    ) -> Array:
+        self,
+        x: Float[Array, "B T d"],
+        positions: Int[Array, "#B T"],
+        valid: Bool[Array, "B T"] | None = None,
+        decode: bool = False,
+    ) -> Float[Array, "B T d"]:
         """x (B, T, d), positions (B or 1, T), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width, layers, heads = c.sizes()
@@ -161,12 +166,12 @@ class TransformerPP(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Array,
-        valid: Array | None = None,
+        tokens: Integer[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Array:
+    ) -> Float32[Array, "B T V"]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
         (B, T, V) float32.
 

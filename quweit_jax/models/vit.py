@@ -10,15 +10,17 @@ class token), d model width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import integer as layers
@@ -28,6 +30,7 @@ from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
 from quweit_jax.layers.costs import Call, layer_norm, residuals
 from quweit_jax.layers.drop_path import DropPath
 from quweit_jax.layers.integer import ActivationQuantizer, Quantized
+from quweit_jax.layers.norms import Initializer
 from quweit_jax.layers.packing import Packable
 from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
@@ -125,7 +128,7 @@ class ViTConfig(ChannelMixers):
         """The kind of each block's MLP."""
         return kinds_of_mlp(self.mlp, self.sizes()[1], self.integer)
 
-    def initializers(self) -> dict[str, Any]:
+    def initializers(self) -> Initializers:
         """Of the kernels within a block: `kernel_init`, and of those whose results are added to the
         residual stream `output_init`.
         """
@@ -140,6 +143,13 @@ class ViTConfig(ChannelMixers):
         return [self.drop_path * i / max(1, depth - 1) for i in range(depth)]
 
 
+class Initializers(TypedDict):
+    """Of the kernels within a block, as its layers' fields are called."""
+
+    kernel_init: Initializer
+    output_init: Initializer
+
+
 class ViTBlock(nn.Module):
     """Pre-norm attention and, unless `mlp` is 'none', a dense or weightless MLP; each added to its
     input.
@@ -150,15 +160,15 @@ class ViTBlock(nn.Module):
     drop_path: float
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, x: Float[Array, "B T d"], train: bool = False) -> Float[Array, "B T d"]:
         """x (B, T, d) -> (B, T, d)."""
         c, dtype, heads = self.config, jnp.dtype(self.config.dtype), self.config.sizes()[2]
-        norm: Any = {"dtype": dtype}
+        norm = functools.partial(nn.LayerNorm, dtype=dtype)
         drop = DropPath(self.drop_path, name="drop_path")
         attention = SelfAttention(
             heads, implementation=c.attention, dtype=dtype, name="attention", **c.initializers()
         )
-        x = x + drop(attention(nn.LayerNorm(name="attention_norm", **norm)(x)), train)
+        x = x + drop(attention(norm(name="attention_norm")(x)), train)
         mixer = mlp.make(
             self.mlp,
             x.shape[-1],
@@ -170,7 +180,7 @@ class ViTBlock(nn.Module):
         )
         if mixer is None:
             return x
-        return x + drop(mixer(nn.LayerNorm(name="mlp_norm", **norm)(x)), train)
+        return x + drop(mixer(norm(name="mlp_norm")(x)), train)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside, and the additions to the stream."""
@@ -224,7 +234,9 @@ class ViT(Packable):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, images: Array, *, train: bool = False) -> Array:
+    def __call__(
+        self, images: Float[Array, "B H W C"], *, train: bool = False
+    ) -> Float32[Array, "B classes"]:
         """images (B, H, W, C) float, normalized -> logits (B, num_classes) float32."""
         c, width = self.config, self.config.sizes()[0]
         if images.ndim != 4 or any(s == 0 or s % c.patch for s in images.shape[1:3]):

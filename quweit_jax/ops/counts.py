@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
+from jaxtyping import PyTree
 
 K = TypeVar("K", str, int)
 
@@ -29,19 +30,21 @@ def merge(*counts: Mapping[K, int]) -> dict[K, int]:
 
 
 def packed_bits(count: int) -> int:
-    """Bytes of bits, eight a byte."""
+    """The bytes that so many bits take, eight a byte."""
     return -(-count // 8)
 
 
-def stored_bytes(tree: Any) -> int:
+def stored_bytes(tree: PyTree) -> int:
     """Bytes of all arrays, or shapes and dtypes of arrays, in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
 class Types:
-    """operands: of matrix products, and of their weights where they are stored. activations: of
-    what flows between layers.
+    """The number types of a layer, by name.
+
+    operands: of matrix products and of their stored weights. activations: of what flows between
+    layers.
     """
 
     operands: str
@@ -49,13 +52,11 @@ class Types:
 
     @property
     def accumulator(self) -> str:
-        """Of sums of products: int32 of integers, float32 of floats of any width, as matrix units
-        do.
-        """
+        """The type of sums of products: int32 of integers, float32 of floats of any width."""
         return "int32" if self.operands.startswith("int") else FLOAT
 
     def matrix(self, rows: int, columns: int) -> dict[str, int]:
-        """Bytes of a stored matrix; one of int8 has a float32 scale a column."""
+        """Bytes of a stored matrix by type; one of int8 has a float32 scale a column."""
         stored = {self.operands: rows * columns * BYTES[self.operands]}
         scales = {FLOAT: columns * BYTES[FLOAT]} if self.operands == "int8" else {}
         return stored | scales
@@ -86,7 +87,7 @@ class Elementwise:
         functions: int = 0,
         shifts: int = 0,
     ) -> Elementwise:
-        """Those of one operand type."""
+        """The operations of a layer that has one operand type."""
         counts = (multiplications, additions, divisions, functions, shifts)
         return cls(*({operands: count} if count else {} for count in counts))
 
@@ -147,54 +148,54 @@ class Costs:
 
     @property
     def multiplications(self) -> dict[str, int]:
-        """Of matrix products, by operand type."""
+        """Multiplications of matrix products, by operand type."""
         return merge(*(layer.multiplications for layer in self.layers))
 
     @property
     def total_multiplications(self) -> int:
-        """Of matrix products, of all types."""
+        """Multiplications of matrix products, of all operand types together."""
         return sum(self.multiplications.values())
 
     @property
     def additions(self) -> dict[str, int]:
-        """Of matrix products and sums of vectors, by operand type."""
+        """Additions of matrix products and of sums of vectors, by operand type."""
         return merge(*(layer.additions for layer in self.layers))
 
     @property
     def elementwise(self) -> Elementwise:
-        """Operations outside matrix products."""
+        """Operations outside matrix products and sums of vectors."""
         parts = [layer.elementwise for layer in self.layers]
         names = [field.name for field in dataclasses.fields(Elementwise)]
         return Elementwise(**{n: merge(*(getattr(part, n) for part in parts)) for n in names})
 
     @property
     def lookups(self) -> dict[int, int]:
-        """By the number of inputs of a table."""
+        """Look-ups, by the number of inputs of a table."""
         return merge(*(layer.lookups for layer in self.layers))
 
     @property
     def comparisons(self) -> dict[str, int]:
-        """By operand type."""
+        """Comparisons, by operand type."""
         return merge(*({layer.comparison_type: layer.comparisons} for layer in self.layers))
 
     @property
     def bytes_moved(self) -> dict[str, int]:
-        """Of weights, activations and state."""
+        """Bytes read and written, of weights, activations and state."""
         return merge(*(layer.bytes_moved for layer in self.layers))
 
     @property
     def bytes_stored(self) -> dict[str, int]:
-        """By format."""
+        """Bytes of the deployed form, by format."""
         return merge(*(layer.bytes_stored for layer in self.layers))
 
     @property
     def state_bytes(self) -> int:
-        """Kept between the tokens of one text."""
+        """Bytes kept between the tokens of one text."""
         return sum(layer.state_bytes for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """Trained numbers."""
+        """How many numbers are trained."""
         return sum(layer.parameters for layer in self.layers)
 
     def kinds(self) -> tuple[str, ...]:
@@ -202,10 +203,10 @@ class Costs:
         return tuple(dict.fromkeys(layer.kind for layer in self.layers))
 
     def of_kind(self, *kinds: str) -> Costs:
-        """The layers of some kinds alone."""
+        """The costs of the layers of some kinds alone."""
         layers = tuple(layer for layer in self.layers if layer.kind in kinds)
         return dataclasses.replace(self, layers=layers)
 
     def by_kind(self) -> dict[str, Costs]:
-        """The layers of each kind."""
+        """The costs of each kind of layers."""
         return {kind: self.of_kind(kind) for kind in self.kinds()}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree, Shaped
+
+T = TypeVar("T")
 
 
-def no_fusion(function: Callable[..., Any], first: Array, *operands: Any) -> Any:
-    """function(first, *operands), on CPU behind a branch that is always taken, across which nothing
-    is fused.
+def no_fusion(function: Callable[..., T], first: Shaped[Array, "..."], *operands: PyTree) -> T:
+    """Returns function(first, *operands), computed on CPU behind a branch that is always taken,
+    across which nothing is fused.
 
     XLA fuses producers into their consumers there even where that repeats them for every element
     (the many steps of an integer square root), or makes them walk memory column by column (the
@@ -25,7 +28,7 @@ def no_fusion(function: Callable[..., Any], first: Array, *operands: Any) -> Any
     if not first.size:
         return function(first, *operands)
 
-    def branch(*arguments: Any) -> Any:
+    def branch(*arguments: PyTree) -> T:
         shapes = jax.eval_shape(function, *arguments)
         always = arguments[0][(0,) * first.ndim].astype(jnp.float32) > -(2.0**40)
         return jax.lax.cond(

@@ -2,7 +2,7 @@
 JAX lacks by default.
 
 Everything works on int32 and uint32 arrays of any broadcastable shapes, on every platform, without
-float64.
+float64. A 64-bit number is two uint32 arrays: its high words and its low words.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int, Int32, UInt32
 
 INT32_MAX = 2**31 - 1
 _MANTISSA_BITS = 31
 
+Word = UInt32[Array, "*#shape"]
+Words = tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]
 
-def magnitude(x: Array) -> Array:
-    """|x| of int32 as uint32, right for -2**31 too."""
+
+def magnitude(x: Int[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """The absolute value of int32 numbers as uint32, which is right for -2**31 too."""
     unsigned = jax.lax.bitcast_convert_type(x.astype(jnp.int32), jnp.uint32)
     return jnp.where(x < 0, jnp.uint32(0) - unsigned, unsigned)
 
 
-def multiply(a: Array, b: Array) -> tuple[Array, Array]:
-    """The 64-bit product of uint32 values: (high word, low word)."""
+def multiply(a: Word, b: Word) -> Words:
+    """The 64-bit products of uint32 numbers, as (high word, low word)."""
     a, b = a.astype(jnp.uint32), b.astype(jnp.uint32)
     half = jnp.uint32(0xFFFF)
     a1, a0, b1, b0 = a >> 16, a & half, b >> 16, b & half
@@ -31,7 +35,9 @@ def multiply(a: Array, b: Array) -> tuple[Array, Array]:
     return high + (cross >> 16) + (other >> 16) + (middle >> 16), (low & half) | (middle << 16)
 
 
-def dyadic(scale_in: Array, scale_out: Array) -> tuple[Array, Array]:
+def dyadic(
+    scale_in: Float[Array, "*#shape"], scale_out: Float[Array, "*#shape"]
+) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
     """The ratio of two float32 scales as multiplier / 2**shift: (int32 with a 31-bit magnitude,
     int32 from 0 to 63).
 
@@ -73,9 +79,11 @@ def dyadic(scale_in: Array, scale_out: Array) -> tuple[Array, Array]:
     ).astype(jnp.int32)
 
 
-def multiply_shift(x: Array, multiplier: Array, shift: Array) -> Array:
-    """round(x * multiplier / 2**shift) in exact 64-bit arithmetic, ties to even, saturated to
-    +-(2**31 - 1).
+def multiply_shift(
+    x: Int[Array, "*#shape"], multiplier: Int[Array, "*#shape"], shift: Int[Array, "*#shape"]
+) -> Int32[Array, "*shape"]:
+    """Returns round(x * multiplier / 2**shift) in exact 64-bit arithmetic, ties to even, saturated
+    to +-(2**31 - 1).
 
     Args:
       x, multiplier: int32, broadcastable. shift: int32, 0 to 63.
@@ -108,9 +116,9 @@ def multiply_shift(x: Array, multiplier: Array, shift: Array) -> Array:
     return jnp.where((x < 0) != (multiplier < 0), -result, result)
 
 
-def divide(high: Array, low: Array, divisor: Array) -> Array:
-    """floor((high * 2**32 + low) / divisor) for uint32 words with high < divisor < 2**31, so that
-    the quotient fits: uint32.
+def divide(high: Word, low: Word, divisor: Word) -> UInt32[Array, "*shape"]:
+    """Returns floor((high * 2**32 + low) / divisor) for uint32 words with high < divisor < 2**31,
+    so that the quotient fits: uint32.
     """
     rest, quotient = high, jnp.zeros_like(low)
     for bit in range(31, -1, -1):
@@ -120,7 +128,7 @@ def divide(high: Array, low: Array, divisor: Array) -> Array:
     return quotient
 
 
-def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+def add(a: tuple[Word, Word], b: tuple[Word, Word]) -> Words:
     """The sum of two 64-bit numbers given as (high word, low word)."""
     low = a[1] + b[1]
     return a[0] + b[0] + (low < a[1]), low

@@ -1,21 +1,14 @@
 """I-ViT's integer-only arithmetic (Li & Gu, ICCV 2023): shift-exponential, Shiftmax, ShiftGELU,
 I-LayerNorm, dyadic requantization.
 
-A real number is x = x_int * scale. The public functions (`shiftmax`, `shift_gelu`,
-`int_layer_norm`, `int_linear`, `requantize`) have two doors:
+A real number is x = x_int * scale. The functions ending in `_units` work on the whole numbers
+x_int, in either representation: integers (int8, int16, int32), exactly and into int32, or float32,
+the same formulas with float32's 24 bits where a product or a sum needs more. Layers train on the
+latter, which every platform does fast, and are deployed on the former. What is computed from scales
+(multipliers, shifts, thresholds) is constant at inference.
 
-- integer arrays in (int8, int16, int32): int32 arrays out. Nothing but integer operations touches
-  the values; what is computed from scales (multipliers, shifts, thresholds) is constant at
-  inference.
-- floating arrays in: real values out, out_int * out_scale, with straight-through gradients: those
-  of the real function (softmax, GELU, ...), rounding counted as the identity. The arithmetic is the
-  published program's float32, in which x_int * scale / scale can miss an integer by one rounding,
-  and a floor then falls one lower.
-
-The functions ending in `_units` are what both are made of. They work on whole numbers in either
-representation: int32, exactly, or float32, the same formulas with float32's 24 bits where a product
-or a sum needs more. Layers train on the latter, which every platform does fast, and are deployed on
-the former.
+The functions ending in `_shadow` are the real functions (softmax's and GELU's kind) whose gradients
+the integers take, by `straight_through`.
 
 Dimensions: d features (last axis), I input features, O output features.
 """
@@ -24,11 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Int32, Real, Shaped
 
 from quweit_jax.ops import int64
 from quweit_jax.ops.fusion import no_fusion
@@ -44,7 +39,9 @@ _SMALLEST_ROOT = 64.0  # where ten Newton steps from 2**16 end for a tiny varian
 
 
 @jax.custom_vjp
-def straight_through(value: Array, shadow: Array) -> Array:
+def straight_through(
+    value: Float[Array, "*shape"], shadow: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """`value`, with the gradient going to `shadow` (of the same shape): how exact integers get a
     real function's gradient.
     """
@@ -54,25 +51,31 @@ def straight_through(value: Array, shadow: Array) -> Array:
 straight_through.defvjp(lambda value, shadow: (value, None), lambda _, g: (jnp.zeros_like(g), g))
 
 
-def is_integer(x: Any) -> bool:
+def is_integer(x: Shaped[ArrayLike, "..."]) -> bool:
     """Whether an array's dtype is an integer one."""
     return jnp.issubdtype(jnp.asarray(x).dtype, jnp.integer)
 
 
-def symmetric_scale(low: Array, high: Array, bits: int) -> Array:
+def symmetric_scale(
+    low: Float[Array, "*outputs"], high: Float[Array, "*outputs"], bits: int
+) -> Float[Array, "*outputs"]:
     """The scale of a symmetric quantizer over [low, high]: max(-low, high) / (2**(bits-1) - 1),
     float32, not below 1e-8.
     """
     return jnp.maximum(jnp.maximum(-low, high) / (2 ** (bits - 1) - 1), _SMALLEST_SCALE)
 
 
-def quantize(x: Array, scale: Array, bits: int) -> Array:
-    """round(x / scale) clamped to `bits`-bit integers, ties to even: int32."""
+def quantize(
+    x: Float[Array, "*shape"], scale: Float[Array, "*#shape"], bits: int
+) -> Int32[Array, "*shape"]:
+    """Returns round(x / scale) clamped to `bits`-bit integers, ties to even: int32."""
     limit = 2 ** (bits - 1)
     return jnp.clip(jnp.round(x / scale), -limit, limit - 1).astype(jnp.int32)
 
 
-def quantize_weights(weight: Array, *, bits: int = 8) -> tuple[Array, Array]:
+def quantize_weights(
+    weight: Float[Array, "I O"], *, bits: int = 8
+) -> tuple[Int32[Array, "I O"], Float[Array, " O"]]:
     """Symmetric weights, one scale an output: (I, O) float -> (int32 (I, O), scale float32 (O,)),
     scale = max|w| / (2**(bits-1) - 1).
     """
@@ -81,22 +84,26 @@ def quantize_weights(weight: Array, *, bits: int = 8) -> tuple[Array, Array]:
     return quantize(weight, scale, bits), scale
 
 
-def quantize_bias(bias: Array, scale: Array) -> Array:
-    """round(bias / scale) as int32; scale is that of the products it is added to."""
+def quantize_bias(bias: Float[Array, " O"], scale: Float[Array, " O"]) -> Int32[Array, " O"]:
+    """Returns round(bias / scale) as int32; scale is that of the products it is added to."""
     return saturate(jnp.round(jax.lax.stop_gradient(bias) / scale))
 
 
-def saturate(x: Array) -> Array:
-    """Float to int32, what lies beyond stays at +-2**30 (so that a sum of two still fits)."""
+def saturate(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Turns floats into int32, clipped to +-2**30 so that a sum of two still fits."""
     return jnp.clip(x, -(2.0**30), 2.0**30).astype(jnp.int32)
 
 
-def matmul_units(x: Array, weight_int: Array) -> Array:
-    """(..., I) @ (I, O) of whole numbers: (..., O). See `einsum_units`."""
+def matmul_units(
+    x: Real[Array, "*tokens I"], weight_int: Int[Array, "I O"]
+) -> Real[Array, "*tokens O"]:
+    """Multiplies whole numbers (..., I) by (I, O) into (..., O), as `einsum_units` does."""
     return einsum_units("...i,io->...o", x, weight_int)
 
 
-def einsum_units(subscripts: str, a: Array, b: Array) -> Array:
+def einsum_units(
+    subscripts: str, a: Real[Array, "..."], b: Real[Array, "..."]
+) -> Real[Array, "..."]:
     """A product of two arrays of whole numbers, in the representation of the first.
 
     Integer operands, which may differ in width, are multiplied as they are and summed in int32. For
@@ -111,8 +118,10 @@ def einsum_units(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
-def shift_exp(x: Array, inverse: Array, shifts: Array | int) -> Array:
-    """exp(x * scale) times `inverse` * 2**shifts, by shifts and one division.
+def shift_exp(
+    x: Real[Array, "*shape"], inverse: Int[Array, "*#shape"], shifts: Int[Array, "*#shape"] | int
+) -> Real[Array, "*shape"]:
+    """Computes exp(x * scale) times `inverse` * 2**shifts, by shifts and one division.
 
     Args:
       x: whole numbers, int32 or float32; what lies below -shifts * inverse counts as that.
@@ -164,12 +173,14 @@ def _power_of_two(exponent: Array) -> Array:
     )
 
 
-def inverse_scale(scale: Array) -> Array:
-    """-floor(-1 / scale), the integer that stands for 1: int32, at most 2**24."""
+def inverse_scale(scale: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Returns -floor(-1 / scale), the integer that stands for 1: int32, at most 2**24."""
     return jnp.minimum(-jnp.floor(-1.0 / jax.lax.stop_gradient(scale)), 2.0**24).astype(jnp.int32)
 
 
-def shiftmax_units(x: Array, inverse: Array, *, bits: int) -> Array:
+def shiftmax_units(
+    x: Real[Array, "*tokens d"], inverse: Int[Array, "*#one"], *, bits: int
+) -> Real[Array, "*tokens d"]:
     """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole
     numbers in units of 2**-(bits-1).
     """
@@ -192,7 +203,9 @@ def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     return ((exponentials * (jnp.uint32(_DIVIDEND) // total)) >> (32 - bits)).astype(jnp.int32)
 
 
-def shift_gelu_units(x: Array, inverse: Array) -> Array:
+def shift_gelu_units(
+    x: Real[Array, "*tokens d"], inverse: Int[Array, "*#one"]
+) -> Real[Array, "*tokens d"]:
     """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole
     numbers in units of scale * 2**-7.
     """
@@ -212,12 +225,14 @@ def _shift_gelu(x: Array, inverse: Array) -> Array:
     )
 
 
-def gelu_shadow(x: Array) -> Array:
+def gelu_shadow(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The real function whose gradient ShiftGELU takes: x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(GELU_SLOPE * x)
 
 
-def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Array]:
+def layer_norm_constants(
+    weight: Float[Array, " d"], bias: Float[Array, " d"]
+) -> tuple[Int32[Array, " d"], Int32[Array, " d"], Float[Array, " d"]]:
     """What I-LayerNorm needs of weight and bias, (d,) float: (bias_int int32 (d,), halvings int32
     (d,), out_scale float32 (d,)).
 
@@ -238,7 +253,9 @@ def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Arra
     return saturate(jnp.floor(ratio / step)), halvings, unit * weight * step
 
 
-def layer_norm_units(x: Array, bias_int: Array, halvings: Array) -> Array:
+def layer_norm_units(
+    x: Real[Array, "*tokens d"], bias_int: Int32[Array, " d"], halvings: Int32[Array, " d"]
+) -> Real[Array, "*tokens d"]:
     """I-LayerNorm of whole numbers (..., d), |x| < 2**16, with `layer_norm_constants`: whole
     numbers (..., d).
     """
@@ -271,7 +288,9 @@ def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
     return ((centered * factor) >> (1 + halvings)) + bias_int
 
 
-def layer_norm_shadow(x: Array, weight: Array, bias: Array) -> Array:
+def layer_norm_shadow(
+    x: Float[Array, "*tokens d"], weight: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "*tokens d"]:
     """The real function whose gradient I-LayerNorm takes: (x - mean) / std * weight + bias."""
     centered = x - x.mean(-1, keepdims=True)
     return (
@@ -280,8 +299,12 @@ def layer_norm_shadow(x: Array, weight: Array, bias: Array) -> Array:
     )
 
 
-def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits: int) -> Array:
-    """Whole numbers (x, scale_in) summed at scale_out and clamped: int32 by dyadic numbers,
+def requantize_units(
+    branches: list[tuple[Real[Array, "*#shape"], Float[Array, "*#shape"]]],
+    scale_out: Float[Array, ""],
+    bits: int,
+) -> Real[Array, "*shape"]:
+    """The sum of whole numbers (x, scale_in) at scale_out and clamped: int32 by dyadic numbers,
     exactly; float32 by float32 ratios.
     """
     if is_integer(branches[0][0]):
@@ -291,7 +314,10 @@ def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits
     )
 
 
-def requantize_int(branches: list[tuple[Array, Array, Array]], bits: int) -> Array:
+def requantize_int(
+    branches: list[tuple[Int[Array, "*#shape"], Int[Array, "*#shape"], Int[Array, "*#shape"]]],
+    bits: int,
+) -> Int32[Array, "*shape"]:
     """The sum of round(x * multiplier / 2**shift) over (x int32, multiplier int32, shift int32),
     clamped to `bits` bits: int32.
     """
@@ -302,7 +328,7 @@ def requantize_int(branches: list[tuple[Array, Array, Array]], bits: int) -> Arr
     )
 
 
-def _requantize(branches: list[Any], bits: int) -> Array:
+def _requantize(branches: list[Sequence[Array]], bits: int) -> Array:
     # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot
     # overflow.
     return clamp(
@@ -311,13 +337,17 @@ def _requantize(branches: list[Any], bits: int) -> Array:
     )
 
 
-def clamp(x_int: Array, bits: int) -> Array:
-    """Into the range of `bits`-bit integers."""
+def clamp(x_int: Real[Array, "*shape"], bits: int) -> Real[Array, "*shape"]:
+    """Clips whole numbers to the range of `bits`-bit integers."""
     return jnp.clip(x_int, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def clip_shadow(x: Array, scale: Array, bits: int) -> Array:
-    """x with no gradient where a `bits`-bit integer of that scale would be clamped."""
+def clip_shadow(
+    x: Float[Array, "*shape"], scale: Float[Array, "*#shape"], bits: int
+) -> Float[Array, "*shape"]:
+    """Clips real x, which then has no gradient where a `bits`-bit integer of that scale would be
+    clamped.
+    """
     return jnp.clip(x, -(2 ** (bits - 1)) * scale, (2 ** (bits - 1) - 1) * scale)
 
 

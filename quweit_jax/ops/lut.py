@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Float64, Int, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.ops.fusion import no_fusion
@@ -49,8 +49,8 @@ def efd_weighting(
     alpha: float | None = None,
     beta: float | None = None,
 ) -> EFD:
-    """Fills in the defaults: alpha = 0.5 * 0.75**(n-1) and beta = 1/3 (exponential); harmonic is 1
-    / (h + 1), times alpha if given.
+    """A weighting, with defaults for what is None: alpha = 0.5 * 0.75**(n-1) and beta = 1/3
+    (exponential); harmonic is 1 / (h + 1), times alpha if given.
     """
     check_choice("lut_lookup: decay", decay, DECAYS)
     if decay == "harmonic":
@@ -67,7 +67,7 @@ def efd_weighting(
     )
 
 
-def efd_matrix(lut_inputs: int, weighting: EFD) -> np.ndarray:
+def efd_matrix(lut_inputs: int, weighting: EFD) -> Float64[np.ndarray, "n R A"]:
     """The linear map from a table to the finite differences of each input: float64, shape (n, A /
     2, A).
 
@@ -91,7 +91,7 @@ def efd_matrix(lut_inputs: int, weighting: EFD) -> np.ndarray:
     return out
 
 
-def _drop_bit(address: Any, l: int) -> Any:
+def _drop_bit(address: np.ndarray, l: int) -> np.ndarray:
     return (address & ((1 << l) - 1)) | ((address >> (l + 1)) << l)
 
 
@@ -114,7 +114,9 @@ def _select_tree(values: Sequence[Array], bits: Sequence[Array]) -> Array:
 
 
 def _address(bits_nLT: Array | Sequence[Array]) -> Array:
-    address: Any = sum(bit.astype(jnp.int32) << l for l, bit in enumerate(bits_nLT))
+    address = jnp.int32(0)
+    for l, bit in enumerate(bits_nLT):
+        address = address | (bit.astype(jnp.int32) << l)
     return address
 
 
@@ -142,12 +144,10 @@ def _unwire(
     if inverse_FK is None:
         return _unwire_any(grads_MT, mapping_Ln, num_inputs)
     # By the pigeonhole principle an inverse of exactly `slots` places has no empty one.
-    fill: dict[str, Any] = (
-        {"mode": "clip"} if inverse_FK.size == slots else {"mode": "fill", "fill_value": 0}
-    )
+    mode = "clip" if inverse_FK.size == slots else "fill"
     total = jnp.zeros((num_inputs, grads_nLT.shape[-1]), grads_nLT.dtype)
     for k in range(inverse_FK.shape[1]):
-        total = total + jnp.take(grads_MT, inverse_FK[:, k], axis=0, **fill)
+        total = total + jnp.take(grads_MT, inverse_FK[:, k], axis=0, mode=mode, fill_value=0)
     return total
 
 
@@ -292,7 +292,7 @@ def _lookup_tokens(
 
 def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting):
     bits_FT = (bits_TF != 0).T
-    values_LT = no_fusion(
+    values_LT: Array = no_fusion(
         lambda b, m, t: _lookup(b, m, None, t, weighting), bits_FT, mapping_Ln, tables_LA
     )
     return values_LT.T, (bits_FT, jnp.zeros((0,), bits_TF.dtype), mapping_Ln, inverse_FK, tables_LA)
@@ -301,7 +301,9 @@ def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting
 def _lookup_tokens_backward(weighting, saved, grad_TL):
     bits_FT, bits_like, *operands = saved
 
-    def backward(bits_FT: Array, grad_LT: Array, *operands: Any) -> tuple[Array | None, Array]:
+    def backward(
+        bits_FT: Array, grad_LT: Array, *operands: Array | None
+    ) -> tuple[Array | None, Array]:
         grad_bits, _, _, grad_tables = _lookup_backward(
             weighting, (bits_FT, bits_like, *operands), grad_LT
         )
@@ -338,13 +340,13 @@ def _as_index(mapping: ArrayLike) -> Array | np.ndarray:
 
 def check_lut_arguments(
     num_inputs: int | None,
-    mapping: Any,
-    tables: Any,
+    mapping: Shaped[Array | np.ndarray, "..."],
+    tables: Shaped[Array, "..."],
     decay: str,
     alpha: float | None,
     beta: float | None,
 ) -> EFD:
-    """Checks shapes, dtypes and, where it is known, the wiring; returns the weighting."""
+    """Raises InputError for what `lut_lookup` cannot work with; returns the weighting."""
     if num_inputs is None:
         raise InputError(
             "lut_lookup: bits has no dimensions; expected (..., F). Add an axis: bits[None]."
@@ -385,8 +387,8 @@ def check_lut_arguments(
 
 @jax.custom_jvp
 def binarize(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """1 where values > 0, else 0, in the same dtype; the gradient passes straight through
-    (identity).
+    """Turns values into bits, 1 where they are > 0, else 0, in the same dtype; the gradient is the
+    identity's.
     """
     return (values > 0).astype(values.dtype)
 

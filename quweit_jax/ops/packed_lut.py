@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int, Int8, Int32, Integer, Shaped, UInt8
 
 from quweit_jax.ops.fusion import no_fusion
 
@@ -16,22 +18,26 @@ from quweit_jax.ops.fusion import no_fusion
 _CHUNK = 32
 
 
-def pack_tables(tables: Array) -> Array:
-    """The signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L, ceil(A /
-    8)).
+def pack_tables(tables: Shaped[ArrayLike, "L A"]) -> UInt8[Array, "L bytes"]:
+    """Packs the signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L,
+    ceil(A / 8)).
     """
     return jnp.packbits(jnp.asarray(tables) > 0, axis=1, bitorder="little")
 
 
-def read_packed(packed: Array, address: Array) -> Array:
-    """Entry address[j, t] of packed table j: bool (L, T)."""
+def read_packed(packed: UInt8[Array, "L bytes"], address: Int[Array, "L T"]) -> Bool[Array, "L T"]:
+    """Reads entry address[j, t] of packed table j: bool (L, T)."""
     byte = jnp.take_along_axis(packed, address >> 3, axis=1, mode="clip")
     return ((byte >> (address & 7).astype(jnp.uint8)) & 1).astype(bool)
 
 
-def look_up(bits_FT: Array, wiring: Array, packed: Array) -> Array:
-    """Bits (F, T), bool or 0/1, through tables `packed` that read inputs `wiring` (L, n): bool (L,
-    T).
+def look_up(
+    bits_FT: Shaped[Array, "F T"],
+    wiring: Integer[ArrayLike, "L n"],
+    packed: UInt8[ArrayLike, "L bytes"],
+) -> Bool[Array, "L T"]:
+    """Sends bits (F, T), bool or 0/1, through tables `packed` that read the inputs `wiring` (L, n):
+    bool (L, T).
     """
     return no_fusion(_look_up, bits_FT, jnp.asarray(wiring, jnp.int32), jnp.asarray(packed))
 
@@ -44,7 +50,7 @@ def _look_up(bits_FT: Array, wiring: Array, packed: Array) -> Array:
     return read_packed(packed, address)
 
 
-def add_vectors(bits_LT: Array, vectors: Array) -> Array:
+def add_vectors(bits_LT: Bool[Array, "L T"], vectors: Int8[Array, "L d"]) -> Int32[Array, "T d"]:
     """The sum of vectors[j] (int8, (L, d)) over the set bits (bool, (L, T)), by selecting and
     adding alone: int32 (T, d).
     """

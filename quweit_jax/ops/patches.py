@@ -10,18 +10,23 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Shaped
 
 from quweit_jax.errors import InputError
 
 
-def cut_patches(images: Array, patch: int) -> Array:
-    """(B, H, W, C) -> (B, N, P * P * C), patches in rows, each in rows, columns, channels."""
+def cut_patches(images: Shaped[Array, "B H W C"], patch: int) -> Shaped[Array, "B N PPC"]:
+    """Images (B, H, W, C) as patches (B, N, P * P * C), row by row, each in rows, columns,
+    channels.
+    """
     b, h, w, ch = images.shape
     cut = images.reshape(b, h // patch, patch, w // patch, patch, ch).transpose(0, 1, 3, 2, 4, 5)
     return cut.reshape(b, (h // patch) * (w // patch), patch * patch * ch)
 
 
-def resample_positions(embedding: Array, grid: tuple[int, int], extra: int = 1) -> Array:
+def resample_positions(
+    embedding: Float[Array, "1 tokens d"], grid: tuple[int, int], extra: int = 1
+) -> Float[Array, "1 resampled d"]:
     """A positional embedding (1, extra + N, d) of a square grid for a grid of another size,
     bicubic; the first `extra` tokens stay.
 

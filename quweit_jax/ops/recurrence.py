@@ -2,8 +2,8 @@
 models (arXiv 2406.02528, equation 6).
 
 Every implementation computes the same function. Its gradient is the same recurrence run backwards,
-so it takes the same implementation, and what is
-kept for it is the gates and the states: memory grows with T whatever the implementation.
+so it takes the same implementation, and what is kept for it is the gates and the states: memory
+grows with T whatever the implementation.
 
 Dimensions: B batch, T time steps, D features, S steps of a chunk, N chunks.
 """
@@ -19,6 +19,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from quweit_jax.errors import InputError, check_choice
 
@@ -30,12 +31,12 @@ _CHUNK = 32
 
 
 def gated_recurrence(
-    forget_gate: Array,
-    candidate: Array,
-    initial_state: Array | None = None,
+    forget_gate: Float[Array, "B T D"],
+    candidate: Float[Array, "B T D"],
+    initial_state: Float[Array, "B D"] | None = None,
     *,
     implementation: str = "auto",
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
     """All states of h_t = forget_gate_t * h_{t-1} + candidate_t.
 
     Args:
@@ -74,13 +75,15 @@ def gated_recurrence(
     )
     if candidate.shape[1] == 0:
         return candidate, start
-    states: Any = _recurrence(
+    states: Array = _recurrence(
         forget_gate.astype(exact), candidate.astype(exact), start, implementation
     )
     return states.astype(candidate.dtype), states[:, -1]
 
 
-def gated_recurrence_step(forget_gate: Array, candidate: Array, state: Array) -> Array:
+def gated_recurrence_step(
+    forget_gate: Float[Array, "B D"], candidate: Float[Array, "B D"], state: Float[Array, "B D"]
+) -> Float[Array, "B D"]:
     """One step, for decoding: forget_gate, candidate (B, D) and state (B, D) -> the next state, in
     state's dtype.
     """

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int, Int8, Shaped, UInt8
 
 from quweit_jax.errors import InputError
 
@@ -26,10 +28,14 @@ WEIGHTS_PER_BYTE = 4
 _SMALLEST = 1e-5  # of a token's largest activation and of a matrix's mean weight, as published
 _TILE_BYTES = 2**20  # of a packed matrix that are unpacked at a time
 
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
-def quantize_activations(x: Array) -> tuple[Array, Array]:
-    """One scale a token: x (..., I) floating -> (int8 (..., I), scale (..., 1) float32) with x
-    close to int * scale.
+
+def quantize_activations(
+    x: Float[Array, "*tokens I"],
+) -> tuple[Int8[Array, "*tokens I"], Float32[Array, "*tokens 1"]]:
+    """Rounds activations to int8 with one scale a token: x (..., I) floating -> (int8 (..., I),
+    scale (..., 1) float32) with x close to int * scale.
 
     scale is max|x| / 127, not below 1e-5 / 127; ties round to even. No gradient.
     """
@@ -38,9 +44,9 @@ def quantize_activations(x: Array) -> tuple[Array, Array]:
     return jnp.clip(jnp.round(x * inverse), -128, 127).astype(jnp.int8), 1 / inverse
 
 
-def quantize_weights(weight: Array) -> tuple[Array, Array]:
-    """One scale a matrix: weight (I, O) floating -> (int8 of -1, 0, 1 (I, O), scale () float32 =
-    mean|weight|). No gradient.
+def quantize_weights(weight: Float[Array, "I O"]) -> tuple[Int8[Array, "I O"], Float32[Array, ""]]:
+    """Rounds weights to -1, 0, 1 with one scale a matrix: weight (I, O) floating -> (int8 of -1, 0,
+    1 (I, O), scale () float32 = mean|weight|). No gradient.
     """
     weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
     inverse = 1 / jnp.maximum(jnp.abs(weight).mean() if weight.size else jnp.float32(0), _SMALLEST)
@@ -48,7 +54,7 @@ def quantize_weights(weight: Array) -> tuple[Array, Array]:
 
 
 @jax.custom_vjp
-def ternary_weights(weight: Array) -> Array:
+def ternary_weights(weight: Float[Array, "I O"]) -> Float[Array, "I O"]:
     """The whole numbers of `quantize_weights`, float32; their gradient passes straight through to
     the weights in units of the scale, mean|weight|.
     """
@@ -67,16 +73,18 @@ def _ternary_weights_backward(kept: tuple[Array, Array], gradient: Array) -> tup
 ternary_weights.defvjp(_ternary_weights_forward, _ternary_weights_backward)
 
 
-def rms_norm(x: Array, scale: Array, *, eps: float = EPSILON) -> Array:
-    """x / sqrt(mean(x**2) + eps) * scale over the last axis, computed in float32: x (..., I), scale
-    (I,) -> x's dtype.
+def rms_norm(
+    x: Float[Array, "*tokens I"], scale: Float[Array, " I"], *, eps: float = EPSILON
+) -> Float[Array, "*tokens I"]:
+    """Returns x / sqrt(mean(x**2) + eps) * scale over the last axis, computed in float32: x (...,
+    I), scale (I,) -> x's dtype.
     """
     wide = x.astype(jnp.float32)
-    inverse: Any = _inverse_rms(wide, eps)
+    inverse: Array = _inverse_rms(wide, eps)
     return (wide * inverse * scale).astype(x.dtype)
 
 
-def mean_square(x: Array) -> Array:
+def mean_square(x: Float32[Array, "*tokens I"]) -> Float32[Array, "*tokens 1"]:
     """The mean of x**2 over the last axis, which is kept, the same to the last bit whatever the
     other axes: x float32. No gradient.
 
@@ -100,12 +108,12 @@ def mean_square(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _inverse_rms(x: Array, eps: float) -> Any:
+def _inverse_rms(x: Array, eps: float) -> Array:
     return jax.lax.rsqrt(mean_square(x) + eps)
 
 
-def _inverse_rms_forward(x: Array, eps: float) -> Any:
-    inverse: Any = _inverse_rms(x, eps)
+def _inverse_rms_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    inverse: Array = _inverse_rms(x, eps)
     return inverse, (x, inverse)
 
 
@@ -117,9 +125,11 @@ def _inverse_rms_backward(eps: float, kept: tuple[Array, Array], gradient: Array
 _inverse_rms.defvjp(_inverse_rms_forward, _inverse_rms_backward)
 
 
-def int_matmul(x_int: Array, weight_int: Array) -> Array:
-    """int8 (..., I) @ int8 (I, O) -> float32 (..., O), exact: int8 products where units take them,
-    float32 ones on a CPU.
+def int_matmul(
+    x_int: Int8[Array, "*tokens I"], weight_int: Int8[Array, "I O"]
+) -> Float32[Array, "*tokens O"]:
+    """Multiplies int8 (..., I) by int8 (I, O) into float32 (..., O), exactly: int8 products where
+    units take them, float32 ones on a CPU.
 
     float32 is exact there as no partial sum of ternary weights exceeds 128 I, below 2**24 for I <
     131,072.
@@ -137,7 +147,13 @@ def int_matmul(x_int: Array, weight_int: Array) -> Array:
     )
 
 
-def bit_linear(x: Array, weight: Array, norm_scale: Array, *, eps: float = EPSILON) -> Array:
+def bit_linear(
+    x: Float[Array, "*tokens I"],
+    weight: Float[Array, "I O"],
+    norm_scale: Float[Array, " I"],
+    *,
+    eps: float = EPSILON,
+) -> Float[Array, "*tokens O"]:
     """BitLinear, fused: quantize(rms_norm(x)) @ quantize(weight), gradients straight through both
     quantizers.
 
@@ -155,7 +171,9 @@ def bit_linear(x: Array, weight: Array, norm_scale: Array, *, eps: float = EPSIL
     return _bit_linear(x, weight, norm_scale, eps)
 
 
-def check_shapes(x: Array, weight: Array, norm_scale: Array) -> None:
+def check_shapes(
+    x: Shaped[Array, "..."], weight: Shaped[Array, "..."], norm_scale: Shaped[Array, "..."]
+) -> None:
     """Raises InputError unless x (..., I), weight (I, O) and norm_scale (I,) belong together."""
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[:1] or norm_scale.shape != weight.shape[:1]:
         raise InputError(
@@ -167,8 +185,12 @@ def check_shapes(x: Array, weight: Array, norm_scale: Array) -> None:
 
 
 def bit_linear_reference(
-    x: Array, weight: Array, norm_scale: Array, *, eps: float = EPSILON
-) -> Array:
+    x: Float[Array, "*tokens I"],
+    weight: Float[Array, "I O"],
+    norm_scale: Float[Array, " I"],
+    *,
+    eps: float = EPSILON,
+) -> Float[Array, "*tokens O"]:
     """`bit_linear` as a plain composition of differentiable steps: what the fused one is tested
     against and compared with.
     """
@@ -194,7 +216,7 @@ def _bit_linear(x: Array, weight: Array, norm_scale: Array, eps: float) -> Array
 
 
 def _bit_linear_forward(x: Array, weight: Array, norm_scale: Array, eps: float):
-    inverse_rms: Any = _inverse_rms(x.astype(jnp.float32), eps)
+    inverse_rms: Array = _inverse_rms(x.astype(jnp.float32), eps)
     y_int, y_scale = quantize_activations(_normalized(x, inverse_rms, norm_scale))
     w_int, w_scale = quantize_weights(weight)
     out = (int_matmul(y_int, w_int) * (y_scale * w_scale)).astype(x.dtype)
@@ -236,8 +258,12 @@ def _bit_linear_backward(
 _bit_linear.defvjp(_bit_linear_forward, _bit_linear_backward)
 
 
-def pack_ternary(w_int: Array) -> Array:
-    """Ternary (I, O) -> uint8 (ceil(I / 4), O), four weights a byte.
+def _numpy_of(array: Array | np.ndarray) -> ModuleType:
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def pack_ternary(w_int: Int[AnyArray, "I O"]) -> UInt8[AnyArray, "(I+3)//4 O"]:
+    """Packs a ternary matrix (I, O) into uint8 (ceil(I / 4), O), four weights a byte.
 
     Byte [k, o] holds weights [4 k + j, o] for j = 0..3 in its bits 2 j and 2 j + 1, as weight + 1:
     0, 1 or 2. Rows past the end are weights of 0. Takes numpy arrays (and then works on the host)
@@ -250,7 +276,7 @@ def pack_ternary(w_int: Array) -> Array:
         raise InputError(
             f"pack_ternary: expected a matrix (inputs, outputs), found shape {list(w_int.shape)}."
         )
-    xp: Any = np if isinstance(w_int, np.ndarray) else jnp
+    xp = _numpy_of(w_int)
     if xp is np and w_int.size and not np.isin(w_int, (-1, 0, 1)).all():
         raise InputError(
             f"pack_ternary: expected weights of -1, 0 and 1, found {w_int.min()} to {w_int.max()}; "
@@ -262,7 +288,9 @@ def pack_ternary(w_int: Array) -> Array:
     return codes[:, 0] | (codes[:, 1] << 2) | (codes[:, 2] << 4) | (codes[:, 3] << 6)
 
 
-def unpack_ternary(packed: Array, num_inputs: int | None = None) -> Array:
+def unpack_ternary(
+    packed: UInt8[AnyArray, "rows O"], num_inputs: int | None = None
+) -> Int8[AnyArray, "I O"]:
     """The inverse of `pack_ternary`: uint8 (ceil(I / 4), O) -> int8 (I, O). num_inputs: I; None for
     four times the rows.
 
@@ -270,23 +298,27 @@ def unpack_ternary(packed: Array, num_inputs: int | None = None) -> Array:
       InputError: packed doesn't hold that many inputs.
     """
     rows, outputs = packed.shape
-    num_inputs = rows * WEIGHTS_PER_BYTE if num_inputs is None else num_inputs
-    if -(-num_inputs // WEIGHTS_PER_BYTE) != rows:
+    inputs = rows * WEIGHTS_PER_BYTE if num_inputs is None else num_inputs
+    if -(-inputs // WEIGHTS_PER_BYTE) != rows:
         raise InputError(
-            f"unpack_ternary: {num_inputs} inputs take {-(-num_inputs // WEIGHTS_PER_BYTE)} rows "
+            f"unpack_ternary: {inputs} inputs take {-(-inputs // WEIGHTS_PER_BYTE)} rows "
             f"of bytes, found {rows}."
         )
-    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    xp = _numpy_of(packed)
     codes = (packed[:, None, :] >> xp.arange(0, 8, 2, dtype=xp.uint8)[None, :, None]) & 3
-    return (codes.astype(xp.int8) - 1).reshape(rows * WEIGHTS_PER_BYTE, outputs)[:num_inputs]
+    return (codes.astype(xp.int8) - 1).reshape(rows * WEIGHTS_PER_BYTE, outputs)[:inputs]
 
 
-def packed_matmul(x_int8: Array, packed: Array, scale: Array | float = 1.0) -> Array:
-    """int8 (..., I) @ packed ternary (ceil(I / 4), O), times a scale: float32 (..., O). The sums
-    are exact.
+def packed_matmul(
+    x_int8: Int8[Array, "*tokens I"],
+    packed: UInt8[Array, "(I+3)//4 O"],
+    scale: Float[Array, "*#tokens 1"] | Float[Array, ""] | float = 1.0,
+) -> Float32[Array, "*tokens O"]:
+    """Multiplies int8 (..., I) by a packed ternary matrix (ceil(I / 4), O) and a scale, into
+    float32 (..., O). The sums are exact.
 
     The unpacked matrix never exists: a single token adds up the bytes' codes, more tokens multiply
-      by tiles of columns unpacked one after another.
+    by tiles of columns unpacked one after another.
 
     Raises:
       InputError: the shapes don't belong together.

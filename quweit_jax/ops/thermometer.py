@@ -34,7 +34,9 @@ def _fit_input(name: str, x: ArrayLike, num_bits: int) -> Array:
 def uniform_thresholds(
     x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
 ) -> Float[Array, "features z"]:
-    """`min + i (max - min) / (z + 1)`, i = 1..z: (F, z), or (1, z) over all features together."""
+    """Thresholds `min + i (max - min) / (z + 1)`, i = 1..z: (F, z), or (1, z) over all features
+    together.
+    """
     x = _fit_input("uniform_thresholds", x, num_bits)
     x = x if per_feature else x.reshape(-1, 1)
     low, high = x.min(axis=0)[:, None], x.max(axis=0)[:, None]
@@ -44,8 +46,8 @@ def uniform_thresholds(
 def gaussian_thresholds(
     x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
 ) -> Float[Array, "*features z"]:
-    """`mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,) over all
-    features together.
+    """Thresholds `mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,)
+    over all features together.
     """
     x = _fit_input("gaussian_thresholds", x, num_bits)
     quantiles = normal_quantiles(num_bits).astype(x.dtype)
@@ -55,14 +57,14 @@ def gaussian_thresholds(
 
 
 def normal_quantiles(num_bits: int) -> Float[Array, " z"]:
-    """`Phi^-1(i / (z + 1))`, i = 1..z: the gaussian thresholds of N(0, 1), float32 (z,)."""
+    """Quantiles `Phi^-1(i / (z + 1))`, i = 1..z: the gaussian thresholds of N(0, 1), (z,)."""
     return ndtri(jnp.arange(1, num_bits + 1, dtype=jnp.float32) / (num_bits + 1))
 
 
 def distributive_thresholds(
     x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
 ) -> Float[Array, "*features z"]:
-    """`sorted(x)[int(N i / (z + 1))]`, thresholds that split the data evenly: (F, z), or (z,) over
+    """Thresholds `sorted(x)[int(N i / (z + 1))]`, which split the data evenly: (F, z), or (z,) over
     all features together.
     """
     x = _fit_input("distributive_thresholds", x, num_bits)
@@ -135,7 +137,9 @@ def encode_ste(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def step_ste(x: Array, threshold: Array, window: float, shape: str) -> Array:
+def step_ste(
+    x: Float[Array, "*#shape"], threshold: Float[Array, "*#shape"], window: float, shape: str
+) -> Float[Array, "*shape"]:
     """`x > threshold` after broadcasting, in x's dtype, with the surrogate gradient of
     `encode_ste`.
     """

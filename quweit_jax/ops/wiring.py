@@ -87,7 +87,7 @@ def invert_wiring(wiring: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array, 
     return even_inverse(jnp.asarray(wiring), num_inputs)
 
 
-def even_inverse(wiring_Ln: Array, num_inputs: int) -> Array:
+def even_inverse(wiring_Ln: Int[Array, "L n"], num_inputs: int) -> Int[Array, "F K"]:
     """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F)
     times: (F, ceil(M / F)), M if empty.
     """
@@ -110,7 +110,10 @@ def random_candidates(
     return random_wiring(key, num_inputs, num_candidates, num_slots).T
 
 
-def strongest(scores: ArrayLike, candidates: ArrayLike | None = None) -> Array:
+def strongest(
+    scores: Float[ArrayLike, "rows columns"],
+    candidates: Int[ArrayLike, "rows columns"] | None = None,
+) -> Int[Array, " M"]:
     """The input each slot of a learnable wiring reads: scores (F, M), or (M, C) with candidates
     (M, C) -> int (M,).
     """
@@ -210,9 +213,13 @@ def sparse_learnable_wiring(
 
 
 def sparse_wiring_feature_major(
-    bits_FT: Array, scores: Array, candidates: Array, *, tau: float = 0.001
-) -> Array:
-    """`sparse_learnable_wiring` for (F, T) floating bits: (M, T)."""
+    bits_FT: Float[Array, "F T"],
+    scores: Float[Array, "M C"],
+    candidates: Int[Array, "M C"],
+    *,
+    tau: float = 0.001,
+) -> Float[Array, "M T"]:
+    """`sparse_learnable_wiring` for floating bits that are (F, T) already; returns (M, T)."""
     return _sparse(bits_FT, scores, candidates, float(tau))
 
 

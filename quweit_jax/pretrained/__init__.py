@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import flax.linen as nn
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.models.matmulfree import MatMulFree
@@ -21,7 +22,7 @@ from quweit_jax.pretrained.transfer import Report, merge, read_source
 
 __all__ = ["KINDS", "Report", "calibrate", "load", "merge", "read_source", "save"]
 
-KINDS: dict[str, Callable[[Path], tuple[nn.Module, dict[str, Any]]]] = {
+KINDS: dict[str, Callable[[Path], tuple[nn.Module, dict[str, PyTree]]]] = {
     "nanogpt": nanogpt.load,
     "matmulfree": matmulfree.load,
     "transformer_pp": transformer_pp.load,
@@ -30,7 +31,7 @@ KINDS: dict[str, Callable[[Path], tuple[nn.Module, dict[str, Any]]]] = {
 }
 
 
-def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
+def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, PyTree]]:
     """Reads a published checkpoint.
 
     Args:
@@ -58,7 +59,7 @@ def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def save(
     model: nn.Module,
-    variables: Mapping[str, Any],
+    variables: Mapping[str, PyTree],
     folder: str | Path,
     *,
     overwrite: bool = False,
@@ -82,7 +83,10 @@ def save(
       InputError: the model has no public layout (another class, weightless blocks, or none for an
         MLP), the variables are another model's, or the folder holds a checkpoint already.
     """
-    layouts: dict[type[nn.Module], Any] = {MatMulFree: matmulfree, TransformerPP: transformer_pp}
+    layouts: dict[type[nn.Module], ModuleType] = {
+        MatMulFree: matmulfree,
+        TransformerPP: transformer_pp,
+    }
     layout = layouts.get(type(model))
     if layout is None:
         raise InputError(

@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.integer import ACTIVATION_BITS, RESIDUAL_BITS
@@ -66,17 +66,17 @@ class _Sizes:
     num_classes: int
 
 
-def load_deit(path: Path) -> tuple[ViT, dict[str, Any]]:
+def load_deit(path: Path) -> tuple[ViT, dict[str, PyTree]]:
     """A float ViT and its variables, {'params': ...}."""
     return _load(path, integer=False)
 
 
-def load_ivit(path: Path) -> tuple[ViT, dict[str, Any]]:
+def load_ivit(path: Path) -> tuple[ViT, dict[str, PyTree]]:
     """An integer-only ViT and its {'params': ..., 'ranges': ...}; zeros are ranges not set."""
     return _load(path, integer=True)
 
 
-def read_variables(path: Path) -> dict[str, Any]:
+def read_variables(path: Path) -> dict[str, PyTree]:
     """The variables alone, of either kind: with 'ranges' if the checkpoint has quantizers.
 
     Raises:
@@ -94,8 +94,8 @@ def read_variables(path: Path) -> dict[str, Any]:
 
 
 def calibrate(
-    model: ViT, variables: Mapping[str, Any], batches: Iterable[ArrayLike]
-) -> dict[str, Any]:
+    model: ViT, variables: Mapping[str, PyTree], batches: Iterable[ArrayLike]
+) -> dict[str, PyTree]:
     """Sets the activation ranges of an integer-only model from a few hundred images of its kind.
 
     Args:
@@ -116,7 +116,7 @@ def calibrate(
         )
 
     @jax.jit
-    def moved(variables: dict[str, Any], images: jax.Array) -> Any:
+    def moved(variables: dict[str, PyTree], images: jax.Array) -> PyTree:
         _, state = model.apply(
             variables, images, train=True, mutable=["ranges"], rngs={"dropout": jax.random.key(0)}
         )
@@ -131,7 +131,7 @@ def calibrate(
     return calibrated
 
 
-def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, Any]]:
+def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
     tensors, config = read_weights(path), _config(path)
     if not integer and _is_integer(tensors):
         raise InputError(
@@ -159,7 +159,7 @@ def _is_integer(tensors: Tensors) -> bool:
     return any(_QUANTIZER.fullmatch(name) for name in tensors.names())
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> dict[str, object]:
     """The config.json beside the weights, timm's or with plain sizes; {} if there is none."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
@@ -180,7 +180,7 @@ def _config(path: Path) -> dict[str, Any]:
     return (extra if isinstance(extra, dict) else {}) | config
 
 
-def _whole(config: Mapping[str, Any], key: str) -> int | None:
+def _whole(config: Mapping[str, object], key: str) -> int | None:
     """A positive whole number of the config, None if it isn't there."""
     value = config.get(key)  # timm may give a patch size twice, for height and width
     if isinstance(value, list) and value and all(v == value[0] for v in value):
@@ -199,7 +199,7 @@ def _whole(config: Mapping[str, Any], key: str) -> int | None:
     return int(value)
 
 
-def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> _Sizes:
+def _sizes(tensors: Tensors, config: Mapping[str, object]) -> _Sizes:
     """The model's sizes: config.json's, else those of the tensors."""
     if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors.names()):
         raise InputError(
@@ -237,7 +237,7 @@ def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> _Sizes:
     )
 
 
-def _convert(tensors: Tensors, s: _Sizes, integer: bool) -> dict[str, Any]:
+def _convert(tensors: Tensors, s: _Sizes, integer: bool) -> dict[str, PyTree]:
     """Every tensor in its place in the variables; none may be missing or left over."""
     ranges = {"ranges": _ranges(tensors, s.depth)} if integer else {}
     params = read_params(tensors, _maps(s))
@@ -268,7 +268,7 @@ def _maps(s: _Sizes) -> Iterator[TensorMap]:
     yield from linear("head", "head", d, s.num_classes)
 
 
-def _ranges(tensors: Tensors, depth: int) -> dict[str, Any]:
+def _ranges(tensors: Tensors, depth: int) -> dict[str, PyTree]:
     """Each quantizer's {min, max}; zeros for all, and a warning, if there are none.
 
     The published program forgets min_val and max_val when it saves, but keeps each quantizer's last

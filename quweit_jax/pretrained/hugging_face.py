@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import PyTree
+
 from quweit_jax.errors import InputError, require
 from quweit_jax.pretrained.layout import TensorMap, TensorOut, read_params
 from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX
@@ -35,7 +37,7 @@ class PublishedConfig:
             )
         self._values = read_config(folder, required)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         """The value as it is."""
         value = self._values.get(key)
         return default if value is None else value
@@ -51,9 +53,13 @@ class PublishedConfig:
         """A positive number."""
         return self.check_positive(key, self.get(key, default))
 
-    def check_positive(self, key: str, value: Any) -> float:
+    def check_positive(self, key: str, value: object) -> float:
         """The value, if it is a positive number."""
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise self.error(key, "a positive number", value)
         return float(value)
 
@@ -64,7 +70,7 @@ class PublishedConfig:
             raise self.error(key, "true or false", value)
         return value
 
-    def only(self, key: str, *supported: Any) -> None:
+    def only(self, key: str, *supported: object) -> None:
         """Raises InputError unless the value is one of these; the first is the default."""
         value = self.get(key, supported[0])
         if not any(
@@ -79,7 +85,7 @@ class PublishedConfig:
             )
 
     def error(
-        self, key: str, expected: str, found: Any, advice: str = "download it again."
+        self, key: str, expected: str, found: object, advice: str = "download it again."
     ) -> InputError:
         """An error that names file and key."""
         return InputError(
@@ -90,7 +96,7 @@ class PublishedConfig:
 
 def read_language_model(
     folder: Path, config: PublishedConfig, maps: Iterable[TensorMap]
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """{'params': ...} of a causal language model; a tied head is the embedding's transpose.
 
     Raises:
@@ -109,7 +115,7 @@ def read_language_model(
 
 def write_checkpoint(
     folder: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     tensors: Mapping[str, TensorOut],
     overwrite: bool,
     shard_bytes: int,
@@ -174,7 +180,7 @@ def _split(tensors: Mapping[str, TensorOut], shard_bytes: int) -> list[list[str]
     return shards
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.pretrained.tensors import Tensors
@@ -41,7 +42,7 @@ class TensorOut:
     """A published tensor to be written: some rows of one of our arrays, as it lies in the model."""
 
     shape: tuple[int, ...]
-    array: Any  # of NumPy or JAX
+    array: Array | np.ndarray
     start: int
     transposed: bool
 
@@ -74,7 +75,7 @@ def layer_norm(path: str, name: str, width: int, *, bias: bool = True) -> Iterat
         yield TensorMap(f"{path}/bias", {f"{name}.bias": (width,)})
 
 
-def read_params(tensors: Tensors, maps: Iterable[TensorMap]) -> dict[str, Any]:
+def read_params(tensors: Tensors, maps: Iterable[TensorMap]) -> dict[str, PyTree]:
     """Every array, of published tensors, as a nested dict; only the tensor being copied is in
     memory beside the result.
 
@@ -94,13 +95,15 @@ def read_params(tensors: Tensors, maps: Iterable[TensorMap]) -> dict[str, Any]:
     return unflatten_dict(params, sep="/")
 
 
-def published(variables: Mapping[str, Any], maps: Iterable[TensorMap]) -> dict[str, TensorOut]:
+def published(variables: Mapping[str, PyTree], maps: Iterable[TensorMap]) -> dict[str, TensorOut]:
     """The published tensors of {'params': ...}, by name and in order; nothing is copied yet.
 
     Raises:
       InputError: an array is missing, misshapen or has no place in the public layout (named).
     """
-    left: dict[str, Any] = flatten_dict(variables.get("params", {}), sep="/")
+    left: dict[str, Array | np.ndarray] = flatten_dict(  # type: ignore[assignment]
+        variables.get("params", {}), sep="/"
+    )
     out: dict[str, TensorOut] = {}
     for ours in maps:
         if ours.path not in left:

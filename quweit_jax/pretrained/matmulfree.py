@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from jaxtyping import PyTree
 
 from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
 from quweit_jax.models.options import kinds_of_mlp
@@ -16,7 +17,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PROJECTIONS = {"input": "i_proj", "forget": "f_proj", "gate": "g_proj", "output": "o_proj"}
 
 
-def load(folder: Path) -> tuple[MatMulFree, dict[str, Any]]:
+def load(folder: Path) -> tuple[MatMulFree, dict[str, PyTree]]:
     """The model and its variables, {'params': ...} in float32; a tied head becomes one of its own.
 
     Raises:
@@ -44,7 +45,7 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, Any]]:
     return MatMulFree(c), read_language_model(folder, config, maps(c))
 
 
-def published_config(c: MatMulFreeConfig) -> dict[str, Any]:
+def published_config(c: MatMulFreeConfig) -> dict[str, object]:
     """config.json, as the public program reads it; raises InputError unless MLPs are dense."""
     width, layers = c.sizes()
     require_dense(kinds_of_mlp(c.mlp, layers), "MatMul-free language models")

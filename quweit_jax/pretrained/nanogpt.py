@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
@@ -18,7 +18,7 @@ _NANOGPT_KEYS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 _GPT2_KEYS = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
-def load(folder: Path) -> tuple[GPT, dict[str, Any]]:
+def load(folder: Path) -> tuple[GPT, dict[str, PyTree]]:
     """The model and its variables; the layout is told from config.json."""
     config = read_config(folder, ())
     hugging_face = config.get("model_type") == "gpt2" or "n_positions" in config

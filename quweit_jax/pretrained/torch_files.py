@@ -77,7 +77,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> object:
     """The saved object, its tensors on the CPU."""
     import torch  # type: ignore[import-not-found]
 
@@ -111,7 +111,7 @@ def _check_archive(path: Path) -> int:
     return sum(record.file_size for record in records if "/data/" in record.filename)
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Any]:
+def _state_dict(content: object, path: Path) -> dict[str, Any]:
     """The named tensors in what was saved: those under 'model' or 'state_dict' if there are any."""
     import torch  # type: ignore[import-not-found]
 

@@ -7,12 +7,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.patches import resample_positions
@@ -48,7 +48,7 @@ class Report:
         return "; ".join(parts)
 
 
-def read_source(path: str | Path) -> dict[str, Any]:
+def read_source(path: str | Path) -> dict[str, PyTree]:
     """The variables of a published vision checkpoint to start from: DeiT's, or I-ViT's if it names
     activation quantizers.
 
@@ -65,7 +65,9 @@ def read_source(path: str | Path) -> dict[str, Any]:
     return deit.read_variables(Path(path).expanduser())
 
 
-def merge(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], Report]:
+def merge(
+    target: Mapping[str, PyTree], source: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], Report]:
     """Puts into `target` what of `source` has the same path and shape; the rest stays the target's,
     freshly initialized.
 
@@ -118,8 +120,8 @@ def merge(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[st
     return {**rest, **empty, **unflatten_dict(ours | merged)}, report
 
 
-def _flatten(variables: Mapping[str, Any]) -> dict[_Path, Any]:
-    return {
+def _flatten(variables: Mapping[str, PyTree]) -> dict[_Path, Array | np.ndarray]:
+    return {  # type: ignore[return-value]
         (name, *path): value
         for name in COLLECTIONS
         if name in variables
@@ -127,7 +129,7 @@ def _flatten(variables: Mapping[str, Any]) -> dict[_Path, Any]:
     }
 
 
-def _same_kind(ours: Any, theirs: Any) -> bool:
+def _same_kind(ours: Array | np.ndarray, theirs: Array | np.ndarray) -> bool:
     """Same shape, and both real numbers or both whole ones."""
     kinds = [jnp.issubdtype(value.dtype, jnp.floating) for value in (ours, theirs)]
     return np.shape(ours) == np.shape(theirs) and kinds[0] == kinds[1]
@@ -148,7 +150,11 @@ def _together(paths: Iterable[_Path]) -> list[set[_Path]]:
     return [{path for path in paths if path[1 : 1 + len(module)] == module} for module in modules]
 
 
-def _resample(path: _Path, ours: Mapping[_Path, Any], theirs: Mapping[_Path, Any]) -> Array | None:
+def _resample(
+    path: _Path,
+    ours: Mapping[_Path, Array | np.ndarray],
+    theirs: Mapping[_Path, Array | np.ndarray],
+) -> Array | None:
     """The source's positional embedding (1, tokens, d) on the target's grid, or None."""
     want, have = ours[path], theirs[path]
     if want.ndim != 3 or have.ndim != 3 or want.shape[::2] != have.shape[::2]:

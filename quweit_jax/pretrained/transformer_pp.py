@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from jaxtyping import PyTree
 
 from quweit_jax.models.options import kinds_of_mlp
 from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
@@ -20,7 +21,7 @@ _REQUIRED = (
 )
 
 
-def load(folder: Path) -> tuple[TransformerPP, dict[str, Any]]:
+def load(folder: Path) -> tuple[TransformerPP, dict[str, PyTree]]:
     """The model and its variables, {'params': ...} in float32; a tied head becomes one of its own.
 
     Raises:
@@ -47,7 +48,7 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, Any]]:
     return TransformerPP(c), read_language_model(folder, config, maps(c))
 
 
-def published_config(c: TransformerPPConfig) -> dict[str, Any]:
+def published_config(c: TransformerPPConfig) -> dict[str, object]:
     """config.json, as `transformers` reads it; raises InputError unless MLPs are dense."""
     width, layers, heads = c.sizes()
     require_dense(kinds_of_mlp(c.mlp, layers), "Llama")

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from quweit_jax.errors import InputError, RunError, first_line
@@ -73,7 +74,7 @@ class Checkpoints:
         scored = [(c.metrics["loss"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
         return min(scored)[1] if scored else (self.steps() or [None])[-1]
 
-    def save(self, step: int, state: Any, loop: dict[str, Any], loss: float | None) -> None:
+    def save(self, step: int, state: PyTree, loop: dict[str, Any], loss: float | None) -> None:
         """Starts saving in the background; an earlier save's failure shows here (RunError)."""
         self.wait()
         noted = np.frombuffer(json.dumps(loop).encode(), np.uint8)
@@ -105,7 +106,7 @@ class Checkpoints:
         with contextlib.suppress(*[Exception] * (kind is not None)):
             self.close()
 
-    def _guard(self, step: int, action: Callable[[], Any]) -> None:
+    def _guard(self, step: int, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:
@@ -121,8 +122,8 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, abstract_state: Any, step: int | None = None
-    ) -> tuple[Any, dict[str, Any], int] | None:
+        self, abstract_state: PyTree, step: int | None = None
+    ) -> tuple[PyTree, dict[str, Any], int] | None:
         """(state, loop, step): the given step, or the newest that is whole; None when there are no
         checkpoints.
 
@@ -241,7 +242,7 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def compare_trees(expected: Any, found: Any, what: str) -> None:
+def compare_trees(expected: PyTree, found: PyTree, what: str) -> None:
     """Raises InputError at the first path that is missing, extra or of another shape or dtype."""
     wanted, there = _leaves(expected), _leaves(found)
     for name in sorted(wanted.keys() | there.keys()):
@@ -263,7 +264,7 @@ def compare_trees(expected: Any, found: Any, what: str) -> None:
             )
 
 
-def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes by path, of arrays or of what Orbax tells about them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
     return {path_name(p): (tuple(x.shape), np.dtype(x.dtype)) for p, x in leaves}

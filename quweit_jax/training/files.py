@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 
@@ -23,7 +22,7 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def replace_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: object) -> None:
     """Writes a JSON value as `replace_text` does."""
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from tqdm import tqdm
 
 from quweit_jax.config import Config
@@ -103,7 +104,7 @@ class Log:
         self.config, self.start, self.last_good = setup.config, start, start
         leader, rates = jax.process_index() == 0, setup.optimizer_config
         self.writer = metrics.MetricsWriter(workdir, start) if leader else metrics.NoMetrics()
-        self.schedule: Callable[[int], Any] = make_schedule(
+        self.schedule: optax.Schedule = make_schedule(
             rates, rates.learning_rate, setup.config.steps, rates.min_ratio
         )
         self.pending: list[list[float]] = saved.get("pending", [])
@@ -155,7 +156,10 @@ class Log:
             self.pending = []
             row = {"step": step, "split": "train", "loss": loss, "accuracy": accuracy}
             row |= {"grad_norm": values["grad_norm"]}
-            row |= {"learning_rate": float(self.schedule(step - 1)), "seconds": self.elapsed()}
+            row |= {
+                "learning_rate": float(np.asarray(self.schedule(step - 1))),
+                "seconds": self.elapsed(),
+            }
             self.writer.write(row)
             if self.bar is not None:
                 self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

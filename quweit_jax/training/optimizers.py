@@ -5,11 +5,13 @@ projection of tables.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError, check_choice
@@ -93,7 +95,7 @@ class OptimizerConfig:
 SECTIONS["optimizer"] = lambda _: OptimizerConfig
 
 
-def group_of(path: tuple[Any, ...], leaf: Any) -> str:
+def group_of(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
     """The group a parameter belongs to, from its name and rank."""
     name = str(getattr(path[-1], "key", path[-1]))
     if name in NAMED_GROUPS:
@@ -101,7 +103,7 @@ def group_of(path: tuple[Any, ...], leaf: Any) -> str:
     return "decay" if len(leaf.shape) >= 2 and name != "lower_bounds" else "no_decay"
 
 
-def groups_of(params: Any) -> Any:
+def groups_of(params: PyTree) -> PyTree:
     """The group of each parameter, as a tree of the same structure."""
     return jax.tree_util.tree_map_with_path(group_of, params)
 
@@ -128,7 +130,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(clip, by_group, keep_tables_in_range(required=False))
 
 
-def adamw(config: OptimizerConfig, steps: int) -> dict[Any, optax.GradientTransformation]:
+def adamw(config: OptimizerConfig, steps: int) -> dict[Hashable, optax.GradientTransformation]:
     """AdamW with a rate, a decay and an end of the schedule for each group."""
 
     def adam(
@@ -170,7 +172,7 @@ def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformati
       InputError: from `init`, no parameter is a table; from `update`, no `params` were given.
     """
 
-    def init(params: Any) -> optax.EmptyState:
+    def init(params: PyTree) -> optax.EmptyState:
         if required and "tables" not in jax.tree.leaves(groups_of(params)):
             raise InputError(
                 "keep_tables_in_range: expected parameters named 'tables', as look-up layers have, "
@@ -178,13 +180,15 @@ def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformati
             )
         return optax.EmptyState()
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
         if params is None:
             raise InputError(
                 "keep_tables_in_range: pass the parameters, update(grads, state, params)."
             )
 
-        def keep(path: tuple[Any, ...], u: jax.Array, p: jax.Array) -> jax.Array:
+        def keep(path: KeyPath, u: jax.Array, p: jax.Array) -> jax.Array:
             if group_of(path, p) != "tables":
                 return u
             # p + (1 - p) rounds to 1 or to the number below it, never beyond
@@ -196,16 +200,16 @@ def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
-def spectral_penalty(params: Any) -> jax.Array:
+def spectral_penalty(params: PyTree) -> jax.Array:
     """The squared norm of all tables' Walsh-Hadamard coefficients, a scalar; 0 without tables."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tables = [leaf for path, leaf in leaves if group_of(path, leaf) == "tables"]
     return sum(map(sums.spectral_penalty, tables), jnp.zeros(()))
 
 
-def group_norms(tree: Any) -> dict[str, jax.Array]:
+def group_norms(tree: PyTree) -> dict[str, jax.Array]:
     """The Euclidean norm of each group that has members, float32."""
-    squares: dict[str, Any] = {}
+    squares: dict[str, jax.Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         group = group_of(path, leaf)
         squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from quweit_jax.config import Config, flat, from_dict, set_value, to_dict
 from quweit_jax.data import tokenizers
@@ -52,7 +52,7 @@ class OpenRun:
     """A trained run, read back: its setup, the variables of a checkpoint, and that one's step."""
 
     setup: Setup
-    variables: dict[str, Any]
+    variables: dict[str, PyTree]
     step: int
 
 
@@ -139,7 +139,7 @@ def write_files(workdir: Path, setup: Setup) -> None:
     files.replace_json(environment, describe_environment() | {"data_fingerprint": fingerprint})
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, object]:
     """Versions and devices, for the record."""
 
     def version(name: str) -> str:

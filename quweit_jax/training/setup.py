@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from quweit_jax import models
 from quweit_jax.config import Config, from_mapping
@@ -22,7 +22,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.training import sharding, state
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
 
-Variables = Mapping[str, Any]
+Variables = Mapping[str, PyTree]
 _AT_LEAST = {
     1: ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "eval_batch_size")
     + ("checkpoint_every", "keep"),
@@ -121,7 +121,7 @@ def assemble(
     read_data: bool = True,
     data: Dataset | None = None,
     training: bool = True,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[object] | None = None,
 ) -> Setup:
     """Makes what a config describes; every mistake in it shows here, before any work.
 

@@ -11,12 +11,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError
@@ -59,7 +60,7 @@ class MeshConfig:
 SECTIONS["mesh"] = lambda _: MeshConfig
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[object] | None = None) -> Mesh:
     """The mesh over all devices (or the first of them, if the sizes are given and need fewer)."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -75,7 +76,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: KeyPath) -> str:
     """'params/block_0/mlp/tables' for a tree path."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
@@ -88,7 +89,7 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, size_limit: int) -> 
         dimension can be divided by it.
     """
     rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
-    dims: list[Any] = [None] * len(shape)
+    dims: list[str | tuple[str, ...] | None] = [None] * len(shape)
     for i, axes in enumerate(rule[: len(shape)]):
         kept: list[str] = []
         for axis in axes if isinstance(axes, tuple) else (axes,):
@@ -112,10 +113,10 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, size_limit: int) -> 
     )
 
 
-def shardings_for(tree: Any, mesh: Mesh, size_limit: int) -> Any:
+def shardings_for(tree: PyTree, mesh: Mesh, size_limit: int) -> PyTree:
     """A NamedSharding for every leaf of a tree of arrays or shapes."""
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh, size_limit))
 
     return jax.tree_util.tree_map_with_path(place, tree)

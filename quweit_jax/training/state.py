@@ -12,10 +12,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.training import losses, mixing, optimizers, sharding
@@ -34,13 +36,13 @@ class TrainState:
     """
 
     step: Array
-    params: Any
-    constants: Any
-    opt_state: Any
-    ema: Any
+    params: PyTree
+    constants: PyTree
+    opt_state: PyTree
+    ema: PyTree
     rng: Array
 
-    def variables(self, averaged: bool = True) -> dict[str, Any]:
+    def variables(self, averaged: bool = True) -> dict[str, PyTree]:
         """For `model.apply`: the averaged parameters if there are any (and they are wanted)."""
         return {
             "params": self.ema if averaged and self.ema is not None else self.params,
@@ -50,7 +52,7 @@ class TrainState:
 
 Batch = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Batch]]
-EvalStep = Callable[[Mapping[str, Any], Batch], Batch]
+EvalStep = Callable[[Mapping[str, PyTree], Batch], Batch]
 
 
 def make_init(
@@ -80,7 +82,7 @@ def init_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     seed: int,
-    inputs: Any,
+    inputs: Array | np.ndarray | jax.ShapeDtypeStruct,
     mesh: Mesh,
     *,
     ema: bool = False,
@@ -100,7 +102,7 @@ def abstract_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     seed: int,
-    inputs: Any,
+    inputs: Array | np.ndarray | jax.ShapeDtypeStruct,
     mesh: Mesh,
     *,
     ema: bool = False,
@@ -114,12 +116,12 @@ def abstract_state(
     )
 
 
-def replace_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
+def replace_variables(state: TrainState, variables: Mapping[str, PyTree]) -> TrainState:
     """The state with other variables of the same shapes, placed as the old ones are; the
     optimizer's state stays.
     """
 
-    def place(old: Any, new: Any) -> Any:
+    def place(old: PyTree, new: PyTree) -> PyTree:
         return jax.tree.map(
             lambda o, n: jax.device_put(jnp.asarray(n, o.dtype), o.sharding), old, new
         )
@@ -130,7 +132,7 @@ def replace_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainS
     return state.replace(params=params, constants=constants, ema=ema)  # type: ignore[attr-defined]
 
 
-def _mean_gradients(grad_fn: Callable[..., Any], grad_accum: int) -> Callable[..., Any]:
+def _mean_gradients(grad_fn: Callable[..., PyTree], grad_accum: int) -> Callable[..., PyTree]:
     """`grad_fn` of (params, constants, batch, key), a batch in `grad_accum` parts in turn.
 
     What it gives are means over the parts, of the ranges too: each part moves them on from where
@@ -139,12 +141,12 @@ def _mean_gradients(grad_fn: Callable[..., Any], grad_accum: int) -> Callable[..
     if grad_accum == 1:
         return grad_fn
 
-    def gradients(params: Any, constants: Any, batch: Batch, key: Array) -> Any:
+    def gradients(params: PyTree, constants: PyTree, batch: Batch, key: Array) -> PyTree:
         micro = {
             k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()
         }
 
-        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+        def add(total: PyTree, part: tuple[Batch, Array]) -> tuple[PyTree, None]:
             found = grad_fn(params, constants, *part)
             return jax.tree.map(lambda t, g: t + g / grad_accum, total, found), None
 
@@ -162,7 +164,7 @@ def make_train_step(
     *,
     ema: float = 0.0,
     grad_accum: int = 1,
-    state_shardings: Any = None,
+    state_shardings: PyTree = None,
     mesh: Mesh | None = None,
     augment: AugmentConfig | None = None,
     spectral_penalty: float = 0.0,
@@ -178,8 +180,8 @@ def make_train_step(
     """
 
     def loss_fn(
-        params: Any, constants: Any, batch: Batch, key: Array
-    ) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        params: PyTree, constants: PyTree, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
         inputs, targets = batch["inputs"], batch["targets"]
         if augment is not None and mixing.mixes(augment):
             key, mix_key = jax.random.split(key)
@@ -233,7 +235,7 @@ def make_eval_step(apply: Callable[..., Any]) -> EvalStep:
     apply: (variables, inputs) -> logits, such as `model.apply`.
     """
 
-    def step(variables: Mapping[str, Any], batch: Batch) -> Batch:
+    def step(variables: Mapping[str, PyTree], batch: Batch) -> Batch:
         logits = apply(variables, batch["inputs"])
         return losses.cross_entropy(logits, batch["targets"], batch["weights"])
 
