@@ -23,14 +23,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-# The longest first: UTF-16's mark begins UTF-32's.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # with which UTF-32 begins too, or almost
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _CONTROLS = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})
 # Our own files have a depth below ten; writing and comparing deeper values would end in recursion.
@@ -110,44 +103,38 @@ def clean_text(text: str) -> str:
 
 
 def decode_text(data: bytes, where: str, *, strict: bool = False, whole: bool = True) -> str:
-    """Bytes as clean text: UTF-8, or UTF-16 and UTF-32 where a byte order mark tells.
+    """Bytes of UTF-8 as clean text.
 
     where: names the text in messages. strict: refuse bytes that are not UTF-8, which else become
       U+FFFD. whole: False for the beginning of a longer text, whose last character may be cut.
 
     Raises:
-      InputError: `strict`, and it is not in its encoding.
+      InputError: `strict`, and it is another encoding.
     """
     if strict:
         check_encoding(data, where)
-    mark, encoding = _encoding_of(data)
-    decoder = codecs.getincrementaldecoder(encoding)("strict" if strict else "replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("strict" if strict else "replace")
     try:
-        return clean_text(decoder.decode(data[len(mark) :], final=whole))
+        return clean_text(decoder.decode(data, final=whole))
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where} is not {encoding.upper()} text (byte {error.start + len(mark)}); convert it "
-            "first."
-        ) from None
+        raise _not_utf8(where, error.start) from None
 
 
 def check_encoding(data: bytes, where: str) -> None:
-    """Raises InputError if the beginning of a text is in another encoding than `decode_text` knows:
-    UTF-16 without a byte order mark, one of the old ones of eight bits, or no text at all.
+    """Raises InputError if a text begins as UTF-16 does, as one of the old encodings of eight bits,
+    or as no text at all.
     """
     begin = data[:4096]
-    odd = len(begin) - len(begin.translate(None, _CONTROLS))
-    odd += begin.decode("utf-8", errors="replace").count("\ufffd")
-    if not _encoding_of(data)[0] and odd > max(4, 0.3 * len(begin)):
-        raise InputError(
-            f"{where}: expected UTF-8 text, found {odd} bytes of its first {len(begin)} that are "
-            "none; is it UTF-16, or no text? Convert it to UTF-8 first."
-        )
+    decoded = codecs.getincrementaldecoder("utf-8")("replace").decode(begin)
+    odd = len(begin) - len(begin.translate(None, _CONTROLS)) + decoded.count("\ufffd")
+    if begin.startswith(_WIDE) or odd > max(4, 0.3 * len(begin)):
+        raise _not_utf8(where, 0)
 
 
-def _encoding_of(data: bytes) -> tuple[bytes, str]:
-    """The byte order mark that a text begins with (or nothing), and its encoding."""
-    return next((known for known in _MARKS if data.startswith(known[0])), (b"", "utf-8"))
+def _not_utf8(where: str, byte: int) -> InputError:
+    return InputError(
+        f"{where} is not UTF-8 text (byte {byte}); convert it first, if it is a text (UTF-16?)."
+    )
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -184,7 +171,8 @@ def read_json(path: Path, what: str, advice: str = "mend it, or put a whole copy
         value = parse_json(data)
     except ValueError as error:
         raise InputError(
-            f"{what}: {shown(path)} is damaged, no whole JSON ({first_line(error)}); {advice}."
+            f"{what}: {shown(path)} is damaged, {shown(path.name)} is not JSON "
+            f"({first_line(error)}); {advice}."
         ) from None
     if not isinstance(value, dict):
         raise InputError(

@@ -15,7 +15,7 @@ GROUND = {"errors", "config", "reading"}
 MODELS = {*GROUND, "ops", "layers", "models"}
 BELOW = {
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "reading"},
     "reading": {"errors"},
     "ops": {"errors"},
     "data": GROUND,

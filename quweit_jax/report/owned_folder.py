@@ -8,10 +8,12 @@ Other files are left alone, and stop the writing if they are in the way.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from quweit_jax.errors import InputError
+from quweit_jax.reading import read_json
 
 LIST = "report.json"
 _AUTHOR = "quweit_jax.report"
@@ -26,7 +28,7 @@ def check(folder: Path) -> list[str]:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out: {folder} is a file; give a folder.")
     path = folder / LIST
-    if not path.exists():
+    if not os.path.lexists(path):
         if folder.exists() and any(folder.iterdir()):
             raise InputError(
                 f"--out: {folder} holds files and no {LIST}, so no report wrote them; give a new "
@@ -34,10 +36,10 @@ def check(folder: Path) -> list[str]:
             )
         return []
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        names = written["files"] if written["written_by"] == _AUTHOR else None
-    except (ValueError, KeyError, TypeError):
-        names = None
+        written = read_json(path, "--out")
+    except InputError:
+        written = {}
+    names = written.get("files") if written.get("written_by") == _AUTHOR else None
     if not isinstance(names, list) or not all(
         isinstance(name, str) and Path(name).name == name for name in names
     ):
