@@ -28,7 +28,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _CONTROLS = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})
 # Our own files have a depth below ten; writing and comparing deeper values would end in recursion.
 _DEPTH = 100
-_LARGEST = 1e300
+_LARGEST = 1e39  # somewhat above float32's
 
 
 def open_regular(path: Path) -> BinaryIO:
