@@ -34,6 +34,7 @@ from processes import REPOSITORY
 
 LIMIT_SECONDS = 30.0
 LIMIT_BYTES = 1 << 30
+KILL_BYTES = 4 << 30
 _OF = f"{REPOSITORY}/experiments"
 _SHORT = ["--config.steps=4", "--config.checkpoint_every=2", "--config.eval_every=2"]
 _SHORT += ["--config.eval_batches=1", "--config.batch_size=4", "--config.eval_batch_size=4"]
@@ -225,14 +226,20 @@ class Worker:
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None
+        end, ready, kind = time.monotonic() + seconds, [], "hang"
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            ready = selector.select(seconds)
+            while not ready and time.monotonic() < end:
+                ready = selector.select(0.2)
+                # RLIMIT_AS would be simpler, but makes XLA wait for threads it cannot begin.
+                if _memory("VmRSS", self.process.pid) > KILL_BYTES:
+                    kind = "memory"
+                    break
         line = self.process.stdout.readline() if ready else b""
         if line:
             return json.loads(line)
         self.close()
-        return {"kind": "death" if ready else "hang", "text": "", "peak": 0}
+        return {"kind": "death" if ready else kind, "text": "", "peak": 0}
 
     def close(self) -> None:
         """Ends the process."""
@@ -263,7 +270,7 @@ def run_case(
             argv = [*argv, f"--config.data.path={place}/DATA"]
         damaged = contents(place / "RUN")
         size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file() and not p.is_symlink())
-        task = {"argv": argv, "size": size}
+        task = {"argv": argv}
         answer = worker.do(task, LIMIT_SECONDS)
         if answer["kind"] == "hang":  # the machine may be busy: once more, with more patience
             answer = worker.do(task, 3 * LIMIT_SECONDS)
@@ -331,8 +338,6 @@ def main() -> int:
 
 def work() -> int:
     """Reads tasks from standard input and answers each with a line on standard output."""
-    import resource
-
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -347,9 +352,6 @@ def work() -> int:
             _MAKE[task["make"]](Path(task["root"]))
             answer("done")
             continue
-        if "size" in task:
-            room = _memory("VmSize") + 8 * task["size"] + 4 * LIMIT_BYTES
-            resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         begin = _memory("VmRSS")
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
@@ -387,13 +389,13 @@ def _try(argv: list[str]) -> tuple[str, str]:
         )
 
 
-def _memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes; 0 on systems without."""
+def _memory(name: str, process: int | str = "self") -> int:
+    """A line of /proc/PROCESS/status, in bytes; 0 on systems without, and of one that has ended."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _make_images(root: Path) -> None:
