@@ -200,8 +200,8 @@ def _class_files(
         for image, is_file in walk(folder / name, _IMAGE_SUFFIXES, "data.path", lower=True):
             if not is_file and not skip_bad:
                 raise InputError(
-                    f"data.path: expected an image at {shown(folder / name / image)}, found a pipe, "
-                    "a device or a link to nothing; take it away, or leave such images out with "
+                    f"data.path: expected an image at {shown(folder / name / image)}, found a "
+                    "pipe, a device or a link to nothing; take it away, or leave such images out with "
                     "--config.data.skip_bad=True."
                 )
             images.append(image)

@@ -110,8 +110,8 @@ class FolderDocuments:
         for name, is_file in walk(root, _SUFFIXES, "data.path"):
             if not is_file:
                 raise InputError(
-                    f"data.path: expected a file at {shown(root / name)}, found a pipe, a device or "
-                    "a link to nothing; take it away."
+                    f"data.path: expected a file at {shown(root / name)}, found a pipe, a device "
+                    "or a link to nothing; take it away."
                 )
             self._names.append(name)
         found = [_documents_of(root / name) for name in self._names]
