@@ -18,7 +18,8 @@ from typing import Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_typ
 
 import ml_collections
 
-from quweit_jax.errors import InputError, nearest
+from quweit_jax.errors import InputError, first_line, nearest
+from quweit_jax.reading import kind_of
 
 # An ml_collections.ConfigDict: what its attributes hold has no static type.
 Config: TypeAlias = Any
@@ -26,8 +27,15 @@ T = TypeVar("T")
 
 # Which dataclass the keys of a section ('model', 'data', ...) are for, told by the modules that
 # define them: section -> a function of the section's values.
-SECTIONS: dict[str, Callable[[Mapping[str, object]], type]] = {}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+SECTIONS: dict[str, Callable[[Mapping[str, Any]], type]] = {}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    NoneType: "none",
+}
+_WHOLE = range(-(2**63), 2**63)
 
 
 def flat(config: Config, prefix: str = "") -> dict[str, Any]:
@@ -116,7 +124,7 @@ def parse_value(text: str, annotation: Any, path: str, example: object = None) -
     Raises:
       InputError: it is none.
     """
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = _kinds(annotation)
     if NoneType in kinds and text.lower() == "none":
         return None
     if str in kinds:
@@ -144,12 +152,50 @@ def parse_value(text: str, annotation: Any, path: str, example: object = None) -
     raise InputError(f"--config.{path}: expected {found}, found '{text}'.")
 
 
-def from_mapping(cls: type[T], values: Mapping[str, object], where: str = "model") -> T:
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation such as `int | None` allows."""
+    union = get_origin(annotation) in (Union, UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def checked(value: Any, annotation: Any, path: str) -> Any:
+    """A value of Python or JSON, if it is one of an annotation such as `float | None`; a whole
+    number may be written as 3.0, and a sequence as a list. Other annotations allow anything.
+
+    Raises:
+      InputError: it is none; names `path`.
+    """
+    kinds = _kinds(annotation)
+    plain = [kind for kind in kinds if kind in _KINDS]
+    several = [kind for kind in kinds if issubclass(_class_of(kind), Sequence) and kind is not str]
+    if len(plain) + len(several) < len(kinds):
+        return value
+    if isinstance(value, list | tuple) and several:
+        inside = get_args(several[0])[:1]
+        return tuple(checked(v, inside[0], path) if inside else v for v in value)
+    if type(value) is float and int in kinds and float not in kinds and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and {int, float} & {*kinds}:
+        if value in _WHOLE:
+            return value
+    elif any(isinstance(value, kind) for kind in plain if kind is not int):
+        return value
+    wanted = [_KINDS[kind] for kind in plain] + ["a sequence"] * bool(several)
+    raise InputError(f"{path}: expected {' or '.join(wanted)}, found {kind_of(value)}.")
+
+
+def _class_of(kind: Any) -> type:
+    found = get_origin(kind) or kind
+    return found if isinstance(found, type) else object
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") -> T:
     """Builds a (frozen) dataclass from a mapping; nested dataclasses from nested mappings.
 
     Raises:
-      InputError: an unknown key (names the nearest) or a missing one.
+      InputError: an unknown key (names the nearest), a missing one, or a value of another type.
     """
+    hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -158,6 +204,9 @@ def from_mapping(cls: type[T], values: Mapping[str, object], where: str = "model
         factory = fields[key].default_factory
         if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
             value = from_mapping(factory, value, f"{where}.{key}")  # type: ignore[arg-type]
+        elif dataclasses.is_dataclass(hints[key]) and not isinstance(value, hints[key]):
+            raise InputError(f"{where}.{key}: expected an object, found {kind_of(value)}.")
+        value = checked(value, hints[key], f"{where}.{key}")
         arguments[key] = tuple(value) if isinstance(value, list) else value
     needed = (
         name
@@ -218,9 +267,16 @@ def load_file(spec: str) -> Config:
     return module.get_config(argument or None).lock()
 
 
-def from_dict(values: Mapping[str, object]) -> Config:
-    """A locked config from what `to_dict` or a run's config.json holds."""
-    return ml_collections.ConfigDict(dict(values), type_safe=False).lock()
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """A locked config from what `to_dict` or a run's config.json holds.
+
+    Raises:
+      InputError: it has names that no config can have.
+    """
+    try:
+        return ml_collections.ConfigDict(dict(values), type_safe=False).lock()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"expected names and values of a config ({first_line(error)}).") from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:

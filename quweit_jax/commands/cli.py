@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging as standard_logging
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import EXTRAS, InputError, RunError, missing
+from quweit_jax.reading import without_surrogates
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -21,6 +23,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_Plain())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that a terminal cannot write does not end the work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except (InputError, RunError) as error:
@@ -95,9 +100,18 @@ def parser(name: str, description: str, *shared: str) -> argparse.ArgumentParser
 def parse(
     made: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The arguments, and apart from them the values given to keys of the config."""
+    """The arguments, and apart from them the values given to keys of the config.
+
+    Raises:
+      InputError: one that a run would have to write down is not UTF-8.
+    """
     rest, overrides = split_overrides(argv)
-    return made.parse_args(rest), overrides
+    args = made.parse_args(rest)
+    for name, value in {**vars(args), **{f"config.{k}": v for k, v in overrides.items()}}.items():
+        for text in value if isinstance(value, list) else [value]:
+            if name not in ("prompt", "runs") and without_surrogates(str(text)) != str(text):
+                raise InputError(f"--{name}: expected UTF-8, found {str(text)!r}; rename it.")
+    return args, overrides
 
 
 def load_config(spec: str, overrides: Mapping[str, str]) -> Config:

@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.deploy.generate import check_sampling, generate_tokens, stream_text
     from quweit_jax.deploy.pack import pack
+    from quweit_jax.reading import clean_text
     from quweit_jax.training import rundir
 
     check_sampling(args.temperature, args.top_k, args.max_tokens)
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(
             f"--workdir: {args.workdir} is a run of a classifier, which generates no text."
         )
-    prompt = tokenizer.encode(args.prompt)
+    text = clean_text(args.prompt)  # as the texts it was trained on
+    prompt = tokenizer.encode(text)
     if not len(prompt):
         raise InputError("--prompt: expected at least one character, found none.")
     if args.packed:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         seed=args.seed,
         end_of_text=tokenizer.end_of_text,
     )
-    sys.stdout.write(args.prompt)
+    sys.stdout.write(text)
     for piece in stream_text(tokenizer, tokens, prompt):
         sys.stdout.write(piece)
         sys.stdout.flush()

@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.costs import technologies
+    from quweit_jax.reading import shown
     from quweit_jax.report import owned_folder, page
     from quweit_jax.report.collect import collect
 
@@ -68,6 +69,6 @@ def main(argv: Sequence[str]) -> int:
     files = page.write(runs, skipped, technology=technology, title=args.title)
     owned_folder.write(args.out, files)
     for path, reason in skipped:
-        print(f"no run in {path}: {reason}")
+        print(f"no run in {shown(path)}: {reason}")
     print(f"{len(runs)} runs, {len(files)} files: {args.out / 'index.html'}")
     return 0

@@ -15,13 +15,14 @@ the four types that must be.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quweit_jax.errors import InputError, check_choice, nearest
+from quweit_jax.reading import place, read_json
 
 REQUIRED = ("int8", "int32", "float16", "float32")
 _KEYS = ("name", "source", "add", "multiply", "memory")
@@ -95,25 +96,16 @@ def technology_of(technology: str | Path | Technology) -> Technology:
         return technology
     if str(technology) in TECHNOLOGIES:
         return TECHNOLOGIES[str(technology)]
-    path = Path(technology).expanduser()
-    if not path.is_file():
+    path = place(str(technology))
+    if not os.path.lexists(path):
         raise InputError(
             f"technology: expected one of {list(TECHNOLOGIES)} or a JSON file, found "
             f"{str(technology)!r}, which is no file."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"technology: {path} is not JSON ({error}).") from None
-    return _checked(values, path)
+    return _checked(read_json(path, "technology"), path)
 
 
-def _checked(values: Any, path: Path) -> Technology:
-    if not isinstance(values, dict):
-        raise InputError(
-            f"technology: {path} should hold one JSON object with {', '.join(_KEYS)}, found a "
-            f"{type(values).__name__}."
-        )
+def _checked(values: dict[str, Any], path: Path) -> Technology:
     for key in values:
         if key not in _KEYS:
             raise InputError(f"technology: {path} has an unknown key '{key}'.{nearest(key, _KEYS)}")

@@ -13,6 +13,7 @@ from quweit_jax.data.documents import VALIDATION_FOLDERS
 from quweit_jax.data.images import ImageConfig, ImageExamples, ImageSource
 from quweit_jax.data.registry import DataConfig, LabelledSplits, source
 from quweit_jax.errors import InputError, nearest, require
+from quweit_jax.reading import list_folder, open_regular, place, shown, walk, without_surrogates
 
 _IMAGE_SUFFIXES = (
     ".jpg",
@@ -77,11 +78,13 @@ class FolderImages:
     def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
         """See ImageSource."""
         file, target = self.files[index]
-        return (self.root / file).read_bytes(), target
+        with open_regular(self.root / file) as opened:
+            return opened.read(), target
 
     def describe(self, index: int) -> str:
         """See ImageSource."""
-        return f"{self.root}, split {self.split}, image {index} ({self.files[index][0]})"
+        file = shown(self.files[index][0])
+        return f"{shown(self.root)}, split {self.split}, image {index} ({file})"
 
     def identity(self) -> str:
         """See ImageSource."""
@@ -122,12 +125,12 @@ def image_folder(config: DataConfig) -> LabelledSplits:
             "data.path: expected a folder of images for data.source=image_folder, found nothing; "
             "add --config.data.path=FOLDER."
         )
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise InputError(f"data.path: no folder at {config.path}; check the path.")
-    top = "train" if (root / "train").is_dir() else ""
+    root = place(config.path)
+    if not os.path.isdir(root):
+        raise InputError(f"data.path: no folder at {shown(config.path)}; check the path.")
+    top = "train" if os.path.isdir(root / "train") else ""
     candidates = (config.validation_split,) if config.validation_split else VALIDATION_FOLDERS
-    beside = [name for name in candidates if (root / name).is_dir()]
+    beside = [name for name in candidates if os.path.isdir(root / name)]
     if beside and not top:
         raise InputError(
             f"data.path: {config.path} has a folder '{beside[0]}' but none named 'train'; give it "
@@ -138,7 +141,7 @@ def image_folder(config: DataConfig) -> LabelledSplits:
             f"data.validation_split: no folder '{config.validation_split}' in {config.path}; leave "
             f"it out for {', '.join(VALIDATION_FOLDERS)}."
         )
-    labels, train = _class_files(root, top)
+    labels, train = _class_files(root, top, config.skip_bad)
     if len(labels) < 2:
         raise InputError(
             f"data.path: expected a folder for each of two or more classes in {root / top}, found "
@@ -153,9 +156,9 @@ def image_folder(config: DataConfig) -> LabelledSplits:
         )
     test = None
     if beside:
-        validation = _class_files(root, beside[0], labels)[1]
-        if "test" not in beside[:1] and (root / "test").is_dir():
-            test = _class_files(root, "test", labels)[1]
+        validation = _class_files(root, beside[0], config.skip_bad, labels)[1]
+        if "test" not in beside[:1] and os.path.isdir(root / "test"):
+            test = _class_files(root, "test", config.skip_bad, labels)[1]
     else:
         train, validation = _held_out(
             train, len(labels), config.validation_fraction, config.split_seed
@@ -170,42 +173,42 @@ def image_folder(config: DataConfig) -> LabelledSplits:
         return FolderImages(root, split, files, len(labels))
 
     held_out = images(beside[0] if beside else "validation", validation)
-    return image_splits(
-        images("train", train), held_out, images("test", test) if test else None, labels, config
-    )
+    tested = images("test", test) if test else None
+    names = tuple(map(without_surrogates, labels))
+    return image_splits(images("train", train), held_out, tested, names, config)
 
 
 def _class_files(
-    root: Path, split: str, labels: tuple[str, ...] | None = None
+    root: Path, split: str, skip_bad: bool, labels: tuple[str, ...] | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """The classes (or those given) below root/split, sorted, and their images: (path below root,
     class), sorted.
+
+    Hidden files and folders are left out. skip_bad: keep what is no file, to be left out later.
     """
     folder = root / split
-    found = tuple(
-        sorted(
-            entry.name
-            for entry in os.scandir(folder)
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-    )
+    found = tuple(e.name for e in list_folder(folder, "data.path") if os.path.isdir(e.path))
     labels = found if labels is None else labels
     files = []
     for name in found:
         if name not in labels:
             raise InputError(
-                f"data.path: {folder} has a class '{name}' that train has "
+                f"data.path: {shown(folder)} has a class '{shown(name)}' that train has "
                 f"not.{nearest(name, labels)}"
             )
-        for where, folders, names in os.walk(folder / name, followlinks=True):
-            folders.sort()
-            images = sorted(
-                n for n in names if n.lower().endswith(_IMAGE_SUFFIXES) and not n.startswith(".")
-            )
-            files += [
-                (Path(where, image).relative_to(root).as_posix(), labels.index(name))
-                for image in images
-            ]
+        images = []
+        for image, is_file in walk(folder / name, _IMAGE_SUFFIXES, "data.path", lower=True):
+            if not is_file and not skip_bad:
+                raise InputError(
+                    f"data.path: expected an image at {shown(folder / name / image)}, found a "
+                    "pipe, a device or a link to nothing; take it away, or leave such images out with "
+                    "--config.data.skip_bad=True."
+                )
+            images.append(image)
+        # A folder's own images stand before those of the folders in it.
+        images.sort(key=lambda path: [(1, part) for part in path.split("/")[:-1]] + [(0, path)])
+        above = (Path(split) / name).as_posix()
+        files += [(f"{above}/{image}", labels.index(name)) for image in images]
     return labels, files
 
 
@@ -217,7 +220,7 @@ def _held_out(
     for target in range(num_classes):
         mine = sorted(
             (f for f, t in files if t == target),
-            key=lambda file: hashlib.sha256(f"{seed}/{file}".encode()).digest(),
+            key=lambda file: hashlib.sha256(os.fsencode(f"{seed}/{file}")).digest(),
         )
         chosen.update(mine[: min(max(1, round(len(mine) * fraction)), len(mine) - 1)])
     return [f for f in files if f[0] not in chosen], [f for f in files if f[0] in chosen]

@@ -1,5 +1,5 @@
-"""Labelled images as float32 examples: decoding, checking, the evaluation's view and the varied
-views to train on.
+"""Labelled images as float32 examples: checking, the evaluation's view and the varied views to
+train on.
 
 Dimensions: H height, W width, C channels.
 """
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from quweit_jax.data import augment
 from quweit_jax.data.augment import AugmentConfig, check_flag, check_number
+from quweit_jax.data.decoding import MODES, UnusableError, decode
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.reading import why
 
 # (mean, standard deviation) of the channels of pixels in [0, 1]; inputs are (pixel - mean) /
 # deviation.
@@ -29,17 +31,6 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_MODE_NAMES = {
-    "1": "black and white",
-    "L": "gray",
-    "LA": "gray with transparency",
-    "P": "palette",
-    "RGB": "RGB",
-    "RGBA": "RGB with transparency",
-    "CMYK": "CMYK",
-}
-_CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 # Warnings of images left out: enough to see what is wrong, not one for every image of a large set.
 _WARNINGS = 5
 
@@ -55,6 +46,7 @@ class ImageConfig:
     (values in [0, 1]), 'half' ([-1, 1]), or by the mean and standard deviation of 'imagenet' or
     'cifar10'. to_rgb: convert gray, palette, CMYK and transparent images to RGB (transparency is
     dropped).
+    exif: turn photographs the way their EXIF orientation says, as every viewer shows them.
     skip_bad: leave images out that cannot be used, instead of stopping. threads: that read training
       batches; the batches do not depend on it.
     cache_megabytes: of decoded images kept in memory, per split; what does not fit is decoded each
@@ -65,6 +57,7 @@ class ImageConfig:
     crop_fraction: float = 1.0
     normalize: str = "none"
     to_rgb: bool = False
+    exif: bool = True
     skip_bad: bool = False
     threads: int = 1
     cache_megabytes: int = 256
@@ -80,6 +73,7 @@ class ImageConfig:
             )
         check_choice("data.normalize", self.normalize, NORMALIZATIONS)
         check_flag("data.to_rgb", self.to_rgb)
+        check_flag("data.exif", self.exif)
         check_flag("data.skip_bad", self.skip_bad)
         check_number("data.threads", self.threads, 1, whole=True)
         check_number("data.cache_megabytes", self.cache_megabytes, 0, whole=True)
@@ -116,58 +110,6 @@ class BadImageError(InputError):
     def __init__(self, place: str, reason: str, advice: str):
         super().__init__(f"data: {place}: {reason}; {advice}.")
         self.reason = reason
-
-
-class _UnusableError(Exception):
-    """What was found instead of an image of the expected mode; `convertible`: to_rgb helps."""
-
-    def __init__(self, found: str, convertible: bool = False):
-        super().__init__(found)
-        self.convertible = convertible
-
-
-def decode(data: bytes | np.ndarray, mode: str, to_rgb: bool) -> np.ndarray:
-    """Decodes an image file's content (or pixels) into uint8 (H, W, C) of Pillow's `mode`."""
-    if isinstance(data, np.ndarray):
-        image = _from_array(data)
-    elif not data:
-        raise _UnusableError("an empty file")
-    else:
-        try:
-            image = Image.open(io.BytesIO(data))
-            image.load()
-        except UnidentifiedImageError:
-            raise _UnusableError(
-                f"no image that Pillow can read (it begins with {data[:12]!r})"
-            ) from None
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise _UnusableError(f"a damaged image ({str(error).strip()})") from None
-    if not image.width or not image.height:
-        raise _UnusableError(f"an image of {image.height} x {image.width} pixels")
-    if image.mode != mode:
-        convertible = image.mode in _CONVERTIBLE and mode == "RGB"
-        if not (to_rgb and convertible):
-            raise _UnusableError(
-                f"{_MODE_NAMES.get(image.mode, f'one of mode {image.mode}')} of {image.height} x "
-                f"{image.width} pixels",
-                convertible,
-            )
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the way that Pillow asks for
-        image = image.convert(mode)
-    return augment.to_pixels(image)
-
-
-def _from_array(data: np.ndarray) -> Image.Image:
-    if (
-        data.dtype != np.uint8
-        or data.ndim not in (2, 3)
-        or (data.ndim == 3 and data.shape[2] not in (1, 3, 4))
-    ):
-        raise _UnusableError(f"an array {data.dtype}{list(data.shape)}")
-    if not data.size:
-        raise _UnusableError(f"an image of {data.shape[0]} x {data.shape[1]} pixels")
-    return augment.from_pixels(data if data.ndim == 3 else data[..., None])
 
 
 def evaluation_view(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
@@ -210,7 +152,7 @@ class ImageExamples(Sequence):
         self._kept: dict[int, tuple[np.ndarray, np.int32]] = {}
         self._room = config.cache_megabytes << 20
         channels = 3 if config.to_rgb else source.channels
-        self._mode = _MODES[channels]
+        self._mode = MODES[channels]
         mean, deviation = NORMALIZATIONS[config.normalize]
         if len(mean) not in (1, channels):
             raise InputError(
@@ -294,7 +236,7 @@ class ImageExamples(Sequence):
         """What tells this split from another, without reading every image: its identity and a few
         images as they are stored.
         """
-        pieces = [self.source.identity().encode(), repr((len(self), self.shape)).encode()]
+        pieces = [os.fsencode(self.source.identity()), repr((len(self), self.shape)).encode()]
         for index in sorted({i * len(self) // 8 for i in range(8)}):
             try:
                 data, target = self.source.read(index)
@@ -341,14 +283,12 @@ class ImageExamples(Sequence):
             raise BadImageError(self.source.describe(index), self.bad[index], "it is left out")
         try:
             data, target = self.source.read(index)
-            pixels = decode(data, self._mode, self.config.to_rgb)
-        except (_UnusableError, OSError) as error:
+            pixels = decode(data, self._mode, self.config.to_rgb, self.config.exif)
+        except (UnusableError, OSError) as error:
             found = (
-                f"an unreadable file ({error.strerror or error})"
-                if isinstance(error, OSError)
-                else str(error)
+                f"an unreadable file ({why(error)})" if isinstance(error, OSError) else str(error)
             )
-            convertible = isinstance(error, _UnusableError) and error.convertible
+            convertible = isinstance(error, UnusableError) and error.convertible
             raise self._refused(
                 index, f"expected an image of mode {self._mode}, found {found}", convertible
             ) from None

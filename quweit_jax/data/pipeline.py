@@ -193,9 +193,14 @@ def _example(examples: Sequence[Example], index: int) -> dict[str, np.ndarray] |
     return examples.get(index) if isinstance(examples, ImageExamples) else examples[index]
 
 
-def left_out(examples: Sequence[Example]) -> dict[int, str]:
-    """Why images could not be used so far, by index (data.skip_bad); {} for other examples."""
-    return examples.bad if isinstance(examples, ImageExamples) else {}
+def left_out(examples: Sequence[Any]) -> dict[int, str]:
+    """Why images were left out so far, by index: '{place}: {reason}'; {} without data.skip_bad, and
+    for other examples.
+    """
+    # Without skip_bad an image may be found bad that was only read ahead: none is left out then.
+    if not isinstance(examples, ImageExamples) or not examples.config.skip_bad:
+        return {}
+    return {i: f"{examples.source.describe(i)}: {why}" for i, why in examples.bad.items()}
 
 
 def train_batches(

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from quweit_jax.data.documents import VALIDATION_FOLDERS, DocumentSplits
 from quweit_jax.data.registry import DataConfig, source
 from quweit_jax.errors import InputError
+from quweit_jax.reading import (
+    check_encoding,
+    clean_text,
+    decode_text,
+    list_folder,
+    open_regular,
+    parse_json,
+    place,
+    shown,
+    walk,
+    why,
+)
 
 _SUFFIXES = (".txt", ".jsonl")
 
@@ -25,7 +38,9 @@ def python_stdlib(config: DataConfig) -> str:
     pieces, total = [], 0
     for path in _python_files(root):
         try:
-            text = path.read_text(encoding="utf-8")
+            # A byte order mark stays: runs that began with it go on with the same text.
+            with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+                text = file.read()
         except (UnicodeDecodeError, OSError):
             continue  # a few of CPython's own tests are deliberately in other encodings
         pieces.append(text)
@@ -44,7 +59,8 @@ def _python_files(folder: Path) -> Iterator[Path]:
     """The .py files below a folder, but for installed packages, in the order of their paths; walked
     only as far as they are asked for.
     """
-    for entry in sorted(os.scandir(folder), key=lambda e: f"{e.name}/" if e.is_dir() else e.name):
+    found = list_folder(folder, "python_stdlib")
+    for entry in sorted(found, key=lambda e: f"{e.name}/" if e.is_dir() else e.name):
         if entry.is_dir():
             if entry.name not in ("site-packages", "dist-packages"):
                 yield from _python_files(Path(entry.path))
@@ -55,21 +71,22 @@ def _python_files(folder: Path) -> Iterator[Path]:
 @source("text_file")
 def text_file(config: DataConfig) -> str:
     """A user's own UTF-8 text at `path`."""
-    path = config.path
+    path, limit = config.path, config.limit_bytes
     if not path:
         raise InputError(
             "data.path: expected the path of a text file for data.source=text_file, found nothing; "
             "add --config.data.path=FILE."
         )
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"data.path: no file at {path}; check the path.")
     try:
-        return _cut(file.read_text(encoding="utf-8"), config.limit_bytes)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data.path: {path} is not UTF-8 text (byte {error.start}); convert it first."
-        ) from None
+        with open_regular(place(path)) as file:
+            # Two bytes of a line end become one; the last character may be cut.
+            data = file.read(2 * limit + 8) if limit else file.read()
+            whole = not file.read(1)
+    except FileNotFoundError:
+        raise InputError(f"data.path: no file at {shown(path)}; check the path.") from None
+    except OSError as error:
+        raise _unreadable(place(path), error) from None
+    return _cut(decode_text(data, f"data.path: {shown(path)}", strict=True, whole=whole), limit)
 
 
 def _cut(text: str, limit_bytes: int) -> str:
@@ -83,21 +100,27 @@ class FolderDocuments:
     in the order of their paths.
 
     Raises:
-      InputError: there are none; a line is not JSON with a text (when it is read).
+      InputError: there are none, or one cannot be read; a line is not JSON with a text (when it is
+        read).
     """
 
     def __init__(self, root: Path):
         self.place, self._root = str(root), root
-        self._files = sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-        self._starts = [
-            np.asarray([0] if path.suffix == ".txt" else list(_line_starts(path)), np.int64)
-            for path in self._files
-        ]
+        self._names = []
+        for name, is_file in walk(root, _SUFFIXES, "data.path"):
+            if not is_file:
+                raise InputError(
+                    f"data.path: expected a file at {shown(root / name)}, found a pipe, a device "
+                    "or a link to nothing; take it away."
+                )
+            self._names.append(name)
+        found = [_documents_of(root / name) for name in self._names]
+        self._sizes, self._starts = [size for size, _ in found], [starts for _, starts in found]
         self._ends = np.cumsum([len(starts) for starts in self._starts])
         if not len(self):
             raise InputError(
                 f"data.path: expected documents (files ending in {' or '.join(_SUFFIXES)}) in "
-                f"{root}, found none; check the folder."
+                f"{shown(root)}, found none; check the folder."
             )
 
     def __len__(self) -> int:
@@ -106,40 +129,61 @@ class FolderDocuments:
     def read(self, index: int) -> str:
         """See DocumentSource."""
         number = int(np.searchsorted(self._ends, index, side="right"))
-        path, start = self._files[number], int(self._starts[number][index - self._ends[number]])
-        with path.open("rb") as file:
-            file.seek(start)
-            data = file.read() if path.suffix == ".txt" else file.readline()
-        text = data.decode("utf-8", errors="replace")
-        if path.suffix == ".txt":
+        path = self._root / self._names[number]
+        start = int(self._starts[number][index - self._ends[number]])
+        is_text = path.suffix == ".txt"
+        try:
+            with open_regular(path) as file:
+                file.seek(start)
+                data = file.read() if is_text else file.readline()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        text = decode_text(data, f"data.path: {shown(path)}")
+        if is_text:
             return text
         try:
-            document = json.loads(text)["text"]
+            document = parse_json(text)["text"]
             if isinstance(document, str):
-                return document
+                return clean_text(document)
             raise TypeError
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f'data.path: expected {{"text": "..."}} at byte {start} of {path}, found '
+                f'data.path: expected {{"text": "..."}} at byte {start} of {shown(path)}, found '
                 f"{text.strip()[:60]!r}; mend that line."
             ) from None
 
     def identity(self) -> str:
         """See DocumentSource."""
-        return "\n".join(
-            f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}"
-            for path in self._files
-        )
+        return "\n".join(f"{name} {size}" for name, size in zip(self._names, self._sizes))
 
 
-def _line_starts(path: Path) -> Iterator[int]:
+def _documents_of(path: Path) -> tuple[int, np.ndarray]:
+    """A file's size in bytes, and where its documents begin."""
+    try:
+        with open_regular(path) as file:
+            begin, size = file.read(4096), os.fstat(file.fileno()).st_size
+            check_encoding(begin, f"data.path: {shown(path)}")
+            if path.suffix == ".txt":
+                return size, np.zeros(1, np.int64)
+            file.seek(0)
+            return size, np.fromiter(_line_starts(file), np.int64)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"data.path: {shown(path)} cannot be read ({why(error)}); mend it, or take it away."
+    )
+
+
+def _line_starts(file: BinaryIO) -> Iterator[int]:
     """Where the lines begin that are not empty."""
     start = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield start
-            start += len(line)
+    for line in file:
+        if line.strip():
+            yield start
+        start += len(line)
 
 
 @source("document_folder")
@@ -148,13 +192,13 @@ def document_folder(config: DataConfig) -> DocumentSplits:
     alone.
     """
     path, validation = config.path, config.validation_split
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
+    root = place(path)
+    if not path or not os.path.isdir(root):
         raise InputError(
             "data.path: expected a folder of documents for data.source=document_folder, found "
-            f"{path or 'nothing'!r}; check the path."
+            f"'{shown(path) or 'nothing'}'; check the path."
         )
-    if not (root / "train").is_dir():
+    if not os.path.isdir(root / "train"):
         if validation:
             raise InputError(
                 f"data.validation_split: {root} has no folder 'train' beside '{validation}'; give "
@@ -164,7 +208,7 @@ def document_folder(config: DataConfig) -> DocumentSplits:
     beside = [
         name
         for name in ([validation] if validation else VALIDATION_FOLDERS)
-        if (root / name).is_dir()
+        if os.path.isdir(root / name)
     ]
     if validation and not beside:
         raise InputError(

@@ -11,6 +11,7 @@ from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.image_sources import image_splits
 from quweit_jax.data.registry import DataConfig, Splits, TextSplits, source
 from quweit_jax.errors import InputError, first_line, require
+from quweit_jax.reading import clean_text
 
 
 class TFDSImages:
@@ -90,7 +91,7 @@ class TFDSDocuments:
         """See DocumentSource."""
         text = self.records[index]["text"]
         # One damaged document among millions should not end a run days after it began.
-        return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else str(text)
+        return clean_text(text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text))
 
     def identity(self) -> str:
         """See DocumentSource."""
@@ -210,4 +211,4 @@ def _prepared_folder(config: DataConfig) -> str:
 
 
 def _text(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    return clean_text(value.decode("utf-8") if isinstance(value, bytes) else str(value))

@@ -5,16 +5,29 @@ Hugging Face's `tokenizers`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from quweit_jax.data import pieces
 from quweit_jax.errors import InputError, check_choice, first_line, require
+from quweit_jax.reading import (
+    decode_text,
+    is_whole,
+    kind_of,
+    place,
+    read_bytes,
+    read_json,
+    shown,
+    without_surrogates,
+)
 
 KINDS = ("char", "byte", "bpe")  # made from a corpus
 CHOICES = (*KINDS, "file")
+_EXPECTED = "expected a tokenizer of Hugging Face's tokenizers"
 _END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 
 
@@ -67,7 +80,8 @@ class CharTokenizer:
         return len(self.vocabulary)
 
     def encode(self, text: str) -> np.ndarray:
-        """The text's ids, (N,) int32; InputError for characters outside the vocabulary."""
+        """(N,) int32; InputError for characters outside the vocabulary."""
+        text = without_surrogates(text)
         try:
             return np.fromiter((self._ids[c] for c in text), np.int32, len(text))
         except KeyError:
@@ -98,8 +112,8 @@ class ByteTokenizer:
     end_of_text = None
 
     def encode(self, text: str) -> np.ndarray:
-        """The text's ids, (N,) int32, one a byte."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        """(N,) int32, one id a byte."""
+        return np.frombuffer(without_surrogates(text).encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
@@ -132,6 +146,17 @@ class _HuggingFaceTokenizer:
             self._tokenizer.get_vocab().values(), default=-1
         )  # ids may have gaps
 
+    @classmethod
+    def _of(cls, serialized: str, end_of_text: int | None, where: str) -> Self:
+        """The tokenizer of a serialization that may be damaged; `where` begins the message."""
+        require("tokenizers", "for trained tokenizers")
+        try:
+            return cls(serialized, end_of_text)
+        except BaseException as error:  # the library's own are plain Exceptions, or worse
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"{where}, found another file ({first_line(error)[:200]}).") from None
+
     @property
     def vocab_size(self) -> int:
         """The highest id and one."""
@@ -141,9 +166,16 @@ class _HuggingFaceTokenizer:
         """(N,) int32."""
         # Unlike `encode`, `encode_batch_fast` lets other threads run: the one that trains, and
         # others that read.
-        return np.asarray(
-            self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32
-        )
+        encode = self._tokenizer.encode_batch_fast
+        found = [
+            np.asarray(encode([piece], add_special_tokens=False)[0].ids, np.int32)
+            for piece in self._pieces(without_surrogates(text))
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int32)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The parts of a text that are encoded one by one."""
+        yield text  # where the words of an unknown tokenizer end, only it can say
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids."""
@@ -181,8 +213,11 @@ class BPETokenizer(_HuggingFaceTokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=[],
         )
-        bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
+        bpe.train_from_iterator(pieces.short_words(without_surrogates(text)), trainer)
         return cls(bpe.to_str())
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        yield from pieces.cut(text)
 
 
 class FileTokenizer(_HuggingFaceTokenizer):
@@ -209,36 +244,26 @@ class FileTokenizer(_HuggingFaceTokenizer):
                 "data.tokenizer=file, found nothing; "
                 "add --config.data.tokenizer_path=FOLDER."
             )
-        file = Path(path).expanduser()
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
+        file = place(path)
+        file = file / "tokenizer.json" if os.path.isdir(file) else file
+        if not os.path.exists(file):
             raise InputError(
-                f"data.tokenizer_path: no file at {file}; give a tokenizer.json of Hugging Face's "
-                "tokenizers, or its folder."
+                f"data.tokenizer_path: no file at {shown(file)}; give a tokenizer.json of Hugging "
+                "Face's tokenizers, or its folder."
             )
-        try:
-            found = cls(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library's own are plain Exceptions
-            raise InputError(
-                "data.tokenizer_path: expected a tokenizer of Hugging Face's tokenizers in "
-                f"{file}, found another file ({first_line(error)})."
-            ) from None
+        found = cls._of(_text_of(file), None, f"data.tokenizer_path: {_EXPECTED} in {shown(file)}")
         found.end_of_text = found._find_end_of_text(file.with_name("tokenizer_config.json"))
         return found
 
     def _find_end_of_text(self, config: Path) -> int | None:
-        try:
-            name = (
-                json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-                if config.is_file()
-                else None
-            )
-        except (ValueError, AttributeError) as error:
+        where = "data.tokenizer_path"
+        name = read_json(config, where).get("eos_token") if os.path.exists(config) else None
+        if name is not None and not isinstance(name := _content(name), str):
             raise InputError(
-                f"data.tokenizer_path: {config} is damaged ({error}); mend it or take it away."
-            ) from None
+                f"{where}: {config}: expected a text for the eos_token, found {kind_of(name)}; "
+                "mend it or take it away."
+            )
         if name:
-            name = name["content"] if isinstance(name, dict) else name
             if (token := self._tokenizer.token_to_id(name)) is None:
                 raise InputError(
                     f"data.tokenizer_path: {config} names the eos_token {name!r}, which the "
@@ -257,6 +282,16 @@ class FileTokenizer(_HuggingFaceTokenizer):
         return super().to_json() | {"end_of_text": self.end_of_text}
 
 
+def _content(token: Any) -> Any:
+    """The text of a token that may be given as an object with a 'content'."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _text_of(file: Path) -> str:
+    where = f"data.tokenizer_path: {shown(file)}"
+    return decode_text(read_bytes(file, "data.tokenizer_path"), where, strict=True)
+
+
 def train(kind: str, text: str, *, bpe_vocab_size: int = 4096, path: str = "") -> Tokenizer:
     """Makes the tokenizer of a kind for a corpus; a 'file' is read from `path`."""
     check_choice("data.tokenizer", kind, CHOICES)
@@ -268,15 +303,33 @@ def train(kind: str, text: str, *, bpe_vocab_size: int = 4096, path: str = "") -
 
 
 def from_json(saved: dict) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
-    check_choice("tokenizer.json: kind", saved.get("kind"), CHOICES)
-    if saved["kind"] == "char":
-        return CharTokenizer(saved["vocabulary"])
-    if saved["kind"] == "file":
-        return FileTokenizer(json.dumps(saved["tokenizer"]), saved["end_of_text"])
-    return (
-        ByteTokenizer() if saved["kind"] == "byte" else BPETokenizer(json.dumps(saved["tokenizer"]))
+    """The inverse of `to_json`.
+
+    Raises:
+      InputError: it is no such value.
+    """
+    kind, where = saved.get("kind"), "tokenizer.json"
+    check_choice(f"{where}: kind", kind, CHOICES)
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        vocabulary = saved.get("vocabulary")
+        if not isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary):
+            raise InputError(
+                f"{where}: expected under 'vocabulary' a text of different characters, found "
+                f"{kind_of(vocabulary)}; put the run's own tokenizer.json there."
+            )
+        return CharTokenizer(vocabulary)
+    serialized, end = json.dumps(saved.get("tokenizer")), saved.get("end_of_text")
+    made = (BPETokenizer if kind == "bpe" else FileTokenizer)._of(
+        serialized, end, f"{where}: {_EXPECTED}"
     )
+    if end is not None and not (is_whole(end) and end < made.vocab_size):
+        raise InputError(
+            f"{where}: expected under 'end_of_text' a token below {made.vocab_size}, found "
+            f"{kind_of(end)}; put the run's own tokenizer.json there."
+        )
+    return made
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
@@ -285,7 +338,11 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads the tokenizer that `save` wrote."""
-    if not path.exists():
+    """Reads `tokenizer.json`."""
+    if not os.path.lexists(path):
         raise InputError(f"no tokenizer at {path}: is this the run directory of a language model?")
-    return from_json(json.loads(path.read_text(encoding="utf-8")))
+    saved = read_json(path, "--workdir")
+    try:
+        return from_json(saved)
+    except InputError as error:
+        raise InputError(f"--workdir: {path} is damaged: {error}") from None

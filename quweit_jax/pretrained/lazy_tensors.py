@@ -4,7 +4,6 @@ they are asked for. Anything with `.shape` that `np.asarray` takes is such a ten
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from quweit_jax import reading
 from quweit_jax.errors import InputError, require
 from quweit_jax.pretrained.torch_files import read_torch
 
@@ -96,16 +96,7 @@ def read_index(path: Path) -> dict[Path, list[str]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; raises InputError if it is something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"pretrained: {path} is not JSON ({error}); download it again.") from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"pretrained: {path}: expected an object of names and values, found "
-            f"{type(content).__name__}."
-        )
-    return content
+    return reading.read_json(path, "pretrained", "download it again")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from quweit_jax.pretrained.lazy_tensors import (
     read_json,
 )
 from quweit_jax.pretrained.torch_files import SUFFIXES, read_torch
+from quweit_jax.reading import list_folder
 
 
 def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def read_weights(path: Path) -> Tensors:
     elif (path / TORCH_INDEX).is_file():
         tensors = Tensors(open_torch_shards(path / TORCH_INDEX), str(path))
     else:
-        files = sorted(file for suffix in SUFFIXES for file in path.glob(f"*{suffix}"))
+        files = _weights_in(path, SUFFIXES)
         if len(files) != 1:
             found = ", ".join(file.name for file in files[:5]) or "none"
             raise InputError(
@@ -99,7 +101,25 @@ def _safetensors_in(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / SAFETENSORS_INDEX
     if single.is_file():
         return [single]
-    return sorted(read_index(index)) if index.is_file() else sorted(folder.glob("*.safetensors"))
+    return sorted(read_index(index)) if index.is_file() else _weights_in(folder, (".safetensors",))
+
+
+def _weights_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a folder whose names end so, but for hidden ones ('._model.safetensors').
+
+    Raises:
+      InputError: one is no file, or the folder cannot be read.
+    """
+    if not folder.is_dir():
+        return []
+    found = [e for e in list_folder(folder, "pretrained") if e.name.endswith(suffixes)]
+    for entry in found:
+        if not os.path.isfile(entry.path):
+            raise InputError(
+                f"pretrained: expected a file at {entry.path}, found a folder, a pipe, a device or "
+                "a link to nothing; take it away, or download it again."
+            )
+    return [Path(entry.path) for entry in found]
 
 
 class Tensors:

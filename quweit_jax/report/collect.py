@@ -5,7 +5,6 @@ A run that cannot be read is marked, and never stops the report.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from pathlib import Path
 from quweit_jax.config import flat
 from quweit_jax.costs import count, energy
 from quweit_jax.data import tokenizers
-from quweit_jax.errors import InputError, nearest
+from quweit_jax.errors import InputError, first_line, nearest
 from quweit_jax.models import registry
+from quweit_jax.reading import is_whole, list_folder, read_json, shown
 from quweit_jax.report.look import look
 from quweit_jax.report.summary import Json, RunSummary
 from quweit_jax.training import files, metrics, rundir
@@ -78,9 +78,9 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Path], Skipped]:
     found: dict[str, Path] = {}
     skipped = []
     for path in paths:
-        if not path.exists():
+        if not os.path.lexists(path):
             skipped.append((str(path), "there is nothing"))
-        elif not path.is_dir():
+        elif not os.path.isdir(path):
             skipped.append((str(path), "a file, not a folder"))
         elif runs := _runs_in(path.absolute(), _DEPTH):
             for each in runs:
@@ -91,32 +91,40 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Path], Skipped]:
 
 
 def _runs_in(folder: Path, depth: int) -> list[Path]:
-    if any((folder / name).exists() for name in _RUN_FILES):
+    if any(os.path.lexists(folder / name) for name in _RUN_FILES):
         return [folder]
     try:
-        below = sorted(p for p in folder.iterdir() if p.is_dir()) if depth else []
-    except OSError:
+        below = list_folder(folder, "report") if depth else []
+    except InputError:
         return []
-    return [found for path in below for found in _runs_in(path, depth - 1)]
+    folders = (Path(entry.path) for entry in below if os.path.isdir(entry.path))
+    return [found for path in folders for found in _runs_in(path, depth - 1)]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Each path without the folders that all have in common; at least its own name is left."""
     common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    return [str(path.relative_to(common)) for path in paths]
+    return [shown(path.relative_to(common)) for path in paths]
 
 
 def _read(summary: RunSummary, overrides: Mapping[str, str], batches: int, technology: str) -> None:
     """Fills in what the run directory tells, and marks what cannot be read."""
+    try:
+        _fill(summary, overrides, batches, technology)
+    except Exception as error:  # one run leaves the others
+        summary.mark("damaged", f"it cannot be read ({type(error).__name__}: {first_line(error)})")
+
+
+def _fill(summary: RunSummary, overrides: Mapping[str, str], batches: int, technology: str) -> None:
     path = Path(summary.path)
     try:
         summary.config = _config(path / "config.json")
-    except (OSError, ValueError) as error:
-        return summary.mark("damaged", f"config.json: {error}")
+    except InputError as error:
+        return summary.mark("damaged", str(error))
     try:
         summary.environment = _object(path / "environment.json")
-    except (OSError, ValueError) as error:
-        summary.mark("damaged", f"environment.json: {error}")
+    except InputError as error:
+        summary.mark("damaged", str(error))
     written = summary.environment.get("format")
     if summary.environment and written != rundir.FORMAT:
         summary.mark(
@@ -144,45 +152,37 @@ def _in_use(path: Path) -> bool:
 
 
 def _object(path: Path) -> Json:
-    if not path.exists():
-        raise ValueError("there is none")
+    if not os.path.lexists(path):
+        raise InputError(f"{path.name}: there is none")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"not whole ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
-    return value
+        return read_json(path, path.name)
+    except InputError as error:
+        raise InputError(f"{path.name}: not whole ({error})") from None
 
 
 def _config(path: Path) -> Json:
     config = _object(path)
-    for key, kind in (("model", dict), ("data", dict), ("steps", int)):
-        if not isinstance(config.get(key), kind):
-            raise ValueError(f"not the config of a run: no '{key}'")
+    model = config.get("model")
+    for key, good in (
+        ("model", isinstance(model, dict) and isinstance(model.get("name", ""), str)),
+        ("data", isinstance(config.get("data"), dict)),
+        ("steps", is_whole(config.get("steps"))),
+    ):
+        if not good:
+            raise InputError(f"config.json: not the config of a run: no '{key}'")
     return config
 
 
 def _rows(path: Path, summary: RunSummary) -> list[Json]:
     try:
-        rows = metrics.read_rows(path)
-    except (OSError, ValueError) as error:
+        rows, bad = metrics.read_lines(path)
+    except InputError as error:
         summary.mark("damaged", f"metrics.jsonl: {error}")
         return []
-    good = [row for row in rows if _is_row(row)]
-    if bad := len(rows) - len(good):
-        summary.mark("damaged", f"metrics.jsonl: {bad} of {len(rows)} lines are no rows of metrics")
-    return good
-
-
-def _is_row(row: object) -> bool:
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("step"), int)
-        and row.get("split") in ("train", "validation")
-        and isinstance(row.get("loss"), int | float)
-        and not isinstance(row["loss"], bool)
-    )
+    if bad:
+        lines = bad + len(rows)
+        summary.mark("damaged", f"metrics.jsonl: {bad} of {lines} lines are no rows of metrics")
+    return rows
 
 
 def _describe_data(summary: RunSummary) -> None:

@@ -62,6 +62,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
+    "text.parse_math": False,  # names of runs are no formulas, whatever dollars they hold
     "svg.fonttype": "path",
     "svg.hashsalt": "quweit_jax",  # the same figure is the same file
 }

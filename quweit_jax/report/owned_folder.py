@@ -8,10 +8,12 @@ Other files are left alone, and stop the writing if they are in the way.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from quweit_jax.errors import InputError
+from quweit_jax.reading import read_json, why
 
 LIST = "report.json"
 _AUTHOR = "quweit_jax.report"
@@ -23,23 +25,23 @@ def check(folder: Path) -> list[str]:
     Raises:
       InputError: it is a file, holds files but no report's list, or that list cannot be read.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise InputError(f"--out: {folder} is a file; give a folder.")
     path = folder / LIST
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+    if not os.path.lexists(path):
+        if os.path.isdir(folder) and _is_filled(folder):
             raise InputError(
                 f"--out: {folder} holds files and no {LIST}, so no report wrote them; give a new "
                 "or empty folder."
             )
         return []
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        names = written["files"] if written["written_by"] == _AUTHOR else None
-    except (ValueError, KeyError, TypeError):
-        names = None
+        written = read_json(path, "--out")
+    except InputError:
+        written = {}
+    names = written.get("files") if written.get("written_by") == _AUTHOR else None
     if not isinstance(names, list) or not all(
-        isinstance(name, str) and Path(name).name == name for name in names
+        isinstance(name, str) and "\0" not in name and Path(name).name == name for name in names
     ):
         raise InputError(
             f"--out: {path} is not the list of an earlier report's files; give a new or empty "
@@ -56,7 +58,9 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     before = check(folder)
     for name in files:
-        if name not in before and (folder / name).exists():
+        # Reports write plain files; what a link leads to is another's.
+        plain = os.path.isfile(folder / name) and not os.path.islink(folder / name)
+        if os.path.lexists(folder / name) and not (name in before and plain):
             raise InputError(
                 f"--out: {folder / name} is there, and no report wrote it; move it away, or give "
                 "another folder."
@@ -72,8 +76,15 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
         _list(folder, [*files])
     except OSError as error:
         raise InputError(
-            f"--out: cannot write to {folder} ({error.strerror}); give a folder you can write to."
+            f"--out: cannot write to {folder} ({why(error)}); give a folder you can write to."
         ) from None
+
+
+def _is_filled(folder: Path) -> bool:
+    try:
+        return bool(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"--out: cannot read {folder} ({why(error)}); give another.") from None
 
 
 def _list(folder: Path, names: list[str]) -> None:

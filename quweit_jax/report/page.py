@@ -11,10 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from quweit_jax.errors import InputError, first_line
+from quweit_jax.reading import without_surrogates
 from quweit_jax.report import figures, plots
 from quweit_jax.report.figures import Picture
 from quweit_jax.report.insight import KINDS, LayerInsight
@@ -39,8 +42,34 @@ def write(
 ) -> dict[str, bytes]:
     """All files of a report by name: index.html, *.png, *.csv.
 
+    A run that cannot be shown is left out, which is said, and never stops the report.
     skipped: given paths that hold no run, with the reason. technology: of the energies.
+
+    Raises:
+      InputError: no run can be shown.
     """
+    try:
+        return _write(runs, skipped, technology, title)
+    except Exception as error:
+        shown, left = [], [*skipped]
+        for run in runs:  # alone, each: the one that fails then is the one to leave out
+            try:
+                _write([run], [], technology, title)
+                shown.append(run)
+            except Exception as why:
+                reason = f"it cannot be shown ({type(why).__name__}: {first_line(why)})"
+                logging.warning("report: %s is left out: %s.", run.label, reason)
+                left.append((run.path, reason))
+        if len(shown) == len(runs):
+            raise
+        if not shown:
+            raise InputError(f"report: none of the runs can be shown; {left[-1][1]}.") from error
+        return _write(shown, left, technology, title)
+
+
+def _write(
+    runs: Sequence[RunSummary], skipped: Sequence[tuple[str, str]], technology: str, title: str
+) -> dict[str, bytes]:
     sections = [
         Section(found, _pictures(found, f"group{i}", technology))
         for i, found in enumerate(group(runs), 1)
@@ -77,7 +106,7 @@ def write(
         kinds=KIND_WORDS,
         states=Counter(r.state for r in runs),
     )
-    files = {"index.html": html.encode()}
+    files = {"index.html": without_surrogates(html).encode()}
     for pictures in (*(section.pictures for section in sections), *insights.values()):
         files |= {f"{picture.name}.png": picture.png for picture in pictures}
     return files | {name: _csv(rows) for name, rows in tables(runs).items()}
@@ -212,7 +241,7 @@ def _csv(rows: Sequence[Json]) -> bytes:
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue().encode()
+    return without_surrogates(out.getvalue()).encode()
 
 
 def _shown(value: float | None, digits: int = 4) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -77,6 +78,7 @@ def pareto(
         for run, x, best in found
         if x and best
     ]
+    known = [(run, x, y) for run, x, y in known if math.isfinite(x) and math.isfinite(y)]
     if not known:
         return None
     points = [(x, y) for _, x, y in known]
@@ -140,8 +142,9 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
     """Energy of one inference by kind of layer, a bar a run: of the bytes moved (memory), or of the
     operations; None without any.
     """
-    energies = [run.energy for run in group.runs if run.energy is not None]
-    labels = [run.label for run in group.runs if run.energy is not None]
+    shown = [run for run in group.runs if run.energy and math.isfinite(run.energy.total_pj)]
+    energies = [run.energy for run in shown if run.energy is not None]
+    labels = [run.label for run in shown]
     bars = [_by_kind(energy, memory) for energy in energies]
     totals = [sum(parts.values()) for parts in bars]
     largest = max(totals, default=0.0)
@@ -155,8 +158,8 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
     figure, axes = figures.new(1.1 + 0.3 * len(bars) + 0.2 * -(-(len(kinds) + rest) // 3))
     for row, (parts, total) in enumerate(zip(bars, totals)):
         left = 0.0
-        shown = [(parts.get(kind, 0.0), colors[kind]) for kind in kinds]
-        for value, color in (*shown, (None, GRID)):
+        widths = [(parts.get(kind, 0.0), colors[kind]) for kind in kinds]
+        for value, color in (*widths, (None, GRID)):
             value = total - left if value is None else value
             axes.barh(row, value / scale, left=left / scale, height=0.66, color=color)
             left += value

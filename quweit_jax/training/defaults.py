@@ -8,9 +8,11 @@ import dataclasses
 
 import ml_collections
 
-from quweit_jax.config import Config, apply_shortcuts, flat, with_defaults
+from quweit_jax.config import Config, apply_shortcuts, checked, flat, with_defaults
 from quweit_jax.data.registry import DataConfig
+from quweit_jax.errors import InputError
 from quweit_jax.models import registry
+from quweit_jax.reading import kind_of
 from quweit_jax.training.optimizers import OptimizerConfig
 from quweit_jax.training.sharding import MeshConfig
 
@@ -76,10 +78,30 @@ def with_shortcuts(config: Config, shortcuts: dict[str, str]) -> Config:
     return apply_shortcuts(config, shortcuts, aliases)
 
 
+def check_types(config: Config) -> None:
+    """Raises InputError if a key that every experiment has is of another type than it should be;
+    those inside of sections are checked where the sections are read.
+    """
+    for key, value in base_config().items():
+        if key not in config:
+            continue
+        if isinstance(value, ml_collections.ConfigDict):
+            if not isinstance(config[key], ml_collections.ConfigDict):
+                raise InputError(f"{key}: expected an object, found {kind_of(config[key])}.")
+        else:
+            checked(config[key], type(value), key)
+
+
 def complete(saved: Config) -> Config:
-    """A saved config with today's default for each key it lacks, so that a new key locks no run."""
+    """A saved config with today's default for each key it lacks, so that a new key locks no run.
+
+    Raises:
+      InputError: it names no model, or a value is of another type than it should be.
+    """
     expected = base_config()
-    name = saved.get("model", {}).get("name")
+    check_types(saved)
+    if "model" not in saved or not isinstance(name := saved.model.get("name"), str):
+        raise InputError("model.name: expected the name of a model, found none.")
     if name in registry.MODELS:
         expected.model = registry.defaults(name)
     return with_defaults(saved, expected)

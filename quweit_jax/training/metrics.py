@@ -11,28 +11,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
+from quweit_jax.reading import is_number, is_whole, parse_json, read_bytes
 from quweit_jax.training import files
 
 Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+    """The rows of a metrics.jsonl; lines that are none are left out."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[Row], int]:
+    """The rows of a metrics.jsonl, and how many of its lines are none, but for a last one cut short
+    by a kill.
+
+    A row has a 'step', a 'split', 'train' or 'validation', and numbers: 'loss' and others. No file,
+    no rows.
+
+    Raises:
+      InputError: the file is there and cannot be read.
+    """
+    if not os.path.lexists(path):
+        return [], 0
+    lines = read_bytes(path, "--workdir").decode("utf-8", "replace").split("\n")
+    found = [_row(line) for line in lines]
+    bad = sum(row is None and bool(line.strip()) for line, row in zip(lines[:-1], found))
+    return [row for row in found if row is not None], bad
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    numbers = {"loss", "accuracy", "grad_norm", "learning_rate", "seconds"}
+    good = (
+        isinstance(row, dict)
+        and is_whole(row.get("step"))
+        and row.get("split") in ("train", "validation")
+        and "loss" in row
+        and all(is_number(row[name]) for name in numbers & row.keys())
+    )
+    return row if good else None
 
 
 def evaluations(workdir: Path) -> list[Row]:
     """A run's evaluations on the validation split, in order; the run is finished if the last one is
     of its last step.
     """
-    return [row for row in read_rows(workdir / "metrics.jsonl") if row["split"] == "validation"]
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [row for row in rows if row["split"] == "validation" and "accuracy" in row]
 
 
 class MetricsWriter:
@@ -42,7 +73,10 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, step: int):
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row.get("step", 0) <= step]
+        rows, bad = read_lines(self.path)
+        if bad:
+            logging.warning("%s: %d lines that are no rows of metrics are dropped.", self.path, bad)
+        kept = [row for row in rows if row["step"] <= step]
         files.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(workdir)

@@ -5,7 +5,7 @@ plots/. Everything downstream (evaluate, generate, report) needs only that: `ope
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from quweit_jax.config import Config, flat, from_dict, set_value, to_dict
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
+from quweit_jax.reading import read_json
 from quweit_jax.training import defaults, files
 from quweit_jax.training.checkpoints import Checkpoints
 from quweit_jax.training.setup import Setup, assemble
@@ -124,7 +125,7 @@ def write_files(workdir: Path, setup: Setup) -> None:
         ) from None
     environment, fingerprint = workdir / "environment.json", setup.data.fingerprint
     if environment.exists():
-        before = json.loads(environment.read_text()).get("data_fingerprint")
+        before = read_json(environment, "--workdir").get("data_fingerprint")
         if before != fingerprint:
             raise InputError(
                 "--workdir: the data has changed since this run began (fingerprint "
@@ -164,21 +165,22 @@ def describe_environment() -> dict[str, object]:
 def read_config(workdir: Path) -> Config:
     """The config a run was started with."""
     path = workdir / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(
             f"--workdir: no run in {workdir} (no config.json); start one with "
             "--config=experiments/configs/FILE.py."
         )
+    values = read_json(path, "--workdir")
     try:
-        return defaults.complete(from_dict(json.loads(path.read_text())))
-    except json.JSONDecodeError as error:
-        raise InputError(f"--workdir: {path} is damaged ({error}).") from None
+        return defaults.complete(from_dict(values))
+    except InputError as error:
+        raise InputError(f"--workdir: {path} is damaged, or no config of a run: {error}") from None
 
 
 def read_tokenizer(workdir: Path) -> tokenizers.Tokenizer | None:
     """The tokenizer of a run, None where it has none."""
     path = workdir / "tokenizer.json"
-    return tokenizers.load(path) if path.exists() else None
+    return tokenizers.load(path) if os.path.lexists(path) else None
 
 
 def has_checkpoints(workdir: Path) -> bool:

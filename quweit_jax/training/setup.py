@@ -20,6 +20,7 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError
 from quweit_jax.training import sharding, state
+from quweit_jax.training.defaults import check_types
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
 
 Variables = Mapping[str, PyTree]
@@ -171,6 +172,7 @@ def assemble(
 
 
 def _check_numbers(config: Config) -> None:
+    check_types(config)
     for least, names in _AT_LEAST.items():
         for name in names:
             if config[name] < least:

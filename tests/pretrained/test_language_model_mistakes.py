@@ -14,6 +14,7 @@ import pytest
 from quweit_jax import pretrained
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
+from quweit_jax.pretrained import tensors
 from tests.pretrained.language_files import (
     INDEX,
     assert_same,
@@ -273,3 +274,24 @@ def test_nothing_is_overwritten_unasked(tmp_path, kind):
         "model.safetensors",
         "tokenizer.json",
     ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-2.safetensors", "weights.pth"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_weights_that_are_no_file(name, kind, tmp_path):
+    file = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(name)
+    with pytest.raises(InputError, match=rf"pretrained: .*{name}"):
+        tensors.read_weights(tmp_path)
+
+
+def test_hidden_files_are_no_weights(tmp_path):
+    (tmp_path / "._model.safetensors").write_bytes(b"of a Mac")
+    (tmp_path / "._weights.pth").write_bytes(b"of a Mac")
+    with pytest.raises(InputError, match="found none"):
+        tensors.read_weights(tmp_path)

@@ -106,7 +106,7 @@ STATES = {
     "old-keys": ("older version", "model.shape"),
     "less": ("finished", ""),
     "much-less": ("finished", ""),  # what a saved config lacks has its default
-    "other-shape": ("older version", "this version cannot open it (AttributeError"),
+    "other-shape": ("older version", "this version cannot open it: --workdir: "),
     "no-config": ("damaged", "config.json: there is none"),
     "no-data": ("finished", ""),
     "broken-json": ("damaged", "config.json: not whole"),
