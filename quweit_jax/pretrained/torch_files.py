@@ -18,7 +18,15 @@ import numpy as np
 from quweit_jax.errors import InputError, require
 
 SUFFIXES = (".pth", ".pt", ".bin")
-_WRAPPERS = ("model", "state_dict")  # where training programs keep the state dict
+# Where training programs keep the state dict; its running average only if there is nothing else.
+_WRAPPERS = (
+    "model",
+    "state_dict",
+    "model_state",
+    "model_state_dict",
+    "state_dict_ema",
+    "model_ema",
+)
 # Harmless company of weights, which torch would refuse: arguments of a training program, and NumPy
 # scalars such as a best accuracy.
 _IGNORED = (
@@ -45,10 +53,17 @@ class _StandIn:
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file's state dict by name; those of files since torch 1.6 stay on
+    """The tensors alone, see `read_torch_checkpoint`."""
+    return read_torch_checkpoint(path)[0]
+
+
+def read_torch_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any] | None]:
+    """Returns (the tensors of a file's state dict by name, the file's name, the options of the
+    model that nanoGPT saves as 'model_args', or None); tensors of files since torch 1.6 stay on
     disk until they are looked at.
 
-    The state dict is the saved object itself, or what it holds under 'model' or 'state_dict'.
+    The state dict is the saved object itself, or what it holds under a name that training programs
+    use: 'model', 'state_dict' and others, else a running average's, 'state_dict_ema'.
 
     Raises:
       InputError: torch isn't installed; or the file is missing, damaged, of another format, holds
@@ -58,8 +73,10 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"pretrained: expected {path}, found no such file.")
     require("torch", f"to read {path.name}", "or convert the file to safetensors elsewhere")
     try:
-        tensors = _state_dict(_load(path), path)
-        return {name: _array(tensor) for name, tensor in tensors.items()}
+        content = _load(path)
+        arrays = {name: _array(tensor) for name, tensor in _state_dict(content, path).items()}
+        options = content.get("model_args") if isinstance(content, Mapping) else None
+        return arrays, str(path), options if isinstance(options, dict) else None
     except InputError:
         raise
     except Exception as error:  # whatever goes wrong in a file of unknown origin
