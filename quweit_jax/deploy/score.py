@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from quweit_jax.deploy.generate import context_of, generate_tokens, stream_text
 from quweit_jax.errors import InputError, require
 
 _SHORTEST = 16
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +77,34 @@ class Scorer:
         scores = iter(self._score(list(itertools.chain(*windows))))
         return [sum((float(sum(next(scores)[0])) for _ in each), 0.0) for each in windows]
 
-    def generate_until(self, prompt: str, stops: Sequence[str], max_tokens: int) -> str:
-        """The likeliest text after a prompt, up to the first of the stop strings, left out."""
+    def generate_until(
+        self,
+        prompt: str,
+        stops: str | Sequence[str] | None,
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str:
+        """The text after a prompt, up to the first of the stop strings, left out; the likeliest at
+        temperature 0.
+
+        stops: one string, several or none; empty ones don't count.
+
+        Raises:
+          InputError: a stop that is no string, or settings that cannot be sampled with.
+        """
+        stops = _stops(stops)
         tokens = self.tokenizer.encode(prompt) if prompt else np.asarray([self.start_token()])
         if self.context is not None:
             tokens = tokens[-self.context :]
         text, end = "", self.tokenizer.end_of_text
-        found = generate_tokens(
-            self.model, self.variables, tokens, max_tokens, temperature=0, end_of_text=end
-        )
+        how: Any = {"temperature": temperature, "top_k": top_k, "seed": seed, "end_of_text": end}
+        found = generate_tokens(self.model, self.variables, tokens, max_tokens, **how)
         for piece in stream_text(self.tokenizer, found):
             text += piece
-            stopped = [text.index(stop) for stop in stops if stop and stop in text]
+            stopped = [text.index(stop) for stop in stops if stop in text]
             if stopped:
                 return text[: min(stopped)]
         return text
@@ -158,6 +175,52 @@ def _token_scores(
     return chosen, logits.argmax(-1) == tokens[:, 1:]
 
 
+def _stops(until: Any) -> list[str]:
+    """One stop string, a sequence of them or None, as a list; empty ones and None are left out."""
+    given = [until] if isinstance(until, str) or until is None else until
+    if not isinstance(given, Iterable) or not all(isinstance(s, str | None) for s in given):
+        raise InputError(
+            f"until: expected a string, a list of strings or nothing, found {until!r}; quote "
+            "numbers in a task's generation_kwargs."
+        )
+    return [stop for stop in given if stop]
+
+
+def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's generation_kwargs as `Scorer.generate_until` takes them, normalized as
+    lm-evaluation-harness does.
+
+    Of several names of the length the first counts: max_gen_toks, max_new_tokens, max_tokens,
+    max_completion_tokens; without one it is 256. do_sample false means temperature 0; without a
+    temperature it is 0.
+
+    Raises:
+      InputError: a value that means nothing, by name.
+    """
+
+    def number(key: str, default: float, kind: type[int] | type[float]) -> Any:
+        value = options.get(key)
+        try:
+            found = kind(default if value is None else value)
+        except (TypeError, ValueError, OverflowError):
+            found = -1
+        if isinstance(value, bool) or not found >= 0:
+            raise InputError(
+                f"{key}: expected a number, 0 or more, found {value!r}; correct the task's "
+                "generation_kwargs."
+            )
+        return found
+
+    length = next((key for key in _LENGTHS if options.get(key) is not None), _LENGTHS[0])
+    sampled = options.get("do_sample") is not False
+    return {
+        "stops": _stops(options.get("until")),
+        "max_tokens": number(length, 256, int),
+        "temperature": number("temperature", 0, float) if sampled else 0.0,
+        "top_k": number("top_k", 0, int),
+    }
+
+
 def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0) -> dict[str, Any]:
     """Zero-shot results of lm-evaluation-harness's tasks: {task: {metric: value}}.
 
@@ -183,9 +246,9 @@ def evaluate_tasks(scorer: Scorer, tasks: Sequence[str], *, limit: int = 0) -> d
 
         def generate_until(self, requests, disable_tqdm=False):
             found = []
-            for prompt, options in (request.args for request in requests):
-                stops, most = options.get("until", []), options.get("max_gen_toks", 256)
-                found.append(scorer.generate_until(prompt, stops, most))
+            for i, (prompt, options) in enumerate(request.args for request in requests):
+                options = generation_options(options)
+                found.append(scorer.generate_until(prompt, seed=i, **options))
             return found
 
     folders = [task for task in tasks if Path(task).is_dir()]

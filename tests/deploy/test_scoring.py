@@ -109,6 +109,68 @@ def test_generation_stops_at_the_first_stop(scorer):
     assert len(whole) == 12
     stop = whole[5]
     assert scorer.generate_until("the", ["#", stop], 12) == whole[: whole.index(stop)]
+    assert scorer.generate_until("the", (stop,), 12) == whole[: whole.index(stop)]
+
+
+def test_a_stop_alone_is_one_string_and_not_its_letters(scorer):
+    whole = scorer.generate_until("the", None, 12)
+    assert len(whole) == 12 and scorer.generate_until("the", "", 12) == whole
+    assert scorer.generate_until("the", whole[3:6], 12) == whole[: whole.index(whole[3:6])]
+    absent = whole[1] + "\n\n#" + whole[2]  # letters of the text, but not together
+    assert scorer.generate_until("the", absent, 12) == whole
+    for wrong in (3, [3], {"a": 1}.items()):
+        with pytest.raises(InputError, match="until"):
+            scorer.generate_until("the", wrong, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"stops": [], "max_tokens": 256, "temperature": 0.0, "top_k": 0}),
+        ({"until": None, "max_gen_toks": None}, {"stops": [], "max_tokens": 256}),
+        ({"until": "Q:"}, {"stops": ["Q:"]}),
+        ({"until": ["a", "", None, "bc"]}, {"stops": ["a", "bc"]}),
+        *(({name: 7}, {"max_tokens": 7}) for name in scoring._LENGTHS),
+        ({"max_completion_tokens": 4, "max_tokens": 3}, {"max_tokens": 3}),
+        ({"max_tokens": 3, "max_new_tokens": 2}, {"max_tokens": 2}),
+        ({"max_new_tokens": 2, "max_gen_toks": 1}, {"max_tokens": 1}),
+        ({"max_gen_toks": "12", "max_tokens": 3}, {"max_tokens": 12}),
+        ({"max_gen_toks": 0}, {"max_tokens": 0}),
+        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "do_sample": False}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}),
+        ({"do_sample": True}, {"temperature": 0.0}),
+    ],
+    ids=str,
+)
+def test_generation_options_are_the_harnesss(given, expected):
+    found = scoring.generation_options(given)
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"until": 3},
+        {"max_new_tokens": -1},
+        {"max_gen_toks": "many"},
+        {"max_tokens": True},
+        {"temperature": float("nan")},
+        {"top_k": -2},
+    ],
+    ids=str,
+)
+def test_wrong_generation_options_are_named(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        scoring.generation_options(wrong)
+
+
+def test_sampling_is_what_was_asked_for(scorer):
+    likeliest = scorer.generate_until("the", None, 12)
+    drawn = {scorer.generate_until("the", None, 12, temperature=50.0, seed=i) for i in range(3)}
+    assert len(drawn | {likeliest}) > 2
+    one = scorer.generate_until("the", None, 12, temperature=50.0, top_k=1, seed=1)
+    assert one == likeliest
 
 
 def test_errors(scorer):
