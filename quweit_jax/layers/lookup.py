@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import lut, packed_lut
@@ -26,6 +27,8 @@ MAPPINGS = ("random", "arange", "learnable", "candidates")
 
 
 TABLE_INITS = ("uniform", "residual")
+groups.declare("tables", "tables")
+groups.declare("scores", "scores")
 
 
 def symmetric_uniform(scale: float = 1.0) -> Callable[..., Array]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call, activation, rms_norm
 from quweit_jax.layers.norms import Initializer, RMSNorm, normal
 from quweit_jax.layers.packing import Packable
@@ -23,6 +24,7 @@ from quweit_jax.ops import ternary
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
 from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
 
+groups.declare("no_decay", "norm_scale")
 # As published: Xavier uniform with gain 2**-2.5.
 MIXER_INIT = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
 

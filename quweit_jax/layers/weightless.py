@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call, layer_norm
 from quweit_jax.layers.lookup import LUTLayer, check_lookup
 from quweit_jax.layers.packing import Packable
@@ -30,6 +31,8 @@ from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_
 from quweit_jax.ops.lut import DECAYS
 
 SUMS = ("dense", "grouped")
+groups.declare("thresholds", "thresholds")
+groups.declare("vectors", "vectors")
 
 
 class WeightlessBlock(Packable):

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import groups, mlp
 from quweit_jax.layers import integer as layers
 from quweit_jax.layers import integer_blocks as blocks
-from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
 from quweit_jax.layers.costs import Call, layer_norm, residuals
 from quweit_jax.layers.drop_path import DropPath
@@ -46,6 +46,10 @@ SIZES = {
     "L": (1024, 24, 16),
 }
 POOLS = ("cls", "mean")
+# As timm and DeiT train: neither the class token nor positions (1, T, d) decay. Those of a GPT,
+# (C, d), do, as in nanoGPT.
+groups.declare("no_decay", "cls_token")
+groups.declare("no_decay", "position_embedding", rank=3)
 # Kernels start at the scale their number of inputs asks for: DeiT's 0.02 for all, made for wide
 # models and long training, keeps small ones from learning for hundreds of steps. The outputs of
 # residual branches start smaller, so that their sum has the branches' scale.
