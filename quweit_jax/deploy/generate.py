@@ -35,14 +35,29 @@ def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
 
 def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> Array:
     """One token id from logits (V,): among the top_k likeliest (0: all), at a temperature (0: the
-    likeliest).
+    likeliest; infinite: each as often).
+
+    Raises:
+      InputError: no logits, or settings that cannot be sampled with.
     """
-    if temperature == 0:
+    check_sampling(temperature, top_k, 0)
+    if logits.ndim != 1 or not logits.size:
+        raise InputError(
+            f"sample_logits: expected logits (V,) of one token, found {list(logits.shape)}."
+        )
+    known = np.finfo(np.float32)
+    if temperature < known.tiny:  # what float32 would divide by as by 0
         return jnp.argmax(logits).astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
+    largest = logits.max()
+    # below 0 by as much, so that no quotient is too large; the equal ones, also infinite, are at 0
+    below = jnp.where(logits == largest, 0.0, logits - largest)
+    scaled = below / temperature if temperature <= known.max else jnp.zeros_like(below)
+    scaled = jnp.where(below == -jnp.inf, -jnp.inf, scaled)
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][-1]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        scaled = jnp.where(logits < smallest, -jnp.inf, scaled)
+    return jax.random.categorical(key, scaled).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.errors import InputError
 from quweit_jax.ops import int64 as wide
 from quweit_jax.ops.fusion import no_fusion
 
@@ -40,6 +41,7 @@ GELU_SLOPE = 1.702
 LAYER_NORM_ITERATIONS = 10
 _SMALLEST_SCALE = 1e-8
 _DIVIDEND = 2.0**31  # the published 2**31 - 1, which is this in the float32 it is computed in
+MAX_NORM_WIDTH = 2**14  # features whose squares I-LayerNorm can add in 32-bit words
 _SMALLEST_ROOT = 64.0  # where ten Newton steps from 2**16 end for a tiny variance
 
 
@@ -75,9 +77,13 @@ def quantize(x: Array, scale: Array, bits: int) -> Array:
 def quantize_weights(weight: Array, *, bits: int = 8) -> tuple[Array, Array]:
     """Symmetric weights, one scale an output: (I, O) float -> (int32 (I, O), scale float32 (O,)),
     scale = max|w| / (2**(bits-1) - 1).
+
+    Raises:
+      InputError: so many inputs that their products with 8-bit activations may not fit int32.
     """
+    _check_inputs(weight.shape[0], bits)
     weight = jax.lax.stop_gradient(weight)
-    scale = symmetric_scale(weight.min(0), weight.max(0), bits)
+    scale = symmetric_scale(weight.min(0, initial=0.0), weight.max(0, initial=0.0), bits)
     return quantize(weight, scale, bits), scale
 
 
@@ -92,8 +98,25 @@ def saturate(x: Array) -> Array:
 
 
 def matmul_units(x: Array, weight_int: Array) -> Array:
-    """(..., I) @ (I, O) of whole numbers: (..., O). See `einsum_units`."""
+    """(..., I) @ (I, O) of whole numbers of 8 bits, the second from -127 to 127: (..., O). See
+    `einsum_units`.
+
+    Raises:
+      InputError: integers, and more inputs than int32 is sure to hold the sum of, 132,104.
+    """
+    if is_integer(x):
+        _check_inputs(weight_int.shape[0], 8)
     return einsum_units("...i,io->...o", x, weight_int)
+
+
+def _check_inputs(inputs: int, bits: int) -> None:
+    limit = wide.INT32_MAX // (2**7 * max(1, 2 ** (bits - 1) - 1))
+    if inputs > limit:
+        raise InputError(
+            f"int_linear: expected at most {limit:,} inputs, the most of which int32 is sure to "
+            f"hold the sum of products with {bits}-bit weights, found {inputs:,}; make the layer "
+            "narrower or split it."
+        )
 
 
 def einsum_units(subscripts: str, a: Array, b: Array) -> Array:
@@ -224,8 +247,12 @@ def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Arra
     halvings is 0 but for channels whose bias is so much larger than their weight that the sum would
     not fit 32 bits; their output is coarser by that power of two. A weight of 0 counts as a very
     small one.
+
+    Raises:
+      InputError: more than 16,384 features.
     """
     width = weight.shape[0]
+    _check_norm_width(width)
     unit = jnp.float32(math.sqrt(width) / 2**30)
     weight, bias = jax.lax.stop_gradient(weight), jax.lax.stop_gradient(bias)
     tiny = jnp.maximum(jnp.abs(weight).max(), jnp.abs(bias).max()) * 2.0**-24 + 1e-20
@@ -238,10 +265,19 @@ def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Arra
     return saturate(jnp.floor(ratio / step)), halvings, unit * weight * step
 
 
+def _check_norm_width(width: int) -> None:
+    if width > MAX_NORM_WIDTH:
+        raise InputError(
+            f"int_layer_norm: expected at most {MAX_NORM_WIDTH:,} features, the most of which the "
+            f"sum of 16-bit numbers' squares is exact, found {width:,}; make the model narrower."
+        )
+
+
 def layer_norm_units(x: Array, bias_int: Array, halvings: Array) -> Array:
     """I-LayerNorm of whole numbers (..., d), |x| < 2**16, with `layer_norm_constants`: whole
     numbers (..., d).
     """
+    _check_norm_width(x.shape[-1])
     if not is_integer(x):
         centered = x - jnp.round(x.mean(-1, keepdims=True))
         root = jnp.maximum(
@@ -327,7 +363,7 @@ def _bit_length(x: Array) -> Array:
 
 
 def _sum_of_squares(x: Array) -> tuple[Array, Array]:
-    """The sum over the last axis of squares of uint32 below 2**17, up to 4,096 of them, the axis
+    """The sum over the last axis of squares of uint32 below 2**17, up to 2**14 of them, the axis
     kept: (high, low) words.
     """
     upper, lower = x >> 9, x & jnp.uint32(511)

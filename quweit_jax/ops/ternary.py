@@ -18,6 +18,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from quweit_jax.errors import InputError
 
@@ -63,20 +64,32 @@ def mean_square(x: Array) -> Array:
     Float sums depend on their order, which a compiler picks by the array's shape; the next rounding
     to int8 would turn a last bit into a whole step, and a text read at once would differ from the
     same text read token by token. So squares are summed as integers: each is rounded to 28 bits
-    below the largest one's power of two, in two halves whose sums fit int32 up to 2**16 elements.
+    below the largest one's power of two, in two halves whose sums fit int32 up to 2**16 elements;
+    of more, each 2**16 are summed by themselves, and then the halves of those sums.
     """
     x = jax.lax.stop_gradient(x)
-    largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-15)
+    largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True, initial=0.0), 1e-15)
     above = 2 * jax.lax.bitcast_convert_type(
         jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32
     )
     squares = jnp.square(x / above) * 2.0**14  # x / above is exact and below 1
     high = jnp.floor(squares)
     low = jnp.round((squares - high) * 2.0**14)
-    total = [
-        part.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32) for part in (high, low)
-    ]
-    return (total[0] * 2.0**-14 + total[1] * 2.0**-28) / x.shape[-1] * above * above
+    total = [_exact_sum(part.astype(jnp.int32)) for part in (high, low)]
+    return (total[0] * 2.0**-14 + total[1] * 2.0**-28) / max(1, x.shape[-1]) * above * above
+
+
+def _exact_sum(x: Array) -> Array:
+    """The sum of int32 from 0 to 2**14 over the last axis, kept: float32 of a whole number, rounded
+    once or twice, but always the same.
+    """
+    width, piece = x.shape[-1], 2**16
+    if width <= piece:
+        return x.sum(-1, keepdims=True).astype(jnp.float32)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % piece)])
+    sums = padded.reshape(*x.shape[:-1], -1, piece).sum(-1)
+    high, low = ((part).sum(-1, keepdims=True) for part in (sums >> 15, sums & (2**15 - 1)))
+    return high.astype(jnp.float32) * 2.0**15 + low.astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -224,14 +237,17 @@ def pack_ternary(w_int: Array) -> Array:
     or JAX arrays.
 
     Raises:
-      InputError: not two-dimensional; on the host also any other value than -1, 0, 1.
+      InputError: not two-dimensional, or another value than -1, 0, 1; while it is traced, where
+        values aren't known, others count as the nearest of these.
     """
     if w_int.ndim != 2:
         raise InputError(
             f"pack_ternary: expected a matrix (inputs, outputs), found shape {list(w_int.shape)}."
         )
     xp: Any = np if isinstance(w_int, np.ndarray) else jnp
-    if xp is np and w_int.size and not np.isin(w_int, (-1, 0, 1)).all():
+    if isinstance(w_int, Tracer):
+        w_int = jnp.clip(w_int, -1, 1)
+    elif w_int.size and not xp.isin(w_int, xp.asarray((-1, 0, 1), w_int.dtype)).all():
         raise InputError(
             f"pack_ternary: expected weights of -1, 0 and 1, found {w_int.min()} to {w_int.max()}; "
             "quantize_weights makes them."
@@ -247,14 +263,24 @@ def unpack_ternary(packed: Array, num_inputs: int | None = None) -> Array:
     four times the rows.
 
     Raises:
-      InputError: packed doesn't hold that many inputs.
+      InputError: packed is no matrix, doesn't hold that many inputs, or (where its values are
+        known) holds something that is no ternary weight.
     """
+    if packed.ndim != 2:
+        raise InputError(
+            f"unpack_ternary: expected bytes (inputs / 4, outputs), found {list(packed.shape)}."
+        )
     rows, outputs = packed.shape
     num_inputs = rows * WEIGHTS_PER_BYTE if num_inputs is None else num_inputs
     if -(-num_inputs // WEIGHTS_PER_BYTE) != rows:
         raise InputError(
             f"unpack_ternary: {num_inputs} inputs take {-(-num_inputs // WEIGHTS_PER_BYTE)} rows "
             f"of bytes, found {rows}."
+        )
+    if not isinstance(packed, Tracer) and (packed & (packed >> 1) & 0b01010101).any():
+        raise InputError(
+            "unpack_ternary: expected bytes of pack_ternary, found the code 3, which is no weight; "
+            "is the file damaged?"
         )
     xp: Any = np if isinstance(packed, np.ndarray) else jnp
     codes = (packed[:, None, :] >> xp.arange(0, 8, 2, dtype=xp.uint8)[None, :, None]) & 3

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from quweit_jax.errors import InputError
 
+_SMALLEST_TAU = 1e-30  # scores divided by less may leave float32
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
 
@@ -126,6 +127,15 @@ def _inexact(bits: ArrayLike, like: Array) -> Array:
     return bits if jnp.issubdtype(bits.dtype, jnp.floating) else bits.astype(like.dtype)
 
 
+def _temperature(name: str, tau: float) -> float:
+    """tau, if a gradient can be divided by it."""
+    if not _SMALLEST_TAU <= tau < math.inf:
+        raise InputError(
+            f"{name}: tau is a temperature, expected {_SMALLEST_TAU:g} or more, found {tau}."
+        )
+    return float(tau)
+
+
 def learnable_mapping(
     bits: Shaped[ArrayLike, "*tokens F"], scores: Float[ArrayLike, "F M"], *, tau: float = 0.001
 ) -> Float[Array, "*tokens M"]:
@@ -149,7 +159,7 @@ def learnable_mapping(
             "learnable_mapping: expected bits (..., F) and scores (F, M), found "
             f"{list(bits.shape)} and {list(scores.shape)}."
         )
-    return _learnable(bits, scores, float(tau))
+    return _learnable(bits, scores, _temperature("learnable_mapping", tau))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -205,6 +215,7 @@ def sparse_learnable_mapping(
                 f"{bits.shape[-1]} (valid: 0..{bits.shape[-1] - 1})."
             )
     tokens_FT = bits.reshape(-1, bits.shape[-1]).T
+    _temperature("sparse_learnable_mapping", tau)
     chosen = sparse_mapping_feature_major(tokens_FT, scores, jnp.asarray(candidates), tau=tau)
     return chosen.T.reshape(*bits.shape[:-1], scores.shape[0])
 
@@ -213,7 +224,7 @@ def sparse_mapping_feature_major(
     bits_FT: Array, scores: Array, candidates: Array, *, tau: float = 0.001
 ) -> Array:
     """`sparse_learnable_mapping` for (F, T) floating bits: (M, T)."""
-    return _sparse(bits_FT, scores, candidates, float(tau))
+    return _sparse(bits_FT, scores, candidates, _temperature("sparse_learnable_mapping", tau))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
