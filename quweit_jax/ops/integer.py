@@ -196,6 +196,8 @@ def shiftmax_units(x: Array, inverse: Array, *, bits: int) -> Array:
     """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole
     numbers in units of 2**-(bits-1).
     """
+    if not x.size:
+        return x.astype(jnp.int32) if is_integer(x) else x
     if is_integer(x):
         return no_fusion(functools.partial(_shiftmax, bits=bits), x, inverse)
     return _shiftmax(x, inverse, bits)
@@ -219,6 +221,8 @@ def shift_gelu_units(x: Array, inverse: Array) -> Array:
     """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole
     numbers in units of scale * 2**-7.
     """
+    if not x.size:
+        return x.astype(jnp.int32) if is_integer(x) else x
     return no_fusion(_shift_gelu, x, inverse) if is_integer(x) else _shift_gelu(x, inverse)
 
 
@@ -255,7 +259,8 @@ def layer_norm_constants(weight: Array, bias: Array) -> tuple[Array, Array, Arra
     _check_norm_width(width)
     unit = jnp.float32(math.sqrt(width) / 2**30)
     weight, bias = jax.lax.stop_gradient(weight), jax.lax.stop_gradient(bias)
-    tiny = jnp.maximum(jnp.abs(weight).max(), jnp.abs(bias).max()) * 2.0**-24 + 1e-20
+    largest = jnp.maximum(jnp.abs(weight).max(initial=0.0), jnp.abs(bias).max(initial=0.0))
+    tiny = largest * 2.0**-24 + 1e-20
     weight = jnp.where(jnp.abs(weight) < tiny, tiny, weight)
     ratio = bias / weight / unit
     halvings = jnp.maximum(0, jnp.ceil(jnp.log2(jnp.maximum(jnp.abs(ratio), 1.0) / 2**30))).astype(
@@ -319,7 +324,12 @@ def layer_norm_shadow(x: Array, weight: Array, bias: Array) -> Array:
 def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits: int) -> Array:
     """Whole numbers (x, scale_in) summed at scale_out and clamped: int32 by dyadic numbers,
     exactly; float32 by float32 ratios.
+
+    Raises:
+      InputError: no branches.
     """
+    if not branches:
+        raise InputError("requantize: expected at least one branch (x, scale), found none.")
     if is_integer(branches[0][0]):
         return requantize_int([(x, *wide.dyadic(scale, scale_out)) for x, scale in branches], bits)
     return clamp(
@@ -330,7 +340,12 @@ def requantize_units(branches: list[tuple[Array, Array]], scale_out: Array, bits
 def requantize_int(branches: list[tuple[Array, Array, Array]], bits: int) -> Array:
     """The sum of round(x * multiplier / 2**shift) over (x int32, multiplier int32, shift int32),
     clamped to `bits` bits: int32.
+
+    Raises:
+      InputError: no branches.
     """
+    if not branches:
+        raise InputError("requantize: expected at least one branch, found none.")
     flat = [array for branch in branches for array in branch]
     return no_fusion(
         lambda *arrays: _requantize([arrays[i : i + 3] for i in range(0, len(arrays), 3)], bits),

@@ -74,6 +74,8 @@ def efd_matrix(lut_inputs: int, weighting: EFD) -> np.ndarray:
     Row (l, r) holds sign_l(a) * w(H_l(a, addr)) for every entry a, where r is the address without
     bit l (bits above l moved down by one): the finite difference does not depend on bit l itself.
     """
+    if not 1 <= lut_inputs <= MAX_LUT_INPUTS:
+        raise InputError(f"efd_matrix: expected 1 to 8 inputs a table, found {lut_inputs}.")
     n = lut_inputs
     entries = np.arange(2**n)
     rest = np.arange(2 ** (n - 1))
@@ -161,7 +163,7 @@ def _unwire_any(grads_MT: Array, mapping_Ln: Array, num_inputs: int) -> Array:
         return jax.ops.segment_sum(grads_MT, reads, num_inputs)
 
     if not slots or not num_inputs:
-        return scatter(grads_MT)
+        return jnp.zeros((num_inputs, grads_MT.shape[1]), grads_MT.dtype)
     uses = jnp.zeros(num_inputs, jnp.int32).at[reads].add(1)
     even = uses.max() <= -(-slots // num_inputs)
     return jax.lax.cond(

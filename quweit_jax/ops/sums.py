@@ -96,7 +96,8 @@ def conditional_sum(
                 f"conditional_sum: {vectors.shape[0]} grouped bits cannot be shared equally by the "
                 f"{list(bias.shape)} outputs of the bias."
             )
-        total = (bits * vectors).reshape(*bits.shape[:-1], bias.shape[0], -1).sum(-1)
+        each = vectors.shape[0] // bias.shape[0]
+        total = (bits * vectors).reshape(*bits.shape[:-1], bias.shape[0], each).sum(-1)
     return total if bias is None else total + bias.astype(vectors.dtype)
 
 

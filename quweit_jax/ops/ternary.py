@@ -254,7 +254,7 @@ def pack_ternary(w_int: Array) -> Array:
         )
     spare = -w_int.shape[0] % WEIGHTS_PER_BYTE
     codes = xp.pad(w_int + 1, ((0, spare), (0, 0)), constant_values=1).astype(xp.uint8)
-    codes = codes.reshape(-1, WEIGHTS_PER_BYTE, w_int.shape[1])
+    codes = codes.reshape(codes.shape[0] // WEIGHTS_PER_BYTE, WEIGHTS_PER_BYTE, w_int.shape[1])
     return codes[:, 0] | (codes[:, 1] << 2) | (codes[:, 2] << 4) | (codes[:, 3] << 6)
 
 
@@ -304,6 +304,8 @@ def packed_matmul(x_int8: Array, packed: Array, scale: Array | float = 1.0) -> A
             f"{-(-num_inputs // WEIGHTS_PER_BYTE)} rows of packed weights, found {rows}."
         )
     lead = x_int8.shape[:-1]
+    if not rows or not outputs:
+        return jnp.zeros((*lead, outputs), jnp.float32) * scale
     x = x_int8.reshape(math.prod(lead), num_inputs)
     tokens = x.shape[0]
     product = (

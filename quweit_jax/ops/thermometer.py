@@ -23,9 +23,9 @@ Thresholds = Float[ArrayLike, "F z"] | Float[ArrayLike, "1 z"] | Float[ArrayLike
 WINDOWS = ("triangular", "boxcar")
 
 
-def _fit_input(name: str, x: ArrayLike, num_bits: int) -> Array:
+def _fit_input(name: str, x: ArrayLike, num_bits: int, per_feature: bool) -> Array:
     x = jnp.asarray(x)
-    if x.ndim != 2 or x.shape[0] == 0:
+    if x.ndim != 2 or x.shape[0] == 0 or (x.size == 0 and not per_feature):
         raise InputError(f"{name}: expected at least one example, x (N, F), found {list(x.shape)}.")
     if num_bits < 1:
         raise InputError(f"{name}: expected num_bits >= 1, found {num_bits}.")
@@ -52,7 +52,7 @@ def uniform_thresholds(
     Raises:
       InputError: no examples, no bits, or values (where known) that are not finite.
     """
-    x = _fit_input("uniform_thresholds", x, num_bits)
+    x = _fit_input("uniform_thresholds", x, num_bits, per_feature)
     x = x if per_feature else x.reshape(-1, 1)
     low, high = x.min(axis=0)[:, None], x.max(axis=0)[:, None]
     steps = jnp.arange(1, num_bits + 1, dtype=x.dtype)
@@ -71,7 +71,7 @@ def gaussian_thresholds(
     Raises:
       InputError: also a single value, which has no spread.
     """
-    x = _fit_input("gaussian_thresholds", x, num_bits)
+    x = _fit_input("gaussian_thresholds", x, num_bits, per_feature)
     if (x.shape[0] if per_feature else x.size) < 2 and x.size:
         raise InputError(
             "gaussian_thresholds: expected at least 2 examples, whose standard deviation can be "
@@ -98,7 +98,7 @@ def distributive_thresholds(
     """`sorted(x)[int(N i / (z + 1))]`, thresholds that split the data evenly: (F, z), or (z,) over
     all features together; dtype and errors as of `uniform_thresholds`.
     """
-    x = _fit_input("distributive_thresholds", x, num_bits)
+    x = _fit_input("distributive_thresholds", x, num_bits, per_feature)
     x = x if per_feature else x.reshape(-1)
     places = jnp.asarray([x.shape[0] * i // (num_bits + 1) for i in range(1, num_bits + 1)])
     return _finite("distributive_thresholds", jnp.sort(x, axis=0)[places].T)

@@ -68,6 +68,7 @@ def invert_mapping(mapping: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array
         leave the inverse out then; or one that refers to an input that isn't there.
     """
     num_luts, lut_inputs = jnp.shape(mapping)
+    _check_sizes("invert_mapping", num_inputs, num_luts, lut_inputs)
     slots = num_luts * lut_inputs
     fan_out = -(-slots // num_inputs)
     if not isinstance(mapping, Tracer) and slots:
@@ -92,6 +93,7 @@ def even_inverse(mapping_Ln: Array, num_inputs: int) -> Array:
     """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F)
     times: (F, ceil(M / F)), M if empty.
     """
+    _check_sizes("even_inverse", num_inputs, *mapping_Ln.shape)
     slots = math.prod(mapping_Ln.shape)
     reads = mapping_Ln.T.reshape(-1)
     order = jnp.argsort(reads, stable=True).astype(jnp.int32)
@@ -114,7 +116,15 @@ def random_candidates(
 def strongest(scores: ArrayLike, candidates: ArrayLike | None = None) -> Array:
     """The input each slot of a learnable mapping reads: scores (F, M), or (M, C) with candidates
     (M, C) -> int (M,).
+
+    Raises:
+      InputError: there is nothing to choose from.
     """
+    if not jnp.shape(scores)[candidates is not None]:
+        raise InputError(
+            "strongest: expected scores for at least one input or candidate, found "
+            f"{list(jnp.shape(scores))}."
+        )
     if candidates is None:
         return jnp.argmax(jnp.asarray(scores), axis=0)
     return jnp.take_along_axis(
@@ -173,7 +183,8 @@ def _learnable_forward(bits, scores, tau):
 
 def _learnable_backward(tau, saved, grad):
     bits, scores = saved
-    bits_TF, grad_TM = bits.reshape(-1, bits.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    tokens = math.prod(bits.shape[:-1])
+    bits_TF, grad_TM = (a.reshape(tokens, a.shape[-1]) for a in (bits, grad))
     grad_scores = (2 * bits_TF - 1).T @ grad_TM
     weights = jax.nn.softmax(scores.astype(jnp.float32) / tau, axis=0).astype(grad.dtype)
     grad_bits = (grad_TM @ weights.T).reshape(bits.shape)
@@ -214,7 +225,7 @@ def sparse_learnable_mapping(
                 f"sparse_learnable_mapping: candidates refer to inputs {low}..{high} but bits has "
                 f"{bits.shape[-1]} (valid: 0..{bits.shape[-1] - 1})."
             )
-    tokens_FT = bits.reshape(-1, bits.shape[-1]).T
+    tokens_FT = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1]).T
     _temperature("sparse_learnable_mapping", tau)
     chosen = sparse_mapping_feature_major(tokens_FT, scores, jnp.asarray(candidates), tau=tau)
     return chosen.T.reshape(*bits.shape[:-1], scores.shape[0])
@@ -224,6 +235,10 @@ def sparse_mapping_feature_major(
     bits_FT: Array, scores: Array, candidates: Array, *, tau: float = 0.001
 ) -> Array:
     """`sparse_learnable_mapping` for (F, T) floating bits: (M, T)."""
+    if not bits_FT.shape[0]:
+        raise InputError(
+            f"sparse_learnable_mapping: expected at least one bit, found {list(bits_FT.shape)}."
+        )
     return _sparse(bits_FT, scores, candidates, _temperature("sparse_learnable_mapping", tau))
 
 
