@@ -27,13 +27,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import int64, integer
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 
+ROUNDINGS = ("exact", "published")
 MOMENTUM = 0.95
 ACTIVATION_BITS = 8
 RESIDUAL_BITS = 16
@@ -233,7 +234,13 @@ class IntegerLayerNorm(Packable):
 
 
 class Shiftmax(Packable):
-    """Softmax over the last axis by shifts: 16 bits."""
+    """Softmax over the last axis by shifts: 16 bits.
+
+    rounding: 'exact' integers, or 'published': of x * scale / scale in float32, as I-ViT's program
+      does, whose floors then fall one lower here and there. The packed form is exact.
+    """
+
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized) -> Quantized:
@@ -247,7 +254,7 @@ class Shiftmax(Packable):
         inverse = integer.inverse_scale(x.scale)
         self.write(inverse=inverse)
         out, scale = (
-            integer.shiftmax_units(x.ints, inverse, bits=ATTENTION_BITS),
+            integer.shiftmax_units(_grid(x, self.rounding), inverse, bits=ATTENTION_BITS),
             jnp.float32(2.0 ** (1 - ATTENTION_BITS)),
         )
         return Quantized.of(out, scale, jax.nn.softmax(x.real, axis=-1))
@@ -269,7 +276,9 @@ class Shiftmax(Packable):
 
 
 class ShiftGELU(Packable):
-    """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid."""
+    """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid. rounding: see `Shiftmax`."""
+
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized) -> Quantized:
@@ -281,7 +290,7 @@ class ShiftGELU(Packable):
         inverse = integer.inverse_scale(x.scale * integer.GELU_SLOPE)
         self.write(inverse=inverse)
         out, scale = (
-            integer.shift_gelu_units(x.ints, inverse),
+            integer.shift_gelu_units(_grid(x, self.rounding), inverse),
             x.scale * 2.0 ** (1 - integer.GELU_BITS),
         )
         return Quantized.of(out, scale, integer.gelu_shadow(x.real))
@@ -299,6 +308,12 @@ class ShiftGELU(Packable):
             stored={INT: BYTES[INT]},
         )
         return [row]
+
+
+def _grid(x: Quantized, rounding: str) -> Array:
+    """The whole numbers, or what the published program has in their place."""
+    check_choice("rounding", rounding, ROUNDINGS)
+    return x.ints if rounding == "exact" else integer.published_grid(x.ints, x.scale)
 
 
 def requantize_costs(

@@ -47,6 +47,7 @@ class IntegerAttention(nn.Module):
     num_heads: int
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
@@ -61,7 +62,7 @@ class IntegerAttention(nn.Module):
             for i in range(3)
         )
         scores = _product("bqhk,bshk->bhqs", q, k, head**-0.5)
-        weights = Shiftmax(name="shiftmax")(
+        weights = Shiftmax(self.rounding, name="shiftmax")(
             ActivationQuantizer(name="quant_scores")(scores, train=train)
         )
         mixed = _product("bhqs,bshk->bqhk", weights, v)
@@ -99,6 +100,7 @@ class IntegerMLP(nn.Module):
     ratio: int = 4
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
@@ -107,7 +109,9 @@ class IntegerMLP(nn.Module):
         hidden = ActivationQuantizer(name="quant_up")(
             IntegerDense(self.ratio * width, self.kernel_init, name="up")(x), train=train
         )
-        hidden = ActivationQuantizer(name="quant_gelu")(ShiftGELU(name="gelu")(hidden), train=train)
+        hidden = ActivationQuantizer(name="quant_gelu")(
+            ShiftGELU(self.rounding, name="gelu")(hidden), train=train
+        )
         out = IntegerDense(width, self.output_init, name="down")(hidden)
         return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
 

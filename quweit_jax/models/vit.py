@@ -64,6 +64,8 @@ class ViTConfig(ChannelMixers):
       the variant's (0: its own).
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+'.
     integer: I-ViT's integer-only arithmetic instead of floats.
+    rounding: of an integer model, 'exact' or 'published', see `layers.integer.Shiftmax`; imported
+      I-ViTs have the latter.
     pool: what the head reads, the 'cls' token or the 'mean' of the patches.
     drop_path: the share of examples whose last block's branches are left out in training, rising to
     it linearly with depth.
@@ -76,6 +78,7 @@ class ViTConfig(ChannelMixers):
     heads: int = 0
     mlp_ratio: int = 4
     integer: bool = False
+    rounding: str = "exact"
     pool: str = "cls"
     drop_path: float = 0.0
     remat: bool = False
@@ -105,6 +108,12 @@ class ViTConfig(ChannelMixers):
             raise InputError(
                 f"model.dtype: an integer model trains beside float32, found {self.dtype}; leave "
                 "it at float32."
+            )
+        check_choice("model.rounding", self.rounding, layers.ROUNDINGS)
+        if self.rounding != "exact" and not self.integer:
+            raise InputError(
+                f"model.rounding: only an integer model rounds, found '{self.rounding}'; leave it "
+                "at exact, or set --config.model.integer=true."
             )
         check_choice("model.pool", self.pool, POOLS)
         check_choice("model.dtype", self.dtype, DTYPES)
@@ -194,18 +203,17 @@ class IntegerViTBlock(nn.Module):
         y = ActivationQuantizer(name="quant_attention_norm")(
             layers.IntegerLayerNorm(name="attention_norm")(x), train=train
         )
-        y = blocks.IntegerAttention(
-            self.config.sizes()[2], name="attention", **self.config.initializers()
-        )(y, train=train)
+        c = self.config
+        shared = {"rounding": c.rounding, **c.initializers()}
+        y = blocks.IntegerAttention(c.sizes()[2], name="attention", **shared)(y, train=train)
         x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(
             drop(y, train), x, train=train
         )
-        c = self.config
         mixer = mlp.make(
             self.mlp,
             x.ints.shape[-1],
             c,
-            lambda: blocks.IntegerMLP(c.mlp_ratio, name="mlp", **c.initializers()),
+            lambda: blocks.IntegerMLP(c.mlp_ratio, name="mlp", **shared),
             integer=True,
             use_norm=False,
         )

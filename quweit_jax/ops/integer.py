@@ -113,9 +113,8 @@ def _check_inputs(inputs: int, bits: int) -> None:
     limit = wide.INT32_MAX // (2**7 * max(1, 2 ** (bits - 1) - 1))
     if inputs > limit:
         raise InputError(
-            f"int_linear: expected at most {limit:,} inputs, the most of which int32 is sure to "
-            f"hold the sum of products with {bits}-bit weights, found {inputs:,}; make the layer "
-            "narrower or split it."
+            f"int_linear: expected at most {limit:,} inputs, whose products with {bits}-bit "
+            f"weights int32 is sure to hold the sum of, found {inputs:,}; split the layer."
         )
 
 
@@ -190,6 +189,16 @@ def _power_of_two(exponent: Array) -> Array:
 def inverse_scale(scale: Array) -> Array:
     """-floor(-1 / scale), the integer that stands for 1: int32, at most 2**24."""
     return jnp.minimum(-jnp.floor(-1.0 / jax.lax.stop_gradient(scale)), 2.0**24).astype(jnp.int32)
+
+
+def published_grid(x: Array, scale: Array) -> Array:
+    """x * scale / scale, both rounded to float32 as the published program does before it rounds
+    down: a whole number or the one just beside it. x: whole numbers; scale: one. No gradient.
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    # Without the barriers the product is cancelled, and the division done as a product.
+    scale = jax.lax.optimization_barrier(jnp.broadcast_to(jax.lax.stop_gradient(scale), x.shape))
+    return jax.lax.optimization_barrier(x * scale) / scale
 
 
 def shiftmax_units(x: Array, inverse: Array, *, bits: int) -> Array:

@@ -130,6 +130,8 @@ def _read(tables_LA: Array, bits_nLT: Sequence[Array]) -> Array:
 
 def _wire(bits_FT: Array, mapping_Ln: Array) -> Array:
     """Follows the wiring: (n, L, T) booleans, a copy of whole rows."""
+    if not mapping_Ln.size:
+        return jnp.zeros((*mapping_Ln.shape[::-1], bits_FT.shape[1]), bits_FT.dtype)
     return jnp.take(bits_FT, mapping_Ln.T, axis=0, mode="clip")
 
 
@@ -188,9 +190,7 @@ def _table_grad_reduce(address_LT: Array, grad_LT: Array, entries: int) -> Array
 
 
 def _table_grad(address_LT: Array, grad_LT: Array, entries: int) -> Array:
-    """Adds each gradient to the addressed entry: (L, A). A scatter on CPU, a masked reduction where
-    scatters serialize.
-    """
+    """Adds gradients to addressed entries, (L, A); a reduction where scatters serialize."""
     return jax.lax.platform_dependent(
         address_LT,
         grad_LT,

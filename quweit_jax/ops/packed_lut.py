@@ -43,6 +43,8 @@ def look_up(bits_FT: Array, wiring: Array, packed: Array) -> Array:
             "look_up: expected bits (F, T) and wiring (L, n), n >= 1, into them, found "
             f"{list(bits_FT.shape)} and {list(slots)}."
         )
+    if not slots[0]:
+        return jnp.zeros((0, bits_FT.shape[1]), bool)
     return no_fusion(_look_up, bits_FT, jnp.asarray(wiring, jnp.int32), jnp.asarray(packed))
 
 

@@ -104,7 +104,11 @@ def load_deit(path: Path) -> tuple[ViT, dict[str, Any]]:
 
 
 def load_ivit(path: Path) -> tuple[ViT, dict[str, Any]]:
-    """An integer-only ViT and its {'params': ..., 'ranges': ...}; zeros are ranges not set."""
+    """An integer-only ViT and its {'params': ..., 'ranges': ...}; zeros are ranges not set.
+
+    It rounds as the published program does (`rounding='published'`), so that it decides alike. What
+    is trained or fine-tuned here, and every packed form, computes with exact integers.
+    """
     return _load(path, integer=True)
 
 
@@ -182,8 +186,9 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, Any]]:
     name = next((name for name, size in SIZES.items() if size == known), None)
     own = {} if name else dict(zip(("width", "depth", "heads"), known))
     variant = f"{name or 'Ti'}/{sizes.patch}"
+    rounding = "published" if integer else "exact"
     of_all = {"variant": variant, "mlp_ratio": sizes.mlp_ratio, "integer": integer}
-    model = ViT(ViTConfig(sizes.num_classes, **of_all, **own))
+    model = ViT(ViTConfig(sizes.num_classes, rounding=rounding, **of_all, **own))
     return model, _convert(tensors, sizes, integer)
 
 

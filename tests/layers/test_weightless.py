@@ -307,7 +307,7 @@ def test_group_sum():
         ),
         (
             WeightlessBlock(4, num_luts=10, sum="grouped"),
-            "shares the 10 tables of the last layer equally among 4 features; use a multiple of 4",
+            r"num_luts of the last layer of a grouped sum: .*use 8 or 12, or sum='dense'",
         ),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,

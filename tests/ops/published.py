@@ -165,11 +165,7 @@ def _published_grid(x_int: Array, scale: Array) -> Array:
     """
     if integer.is_integer(x_int):
         return x_int.astype(jnp.int32)
-    x_int = jax.lax.stop_gradient(x_int)
-    # The barriers keep the product from being cancelled, and the division from becoming a product
-    # with 1 / scale.
-    scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x_int.shape))
-    return jax.lax.optimization_barrier(x_int * scale) / scale
+    return integer.published_grid(x_int, scale)
 
 
 def _out(
