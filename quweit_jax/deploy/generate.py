@@ -18,6 +18,7 @@ from jax import Array
 
 from quweit_jax.errors import InputError
 
+_LONGEST = 512  # tokens of a prompt that are read at a time
 _KNOWN = 16  # tokens before a piece that are decoded with it
 
 
@@ -87,12 +88,12 @@ def empty_cache(model: nn.Module, batch: int = 1) -> Any:
 
 
 def prefill(model: nn.Module, variables: dict[str, Any], tokens: np.ndarray) -> tuple[Array, Any]:
-    """Reads a prompt (T,) in pieces of powers of two (few shapes to compile): (logits of the last
-    token (V,), cache).
+    """Reads a prompt (T,) in pieces of powers of two (few shapes to compile), none so long that its
+    logits take much memory: (logits of the last token (V,), cache).
     """
     cache, start, logits = empty_cache(model), 0, None
     while start < len(tokens):
-        size = 1 << ((len(tokens) - start).bit_length() - 1)
+        size = min(_LONGEST, 1 << ((len(tokens) - start).bit_length() - 1))
         logits, cache = decode_step(
             model, variables, cache, jnp.asarray(tokens[None, start : start + size], jnp.int32)
         )

@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

@@ -96,6 +96,50 @@ def test_rolling_scores_every_token_once(scorer):
     assert values[0] == pytest.approx(expected, rel=1e-4) and values[1] == 0 and values[2] < 0
 
 
+def test_long_texts_are_read_in_windows_that_carry_the_state(monkeypatch):
+    """Of a model without limit: in whatever windows, the scores are those of the whole at once,
+    and no array has a window's logits times the text's length.
+    """
+    model = models.build(CONFIGS["matmulfree"], TOKENIZER.vocab_size)
+    variables = jax.jit(model.init)(jax.random.key(1), np.zeros((1, 4), np.int32))
+    scorer = scoring.Scorer(model, variables, TOKENIZER, batch_size=3)
+    texts = [TEXT * 3, TEXT[:30], TEXT * 2 + "the fox", "a"]
+    start = np.asarray([scorer.start_token()])
+    expected = [
+        plain(scorer, np.concatenate([start, TOKENIZER.encode(text)]), 1)[0] for text in texts
+    ]
+    read = []
+    step = scoring._score_window
+    monkeypatch.setattr(
+        scoring, "_score_window", lambda *a: (read.append(a[-1].shape), step(*a))[1]
+    )
+    for longest, logits in ((16, 2**25), (32, 2**25), (512, 32 * TOKENIZER.vocab_size), (512, 1)):
+        monkeypatch.setattr(scoring, "_LONGEST", longest)
+        monkeypatch.setattr(scoring, "_LOGITS", logits)
+        read.clear()
+        found = scorer.rolling_log_likelihoods(texts)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        assert read and all(shape[0] == 3 and shape[1] <= 33 for shape in read)
+        pairs = scorer.log_likelihoods([(TEXT * 3, " brown")])  # one text is one row
+        tokens = TOKENIZER.encode(TEXT * 3 + " brown")
+        assert pairs[0][0] == pytest.approx(plain(scorer, tokens, len(tokens) - 6)[0], abs=1e-3)
+        assert read[-1][0] == 1
+
+
+def test_as_many_rows_as_there_are_texts(scorer, monkeypatch):
+    rows, padded = [], scoring.Scorer._padded
+
+    def watched(self, texts, count):
+        rows.append(count)
+        return padded(self, texts, count)
+
+    monkeypatch.setattr(scoring.Scorer, "_padded", watched)
+    scorer.rolling_log_likelihoods(["the"])
+    scorer.log_likelihoods([("the", " fox")] * 2)
+    scorer.log_likelihoods([("the", " fox")] * 7)
+    assert rows == [1, 2, 3, 3, 3]
+
+
 def test_long_contexts_are_cut_at_the_front(scorer):
     context = TEXT * 3 + "the quick"
     value, _ = scorer.log_likelihoods([(context, " brown")])[0]
