@@ -19,6 +19,7 @@ from jax import Array
 from quweit_jax.errors import InputError
 
 _LONGEST = 512  # tokens of a prompt that are read at a time
+_FLOAT = np.finfo(np.float32)
 _KNOWN = 16  # tokens before a piece that are decoded with it
 
 
@@ -46,14 +47,14 @@ def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> 
         raise InputError(
             f"sample_logits: expected logits (V,) of one token, found {list(logits.shape)}."
         )
-    known = np.finfo(np.float32)
-    if temperature < known.tiny:  # what float32 would divide by as by 0
+    least, most = (float(limit) for limit in (_FLOAT.tiny, _FLOAT.max))
+    if temperature < least:  # what float32 would divide by as by 0
         return jnp.argmax(logits).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
     largest = logits.max()
     # below 0 by as much, so that no quotient is too large; the equal ones, also infinite, are at 0
     below = jnp.where(logits == largest, 0.0, logits - largest)
-    scaled = below / temperature if temperature <= known.max else jnp.zeros_like(below)
+    scaled = below / temperature if temperature <= most else jnp.zeros_like(below)
     scaled = jnp.where(below == -jnp.inf, -jnp.inf, scaled)
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][-1]

@@ -264,7 +264,13 @@ def _sizes(tensors: Tensors, config: PublishedConfig) -> _Sizes:
     width = _whole(config, "embed_dim") or found_width
     hidden = tensors.shape("blocks.0.mlp.fc1.weight", "hidden, width")[0]
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors.names())
-    depth = 1 + max(int(match[1]) for match in matches if match)
+    found_depth = 1 + max(int(match[1]) for match in matches if match)
+    depth = _whole(config, "depth") or found_depth
+    if depth > len(list(tensors.names())):  # before anything is made for each block
+        raise InputError(
+            f"pretrained: {tensors.where}: expected the weights of {depth} blocks, found "
+            f"{len(list(tensors.names()))} tensors in all."
+        )
     ratio = _whole(config, "mlp_ratio")
     if ratio is None and (width == 0 or hidden % width):
         raise InputError(
@@ -289,7 +295,7 @@ def _sizes(tensors: Tensors, config: PublishedConfig) -> _Sizes:
         channels=_whole(config, "in_chans") or conv[1],
         patches=positions,
         width=width,
-        depth=_whole(config, "depth") or depth,
+        depth=depth,
         mlp_ratio=ratio or hidden // width,
         num_classes=classes or tensors.shape("head.weight", "classes, width")[0],
     )

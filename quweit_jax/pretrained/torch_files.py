@@ -27,6 +27,7 @@ _WRAPPERS = (
     "state_dict_ema",
     "model_ema",
 )
+_REPEATED = 16  # how often numbers may be named by several tensors: tied weights, expanded ones
 # Harmless company of weights, which torch would refuse: arguments of a training program, and NumPy
 # scalars such as a best accuracy.
 _IGNORED = (
@@ -74,7 +75,9 @@ def read_torch_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str, dict[
     require("torch", f"to read {path.name}", "or convert the file to safetensors elsewhere")
     try:
         content = _load(path)
-        arrays = {name: _array(tensor) for name, tensor in _state_dict(content, path).items()}
+        tensors = _state_dict(content, path)
+        _check_sizes(tensors, path)
+        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
         options = content.get("model_args") if isinstance(content, Mapping) else None
         return arrays, str(path), options if isinstance(options, dict) else None
     except InputError:
@@ -110,7 +113,8 @@ def _load(path: Path) -> Any:
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other protocols: what it cannot read is an error
         content = torch.load(path, map_location=keep, weights_only=True, mmap=archive)
-    if room is not None and sum(sizes) > room:
+    room = path.stat().st_size if room is None else room
+    if sum(sizes) > room:
         raise ValueError(f"tensors of {sum(sizes)} bytes, found {room}")
     return content
 
@@ -150,6 +154,21 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
         f"pretrained: {path}: expected a state dict (names and tensors, or one under 'model' or "
         f"'state_dict'), found {found}; save model.state_dict() with torch."
     )
+
+
+def _check_sizes(tensors: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError if tensors claim more numbers than a file of this size can mean: views that
+    repeat a few numbers, of which a copy would fill the memory.
+    """
+    size, total = path.stat().st_size, 0
+    for name, tensor in tensors.items():
+        total += tensor.numel() * tensor.element_size()
+        if total > _REPEATED * size:
+            raise InputError(
+                f"pretrained: {path}: tensor {name}: expected tensors of no more than {_REPEATED} "
+                f"times the file's {size} bytes, found {total}, with this one's shape "
+                f"{list(tensor.shape)}; it repeats numbers, or means harm; save tensor.clone()."
+            )
 
 
 def _array(tensor: Any) -> np.ndarray:
