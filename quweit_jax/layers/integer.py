@@ -75,10 +75,11 @@ class ActivationQuantizer(Packable):
     branch if there is one.
 
     `from_real` does the same for a real array (the image, the positional embedding), which is
-    rounded.
+    rounded. rounding: see `Shiftmax`; 'published' has the exact ratio of scales also in training.
     """
 
     bits: int = ACTIVATION_BITS
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(
@@ -103,9 +104,10 @@ class ActivationQuantizer(Packable):
         if self.is_packing:
             factors = [factor for s in scales for factor in int64.dyadic(s, scale)]
             self.write(**dict(zip(names, factors)))
-        out = integer.requantize_units(
-            [(b.ints, s) for b, s in zip(branches, scales)], scale, self.bits
-        )
+        pairs = [(_grid(b, self.rounding), s) for b, s in zip(branches, scales)]
+        if self.rounding == "published":  # whole again, and multiplied in 64 bits
+            pairs = [(_nearest(ints), s) for ints, s in pairs]
+        out = integer.requantize_units(pairs, scale, self.bits).astype(jnp.float32)
         return Quantized.of(out, scale, integer.clip_shadow(real, scale, self.bits))
 
     @nn.compact
@@ -314,6 +316,11 @@ def _grid(x: Quantized, rounding: str) -> Array:
     """The whole numbers, or what the published program has in their place."""
     check_choice("rounding", rounding, ROUNDINGS)
     return x.ints if rounding == "exact" else integer.published_grid(x.ints, x.scale)
+
+
+def _nearest(x: Array) -> Array:
+    """Float to the nearest int32, ties to even; what lies beyond stays at the largest."""
+    return jnp.clip(jnp.round(x), -(2.0**31), 2.0**31 - 128).astype(jnp.int32)
 
 
 def requantize_costs(

@@ -54,7 +54,7 @@ class IntegerAttention(nn.Module):
         """x (B, T, d) at 8 bits -> (B, T, d) at 16 bits."""
         batch, tokens, width = x.ints.shape
         head = width // self.num_heads
-        qkv = ActivationQuantizer(name="quant_qkv")(
+        qkv = ActivationQuantizer(rounding=self.rounding, name="quant_qkv")(
             IntegerDense(3 * width, self.kernel_init, name="qkv")(x), train=train
         )
         q, k, v = (
@@ -63,14 +63,16 @@ class IntegerAttention(nn.Module):
         )
         scores = _product("bqhk,bshk->bhqs", q, k, head**-0.5)
         weights = Shiftmax(self.rounding, name="shiftmax")(
-            ActivationQuantizer(name="quant_scores")(scores, train=train)
+            ActivationQuantizer(rounding=self.rounding, name="quant_scores")(scores, train=train)
         )
         mixed = _product("bhqs,bshk->bqhk", weights, v)
-        mixed = ActivationQuantizer(name="quant_mixed")(
+        mixed = ActivationQuantizer(rounding=self.rounding, name="quant_mixed")(
             mixed.map(lambda a: a.reshape(batch, tokens, width)), train=train
         )
         out = IntegerDense(width, self.output_init, name="proj")(mixed)
-        return ActivationQuantizer(RESIDUAL_BITS, name="quant_proj")(out, train=train)
+        return ActivationQuantizer(RESIDUAL_BITS, self.rounding, name="quant_proj")(
+            out, train=train
+        )
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """8-bit queries, keys and scores; 16-bit weights times 8-bit values, or both of 8 bits
@@ -106,14 +108,16 @@ class IntegerMLP(nn.Module):
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
         """x (..., d) at 8 bits -> (..., d) at 16 bits."""
         width = x.ints.shape[-1]
-        hidden = ActivationQuantizer(name="quant_up")(
+        hidden = ActivationQuantizer(rounding=self.rounding, name="quant_up")(
             IntegerDense(self.ratio * width, self.kernel_init, name="up")(x), train=train
         )
-        hidden = ActivationQuantizer(name="quant_gelu")(
+        hidden = ActivationQuantizer(rounding=self.rounding, name="quant_gelu")(
             ShiftGELU(self.rounding, name="gelu")(hidden), train=train
         )
         out = IntegerDense(width, self.output_init, name="down")(hidden)
-        return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
+        return ActivationQuantizer(RESIDUAL_BITS, self.rounding, name="quant_down")(
+            out, train=train
+        )
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside."""

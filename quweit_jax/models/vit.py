@@ -200,13 +200,13 @@ class IntegerViTBlock(nn.Module):
     def __call__(self, x: Quantized, train: bool = False) -> Quantized:
         """x (B, T, d) at 16 bits -> (B, T, d) at 16 bits."""
         drop = DropPath(self.drop_path, name="drop_path")
-        y = ActivationQuantizer(name="quant_attention_norm")(
+        y = ActivationQuantizer(rounding=self.config.rounding, name="quant_attention_norm")(
             layers.IntegerLayerNorm(name="attention_norm")(x), train=train
         )
         c = self.config
         shared = {"rounding": c.rounding, **c.initializers()}
         y = blocks.IntegerAttention(c.sizes()[2], name="attention", **shared)(y, train=train)
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_attention")(
             drop(y, train), x, train=train
         )
         mixer = mlp.make(
@@ -220,8 +220,12 @@ class IntegerViTBlock(nn.Module):
         if mixer is None:
             return x
         y = layers.IntegerLayerNorm(name="mlp_norm")(x)
-        y = mixer(ActivationQuantizer(name="quant_mlp_norm")(y, train=train))
-        residual = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_mlp")
+        y = mixer(
+            ActivationQuantizer(rounding=self.config.rounding, name="quant_mlp_norm")(
+                y, train=train
+            )
+        )
+        residual = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_mlp")
         return residual(drop(y, train), x, train=train)
 
 
@@ -265,7 +269,7 @@ class ViT(Packable):
     def _integer(self, patches: Array, shape: Sequence[int], train: bool) -> Array:
         c, width = self.config, self.config.sizes()[0]
         x = ActivationQuantizer(name="quant_input").from_real(patches, train=train)
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_patches")(
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_patches")(
             layers.IntegerDense(width, KERNEL_INIT, name="patch_embed")(x), train=train
         )
         if c.pool == "cls":
@@ -277,7 +281,7 @@ class ViT(Packable):
             position = quantizer.from_real(self._positions(shape, width), train=train)
             self.write(position_embedding=position.ints.astype(jnp.int32))
         position = position.map(lambda a: jnp.broadcast_to(a, x.ints.shape))
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_embedding")(
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_embedding")(
             x, position, train=train
         )
         block = nn.remat(IntegerViTBlock, static_argnums=(2,)) if c.remat else IntegerViTBlock
@@ -285,11 +289,13 @@ class ViT(Packable):
             x = block(c, kind, drop_path, name=f"block_{i}")(x, train)
         if c.pool == "cls":
             x = x.map(lambda a: a[:, 0])
-        x = ActivationQuantizer(name="quant_final")(
+        x = ActivationQuantizer(rounding=self.config.rounding, name="quant_final")(
             layers.IntegerLayerNorm(name="final_norm")(x), train=train
         )
         if c.pool == "mean":
-            x = ActivationQuantizer(name="quant_pool")(layers.mean_of_tokens(x), train=train)
+            x = ActivationQuantizer(rounding=self.config.rounding, name="quant_pool")(
+                layers.mean_of_tokens(x), train=train
+            )
         logits = layers.IntegerDense(c.num_classes, KERNEL_INIT, name="head")(x)
         if logits.packed:
             return logits.ints * self.read("logit_scale")[0]
