@@ -21,7 +21,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from quweit_jax.ops import integer, lut, packed_lut, ternary, thermometer
+from quweit_jax.ops import integer, lut, packed_lut, packed_ternary, thermometer
 from quweit_jax.ops.sums import conditional_sum
 
 OUT = Path(__file__).parent / "figures"
@@ -372,7 +372,7 @@ def byte_layouts(colors: Colors) -> Figure:
     )
     tables = np.asarray(packed_lut.pack_tables(jnp.asarray(table)))[0]
     weights = np.asarray([[1], [-1], [0], [1]], np.int8)
-    byte = int(np.asarray(ternary.pack_ternary(weights))[0, 0])
+    byte = int(np.asarray(packed_ternary.pack_ternary(weights))[0, 0])
     figure, (axis,) = canvas(colors, 7.2, 4.2)
     bare(axis, 14.4, 8.4)
 

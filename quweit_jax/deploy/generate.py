@@ -19,6 +19,8 @@ from jaxtyping import PyTree
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError
 
+_LONGEST = 512  # tokens of a prompt that are read at a time
+_FLOAT = np.finfo(np.float32)
 _KNOWN = 16  # tokens before a piece that are decoded with it
 
 
@@ -36,14 +38,29 @@ def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
 
 def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> Array:
     """One token id from logits (V,): among the top_k likeliest (0: all), at a temperature (0: the
-    likeliest).
+    likeliest; infinite: each as often).
+
+    Raises:
+      InputError: no logits, or settings that cannot be sampled with.
     """
-    if temperature == 0:
+    check_sampling(temperature, top_k, 0)
+    if logits.ndim != 1 or not logits.size:
+        raise InputError(
+            f"sample_logits: expected logits (V,) of one token, found {list(logits.shape)}."
+        )
+    least, most = (float(limit) for limit in (_FLOAT.tiny, _FLOAT.max))
+    if temperature < least:  # what float32 would divide by as by 0
         return jnp.argmax(logits).astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
+    largest = logits.max()
+    # below 0 by as much, so that no quotient is too large; the equal ones, also infinite, are at 0
+    below = jnp.where(logits == largest, 0.0, logits - largest)
+    scaled = below / temperature if temperature <= most else jnp.zeros_like(below)
+    scaled = jnp.where(below == -jnp.inf, -jnp.inf, scaled)
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][-1]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        scaled = jnp.where(logits < smallest, -jnp.inf, scaled)
+    return jax.random.categorical(key, scaled).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,12 +92,12 @@ def empty_cache(model: nn.Module, batch: int = 1) -> PyTree:
 def prefill(
     model: nn.Module, variables: dict[str, PyTree], tokens: np.ndarray
 ) -> tuple[Array, PyTree]:
-    """Reads a prompt (T,) in pieces of powers of two (few shapes to compile): (logits of the last
-    token (V,), cache).
+    """Reads a prompt (T,) in pieces of powers of two (few shapes to compile), none so long that its
+    logits take much memory: (logits of the last token (V,), cache).
     """
     cache, start, logits = empty_cache(model), 0, None
     while start < len(tokens):
-        size = 1 << ((len(tokens) - start).bit_length() - 1)
+        size = min(_LONGEST, 1 << ((len(tokens) - start).bit_length() - 1))
         logits, cache = decode_step(
             model, variables, cache, jnp.asarray(tokens[None, start : start + size], jnp.int32)
         )

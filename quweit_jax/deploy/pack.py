@@ -14,20 +14,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import PyTree
 
 from quweit_jax.deploy.tables import Tree, at, find_blocks
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import stored_bytes
-from quweit_jax.ops.ternary import WEIGHTS_PER_BYTE
+from quweit_jax.ops.packed_ternary import WEIGHTS_PER_BYTE
 
 
-def pack(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
+def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
     """Makes the deployed form of trained variables, for `model.apply`.
 
     Args:
+      model: a Linen module, or one behind `nnx.bridge.ToNNX`. variables: {'params': ..., ...} or
+        the nnx.State of the latter; boxes around arrays, such as `nn.Partitioned`, are taken off.
       inputs: any that `model` can be applied to, such as one token or one image; only their shapes
         and dtypes matter.
 
@@ -36,9 +38,10 @@ def pack(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree
       from there alone, and what it trained is left out.
 
     Raises:
-      InputError: no layer has a packed form, or the activation ranges of an integer model were
-        never set.
+      InputError: no layer has a packed form, the activation ranges of an integer model were
+        never set, or the model is written in NNX itself.
     """
+    model, variables = linen_form(model, variables)
     ranges = flatten_dict(jax.device_get(variables.get("ranges", {})))
     unset = [p[:-1] for p in ranges if p[-1] == "min" and ranges[p] == ranges[(*p[:-1], "max")]]
     if unset:
@@ -57,6 +60,32 @@ def pack(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree
         )
     left = {name: without(tree, packed) for name, tree in variables.items() if name != "ranges"}
     return jax.device_get({name: tree for name, tree in left.items() if tree} | {"packed": packed})
+
+
+def linen_form(model: Any, variables: Any) -> tuple[nn.Module, Tree]:
+    """A Linen module and its variables, out of Flax's NNX and of boxes around arrays.
+
+    Raises:
+      InputError: the model is no Linen module, nor one behind `nnx.bridge.ToNNX`.
+    """
+    model = getattr(model, "to_nnx__module", model)
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "pack: expected a Linen module, or one behind nnx.bridge.ToNNX, found "
+            f"{type(model).__name__}; its layers have no packed form."
+        )
+    if isinstance(variables, dict):
+        return model, nn.unbox(variables)
+    from flax import nnx  # not imported with flax.linen, and rarely needed
+
+    if not isinstance(variables, nnx.State):
+        return model, nn.unbox(dict(variables))
+    found: dict[tuple[Any, ...], Any] = {}
+    for path, variable in nnx.to_flat_state(variables):
+        if not isinstance(variable, nnx.RngState):  # the bridge's, no variable of the model
+            collection = nnx.variable_name_from_type(type(variable))
+            found[(collection, *path)] = variable[...]
+    return model, unflatten_dict(found)
 
 
 def packed_or_trained(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:

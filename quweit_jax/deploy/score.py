@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,18 @@ from jax import Array
 from jaxtyping import PyTree
 
 from quweit_jax.data.tokenizers import Tokenizer
-from quweit_jax.deploy.generate import context_of, generate_tokens, stream_text
+from quweit_jax.deploy.generate import (
+    context_of,
+    decode_step,
+    empty_cache,
+    generate_tokens,
+    stream_text,
+)
 from quweit_jax.errors import InputError, require
 
-_SHORTEST = 16
+_SHORTEST, _LONGEST = 16, 512  # tokens read at a time
+_LOGITS = 2**25  # of all texts that are read at a time: 128 MB
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,9 @@ class Scorer:
 
     start: the token put before a text that has nothing before it; None: the tokenizer's end of
       text if it has one, else a new line if it can spell one, else token 0.
-    batch_size: texts scored at a time.
+    batch_size: texts scored at a time. Their logits fit 128 MB if the model carries a state, however
+      long they are; else they are those of as many tokens as the model's context has, or the
+      longest text.
     """
 
     model: nn.Module
@@ -77,18 +87,34 @@ class Scorer:
         scores = iter(self._score(list(itertools.chain(*windows))))
         return [sum((float(sum(next(scores)[0])) for _ in each), 0.0) for each in windows]
 
-    def generate_until(self, prompt: str, stops: Sequence[str], max_tokens: int) -> str:
-        """The likeliest text after a prompt, up to the first of the stop strings, left out."""
+    def generate_until(
+        self,
+        prompt: str,
+        stops: str | Sequence[str] | None,
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str:
+        """The text after a prompt, up to the first of the stop strings, left out; the likeliest at
+        temperature 0.
+
+        stops: one string, several or none; empty ones don't count.
+
+        Raises:
+          InputError: a stop that is no string, or settings that cannot be sampled with.
+        """
+        stops = _stops(stops)
         tokens = self.tokenizer.encode(prompt) if prompt else np.asarray([self.start_token()])
         if self.context is not None:
             tokens = tokens[-self.context :]
         text, end = "", self.tokenizer.end_of_text
-        found = generate_tokens(
-            self.model, self.variables, tokens, max_tokens, temperature=0, end_of_text=end
-        )
+        how: Any = {"temperature": temperature, "top_k": top_k, "seed": seed, "end_of_text": end}
+        found = generate_tokens(self.model, self.variables, tokens, max_tokens, **how)
         for piece in stream_text(self.tokenizer, found):
             text += piece
-            stopped = [text.index(stop) for stop in stops if stop and stop in text]
+            stopped = [text.index(stop) for stop in stops if stop in text]
             if stopped:
                 return text[: min(stopped)]
         return text
@@ -134,13 +160,8 @@ class Scorer:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         for begin in range(0, len(order), self.batch_size):
             places = order[begin : begin + self.batch_size]
-            longest = len(rows[places[0]][0]) - 1
-            width = max(_SHORTEST, 1 << (longest - 1).bit_length())  # few shapes to compile
-            width = width if self.context is None else max(longest, min(width, self.context))
-            batch = np.zeros((self.batch_size, width + 1), np.int32)
-            for row, i in enumerate(places):  # the padding behind a text is not seen by it
-                batch[row, : len(rows[i][0])] = rows[i][0]
-            values, likeliest = jax.device_get(_token_scores(self.model, self.variables, batch))
+            batch = self._padded([rows[i][0] for i in places], min(self.batch_size, len(rows)))
+            values, likeliest = self._token_scores(batch)
             for row, i in enumerate(places):
                 tokens, scored = rows[i]
                 part = slice(len(tokens) - 1 - scored, len(tokens) - 1)
@@ -148,15 +169,111 @@ class Scorer:
                 results[i] = np.asarray(values[row, part], np.float64), greedy
         return [results[i] for i in range(len(rows))]
 
+    def _padded(self, texts: Sequence[np.ndarray], count: int) -> np.ndarray:
+        """Texts, the longest first, as `count` rows (count, T + 1), T one of few sizes; what is
+        behind a text is not seen by it.
+        """
+        longest = len(texts[0]) - 1
+        width = max(_SHORTEST, 1 << (longest - 1).bit_length())  # few shapes to compile
+        if self.context is not None:
+            width = max(longest, min(width, self.context))
+        elif longest > (window := self._window(count)):
+            width = -(-longest // window) * window
+        batch = np.zeros((count, width + 1), np.int32)
+        for row, text in zip(batch, texts):
+            row[: len(text)] = text
+        return batch
+
+    def _window(self, count: int) -> int:
+        """Tokens of `count` texts that a model without limit reads at a time: a power of two, so
+        that the logits of all have a bounded size.
+        """
+        fit = _LOGITS // (count * getattr(self.model, "config").vocab_size)  # noqa: B009 - of all
+        return min(_LONGEST, max(_SHORTEST, 1 << max(0, fit.bit_length() - 1)))
+
+    def _token_scores(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """tokens (B, T + 1) -> (log-probability of each of the last T, whether it is the likeliest),
+        (B, T); a model without limit reads in windows and carries its state across.
+        """
+        count, width = len(tokens), tokens.shape[1] - 1
+        if self.context is not None or width <= (window := self._window(count)):
+            return jax.device_get(_score_whole(self.model, self.variables, tokens))
+        cache, found = empty_cache(self.model, count), []
+        for start in range(0, width, window):
+            piece = tokens[:, start : start + window + 1]
+            scores, cache = _score_window(self.model, self.variables, cache, piece)
+            found.append(jax.device_get(scores))
+        values, likeliest = (np.concatenate(parts, 1) for parts in zip(*found))
+        return values, likeliest
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_scores(
+def _score_whole(
     model: nn.Module, variables: dict[str, PyTree], tokens: Array
 ) -> tuple[Array, Array]:
     """tokens (B, T + 1) -> (log-probability of each of the last T, whether it is the likeliest)."""
     logits: Any = model.apply(variables, tokens[:, :-1])
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]
-    return chosen, logits.argmax(-1) == tokens[:, 1:]
+    return _scores(logits, tokens[:, 1:])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _score_window(
+    model: nn.Module, variables: dict[str, Any], cache: Any, tokens: Array
+) -> tuple[tuple[Array, Array], Any]:
+    """The same behind what the cache has seen: (the scores, the new cache)."""
+    logits, cache = decode_step(model, variables, cache, tokens[:, :-1])
+    return _scores(logits, tokens[:, 1:]), cache
+
+
+def _scores(logits: Array, targets: Array) -> tuple[Array, Array]:
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets
+
+
+def _stops(until: Any) -> list[str]:
+    """One stop string, a sequence of them or None, as a list; empty ones and None are left out."""
+    given = [until] if isinstance(until, str) or until is None else until
+    if not isinstance(given, Iterable) or not all(isinstance(s, str | None) for s in given):
+        raise InputError(
+            f"until: expected a string, a list of strings or nothing, found {until!r}; quote "
+            "numbers in a task's generation_kwargs."
+        )
+    return [stop for stop in given if stop]
+
+
+def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's generation_kwargs as `Scorer.generate_until` takes them, normalized as
+    lm-evaluation-harness does.
+
+    Of several names of the length the first counts: max_gen_toks, max_new_tokens, max_tokens,
+    max_completion_tokens; without one it is 256. do_sample false means temperature 0; without a
+    temperature it is 0.
+
+    Raises:
+      InputError: a value that means nothing, by name.
+    """
+
+    def number(key: str, default: float, kind: type[int] | type[float]) -> Any:
+        value = options.get(key)
+        try:
+            found = kind(default if value is None else value)
+        except (TypeError, ValueError, OverflowError):
+            found = -1
+        if isinstance(value, bool) or not found >= 0:
+            raise InputError(
+                f"{key}: expected a number, 0 or more, found {value!r}; correct the task's "
+                "generation_kwargs."
+            )
+        return found
+
+    length = next((key for key in _LENGTHS if options.get(key) is not None), _LENGTHS[0])
+    sampled = options.get("do_sample") is not False
+    return {
+        "stops": _stops(options.get("until")),
+        "max_tokens": number(length, 256, int),
+        "temperature": number("temperature", 0, float) if sampled else 0.0,
+        "top_k": number("top_k", 0, int),
+    }
 
 
 def evaluate_tasks(
@@ -186,9 +303,9 @@ def evaluate_tasks(
 
         def generate_until(self, requests, disable_tqdm=False):
             found = []
-            for prompt, options in (request.args for request in requests):
-                stops, most = options.get("until", []), options.get("max_gen_toks", 256)
-                found.append(scorer.generate_until(prompt, stops, most))
+            for i, (prompt, options) in enumerate(request.args for request in requests):
+                options = generation_options(options)
+                found.append(scorer.generate_until(prompt, seed=i, **options))
             return found
 
     folders = [task for task in tasks if Path(task).is_dir()]

@@ -28,13 +28,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Real
 
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import int64, integer
+from quweit_jax.ops import int64, integer, integer_norm
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 
+ROUNDINGS = ("exact", "published")
 MOMENTUM = 0.95
 ACTIVATION_BITS = 8
 RESIDUAL_BITS = 16
@@ -80,10 +81,11 @@ class ActivationQuantizer(Packable):
     branch if there is one.
 
     `from_real` does the same for a real array (the image, the positional embedding), which is
-    rounded.
+    rounded. rounding: see `Shiftmax`; 'published' has the exact ratio of scales also in training.
     """
 
     bits: int = ACTIVATION_BITS
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(
@@ -108,9 +110,10 @@ class ActivationQuantizer(Packable):
         if self.is_packing:
             factors = [factor for s in scales for factor in int64.dyadic(s, scale)]
             self.write(**dict(zip(names, factors)))
-        out = integer.requantize_units(
-            [(b.ints, s) for b, s in zip(branches, scales)], scale, self.bits
-        )
+        pairs = [(_grid(b, self.rounding), s) for b, s in zip(branches, scales)]
+        if self.rounding == "published":  # whole again, and multiplied in 64 bits
+            pairs = [(_nearest(ints), s) for ints, s in pairs]
+        out = integer.requantize_units(pairs, scale, self.bits).astype(jnp.float32)
         return Quantized.of(out, scale, integer.clip_shadow(real, scale, self.bits))
 
     @nn.compact
@@ -213,20 +216,20 @@ class IntegerLayerNorm(Packable):
     def __call__(self, x: Quantized) -> Quantized:
         """x (..., d) at 16 bits -> (..., d) int32, a scale a feature."""
         if x.packed:
-            return Quantized(integer.layer_norm_units(x.ints, *self.read("bias", "halvings")))
+            return Quantized(integer_norm.layer_norm_units(x.ints, *self.read("bias", "halvings")))
         width = x.ints.shape[-1]
         weight = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
-        bias_int, halvings, scale = integer.layer_norm_constants(weight, bias)
+        bias_int, halvings, scale = integer_norm.layer_norm_constants(weight, bias)
         self.write(bias=bias_int, halvings=halvings)
-        out = integer.layer_norm_units(x.ints, bias_int, halvings)
-        return Quantized.of(out, scale, integer.layer_norm_shadow(x.real, weight, bias))
+        out = integer_norm.layer_norm_units(x.ints, bias_int, halvings)
+        return Quantized.of(out, scale, integer_norm.layer_norm_shadow(x.real, weight, bias))
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Integer mean, sum of squares, Newton's square root, one factor a token; 16 bits in, 8 out
         after requantization.
         """
-        n, rows, steps = call.size, call.rows, call.rows * integer.LAYER_NORM_ITERATIONS
+        n, rows, steps = call.size, call.rows, call.rows * integer_norm.LAYER_NORM_ITERATIONS
         counts = Elementwise.of(INT, 2 * n, 4 * n + steps, 2 * rows + steps, shifts=n + steps)
         row = call.row(
             "norm",
@@ -239,7 +242,13 @@ class IntegerLayerNorm(Packable):
 
 
 class Shiftmax(Packable):
-    """Softmax over the last axis by shifts: 16 bits."""
+    """Softmax over the last axis by shifts: 16 bits.
+
+    rounding: 'exact' integers, or 'published': of x * scale / scale in float32, as I-ViT's program
+      does, whose floors then fall one lower here and there. The packed form is exact.
+    """
+
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized) -> Quantized:
@@ -253,7 +262,7 @@ class Shiftmax(Packable):
         inverse = integer.inverse_scale(x.scale)
         self.write(inverse=inverse)
         out, scale = (
-            integer.shiftmax_units(x.ints, inverse, bits=ATTENTION_BITS),
+            integer.shiftmax_units(_grid(x, self.rounding), inverse, bits=ATTENTION_BITS),
             jnp.float32(2.0 ** (1 - ATTENTION_BITS)),
         )
         return Quantized.of(out, scale, jax.nn.softmax(x.real, axis=-1))
@@ -275,7 +284,9 @@ class Shiftmax(Packable):
 
 
 class ShiftGELU(Packable):
-    """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid."""
+    """x * sigmoid(1.702 x) by shifts, 8 bits of sigmoid. rounding: see `Shiftmax`."""
+
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized) -> Quantized:
@@ -287,7 +298,7 @@ class ShiftGELU(Packable):
         inverse = integer.inverse_scale(x.scale * integer.GELU_SLOPE)
         self.write(inverse=inverse)
         out, scale = (
-            integer.shift_gelu_units(x.ints, inverse),
+            integer.shift_gelu_units(_grid(x, self.rounding), inverse),
             x.scale * 2.0 ** (1 - integer.GELU_BITS),
         )
         return Quantized.of(out, scale, integer.gelu_shadow(x.real))
@@ -305,6 +316,17 @@ class ShiftGELU(Packable):
             stored={INT: BYTES[INT]},
         )
         return [row]
+
+
+def _grid(x: Quantized, rounding: str) -> Array:
+    """The whole numbers, or what the published program has in their place."""
+    check_choice("rounding", rounding, ROUNDINGS)
+    return x.ints if rounding == "exact" else integer.published_grid(x.ints, x.scale)
+
+
+def _nearest(x: Array) -> Array:
+    """Float to the nearest int32, ties to even; what lies beyond stays at the largest."""
+    return jnp.clip(jnp.round(x), -(2.0**31), 2.0**31 - 128).astype(jnp.int32)
 
 
 def requantize_costs(

@@ -37,6 +37,25 @@ def _product(subscripts: str, a: Quantized, b: Quantized, factor: float = 1.0) -
     return Quantized.of(ints, scale, jnp.einsum(subscripts, a.real, b.real) * factor)
 
 
+def prepend(first: Quantized, x: Quantized) -> Quantized:
+    """A class token (1, 1, d) in front of tokens (B, N, d) of the same scale, or of a scale a
+    feature.
+    """
+
+    def join(token: Array, tokens: Array) -> Array:
+        return jnp.concatenate(
+            [
+                jnp.broadcast_to(token, (tokens.shape[0], 1, tokens.shape[2])).astype(tokens.dtype),
+                tokens,
+            ],
+            1,
+        )
+
+    return Quantized(
+        join(first.ints, x.ints), x.scale, None if x.real is None else join(first.real, x.real)
+    )
+
+
 class IntegerAttention(nn.Module):
     """I-ViT's attention: 8-bit queries, keys, values and scores, Shiftmax at 16 bits, 16 bits out.
 
@@ -48,13 +67,14 @@ class IntegerAttention(nn.Module):
     num_heads: int
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
         """x (B, T, d) at 8 bits -> (B, T, d) at 16 bits."""
         batch, tokens, width = x.ints.shape
         head = width // self.num_heads
-        qkv = ActivationQuantizer(name="quant_qkv")(
+        qkv = ActivationQuantizer(rounding=self.rounding, name="quant_qkv")(
             IntegerDense(3 * width, self.kernel_init, name="qkv")(x), train=train
         )
         q, k, v = (
@@ -62,15 +82,17 @@ class IntegerAttention(nn.Module):
             for i in range(3)
         )
         scores = _product("bqhk,bshk->bhqs", q, k, head**-0.5)
-        weights = Shiftmax(name="shiftmax")(
-            ActivationQuantizer(name="quant_scores")(scores, train=train)
+        weights = Shiftmax(self.rounding, name="shiftmax")(
+            ActivationQuantizer(rounding=self.rounding, name="quant_scores")(scores, train=train)
         )
         mixed = _product("bhqs,bshk->bqhk", weights, v)
-        mixed = ActivationQuantizer(name="quant_mixed")(
+        mixed = ActivationQuantizer(rounding=self.rounding, name="quant_mixed")(
             mixed.map(lambda a: a.reshape(batch, tokens, width)), train=train
         )
         out = IntegerDense(width, self.output_init, name="proj")(mixed)
-        return ActivationQuantizer(RESIDUAL_BITS, name="quant_proj")(out, train=train)
+        return ActivationQuantizer(RESIDUAL_BITS, self.rounding, name="quant_proj")(
+            out, train=train
+        )
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """8-bit queries, keys and scores; 16-bit weights times 8-bit values, or both of 8 bits
@@ -100,17 +122,22 @@ class IntegerMLP(nn.Module):
     ratio: int = 4
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
+    rounding: str = "exact"
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
         """x (..., d) at 8 bits -> (..., d) at 16 bits."""
         width = x.ints.shape[-1]
-        hidden = ActivationQuantizer(name="quant_up")(
+        hidden = ActivationQuantizer(rounding=self.rounding, name="quant_up")(
             IntegerDense(self.ratio * width, self.kernel_init, name="up")(x), train=train
         )
-        hidden = ActivationQuantizer(name="quant_gelu")(ShiftGELU(name="gelu")(hidden), train=train)
+        hidden = ActivationQuantizer(rounding=self.rounding, name="quant_gelu")(
+            ShiftGELU(self.rounding, name="gelu")(hidden), train=train
+        )
         out = IntegerDense(width, self.output_init, name="down")(hidden)
-        return ActivationQuantizer(RESIDUAL_BITS, name="quant_down")(out, train=train)
+        return ActivationQuantizer(RESIDUAL_BITS, self.rounding, name="quant_down")(
+            out, train=train
+        )
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """The costs of the layers inside."""

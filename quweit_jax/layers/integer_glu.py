@@ -16,7 +16,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.integer import RESIDUAL_BITS, Quantized
 from quweit_jax.layers.lookup_glu import LookupGLU, check_glu
-from quweit_jax.ops import integer, pair_table, ternary
+from quweit_jax.ops import integer, packed_ternary, pair_table, ternary
 from quweit_jax.ops.counts import BYTES, INT, LayerCosts
 
 
@@ -41,10 +41,10 @@ class IntegerLookupGLU(LookupGLU):
             mix, offsets, halfway, tables, total, bias = self.read(
                 "mix", "offsets", "halfway", "tables", "sum", "bias"
             )
-            sums = integer.matmul_units(x.ints, ternary.unpack_ternary(mix, width)) - offsets
+            sums = integer.matmul_units(x.ints, packed_ternary.unpack_ternary(mix, width)) - offsets
             first, second = jnp.split(pair_table.count_codes(sums, halfway), 2, axis=-1)
             read = pair_table.pair_lookup(first, second, tables)
-            whole = ternary.unpack_ternary(total, read.shape[-1])
+            whole = packed_ternary.unpack_ternary(total, read.shape[-1])
             return Quantized(integer.matmul_units(read, whole) + bias)
         mix, total, offsets, bias = self._parameters(width)
         tables, entries = self._tables(width)

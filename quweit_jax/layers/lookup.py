@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.norms import Initializer
 from quweit_jax.layers.packing import Packable
@@ -37,6 +38,8 @@ MAPPINGS = ("random", "arange", "learnable", "candidates")
 
 
 TABLE_INITS = ("uniform", "residual")
+groups.declare("tables", "tables")
+groups.declare("scores", "scores")
 
 
 def symmetric_uniform(scale: float = 1.0) -> Initializer:
@@ -75,6 +78,19 @@ class LookupOptions(Protocol):
     def lut_inputs(self) -> int:
         """Inputs of a table."""
         ...
+
+
+def check_shared(what: str, tables: int, outputs: int, otherwise: str = "") -> None:
+    """Raises InputError unless tables can be shared equally by outputs; names the two nearest
+    numbers that can. otherwise: what else helps.
+    """
+    if tables % outputs:
+        below = tables // outputs * outputs
+        nearest = f"{below} or {below + outputs}" if below else f"{outputs}"
+        raise InputError(
+            f"{what}: {outputs} outputs cannot share {tables} tables equally, so that the last "
+            f"would have fewer or none; use {nearest}{otherwise}."
+        )
 
 
 def check_lookup(options: LookupOptions, where: str) -> None:
@@ -281,8 +297,8 @@ class VectorLUTLayer(LUTLayer):
 
 
 class GroupSum(Packable):
-    """Sums contiguous groups of bits and divides by tau: (..., L) -> (..., num_groups). See
-    `ops.sums.group_sum`.
+    """Sums contiguous groups of bits and divides by tau: (..., L) -> (..., num_groups), L a
+    multiple of num_groups. See `ops.sums.group_sum`.
 
     In a packed form from which tables were pruned the groups are no longer equal: there `vectors`,
     int8 (L, num_groups), say what each bit adds, and `offset`, int32 (num_groups,), where sums
@@ -299,6 +315,8 @@ class GroupSum(Packable):
             vectors, offset = self.read("vectors", "offset")
             total = jnp.matmul(bits.astype(jnp.int8), vectors, preferred_element_type=jnp.int32)
             return (total + offset).astype(jnp.float32) / jnp.float32(self.tau)
+        if self.num_groups > 0:
+            check_shared("GroupSum: num_groups", bits.shape[-1], self.num_groups)
         return sums.group_sum(bits, self.num_groups, tau=self.tau)
 
     def costs(self, call: Call) -> list[LayerCosts]:

@@ -17,15 +17,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call, layer_norm
 from quweit_jax.layers.norms import normal
 from quweit_jax.layers.packing import Packable
 from quweit_jax.layers.weightless import WeightlessBlock
-from quweit_jax.ops import pair_table, ternary
+from quweit_jax.ops import packed_ternary, pair_table, ternary
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.integer import straight_through
 
 SUMS = ("ternary", "vector", "int8")
+groups.declare("no_decay", "gates", "offsets")
 _INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
 
 
@@ -129,7 +131,9 @@ class LookupGLU(Packable):
 
     def _write_weights(self, mix: Array, total: Array, tables: Array) -> None:
         if self.is_packing:
-            packed = [ternary.pack_ternary(ternary.quantize_weights(w)[0]) for w in (mix, total)]
+            packed = [
+                packed_ternary.pack_ternary(ternary.quantize_weights(w)[0]) for w in (mix, total)
+            ]
             self.write(mix=packed[0], sum=packed[1], tables=tables.astype(jnp.int8))
 
     def _packed(self, x: Array) -> Array:
@@ -137,19 +141,19 @@ class LookupGLU(Packable):
         mix, offsets, tables, total, scale, bias = self.read(
             "mix", "offsets", "tables", "sum", "scale", "bias"
         )
-        sums = ternary.packed_matmul(x.astype(jnp.int8), mix) - offsets.astype(jnp.float32)
-        out = ternary.packed_matmul(self._gate(sums, tables, x.shape[-1]), total)
+        sums = packed_ternary.packed_matmul(x.astype(jnp.int8), mix) - offsets.astype(jnp.float32)
+        out = packed_ternary.packed_matmul(self._gate(sums, tables, x.shape[-1]), total)
         return (out * scale + bias).astype(self.dtype)
 
     def _bits(self, x: Array) -> Array:
         """The variants: ternary sums into tables of bits."""
         width = x.shape[-1]
         if self.is_packed:
-            sums = ternary.packed_matmul(x.astype(jnp.int8), *self.read("mix"))
+            sums = packed_ternary.packed_matmul(x.astype(jnp.int8), *self.read("mix"))
         else:
             shape = (width, self.units(width))
             mix = self.param("mix", normal(self.mix_init), shape, jnp.float32)
-            self.write(mix=ternary.pack_ternary(ternary.quantize_weights(mix)[0]))
+            self.write(mix=packed_ternary.pack_ternary(ternary.quantize_weights(mix)[0]))
             sums = self._product(x, mix)
         tables = WeightlessBlock(
             self.features,
@@ -241,7 +245,7 @@ class LookupGLU(Packable):
             call.kind,
             part,
             additions={INT: call.rows * inputs * outputs},
-            stored={"2-bit": outputs * -(-inputs // ternary.WEIGHTS_PER_BYTE), **scales},
+            stored={"2-bit": outputs * -(-inputs // packed_ternary.WEIGHTS_PER_BYTE), **scales},
             activations=call.rows * inputs + wrote,
             parameters=inputs * outputs + biases,
         )

@@ -16,13 +16,15 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
+from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call, activation, rms_norm
 from quweit_jax.layers.norms import Initializer, RMSNorm, normal
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import ternary
+from quweit_jax.ops import packed_ternary, ternary
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
 from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
 
+groups.declare("no_decay", "norm_scale")
 # As published: Xavier uniform with gain 2**-2.5.
 MIXER_INIT = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
 
@@ -48,13 +50,13 @@ class BitLinear(Packable):
             kernel, scale, norm_scale = self.read("kernel", "scale", "norm_scale")
             normed = ternary.rms_norm(x.astype(jnp.float32), norm_scale, eps=self.epsilon)
             x_int, x_scale = ternary.quantize_activations(normed)
-            return ternary.packed_matmul(x_int, kernel, x_scale * scale).astype(self.dtype)
+            return packed_ternary.packed_matmul(x_int, kernel, x_scale * scale).astype(self.dtype)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         norm_scale = self.param("norm_scale", nn.initializers.ones, shape[:1], jnp.float32)
         if self.is_packing:
             weights, scale = ternary.quantize_weights(kernel)
-            packed = ternary.pack_ternary(weights)
+            packed = packed_ternary.pack_ternary(weights)
             self.write(kernel=packed, scale=scale, norm_scale=norm_scale)
         return ternary.bit_linear(x, kernel, norm_scale, eps=self.epsilon)
 
@@ -66,7 +68,7 @@ class BitLinear(Packable):
         # The largest magnitude, and clamping on both sides.
         counts = Elementwise.of(FLOAT, call.size, divisions=call.rows)
         rounding = call.row("requantize", "round", elementwise=counts, comparisons=3 * call.size)
-        packed = -(-inputs // ternary.WEIGHTS_PER_BYTE) * outputs
+        packed = -(-inputs // packed_ternary.WEIGHTS_PER_BYTE) * outputs
         total = call.row(
             call.kind,
             additions={"int32": call.size * outputs},

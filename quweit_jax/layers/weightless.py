@@ -24,14 +24,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Real
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call, layer_norm
-from quweit_jax.layers.lookup import LookupOptions, LUTLayer, VectorLUTLayer, check_lookup
+from quweit_jax.layers.lookup import (
+    LookupOptions,
+    LUTLayer,
+    VectorLUTLayer,
+    check_lookup,
+    check_shared,
+)
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import sums, thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS
 
 SUMS = ("dense", "grouped", "vector")
+groups.declare("thresholds", "thresholds")
+groups.declare("vectors", "vectors")
 
 
 class WeightlessBlock(Packable):
@@ -163,12 +172,9 @@ class WeightlessBlock(Packable):
                 "WeightlessBlock: num_luts must be a positive number, or several for several "
                 f"layers, found {self.num_luts}."
             )
-        if self.sum == "grouped" and layers[-1] % self.features:
-            raise InputError(
-                f"WeightlessBlock: a grouped sum shares the {layers[-1]} tables of the last layer "
-                f"equally among {self.features} features; "
-                f"use a multiple of {self.features}, or sum='dense'."
-            )
+        if self.sum == "grouped":
+            what = "WeightlessBlock: num_luts of the last layer of a grouped sum"
+            check_shared(what, layers[-1], self.features, ", or sum='dense'")
         return layers
 
     def _look_up(self, bits_FT: Array, layers: Sequence[int]) -> Array:

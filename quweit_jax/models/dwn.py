@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
-from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer
+from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer, check_shared
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts, packed_bits
@@ -26,7 +26,7 @@ REDUCTIONS = ("group_sum", "learnable")
 class DWNConfig:
     """What decides a classifier's shape.
 
-    num_luts: look-up tables of each layer. mapping: the wiring of the first layer (later layers are
+    num_luts: look-up tables of each layer; the last's are shared equally by the classes. mapping: the wiring of the first layer (later layers are
       wired at random).
     thermometer: 'distributive', 'gaussian' or 'uniform', fitted to the inputs the model is
       initialized on.
@@ -66,6 +66,11 @@ class DWNConfig:
                 "model.num_luts: expected a positive number of tables for each layer, found "
                 f"{self.num_luts}."
             )
+        if self.num_classes < 1:
+            raise InputError(f"model.num_classes: expected at least 1, found {self.num_classes}.")
+        if self.reduction == "group_sum":
+            otherwise = ", or --config.model.reduction=learnable"
+            check_shared("model.num_luts", self.num_luts[-1], self.num_classes, otherwise)
 
 
 class DWN(Packable):

@@ -29,7 +29,7 @@ class GPTConfig(ChannelMixers):
     """What decides a GPT's shape; the defaults are nanoGPT's for characters.
 
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+':
-    'dense+weightless'.
+    'dense+weightless'. epsilon: of the norms outside weightless blocks.
     """
 
     vocab_size: int
@@ -40,6 +40,7 @@ class GPTConfig(ChannelMixers):
     dropout: float = 0.0
     bias: bool = False
     gelu: str = "exact"
+    epsilon: float = 1e-5
     tie_embeddings: bool = True
     remat: bool = False
     dtype: str = "float32"
@@ -54,6 +55,8 @@ class GPTConfig(ChannelMixers):
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
+        if not 0 < self.epsilon < math.inf:
+            raise InputError(f"model.epsilon: expected a positive number, found {self.epsilon}.")
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.gelu", self.gelu, GELUS)
         check_choice("model.attention", self.attention, ATTENTIONS)
@@ -83,7 +86,7 @@ class GPTBlock(nn.Module):
         """x (B, T, d), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         shared = {"use_bias": c.bias, "output_init": normal(0.02 / math.sqrt(2 * c.layers))}
-        norm = {"use_bias": c.bias, "epsilon": 1e-5, "dtype": dtype}
+        norm = {"use_bias": c.bias, "epsilon": c.epsilon, "dtype": dtype}
         attention = CausalSelfAttention(
             c.heads,
             c.context,
@@ -159,7 +162,7 @@ class GPT(nn.Module):
         block = nn.remat(GPTBlock, static_argnums=(3, 4)) if c.remat and not decode else GPTBlock
         for i, kind in enumerate(c.mlps()):
             x = block(c, kind, name=f"block_{i}")(x, valid, train, decode)
-        x = nn.LayerNorm(epsilon=1e-5, use_bias=c.bias, dtype=dtype, name="final_norm")(x)
+        x = nn.LayerNorm(epsilon=c.epsilon, use_bias=c.bias, dtype=dtype, name="final_norm")(x)
         if c.tie_embeddings:
             return embed.attend(x).astype(jnp.float32)
         return nn.Dense(

@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Integer
 
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers import mlp
+from quweit_jax.layers import groups, mlp
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import RMSNorm, normal
 from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
@@ -33,6 +33,8 @@ from quweit_jax.models.options import (
 )
 from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts
 from quweit_jax.ops.recurrence import IMPLEMENTATIONS
+
+groups.declare("no_decay", "lower_bounds")
 
 
 @dataclasses.dataclass(frozen=True)

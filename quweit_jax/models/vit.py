@@ -23,9 +23,9 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers import groups, mlp
 from quweit_jax.layers import integer as layers
 from quweit_jax.layers import integer_blocks as blocks
-from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
 from quweit_jax.layers.costs import Call, layer_norm, residuals
 from quweit_jax.layers.drop_path import DropPath
@@ -49,6 +49,10 @@ SIZES = {
     "L": (1024, 24, 16),
 }
 POOLS = ("cls", "mean")
+# As timm and DeiT train: neither the class token nor positions (1, T, d) decay. Those of a GPT,
+# (C, d), do, as in nanoGPT.
+groups.declare("no_decay", "cls_token")
+groups.declare("no_decay", "position_embedding", rank=3)
 # Kernels start at the scale their number of inputs asks for: DeiT's 0.02 for all, made for wide
 # models and long training, keeps small ones from learning for hundreds of steps. The outputs of
 # residual branches start smaller, so that their sum has the branches' scale.
@@ -63,6 +67,8 @@ class ViTConfig(ChannelMixers):
       the variant's (0: its own).
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+'.
     integer: I-ViT's integer-only arithmetic instead of floats.
+    rounding: of an integer model, 'exact' or 'published', see `layers.integer.Shiftmax`; imported
+      I-ViTs have the latter.
     pool: what the head reads, the 'cls' token or the 'mean' of the patches.
     drop_path: the share of examples whose last block's branches are left out in training, rising to
     it linearly with depth.
@@ -75,6 +81,7 @@ class ViTConfig(ChannelMixers):
     heads: int = 0
     mlp_ratio: int = 4
     integer: bool = False
+    rounding: str = "exact"
     pool: str = "cls"
     drop_path: float = 0.0
     remat: bool = False
@@ -104,6 +111,12 @@ class ViTConfig(ChannelMixers):
             raise InputError(
                 f"model.dtype: an integer model trains beside float32, found {self.dtype}; leave "
                 "it at float32."
+            )
+        check_choice("model.rounding", self.rounding, layers.ROUNDINGS)
+        if self.rounding != "exact" and not self.integer:
+            raise InputError(
+                f"model.rounding: only an integer model rounds, found '{self.rounding}'; leave it "
+                "at exact, or set --config.model.integer=true."
             )
         check_choice("model.pool", self.pool, POOLS)
         check_choice("model.dtype", self.dtype, DTYPES)
@@ -198,29 +211,32 @@ class IntegerViTBlock(nn.Module):
     def __call__(self, x: Quantized, train: bool = False) -> Quantized:
         """x (B, T, d) at 16 bits -> (B, T, d) at 16 bits."""
         drop = DropPath(self.drop_path, name="drop_path")
-        y = ActivationQuantizer(name="quant_attention_norm")(
+        y = ActivationQuantizer(rounding=self.config.rounding, name="quant_attention_norm")(
             layers.IntegerLayerNorm(name="attention_norm")(x), train=train
         )
-        y = blocks.IntegerAttention(
-            self.config.sizes()[2], name="attention", **self.config.initializers()
-        )(y, train=train)
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_attention")(
+        c = self.config
+        shared = {"rounding": c.rounding, **c.initializers()}
+        y = blocks.IntegerAttention(c.sizes()[2], name="attention", **shared)(y, train=train)
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_attention")(
             drop(y, train), x, train=train
         )
-        c = self.config
         mixer = mlp.make(
             self.mlp,
             x.ints.shape[-1],
             c,
-            lambda: blocks.IntegerMLP(c.mlp_ratio, name="mlp", **c.initializers()),
+            lambda: blocks.IntegerMLP(c.mlp_ratio, name="mlp", **shared),
             integer=True,
             use_norm=False,
         )
         if mixer is None:
             return x
         y = layers.IntegerLayerNorm(name="mlp_norm")(x)
-        y = mixer(ActivationQuantizer(name="quant_mlp_norm")(y, train=train))
-        residual = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_mlp")
+        y = mixer(
+            ActivationQuantizer(rounding=self.config.rounding, name="quant_mlp_norm")(
+                y, train=train
+            )
+        )
+        residual = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_mlp")
         return residual(drop(y, train), x, train=train)
 
 
@@ -266,7 +282,7 @@ class ViT(Packable):
     def _integer(self, patches: Array, shape: Sequence[int], train: bool) -> Array:
         c, width = self.config, self.config.sizes()[0]
         x = ActivationQuantizer(name="quant_input").from_real(patches, train=train)
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_patches")(
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_patches")(
             layers.IntegerDense(width, KERNEL_INIT, name="patch_embed")(x), train=train
         )
         if c.pool == "cls":
@@ -278,7 +294,7 @@ class ViT(Packable):
             position = quantizer.from_real(self._positions(shape, width), train=train)
             self.write(position_embedding=position.ints.astype(jnp.int32))
         position = position.map(lambda a: jnp.broadcast_to(a, x.ints.shape))
-        x = ActivationQuantizer(layers.RESIDUAL_BITS, name="quant_embedding")(
+        x = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_embedding")(
             x, position, train=train
         )
         block = nn.remat(IntegerViTBlock, static_argnums=(2,)) if c.remat else IntegerViTBlock
@@ -286,11 +302,13 @@ class ViT(Packable):
             x = block(c, kind, drop_path, name=f"block_{i}")(x, train)
         if c.pool == "cls":
             x = x.map(lambda a: a[:, 0])
-        x = ActivationQuantizer(name="quant_final")(
+        x = ActivationQuantizer(rounding=self.config.rounding, name="quant_final")(
             layers.IntegerLayerNorm(name="final_norm")(x), train=train
         )
         if c.pool == "mean":
-            x = ActivationQuantizer(name="quant_pool")(layers.mean_of_tokens(x), train=train)
+            x = ActivationQuantizer(rounding=self.config.rounding, name="quant_pool")(
+                layers.mean_of_tokens(x), train=train
+            )
         logits = layers.IntegerDense(c.num_classes, KERNEL_INIT, name="head")(x)
         if logits.packed:
             return logits.ints * self.read("logit_scale")[0]
@@ -300,13 +318,13 @@ class ViT(Packable):
     def _with_class_token(self, x: Quantized) -> Quantized:
         """The class token in front of the patches, in their scale."""
         if x.packed:
-            return _append(Quantized(self.read("cls_token")[0]), x)
+            return blocks.prepend(Quantized(self.read("cls_token")[0]), x)
         token = self.param(
             "cls_token", nn.initializers.normal(0.02), (1, 1, x.ints.shape[-1]), jnp.float32
         )
         ints = jnp.round(jax.lax.stop_gradient(token) / x.scale).astype(x.ints.dtype)
         self.write(cls_token=ints.astype(jnp.int32))
-        return _append(Quantized(ints, x.scale, straight_through(ints * x.scale, token)), x)
+        return blocks.prepend(Quantized(ints, x.scale, straight_through(ints * x.scale, token)), x)
 
     def _positions(self, shape: Sequence[int], width: int) -> Array:
         """The positional embedding for images of this shape, resampled from another."""
@@ -370,22 +388,3 @@ class ViT(Packable):
             after={"quant_final": pooled, "head": [scaled]},
             instead={"quant_position": [positions], "quant_embedding": [added]},
         )
-
-
-def _append(first: Quantized, x: Quantized) -> Quantized:
-    """A class token (1, 1, d) in front of tokens (B, N, d) of the same scale, or of a scale a
-    feature.
-    """
-
-    def join(token: Array, tokens: Array) -> Array:
-        return jnp.concatenate(
-            [
-                jnp.broadcast_to(token, (tokens.shape[0], 1, tokens.shape[2])).astype(tokens.dtype),
-                tokens,
-            ],
-            1,
-        )
-
-    return Quantized(
-        join(first.ints, x.ints), x.scale, None if x.real is None else join(first.real, x.real)
-    )

@@ -25,6 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Int32, Real, Shaped
 
+from quweit_jax.errors import InputError
 from quweit_jax.ops import int64
 from quweit_jax.ops.fusion import no_fusion
 
@@ -32,10 +33,8 @@ SOFTMAX_SHIFTS = 15
 GELU_SHIFTS = 23
 GELU_BITS = 8
 GELU_SLOPE = 1.702
-LAYER_NORM_ITERATIONS = 10
 _SMALLEST_SCALE = 1e-8
-_DIVIDEND = 2.0**31  # the published 2**31 - 1, which is this in the float32 it is computed in
-_SMALLEST_ROOT = 64.0  # where ten Newton steps from 2**16 end for a tiny variance
+DIVIDEND = 2.0**31  # the published 2**31 - 1, which is this in the float32 it is computed in
 
 
 @jax.custom_vjp
@@ -78,9 +77,13 @@ def quantize_weights(
 ) -> tuple[Int32[Array, "I O"], Float[Array, " O"]]:
     """Symmetric weights, one scale an output: (I, O) float -> (int32 (I, O), scale float32 (O,)),
     scale = max|w| / (2**(bits-1) - 1).
+
+    Raises:
+      InputError: so many inputs that their products with 8-bit activations may not fit int32.
     """
+    _check_inputs(weight.shape[0], bits)
     weight = jax.lax.stop_gradient(weight)
-    scale = symmetric_scale(weight.min(0), weight.max(0), bits)
+    scale = symmetric_scale(weight.min(0, initial=0.0), weight.max(0, initial=0.0), bits)
     return quantize(weight, scale, bits), scale
 
 
@@ -97,8 +100,24 @@ def saturate(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
 def matmul_units(
     x: Real[Array, "*tokens I"], weight_int: Int[Array, "I O"]
 ) -> Real[Array, "*tokens O"]:
-    """Multiplies whole numbers (..., I) by (I, O) into (..., O), as `einsum_units` does."""
+    """(..., I) @ (I, O) of whole numbers of 8 bits, the second from -127 to 127: (..., O). See
+    `einsum_units`.
+
+    Raises:
+      InputError: integers, and more inputs than int32 is sure to hold the sum of, 132,104.
+    """
+    if is_integer(x):
+        _check_inputs(weight_int.shape[0], 8)
     return einsum_units("...i,io->...o", x, weight_int)
+
+
+def _check_inputs(inputs: int, bits: int) -> None:
+    limit = int64.INT32_MAX // (2**7 * max(1, 2 ** (bits - 1) - 1))
+    if inputs > limit:
+        raise InputError(
+            f"int_linear: expected at most {limit:,} inputs, whose products with {bits}-bit "
+            f"weights int32 is sure to hold the sum of, found {inputs:,}; split the layer."
+        )
 
 
 def einsum_units(
@@ -163,10 +182,10 @@ def _shift_exp_float(x: Array, inverse: Array, shifts: Array | int) -> Array:
     x = jnp.maximum(x, shifts * unit)
     halvings = jnp.floor(x / unit)
     rest = (x - unit * halvings) / 2 - unit
-    return jnp.maximum(jnp.floor(rest * _power_of_two(shifts - halvings)), 0.0)
+    return jnp.maximum(jnp.floor(rest * power_of_two(shifts - halvings)), 0.0)
 
 
-def _power_of_two(exponent: Array) -> Array:
+def power_of_two(exponent: Array) -> Array:
     """2.0**exponent for whole numbers, exactly."""
     return jax.lax.bitcast_convert_type(
         (jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127) << 23, jnp.float32
@@ -178,12 +197,26 @@ def inverse_scale(scale: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
     return jnp.minimum(-jnp.floor(-1.0 / jax.lax.stop_gradient(scale)), 2.0**24).astype(jnp.int32)
 
 
+def published_grid(
+    x: Real[Array, "*tokens d"], scale: Float[Array, "*#one"]
+) -> Float[Array, "*tokens d"]:
+    """x * scale / scale, both rounded to float32 as the published program does before it rounds
+    down: a whole number or the one just beside it. x: whole numbers; scale: one. No gradient.
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    # Without the barriers the product is cancelled, and the division done as a product.
+    scale = jax.lax.optimization_barrier(jnp.broadcast_to(jax.lax.stop_gradient(scale), x.shape))
+    return jax.lax.optimization_barrier(x * scale) / scale
+
+
 def shiftmax_units(
     x: Real[Array, "*tokens d"], inverse: Int[Array, "*#one"], *, bits: int
 ) -> Real[Array, "*tokens d"]:
     """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole
     numbers in units of 2**-(bits-1).
     """
+    if not x.size:
+        return x.astype(jnp.int32) if is_integer(x) else x
     if is_integer(x):
         return no_fusion(functools.partial(_shiftmax, bits=bits), x, inverse)
     return _shiftmax(x, inverse, bits)
@@ -193,14 +226,14 @@ def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     inverse = jnp.minimum(inverse, 2**15)
     exponentials = shift_exp(x - x.max(-1, keepdims=True), inverse, SOFTMAX_SHIFTS)
     if not is_integer(x):
-        total = jnp.minimum(exponentials.sum(-1, keepdims=True), _DIVIDEND)
-        return jnp.floor(exponentials * jnp.floor(_DIVIDEND / total) / 2.0 ** (32 - bits))
+        total = jnp.minimum(exponentials.sum(-1, keepdims=True), DIVIDEND)
+        return jnp.floor(exponentials * jnp.floor(DIVIDEND / total) / 2.0 ** (32 - bits))
     # The sum has to fit 32 bits; scales so small that it might not lose the last of their many
     # bits.
     spare = _bit_length(inverse) + SOFTMAX_SHIFTS + math.ceil(math.log2(max(1, x.shape[-1]))) - 32
     exponentials = exponentials >> jnp.maximum(0, spare).astype(jnp.uint32)
     total = jnp.clip(exponentials.sum(-1, keepdims=True, dtype=jnp.uint32), 1, int64.INT32_MAX)
-    return ((exponentials * (jnp.uint32(_DIVIDEND) // total)) >> (32 - bits)).astype(jnp.int32)
+    return ((exponentials * (jnp.uint32(DIVIDEND) // total)) >> (32 - bits)).astype(jnp.int32)
 
 
 def shift_gelu_units(
@@ -209,6 +242,8 @@ def shift_gelu_units(
     """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole
     numbers in units of scale * 2**-7.
     """
+    if not x.size:
+        return x.astype(jnp.int32) if is_integer(x) else x
     return no_fusion(_shift_gelu, x, inverse) if is_integer(x) else _shift_gelu(x, inverse)
 
 
@@ -217,86 +252,15 @@ def _shift_gelu(x: Array, inverse: Array) -> Array:
     shifts = jnp.minimum(GELU_SHIFTS, 31 - _bit_length(inverse))
     numerator, other = shift_exp(x - top, inverse, shifts), shift_exp(-top, inverse, shifts)
     if not is_integer(x):
-        total = jnp.minimum(numerator + other, _DIVIDEND)
-        return x * jnp.floor(numerator * jnp.floor(_DIVIDEND / total) / 2.0 ** (32 - GELU_BITS))
+        total = jnp.minimum(numerator + other, DIVIDEND)
+        return x * jnp.floor(numerator * jnp.floor(DIVIDEND / total) / 2.0 ** (32 - GELU_BITS))
     total = jnp.clip(numerator + other, 1, int64.INT32_MAX)
-    return x * ((numerator * (jnp.uint32(_DIVIDEND) // total)) >> (32 - GELU_BITS)).astype(
-        jnp.int32
-    )
+    return x * ((numerator * (jnp.uint32(DIVIDEND) // total)) >> (32 - GELU_BITS)).astype(jnp.int32)
 
 
 def gelu_shadow(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The real function whose gradient ShiftGELU takes: x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(GELU_SLOPE * x)
-
-
-def layer_norm_constants(
-    weight: Float[Array, " d"], bias: Float[Array, " d"]
-) -> tuple[Int32[Array, " d"], Int32[Array, " d"], Float[Array, " d"]]:
-    """What I-LayerNorm needs of weight and bias, (d,) float: (bias_int int32 (d,), halvings int32
-    (d,), out_scale float32 (d,)).
-
-    halvings is 0 but for channels whose bias is so much larger than their weight that the sum would
-    not fit 32 bits; their output is coarser by that power of two. A weight of 0 counts as a very
-    small one.
-    """
-    width = weight.shape[0]
-    unit = jnp.float32(math.sqrt(width) / 2**30)
-    weight, bias = jax.lax.stop_gradient(weight), jax.lax.stop_gradient(bias)
-    tiny = jnp.maximum(jnp.abs(weight).max(), jnp.abs(bias).max()) * 2.0**-24 + 1e-20
-    weight = jnp.where(jnp.abs(weight) < tiny, tiny, weight)
-    ratio = bias / weight / unit
-    halvings = jnp.maximum(0, jnp.ceil(jnp.log2(jnp.maximum(jnp.abs(ratio), 1.0) / 2**30))).astype(
-        jnp.int32
-    )
-    step = jnp.exp2(halvings.astype(jnp.float32))
-    return saturate(jnp.floor(ratio / step)), halvings, unit * weight * step
-
-
-def layer_norm_units(
-    x: Real[Array, "*tokens d"], bias_int: Int32[Array, " d"], halvings: Int32[Array, " d"]
-) -> Real[Array, "*tokens d"]:
-    """I-LayerNorm of whole numbers (..., d), |x| < 2**16, with `layer_norm_constants`: whole
-    numbers (..., d).
-    """
-    if not is_integer(x):
-        centered = x - jnp.round(x.mean(-1, keepdims=True))
-        root = jnp.maximum(
-            jnp.floor(jnp.sqrt(jnp.square(centered).sum(-1, keepdims=True))), _SMALLEST_ROOT
-        )
-        return (
-            jnp.floor(centered * jnp.floor(_DIVIDEND / root) * _power_of_two(-1 - halvings))
-            + bias_int
-        )
-    return no_fusion(_layer_norm_int, x, bias_int, halvings)
-
-
-def _layer_norm_int(x: Array, bias_int: Array, halvings: Array) -> Array:
-    width = x.shape[-1]
-    total = x.sum(-1, keepdims=True, dtype=jnp.int32)
-    mean = total // width
-    rest = 2 * (total - mean * width)
-    mean = mean + ((rest > width) | ((rest == width) & (mean & 1 == 1)))
-    centered = x - mean
-    high, low = _sum_of_squares(jnp.minimum(int64.magnitude(centered), 2**17 - 1))
-
-    def newton(_: int, root: Array) -> Array:
-        return (root + int64.divide(high, low, root)) >> 1
-
-    root = jax.lax.fori_loop(0, LAYER_NORM_ITERATIONS, newton, jnp.full_like(low, 2**16))
-    factor = (jnp.uint32(_DIVIDEND) // root).astype(jnp.int32)
-    return ((centered * factor) >> (1 + halvings)) + bias_int
-
-
-def layer_norm_shadow(
-    x: Float[Array, "*tokens d"], weight: Float[Array, " d"], bias: Float[Array, " d"]
-) -> Float[Array, "*tokens d"]:
-    """The real function whose gradient I-LayerNorm takes: (x - mean) / std * weight + bias."""
-    centered = x - x.mean(-1, keepdims=True)
-    return (
-        centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + 1e-12) * weight
-        + bias
-    )
 
 
 def requantize_units(
@@ -306,7 +270,12 @@ def requantize_units(
 ) -> Real[Array, "*shape"]:
     """The sum of whole numbers (x, scale_in) at scale_out and clamped: int32 by dyadic numbers,
     exactly; float32 by float32 ratios.
+
+    Raises:
+      InputError: no branches.
     """
+    if not branches:
+        raise InputError("requantize: expected at least one branch (x, scale), found none.")
     if is_integer(branches[0][0]):
         return requantize_int([(x, *int64.dyadic(scale, scale_out)) for x, scale in branches], bits)
     return clamp(
@@ -320,7 +289,12 @@ def requantize_int(
 ) -> Int32[Array, "*shape"]:
     """The sum of round(x * multiplier / 2**shift) over (x int32, multiplier int32, shift int32),
     clamped to `bits` bits: int32.
+
+    Raises:
+      InputError: no branches.
     """
+    if not branches:
+        raise InputError("requantize: expected at least one branch, found none.")
     flat = [array for branch in branches for array in branch]
     return no_fusion(
         lambda *arrays: _requantize([arrays[i : i + 3] for i in range(0, len(arrays), 3)], bits),
@@ -354,16 +328,3 @@ def clip_shadow(
 def _bit_length(x: Array) -> Array:
     """The number of bits of a positive int32, as int32."""
     return 32 - jax.lax.clz(jnp.asarray(x, jnp.int32))
-
-
-def _sum_of_squares(x: Array) -> tuple[Array, Array]:
-    """The sum over the last axis of squares of uint32 below 2**17, up to 4,096 of them, the axis
-    kept: (high, low) words.
-    """
-    upper, lower = x >> 9, x & jnp.uint32(511)
-    total = functools.partial(jnp.sum, axis=-1, keepdims=True, dtype=jnp.uint32)
-    squares, crosses, small = total(upper * upper), total(upper * lower), total(lower * lower)
-    zero = jnp.zeros_like(small)
-    return int64.add(
-        int64.add((squares >> 14, squares << 18), (crosses >> 22, crosses << 10)), (zero, small)
-    )

@@ -5,9 +5,8 @@ Bacellar et al., "Differentiable Weightless Neural Networks", ICML 2024 (arXiv 2
 Dimensions: F input bits, T tokens (all leading dimensions flattened), L tables, n inputs a table, A
 = 2**n entries.
 
-Everything inside is feature-major, (F, T) and (L, T): a table's entries are then scalars along a
-row of tokens, so that a look-up is a tree of vectorized selects instead of a gather, and following
-the wiring copies whole rows.
+Everything inside is feature-major, (F, T) and (L, T): a look-up is then a tree of vectorized
+selects instead of a gather, and following the wiring copies whole rows.
 """
 
 from __future__ import annotations
@@ -74,6 +73,8 @@ def efd_matrix(lut_inputs: int, weighting: EFD) -> Float64[np.ndarray, "n R A"]:
     Row (l, r) holds sign_l(a) * w(H_l(a, addr)) for every entry a, where r is the address without
     bit l (bits above l moved down by one): the finite difference does not depend on bit l itself.
     """
+    if not 1 <= lut_inputs <= MAX_LUT_INPUTS:
+        raise InputError(f"efd_matrix: expected 1 to 8 inputs a table, found {lut_inputs}.")
     n = lut_inputs
     entries = np.arange(2**n)
     rest = np.arange(2 ** (n - 1))
@@ -130,6 +131,8 @@ def _read(tables_LA: Array, bits_nLT: Sequence[Array]) -> Array:
 
 def _wire(bits_FT: Array, mapping_Ln: Array) -> Array:
     """Follows the wiring: (n, L, T) booleans, a copy of whole rows."""
+    if not mapping_Ln.size:
+        return jnp.zeros((*mapping_Ln.shape[::-1], bits_FT.shape[1]), bits_FT.dtype)
     return jnp.take(bits_FT, mapping_Ln.T, axis=0, mode="clip")
 
 
@@ -161,7 +164,7 @@ def _unwire_any(grads_MT: Array, mapping_Ln: Array, num_inputs: int) -> Array:
         return jax.ops.segment_sum(grads_MT, reads, num_inputs)
 
     if not slots or not num_inputs:
-        return scatter(grads_MT)
+        return jnp.zeros((num_inputs, grads_MT.shape[1]), grads_MT.dtype)
     uses = jnp.zeros(num_inputs, jnp.int32).at[reads].add(1)
     even = uses.max() <= -(-slots // num_inputs)
     return jax.lax.cond(
@@ -186,9 +189,7 @@ def _table_grad_reduce(address_LT: Array, grad_LT: Array, entries: int) -> Array
 
 
 def _table_grad(address_LT: Array, grad_LT: Array, entries: int) -> Array:
-    """Adds each gradient to the addressed entry: (L, A). A scatter on CPU, a masked reduction where
-    scatters serialize.
-    """
+    """Adds gradients to addressed entries, (L, A); a reduction where scatters serialize."""
     return jax.lax.platform_dependent(
         address_LT,
         grad_LT,

@@ -16,9 +16,16 @@ from quweit_jax.errors import InputError
 
 
 def cut_patches(images: Shaped[Array, "B H W C"], patch: int) -> Shaped[Array, "B N PPC"]:
-    """Images (B, H, W, C) as patches (B, N, P * P * C), row by row, each in rows, columns,
-    channels.
+    """(B, H, W, C) -> (B, N, P * P * C), patches in rows, each in rows, columns, channels.
+
+    Raises:
+      InputError: images of other dimensions, or sides that are no multiples of the patch.
     """
+    if images.ndim != 4 or patch < 1 or any(side % patch for side in images.shape[1:3]):
+        raise InputError(
+            "cut_patches: expected images (batch, height, width, channels) whose sides are "
+            f"multiples of a patch of at least 1, found {list(images.shape)} and {patch}."
+        )
     b, h, w, ch = images.shape
     cut = images.reshape(b, h // patch, patch, w // patch, patch, ch).transpose(0, 1, 3, 2, 4, 5)
     return cut.reshape(b, (h // patch) * (w // patch), patch * patch * ch)
@@ -31,11 +38,16 @@ def resample_positions(
     bicubic; the first `extra` tokens stay.
 
     Raises:
-      InputError: its own grid isn't square and another one is asked for.
+      InputError: its own grid isn't square and another one is asked for, or either has no patches.
     """
     count = embedding.shape[1] - extra
     if count == math.prod(grid):
         return embedding
+    if count < 1 or math.prod(grid) < 1:
+        raise InputError(
+            f"ViT: a positional embedding of {count} patches cannot be resampled to {grid[0]} x "
+            f"{grid[1]}."
+        )
     side = math.isqrt(count)
     if side * side != count:
         raise InputError(

@@ -6,6 +6,8 @@ Dimensions: L bits, d outputs, n inputs a table.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int8, Shaped
 
 from quweit_jax.errors import InputError
+
+
+def _wide(dtype: Any) -> Any:
+    """In what numbers of a dtype are summed: whole ones in 32 bits or more, so that none wraps."""
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.int32)
+
+
+def _real(x: ArrayLike) -> Array:
+    """Floating numbers as they are, whole ones in float32."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 def group_sum(
@@ -53,9 +66,10 @@ def conditional_sum(
       bias: (d,); may be None for dense vectors.
 
     Returns:
-      (..., d) in the vectors' dtype.
+      (..., d) in the vectors' dtype; of whole numbers in int32.
     """
     bits, vectors = jnp.asarray(bits), jnp.asarray(vectors)
+    vectors = vectors.astype(_wide(vectors.dtype))
     if bits.ndim < 1 or vectors.ndim not in (1, 2) or bits.shape[-1] != vectors.shape[0]:
         raise InputError(
             "conditional_sum: expected bits (..., L) with vectors (L, d), or (L,) for the grouped "
@@ -82,7 +96,8 @@ def conditional_sum(
                 f"conditional_sum: {vectors.shape[0]} grouped bits cannot be shared equally by the "
                 f"{list(bias.shape)} outputs of the bias."
             )
-        total = (bits * vectors).reshape(*bits.shape[:-1], bias.shape[0], -1).sum(-1)
+        each = vectors.shape[0] // bias.shape[0]
+        total = (bits * vectors).reshape(*bits.shape[:-1], bias.shape[0], each).sum(-1)
     return total if bias is None else total + bias.astype(vectors.dtype)
 
 
@@ -90,13 +105,19 @@ def conditional_sum_feature_major(
     bits_LT: Shaped[Array, "L T"], vectors: Float[Array, "L d"]
 ) -> Float[Array, "T d"]:
     """The dense `conditional_sum` without bias for bits that are (L, T): returns (T, d)."""
+    vectors = vectors.astype(_wide(vectors.dtype))
     return jnp.einsum("lt,ld->td", bits_LT.astype(vectors.dtype), vectors)
 
 
 def walsh_hadamard(tables: Float[Array, "*L A"]) -> Float[Array, "*L A"]:
     """Walsh-Hadamard coefficients `2**-n sum_a tables[..., a] (-1)**popcount(a & s)`: same shape;
-    bit l of s means input l takes part.
+    bit l of s means input l takes part. Tables of whole numbers give float32.
+
+    Raises:
+      InputError: tables that are not (..., 2**n).
     """
+    tables = _real(tables)
+    _check_tables("walsh_hadamard", tables)
     size = tables.shape[-1]
     lead = tables.shape[:-1]
     for l in range(size.bit_length() - 1):
@@ -105,6 +126,14 @@ def walsh_hadamard(tables: Float[Array, "*L A"]) -> Float[Array, "*L A"]:
             [pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2
         ).reshape(*lead, size)
     return tables / size
+
+
+def _check_tables(name: str, tables: Array) -> int:
+    """A = 2**n; raises InputError if the tables have another number of entries."""
+    size = tables.shape[-1] if tables.ndim else 0
+    if size < 1 or size & (size - 1):
+        raise InputError(f"{name}: tables must be (..., 2**n), found {list(tables.shape)}.")
+    return size
 
 
 def spectral_penalty(
@@ -116,12 +145,8 @@ def spectral_penalty(
     Without weights it is `sum(tables**2) / 2**n` (Parseval). degree_weights: (n + 1,), one for each
     degree 0..n. Returns a scalar.
     """
-    tables = jnp.asarray(tables)
-    size = tables.shape[-1] if tables.ndim else 0
-    if size < 2 or size & (size - 1):
-        raise InputError(
-            f"spectral_penalty: tables must be (..., 2**n), found {list(tables.shape)}."
-        )
+    tables = _real(tables)
+    size = _check_tables("spectral_penalty", tables)
     if degree_weights is None:
         return jnp.sum(jnp.square(tables)) / size
     degrees = np.bitwise_count(np.arange(size, dtype=np.uint32))
@@ -140,6 +165,7 @@ def fake_quantize_int8(
     """Rounds to the values int8 can hold with one scale per slice over `axis` (max|x| / 127);
     straight-through gradient.
     """
+    x = _real(x)
     quantized, scale = quantize_int8(x, axis)
     return x + jax.lax.stop_gradient(quantized.astype(x.dtype) * scale - x)
 
@@ -150,6 +176,7 @@ def quantize_int8(
     """Symmetric int8: (int8 values, scales in x's dtype with `axis` kept as size 1); an all-zero
     slice has scale 1 / 127.
     """
+    x = _real(x)
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
     scale = jnp.where(largest > 0, largest, 1.0) / 127.0
     return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale

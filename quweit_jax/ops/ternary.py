@@ -1,5 +1,5 @@
 """Ternary weights and 8-bit activations (BitLinear of MatMul-free LM, arXiv 2406.02528, section
-3.2), fused, packed and plain.
+3.2), fused and plain; `packed_ternary` has the packed form.
 
 A weight matrix is an integer matrix of -1, 0, 1 times one scale; a token's activations are int8
 times one scale. Matrices are (inputs, outputs), as Flax keeps them.
@@ -10,25 +10,17 @@ Dimensions: I inputs, O outputs, leading dimensions (...) are tokens.
 from __future__ import annotations
 
 import functools
-import math
-from types import ModuleType
-from typing import TypeVar
 
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int, Int8, Shaped, UInt8
+from jaxtyping import Float, Float32, Int8, Shaped
 
 from quweit_jax.errors import InputError
 
 EPSILON = 1e-6
-WEIGHTS_PER_BYTE = 4
 _SMALLEST = 1e-5  # of a token's largest activation and of a matrix's mean weight, as published
-_TILE_BYTES = 2**20  # of a packed matrix that are unpacked at a time
-
-AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 def quantize_activations(
@@ -91,20 +83,32 @@ def mean_square(x: Float32[Array, "*tokens I"]) -> Float32[Array, "*tokens 1"]:
     Float sums depend on their order, which a compiler picks by the array's shape; the next rounding
     to int8 would turn a last bit into a whole step, and a text read at once would differ from the
     same text read token by token. So squares are summed as integers: each is rounded to 28 bits
-    below the largest one's power of two, in two halves whose sums fit int32 up to 2**16 elements.
+    below the largest one's power of two, in two halves whose sums fit int32 up to 2**16 elements;
+    of more, each 2**16 are summed by themselves, and then the halves of those sums.
     """
     x = jax.lax.stop_gradient(x)
-    largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-15)
+    largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True, initial=0.0), 1e-15)
     above = 2 * jax.lax.bitcast_convert_type(
         jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32
     )
     squares = jnp.square(x / above) * 2.0**14  # x / above is exact and below 1
     high = jnp.floor(squares)
     low = jnp.round((squares - high) * 2.0**14)
-    total = [
-        part.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32) for part in (high, low)
-    ]
-    return (total[0] * 2.0**-14 + total[1] * 2.0**-28) / x.shape[-1] * above * above
+    total = [_exact_sum(part.astype(jnp.int32)) for part in (high, low)]
+    return (total[0] * 2.0**-14 + total[1] * 2.0**-28) / max(1, x.shape[-1]) * above * above
+
+
+def _exact_sum(x: Array) -> Array:
+    """The sum of int32 from 0 to 2**14 over the last axis, kept: float32 of a whole number, rounded
+    once or twice, but always the same.
+    """
+    width, piece = x.shape[-1], 2**16
+    if width <= piece:
+        return x.sum(-1, keepdims=True).astype(jnp.float32)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % piece)])
+    sums = padded.reshape(*x.shape[:-1], -1, piece).sum(-1)
+    high, low = ((part).sum(-1, keepdims=True) for part in (sums >> 15, sums & (2**15 - 1)))
+    return high.astype(jnp.float32) * 2.0**15 + low.astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -256,135 +260,3 @@ def _bit_linear_backward(
 
 
 _bit_linear.defvjp(_bit_linear_forward, _bit_linear_backward)
-
-
-def _numpy_of(array: Array | np.ndarray) -> ModuleType:
-    return np if isinstance(array, np.ndarray) else jnp
-
-
-def pack_ternary(w_int: Int[AnyArray, "I O"]) -> UInt8[AnyArray, "(I+3)//4 O"]:
-    """Packs a ternary matrix (I, O) into uint8 (ceil(I / 4), O), four weights a byte.
-
-    Byte [k, o] holds weights [4 k + j, o] for j = 0..3 in its bits 2 j and 2 j + 1, as weight + 1:
-    0, 1 or 2. Rows past the end are weights of 0. Takes numpy arrays (and then works on the host)
-    or JAX arrays.
-
-    Raises:
-      InputError: not two-dimensional; on the host also any other value than -1, 0, 1.
-    """
-    if w_int.ndim != 2:
-        raise InputError(
-            f"pack_ternary: expected a matrix (inputs, outputs), found shape {list(w_int.shape)}."
-        )
-    xp = _numpy_of(w_int)
-    if xp is np and w_int.size and not np.isin(w_int, (-1, 0, 1)).all():
-        raise InputError(
-            f"pack_ternary: expected weights of -1, 0 and 1, found {w_int.min()} to {w_int.max()}; "
-            "quantize_weights makes them."
-        )
-    spare = -w_int.shape[0] % WEIGHTS_PER_BYTE
-    codes = xp.pad(w_int + 1, ((0, spare), (0, 0)), constant_values=1).astype(xp.uint8)
-    codes = codes.reshape(-1, WEIGHTS_PER_BYTE, w_int.shape[1])
-    return codes[:, 0] | (codes[:, 1] << 2) | (codes[:, 2] << 4) | (codes[:, 3] << 6)
-
-
-def unpack_ternary(
-    packed: UInt8[AnyArray, "rows O"], num_inputs: int | None = None
-) -> Int8[AnyArray, "I O"]:
-    """The inverse of `pack_ternary`: uint8 (ceil(I / 4), O) -> int8 (I, O). num_inputs: I; None for
-    four times the rows.
-
-    Raises:
-      InputError: packed doesn't hold that many inputs.
-    """
-    rows, outputs = packed.shape
-    inputs = rows * WEIGHTS_PER_BYTE if num_inputs is None else num_inputs
-    if -(-inputs // WEIGHTS_PER_BYTE) != rows:
-        raise InputError(
-            f"unpack_ternary: {inputs} inputs take {-(-inputs // WEIGHTS_PER_BYTE)} rows "
-            f"of bytes, found {rows}."
-        )
-    xp = _numpy_of(packed)
-    codes = (packed[:, None, :] >> xp.arange(0, 8, 2, dtype=xp.uint8)[None, :, None]) & 3
-    return (codes.astype(xp.int8) - 1).reshape(rows * WEIGHTS_PER_BYTE, outputs)[:inputs]
-
-
-def packed_matmul(
-    x_int8: Int8[Array, "*tokens I"],
-    packed: UInt8[Array, "(I+3)//4 O"],
-    scale: Float[Array, "*#tokens 1"] | Float[Array, ""] | float = 1.0,
-) -> Float32[Array, "*tokens O"]:
-    """Multiplies int8 (..., I) by a packed ternary matrix (ceil(I / 4), O) and a scale, into
-    float32 (..., O). The sums are exact.
-
-    The unpacked matrix never exists: a single token adds up the bytes' codes, more tokens multiply
-    by tiles of columns unpacked one after another.
-
-    Raises:
-      InputError: the shapes don't belong together.
-    """
-    num_inputs, (rows, outputs) = x_int8.shape[-1], packed.shape
-    if -(-num_inputs // WEIGHTS_PER_BYTE) != rows:
-        raise InputError(
-            f"packed_matmul: activations of {num_inputs} inputs need "
-            f"{-(-num_inputs // WEIGHTS_PER_BYTE)} rows of packed weights, found {rows}."
-        )
-    lead = x_int8.shape[:-1]
-    x = x_int8.reshape(math.prod(lead), num_inputs)
-    tokens = x.shape[0]
-    product = (
-        _product_by_tiles if jax.export.is_symbolic_dim(tokens) or tokens > 1 else _product_of_one
-    )
-    return product(x, packed).reshape(*lead, outputs) * scale
-
-
-def _product_of_one(x: Array, packed: Array) -> Array:
-    rows = packed.shape[0]
-    if not len(x):
-        return jnp.zeros((0, packed.shape[1]), jnp.float32)
-    quads = jnp.pad(x[0].astype(jnp.int32), (0, rows * WEIGHTS_PER_BYTE - x.shape[1])).reshape(
-        rows, WEIGHTS_PER_BYTE
-    )
-    total = jax.lax.platform_dependent(quads, packed, cpu=_sum_by_rows, default=_sum_of_codes)
-    return (total - quads.sum())[None].astype(jnp.float32)
-
-
-def _sum_of_codes(quads: Array, packed: Array) -> Array:
-    """The sum of quads (K, 4) int32 times the codes 0, 1, 2 of packed (K, O): (O,) int32."""
-    codes = packed.astype(jnp.int32)
-    return sum(
-        (quads[:, j, None] * ((codes >> (2 * j)) & 3) for j in range(WEIGHTS_PER_BYTE)),
-        jnp.int32(0),
-    ).sum(0)
-
-
-def _sum_by_rows(quads: Array, packed: Array) -> Array:
-    """The same a few rows at a time: XLA on a CPU would write the whole of `codes` to memory first
-    (measured: 4 times slower).
-    """
-    tile = max(1, min(packed.shape[0], _TILE_BYTES // max(1, packed.shape[1])))
-    count = packed.shape[0] // tile
-
-    def add(total: Array, i: Array) -> tuple[Array, None]:
-        piece = (jax.lax.dynamic_slice_in_dim(a, i * tile, tile, 0) for a in (quads, packed))
-        return total + _sum_of_codes(*piece), None
-
-    total, _ = jax.lax.scan(add, jnp.zeros(packed.shape[1], jnp.int32), jnp.arange(count))
-    return total + _sum_of_codes(quads[count * tile :], packed[count * tile :])
-
-
-def _product_by_tiles(x: Array, packed: Array) -> Array:
-    outputs = packed.shape[1]
-    columns = max(1, min(outputs, _TILE_BYTES // max(1, x.shape[1])))
-    count = -(-outputs // columns)
-
-    def tile(i: Array) -> Array:
-        # The last tile begins early enough to be whole.
-        piece = jax.lax.dynamic_slice_in_dim(
-            packed, jnp.minimum(i * columns, outputs - columns), columns, 1
-        )
-        return int_matmul(x, unpack_ternary(piece, x.shape[1]))
-
-    tiles = jax.lax.map(tile, jnp.arange(count))  # (N, T, columns)
-    whole = tiles[:-1].transpose(1, 0, 2).reshape(x.shape[0], (count - 1) * columns)
-    return jnp.concatenate([whole, tiles[-1][:, count * columns - outputs :]], 1)

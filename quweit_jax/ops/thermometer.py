@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
@@ -22,55 +23,85 @@ Thresholds = Float[ArrayLike, "F z"] | Float[ArrayLike, "1 z"] | Float[ArrayLike
 WINDOWS = ("triangular", "boxcar")
 
 
-def _fit_input(name: str, x: ArrayLike, num_bits: int) -> Array:
+def _fit_input(name: str, x: ArrayLike, num_bits: int, per_feature: bool) -> Array:
     x = jnp.asarray(x)
-    if x.ndim != 2 or x.shape[0] == 0:
+    if x.ndim != 2 or x.shape[0] == 0 or (x.size == 0 and not per_feature):
         raise InputError(f"{name}: expected at least one example, x (N, F), found {list(x.shape)}.")
     if num_bits < 1:
         raise InputError(f"{name}: expected num_bits >= 1, found {num_bits}.")
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    # Half precision has neither the range nor the steps for thresholds: 0.5 to 1 holds 128 bfloat16.
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _finite(name: str, thresholds: Array) -> Array:
+    """The thresholds; raises InputError where known ones are no numbers."""
+    if not isinstance(thresholds, Tracer) and not bool(jnp.isfinite(thresholds).all()):
+        raise InputError(
+            f"{name}: expected values that are numbers, with a spread that fits {thresholds.dtype}, "
+            "found thresholds that are not; clean or rescale the data."
+        )
+    return thresholds
 
 
 def uniform_thresholds(
     x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
 ) -> Float[Array, "features z"]:
-    """Thresholds `min + i (max - min) / (z + 1)`, i = 1..z: (F, z), or (1, z) over all features
-    together.
+    """`min + i (max - min) / (z + 1)`, i = 1..z: (F, z), or (1, z) over all features together;
+    float32 of half precision and whole numbers, else x's dtype.
+
+    Raises:
+      InputError: no examples, no bits, or values (where known) that are not finite.
     """
-    x = _fit_input("uniform_thresholds", x, num_bits)
+    x = _fit_input("uniform_thresholds", x, num_bits, per_feature)
     x = x if per_feature else x.reshape(-1, 1)
     low, high = x.min(axis=0)[:, None], x.max(axis=0)[:, None]
-    return low + jnp.arange(1, num_bits + 1, dtype=x.dtype) * (high - low) / (num_bits + 1)
+    steps = jnp.arange(1, num_bits + 1, dtype=x.dtype)
+    thresholds, part = low + steps * (high - low) / (num_bits + 1), steps / (num_bits + 1)
+    # where the spread times a step is too large, each end by itself is not
+    thresholds = jnp.where(jnp.isfinite(thresholds), thresholds, low * (1 - part) + high * part)
+    return _finite("uniform_thresholds", thresholds)
 
 
 def gaussian_thresholds(
     x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
 ) -> Float[Array, "*features z"]:
-    """Thresholds `mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,)
-    over all features together.
+    """`mean + std * Phi^-1(i / (z + 1))`, std with Bessel's correction: (F, z), or (z,) over all
+    features together; dtype and errors as of `uniform_thresholds`.
+
+    Raises:
+      InputError: also a single value, which has no spread.
     """
-    x = _fit_input("gaussian_thresholds", x, num_bits)
+    x = _fit_input("gaussian_thresholds", x, num_bits, per_feature)
+    if (x.shape[0] if per_feature else x.size) < 2 and x.size:
+        raise InputError(
+            "gaussian_thresholds: expected at least 2 examples, whose standard deviation can be "
+            f"told, found {x.shape[0]}; fit on more, or use uniform_thresholds."
+        )
     quantiles = normal_quantiles(num_bits).astype(x.dtype)
     if per_feature:
-        return x.mean(axis=0)[:, None] + x.std(axis=0, ddof=1)[:, None] * quantiles
-    return x.mean() + x.std(ddof=1) * quantiles
+        thresholds = x.mean(axis=0)[:, None] + x.std(axis=0, ddof=1)[:, None] * quantiles
+    else:
+        thresholds = x.mean() + x.std(ddof=1) * quantiles
+    return _finite("gaussian_thresholds", thresholds)
 
 
 def normal_quantiles(num_bits: int) -> Float[Array, " z"]:
-    """Quantiles `Phi^-1(i / (z + 1))`, i = 1..z: the gaussian thresholds of N(0, 1), (z,)."""
+    """`Phi^-1(i / (z + 1))`, i = 1..z: the gaussian thresholds of N(0, 1), float32 (z,)."""
+    if num_bits < 1:
+        raise InputError(f"normal_quantiles: expected num_bits >= 1, found {num_bits}.")
     return ndtri(jnp.arange(1, num_bits + 1, dtype=jnp.float32) / (num_bits + 1))
 
 
 def distributive_thresholds(
     x: Shaped[ArrayLike, "N F"], num_bits: int, *, per_feature: bool = True
 ) -> Float[Array, "*features z"]:
-    """Thresholds `sorted(x)[int(N i / (z + 1))]`, which split the data evenly: (F, z), or (z,) over
-    all features together.
+    """`sorted(x)[int(N i / (z + 1))]`, thresholds that split the data evenly: (F, z), or (z,) over
+    all features together; dtype and errors as of `uniform_thresholds`.
     """
-    x = _fit_input("distributive_thresholds", x, num_bits)
+    x = _fit_input("distributive_thresholds", x, num_bits, per_feature)
     x = x if per_feature else x.reshape(-1)
     places = jnp.asarray([x.shape[0] * i // (num_bits + 1) for i in range(1, num_bits + 1)])
-    return jnp.sort(x, axis=0)[places].T
+    return _finite("distributive_thresholds", jnp.sort(x, axis=0)[places].T)
 
 
 FITS: dict[str, Callable[..., Array]] = {

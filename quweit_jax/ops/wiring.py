@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from quweit_jax.errors import InputError
 
+_SMALLEST_TAU = 1e-30  # scores divided by less may leave float32
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
 
@@ -67,6 +68,7 @@ def invert_wiring(wiring: Int[ArrayLike, "L n"], num_inputs: int) -> Int[Array, 
         leave the inverse out then; or one that refers to an input that isn't there.
     """
     num_luts, lut_inputs = jnp.shape(wiring)
+    _check_sizes("invert_wiring", num_inputs, num_luts, lut_inputs)
     slots = num_luts * lut_inputs
     fan_out = -(-slots // num_inputs)
     if not isinstance(wiring, Tracer) and slots:
@@ -91,6 +93,7 @@ def even_inverse(wiring_Ln: Int[Array, "L n"], num_inputs: int) -> Int[Array, "F
     """The slots (l * L + j) that read each input, for a wiring that uses none more than ceil(M / F)
     times: (F, ceil(M / F)), M if empty.
     """
+    _check_sizes("even_inverse", num_inputs, *wiring_Ln.shape)
     slots = math.prod(wiring_Ln.shape)
     reads = wiring_Ln.T.reshape(-1)
     order = jnp.argsort(reads, stable=True).astype(jnp.int32)
@@ -116,7 +119,15 @@ def strongest(
 ) -> Int[Array, " M"]:
     """The input each slot of a learnable wiring reads: scores (F, M), or (M, C) with candidates
     (M, C) -> int (M,).
+
+    Raises:
+      InputError: there is nothing to choose from.
     """
+    if not jnp.shape(scores)[candidates is not None]:
+        raise InputError(
+            "strongest: expected scores for at least one input or candidate, found "
+            f"{list(jnp.shape(scores))}."
+        )
     if candidates is None:
         return jnp.argmax(jnp.asarray(scores), axis=0)
     return jnp.take_along_axis(
@@ -127,6 +138,15 @@ def strongest(
 def _inexact(bits: ArrayLike, like: Array) -> Array:
     bits = jnp.asarray(bits)
     return bits if jnp.issubdtype(bits.dtype, jnp.floating) else bits.astype(like.dtype)
+
+
+def _temperature(name: str, tau: float) -> float:
+    """tau, if a gradient can be divided by it."""
+    if not _SMALLEST_TAU <= tau < math.inf:
+        raise InputError(
+            f"{name}: tau is a temperature, expected {_SMALLEST_TAU:g} or more, found {tau}."
+        )
+    return float(tau)
 
 
 def learnable_wiring(
@@ -152,7 +172,7 @@ def learnable_wiring(
             "learnable_wiring: expected bits (..., F) and scores (F, M), found "
             f"{list(bits.shape)} and {list(scores.shape)}."
         )
-    return _learnable(bits, scores, float(tau))
+    return _learnable(bits, scores, _temperature("learnable_wiring", tau))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -166,7 +186,8 @@ def _learnable_forward(bits, scores, tau):
 
 def _learnable_backward(tau, saved, grad):
     bits, scores = saved
-    bits_TF, grad_TM = bits.reshape(-1, bits.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    tokens = math.prod(bits.shape[:-1])
+    bits_TF, grad_TM = (a.reshape(tokens, a.shape[-1]) for a in (bits, grad))
     grad_scores = (2 * bits_TF - 1).T @ grad_TM
     weights = jax.nn.softmax(scores.astype(jnp.float32) / tau, axis=0).astype(grad.dtype)
     grad_bits = (grad_TM @ weights.T).reshape(bits.shape)
@@ -207,7 +228,8 @@ def sparse_learnable_wiring(
                 f"sparse_learnable_wiring: candidates refer to inputs {low}..{high} but bits has "
                 f"{bits.shape[-1]} (valid: 0..{bits.shape[-1] - 1})."
             )
-    tokens_FT = bits.reshape(-1, bits.shape[-1]).T
+    tokens_FT = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1]).T
+    _temperature("sparse_learnable_wiring", tau)
     chosen = sparse_wiring_feature_major(tokens_FT, scores, jnp.asarray(candidates), tau=tau)
     return chosen.T.reshape(*bits.shape[:-1], scores.shape[0])
 
@@ -220,7 +242,11 @@ def sparse_wiring_feature_major(
     tau: float = 0.001,
 ) -> Float[Array, "M T"]:
     """`sparse_learnable_wiring` for floating bits that are (F, T) already; returns (M, T)."""
-    return _sparse(bits_FT, scores, candidates, float(tau))
+    if not bits_FT.shape[0]:
+        raise InputError(
+            f"sparse_learnable_wiring: expected at least one bit, found {list(bits_FT.shape)}."
+        )
+    return _sparse(bits_FT, scores, candidates, _temperature("sparse_learnable_wiring", tau))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -37,7 +37,8 @@ def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, PyTree]]:
     Args:
       folder: holds `config.json` and the weights. For 'deit' and 'ivit' also the file of weights
         itself (*.safetensors, *.pth, *.pt, *.bin; nothing in it is run), and
-        config.json may be missing: sizes are told from the weights.
+        config.json may be missing: sizes are told from the weights. For 'nanogpt' also the ckpt.pt
+        of its own program.
       kind: 'nanogpt' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
         (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' (Hugging Face's
         Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT).
@@ -50,8 +51,8 @@ def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, PyTree]]:
       before torch 1.6 the whole file).
 
     Raises:
-      InputError: a file, key or tensor is missing, unexpected or misshapen (named, with what was
-        expected and found).
+      InputError: a file, key or tensor is missing, unexpected or misshapen, or an option asks for
+        what the model here doesn't compute (named, with what was expected and found).
     """
     check_choice("pretrained.load: kind", kind, KINDS)
     return KINDS[kind](Path(folder).expanduser())

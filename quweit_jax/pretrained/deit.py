@@ -22,8 +22,40 @@ from quweit_jax.errors import InputError
 from quweit_jax.layers.integer import ACTIVATION_BITS, RESIDUAL_BITS
 from quweit_jax.models.vit import SIZES, ViT, ViTConfig
 from quweit_jax.pretrained.layout import TensorMap, layer_norm, linear, read_params
+from quweit_jax.pretrained.published_config import PublishedConfig
 from quweit_jax.pretrained.tensors import Tensors, read_config, read_weights
 
+# timm's options of a vision transformer that change what it computes, and the values that leave it
+# the one modeled here; the first is timm's default.
+_ONLY: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("qkv_bias", "proj_bias", "class_token", "final_norm", "patch_norm"), (True,)),
+    **dict.fromkeys(
+        ("qk_norm", "no_embed_class", "pre_norm", "distilled", "scale_attn_norm", "scale_mlp_norm"),
+        (False,),
+    ),
+    **dict.fromkeys(("scale_attn_inner_norm", "scale_mlp_inner_norm", "fc_norm"), (False,)),
+    **dict.fromkeys(("init_values", "qk_scale", "representation_size", "hybrid_backbone"), (None,)),
+    **dict.fromkeys(("embed_layer", "embed_norm_layer", "block_fn", "mlp_layer"), (None,)),
+    **dict.fromkeys(("attn_layer", "quantization_config"), (None,)),
+    "reg_tokens": (0,),
+    "pos_embed": ("learn",),
+    "norm_layer": (None, "layernorm"),
+    "act_layer": (None, "gelu"),
+    "layer_norm_eps": (1e-6,),
+    "norm_eps": (1e-6,),
+}
+# What else timm writes: names, statistics of the data, and options of training or of other sizes.
+_HARMLESS = (
+    *("num_features", "pretrained_cfg", "model_args", "crop_pct", "crop_mode", "interpolation"),
+    *("mean", "std", "classifier", "first_conv", "url", "hf_hub_id", "tag", "fixed_input_size"),
+    *("weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "pool_size", "custom_load"),
+    *("pool_include_prefix", "strict_img_size", "label_names", "label_descriptions", "origin_url"),
+    *("paper_ids", "paper_name", "min_input_size", "test_input_size", "test_crop_pct", "source"),
+)
+_SIZES = (
+    *("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "num_classes"),
+    *("img_size", "in_chans"),
+)
 _HEAD_WIDTH = 64  # of every published DeiT and of the ViTs it follows
 # I-ViT's quantizers and ours: outside the blocks, and inside each.
 _RANGES = {
@@ -72,7 +104,11 @@ def load_deit(path: Path) -> tuple[ViT, dict[str, PyTree]]:
 
 
 def load_ivit(path: Path) -> tuple[ViT, dict[str, PyTree]]:
-    """An integer-only ViT and its {'params': ..., 'ranges': ...}; zeros are ranges not set."""
+    """An integer-only ViT and its {'params': ..., 'ranges': ...}; zeros are ranges not set.
+
+    It rounds as the published program does (`rounding='published'`), so that it decides alike. What
+    is trained or fine-tuned here, and every packed form, computes with exact integers.
+    """
     return _load(path, integer=True)
 
 
@@ -150,8 +186,9 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
     name = next((name for name, size in SIZES.items() if size == known), None)
     own = {} if name else dict(zip(("width", "depth", "heads"), known))
     variant = f"{name or 'Ti'}/{sizes.patch}"
+    rounding = "published" if integer else "exact"
     of_all = {"variant": variant, "mlp_ratio": sizes.mlp_ratio, "integer": integer}
-    model = ViT(ViTConfig(sizes.num_classes, **of_all, **own))
+    model = ViT(ViTConfig(sizes.num_classes, rounding=rounding, **of_all, **own))
     return model, _convert(tensors, sizes, integer)
 
 
@@ -159,28 +196,42 @@ def _is_integer(tensors: Tensors) -> bool:
     return any(_QUANTIZER.fullmatch(name) for name in tensors.names())
 
 
-def _config(path: Path) -> dict[str, object]:
-    """The config.json beside the weights, timm's or with plain sizes; {} if there is none."""
+def _config(path: Path) -> PublishedConfig:
+    """The config.json beside the weights, timm's or with plain sizes; empty if there is none.
+
+    Raises:
+      InputError: an option asks for something that the model here does not compute.
+    """
     folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
-        return {}
-    config = read_config(folder, ())
+    where = folder / "config.json"
+    values = read_config(folder, ()) if where.is_file() else {}
+    extra = values.get("model_args")
+    config = PublishedConfig(where, (extra if isinstance(extra, dict) else {}) | values)
     if "model_type" in config:
         raise InputError(
-            f"pretrained: expected timm's names, found model_type '{config['model_type']}' in "
-            f"{folder / 'config.json'}; Hugging Face's transformers rename the weights: take the "
+            f"pretrained: expected timm's names, found model_type '{config.get('model_type')}' in "
+            f"{where}; Hugging Face's transformers rename the weights: take the "
             "checkpoint from timm instead."
         )
     if config.get("global_pool") not in (None, "", "token"):
         raise InputError(
-            f"pretrained: expected global_pool 'token' in {folder / 'config.json'}, found "
-            f"{config['global_pool']!r}; it is not supported."
+            f"pretrained: expected global_pool 'token' in {where}, found "
+            f"{config.get('global_pool')!r}; it is not supported."
         )
-    extra = config.get("model_args")
-    return (extra if isinstance(extra, dict) else {}) | config
+    for key, supported in _ONLY.items():
+        config.only(key, *supported)
+    if "quickgelu" in str(config.get("architecture", "")):
+        raise config.error(
+            "architecture",
+            "a model of exact GELUs",
+            config.get("architecture"),
+            "the model here cannot do otherwise.",
+        )
+    config.finish(*_SIZES, *_HARMLESS)
+    return config
 
 
-def _whole(config: Mapping[str, object], key: str) -> int | None:
+def _whole(config: PublishedConfig, key: str) -> int | None:
     """A positive whole number of the config, None if it isn't there."""
     value = config.get(key)  # timm may give a patch size twice, for height and width
     if isinstance(value, list) and value and all(v == value[0] for v in value):
@@ -199,7 +250,7 @@ def _whole(config: Mapping[str, object], key: str) -> int | None:
     return int(value)
 
 
-def _sizes(tensors: Tensors, config: Mapping[str, object]) -> _Sizes:
+def _sizes(tensors: Tensors, config: PublishedConfig) -> _Sizes:
     """The model's sizes: config.json's, else those of the tensors."""
     if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors.names()):
         raise InputError(
@@ -213,7 +264,13 @@ def _sizes(tensors: Tensors, config: Mapping[str, object]) -> _Sizes:
     width = _whole(config, "embed_dim") or found_width
     hidden = tensors.shape("blocks.0.mlp.fc1.weight", "hidden, width")[0]
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors.names())
-    depth = 1 + max(int(match[1]) for match in matches if match)
+    found_depth = 1 + max(int(match[1]) for match in matches if match)
+    depth = _whole(config, "depth") or found_depth
+    if depth > len(list(tensors.names())):  # before anything is made for each block
+        raise InputError(
+            f"pretrained: {tensors.where}: expected the weights of {depth} blocks, found "
+            f"{len(list(tensors.names()))} tensors in all."
+        )
     ratio = _whole(config, "mlp_ratio")
     if ratio is None and (width == 0 or hidden % width):
         raise InputError(
@@ -225,13 +282,20 @@ def _sizes(tensors: Tensors, config: Mapping[str, object]) -> _Sizes:
             "pretrained: pos_embed: expected a class token and a square grid of patches, found 1 "
             f"+ {positions}."
         )
-    classes = _whole(config, "num_classes")
+    classes, patch = _whole(config, "num_classes"), _whole(config, "patch_size") or conv[2]
+    image = _whole(config, "img_size")  # of equal sides, as the grid of positions is read here
+    if image is not None and (image // patch) ** 2 != positions:
+        raise InputError(
+            f"pretrained: config.json: img_size: {image} by patches of {patch} gives "
+            f"{(image // patch) ** 2} positions, found {positions} in pos_embed; do config.json "
+            "and the weights belong together?"
+        )
     return _Sizes(
-        patch=_whole(config, "patch_size") or conv[2],
-        channels=conv[1],
+        patch=patch,
+        channels=_whole(config, "in_chans") or conv[1],
         patches=positions,
         width=width,
-        depth=_whole(config, "depth") or depth,
+        depth=depth,
         mlp_ratio=ratio or hidden // width,
         num_classes=classes or tensors.shape("head.weight", "classes, width")[0],
     )

@@ -6,92 +6,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError, require
 from quweit_jax.pretrained.layout import TensorMap, TensorOut, read_params
 from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX
-from quweit_jax.pretrained.tensors import read_config, read_weights
+from quweit_jax.pretrained.published_config import PublishedConfig
+from quweit_jax.pretrained.tensors import read_weights
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's programs split
 _WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
-
-
-class PublishedConfig:
-    """config.json of one model_type, checked; what is missing or null has the program's default."""
-
-    def __init__(self, folder: Path, model_type: str, required: tuple[str, ...]):
-        """Reads it.
-
-        Raises:
-          InputError: there is no such file, it is of another model_type, or a required key is
-            missing.
-        """
-        self._where, found = folder / "config.json", read_config(folder, ()).get("model_type")
-        if found != model_type:
-            raise InputError(
-                f"pretrained: expected model_type '{model_type}' in {self._where}, found "
-                f"{found!r}; load it with the kind of its own."
-            )
-        self._values = read_config(folder, required)
-
-    def get(self, key: str, default: object = None) -> Any:
-        """The value as it is."""
-        value = self._values.get(key)
-        return default if value is None else value
-
-    def whole(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        """A whole number from 1 to `most`."""
-        value = self.get(key, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.error(key, f"a whole number from 1 to {most}", value)
-        return value
-
-    def positive(self, key: str, default: float) -> float:
-        """A positive number."""
-        return self.check_positive(key, self.get(key, default))
-
-    def check_positive(self, key: str, value: object) -> float:
-        """The value, if it is a positive number."""
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
-            raise self.error(key, "a positive number", value)
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false", value)
-        return value
-
-    def only(self, key: str, *supported: object) -> None:
-        """Raises InputError unless the value is one of these; the first is the default."""
-        value = self.get(key, supported[0])
-        if not any(
-            value == known and isinstance(value, bool) == isinstance(known, bool)
-            for known in supported
-        ):
-            raise self.error(
-                key,
-                " or ".join(json.dumps(known) for known in supported),
-                value,
-                "the model here cannot do otherwise.",
-            )
-
-    def error(
-        self, key: str, expected: str, found: object, advice: str = "download it again."
-    ) -> InputError:
-        """An error that names file and key."""
-        return InputError(
-            f"pretrained: {self._where}: {key}: expected {expected}, found {json.dumps(found)}; "
-            f"{advice}"
-        )
 
 
 def read_language_model(

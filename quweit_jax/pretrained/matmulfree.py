@@ -10,8 +10,9 @@ from jaxtyping import PyTree
 
 from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
 from quweit_jax.models.options import kinds_of_mlp
-from quweit_jax.pretrained.hugging_face import PublishedConfig, read_language_model, require_dense
+from quweit_jax.pretrained.hugging_face import read_language_model, require_dense
 from quweit_jax.pretrained.layout import TensorMap, kernel
+from quweit_jax.pretrained.published_config import PublishedConfig
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PROJECTIONS = {"input": "i_proj", "forget": "f_proj", "gate": "g_proj", "output": "o_proj"}
@@ -24,13 +25,15 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, PyTree]]:
       InputError: as `pretrained.load`; also an option of the public program that this model does
         not have.
     """
-    config = PublishedConfig(folder, "hgrn_bit", _REQUIRED)
+    config = PublishedConfig.of_type(folder, "hgrn_bit", _REQUIRED)
     config.only("hidden_act", "swish", "silu")
     for key, supported in (
         ("use_lower_bound", True),
         ("use_short_conv", False),
         ("expand_ratio", 1),
-    ):  # heads only group elements
+        ("elementwise_affine", True),
+        ("attn", None),  # layers of softmax attention among the others
+    ):
         config.only(key, supported)
     width = config.whole("hidden_size")
     about = int(width * config.positive("hidden_ratio", 4) * 2 / 3)
@@ -42,6 +45,10 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, PyTree]]:
         hidden=config.whole("intermediate_size", 256 * math.ceil(about / 256)),
         epsilon=config.positive("rms_norm_eps", 1e-6),
     )
+    # Heads only group elements, the mode says how the recurrence is run, and without the short
+    # convolution it has no options.
+    harmless = ("num_heads", "attn_mode", "conv_size", "conv_bias", "share_conv_kernel")
+    config.finish(*harmless, "tie_word_embeddings")
     return MatMulFree(c), read_language_model(folder, config, maps(c))
 
 

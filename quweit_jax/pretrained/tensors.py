@@ -19,8 +19,11 @@ from quweit_jax.pretrained.lazy_tensors import (
     read_index,
     read_json,
 )
-from quweit_jax.pretrained.torch_files import SUFFIXES, read_torch
+from quweit_jax.pretrained.torch_files import SUFFIXES, read_torch_checkpoint
 from quweit_jax.reading import list_folder
+
+# Before the names of a model in torch's DistributedDataParallel, FSDP and `compile`.
+_WRAPPED = ("module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
 
 def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
@@ -42,23 +45,12 @@ def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
     return config
 
 
-def read_safetensors(folder: Path) -> Tensors:
-    """Every tensor of model.safetensors, or of all *.safetensors of a sharded checkpoint."""
-    files = _safetensors_in(folder)
-    if not files:
-        raise InputError(
-            f"pretrained: expected model.safetensors in {folder}, found none; convert the "
-            "checkpoint to safetensors first."
-        )
-    return Tensors(open_safetensors(files), str(folder))
-
-
 def read_weights(path: Path) -> Tensors:
     """Every tensor of a file, or of a folder's *.safetensors, else its pytorch_model*.bin, else its
     one *.pth, *.pt or *.bin.
 
     Shards are those that model.safetensors.index.json or pytorch_model.bin.index.json names.
-    'module.' is cut off tensors' names.
+    The prefixes of models wrapped for several devices or compiled are cut off tensors' names.
 
     Raises:
       InputError: there is no such file, a shard is missing, or more than one file could be meant.
@@ -80,7 +72,7 @@ def read_weights(path: Path) -> Tensors:
                 f"{path}, found {found}; give the file itself."
             )
         tensors = _read_file(files[0])
-    tensors.strip_prefix("module.")  # of a model wrapped for several devices
+    tensors.strip_prefix(*_WRAPPED)
     return tensors
 
 
@@ -90,7 +82,7 @@ def _read_file(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
         return Tensors(open_safetensors([path]), str(path))
     if path.suffix in SUFFIXES:
-        return Tensors(read_torch(path), str(path))
+        return Tensors(*read_torch_checkpoint(path))
     raise InputError(
         f"pretrained: expected a file *.safetensors, {', '.join('*' + s for s in SUFFIXES)}, found "
         f"{path}."
@@ -123,10 +115,18 @@ def _weights_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 class Tensors:
-    """Named tensors, each taken once, so that what is left can be told; `where` is for messages."""
+    """Named tensors, each taken once, so that what is left can be told.
 
-    def __init__(self, tensors: Mapping[str, LazyTensor], where: str):
-        self._left, self.where = dict(tensors), where
+    where: for messages. model_args: the options of the model that were saved beside it, if any.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, LazyTensor],
+        where: str,
+        model_args: Mapping[str, Any] | None = None,
+    ):
+        self._left, self.where, self.model_args = dict(tensors), where, model_args
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
@@ -150,9 +150,24 @@ class Tensors:
             )
         return found
 
-    def strip_prefix(self, prefix: str) -> None:
-        """Renames 'prefix.x' to 'x'."""
-        self._left = {name.removeprefix(prefix): value for name, value in self._left.items()}
+    def strip_prefix(self, *prefixes: str) -> None:
+        """Renames 'prefix.x' to 'x', of several prefixes in any order and number.
+
+        Raises:
+          InputError: two tensors would have one name.
+        """
+        stripped: dict[str, LazyTensor] = {}
+        for name, value in self._left.items():
+            short = name
+            while prefix := next((p for p in prefixes if short.startswith(p)), ""):
+                short = short.removeprefix(prefix)
+            if short in stripped:
+                raise InputError(
+                    f"pretrained: {self.where} holds {short} twice, once as {name}; save one of "
+                    "the two models alone."
+                )
+            stripped[short] = value
+        self._left = stripped
 
     def drop(self, *suffixes: str) -> None:
         """Forgets tensors that hold no weights, by the end of their name."""

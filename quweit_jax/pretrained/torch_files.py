@@ -18,7 +18,16 @@ import numpy as np
 from quweit_jax.errors import InputError, require
 
 SUFFIXES = (".pth", ".pt", ".bin")
-_WRAPPERS = ("model", "state_dict")  # where training programs keep the state dict
+# Where training programs keep the state dict; its running average only if there is nothing else.
+_WRAPPERS = (
+    "model",
+    "state_dict",
+    "model_state",
+    "model_state_dict",
+    "state_dict_ema",
+    "model_ema",
+)
+_REPEATED = 16  # how often numbers may be named by several tensors: tied weights, expanded ones
 # Harmless company of weights, which torch would refuse: arguments of a training program, and NumPy
 # scalars such as a best accuracy.
 _IGNORED = (
@@ -45,10 +54,17 @@ class _StandIn:
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file's state dict by name; those of files since torch 1.6 stay on
+    """The tensors alone, see `read_torch_checkpoint`."""
+    return read_torch_checkpoint(path)[0]
+
+
+def read_torch_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any] | None]:
+    """Returns (the tensors of a file's state dict by name, the file's name, the options of the
+    model that nanoGPT saves as 'model_args', or None); tensors of files since torch 1.6 stay on
     disk until they are looked at.
 
-    The state dict is the saved object itself, or what it holds under 'model' or 'state_dict'.
+    The state dict is the saved object itself, or what it holds under a name that training programs
+    use: 'model', 'state_dict' and others, else a running average's, 'state_dict_ema'.
 
     Raises:
       InputError: torch isn't installed; or the file is missing, damaged, of another format, holds
@@ -58,8 +74,12 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"pretrained: expected {path}, found no such file.")
     require("torch", f"to read {path.name}", "or convert the file to safetensors elsewhere")
     try:
-        tensors = _state_dict(_load(path), path)
-        return {name: _array(tensor) for name, tensor in tensors.items()}
+        content = _load(path)
+        tensors = _state_dict(content, path)
+        _check_sizes(tensors, path)
+        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+        options = content.get("model_args") if isinstance(content, Mapping) else None
+        return arrays, str(path), options if isinstance(options, dict) else None
     except InputError:
         raise
     except Exception as error:  # whatever goes wrong in a file of unknown origin
@@ -93,7 +113,8 @@ def _load(path: Path) -> object:
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other protocols: what it cannot read is an error
         content = torch.load(path, map_location=keep, weights_only=True, mmap=archive)
-    if room is not None and sum(sizes) > room:
+    room = path.stat().st_size if room is None else room
+    if sum(sizes) > room:
         raise ValueError(f"tensors of {sum(sizes)} bytes, found {room}")
     return content
 
@@ -133,6 +154,21 @@ def _state_dict(content: object, path: Path) -> dict[str, Any]:
         f"pretrained: {path}: expected a state dict (names and tensors, or one under 'model' or "
         f"'state_dict'), found {found}; save model.state_dict() with torch."
     )
+
+
+def _check_sizes(tensors: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError if tensors claim more numbers than a file of this size can mean: views that
+    repeat a few numbers, of which a copy would fill the memory.
+    """
+    size, total = path.stat().st_size, 0
+    for name, tensor in tensors.items():
+        total += tensor.numel() * tensor.element_size()
+        if total > _REPEATED * size:
+            raise InputError(
+                f"pretrained: {path}: tensor {name}: expected tensors of no more than {_REPEATED} "
+                f"times the file's {size} bytes, found {total}, with this one's shape "
+                f"{list(tensor.shape)}; it repeats numbers, or means harm; save tensor.clone()."
+            )
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -9,8 +9,9 @@ from jaxtyping import PyTree
 
 from quweit_jax.models.options import kinds_of_mlp
 from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
-from quweit_jax.pretrained.hugging_face import PublishedConfig, read_language_model, require_dense
+from quweit_jax.pretrained.hugging_face import read_language_model, require_dense
 from quweit_jax.pretrained.layout import TensorMap, kernel
+from quweit_jax.pretrained.published_config import PublishedConfig
 
 _REQUIRED = (
     "vocab_size",
@@ -28,7 +29,7 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, PyTree]]:
       InputError: as `pretrained.load`; also an option of Llama that this model does not have, such
         as scaled rotary positions.
     """
-    config = PublishedConfig(folder, "llama", _REQUIRED)
+    config = PublishedConfig.of_type(folder, "llama", _REQUIRED)
     config.only("hidden_act", "silu", "swish")
     for key in ("attention_bias", "mlp_bias"):
         config.only(key, False)
@@ -45,6 +46,7 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, PyTree]]:
         epsilon=config.positive("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(config),
     )
+    config.finish("pretraining_tp", "tie_word_embeddings")  # the first splits a product, no more
     return TransformerPP(c), read_language_model(folder, config, maps(c))
 
 
@@ -120,6 +122,7 @@ def _head_width(c: TransformerPPConfig) -> int:
 def _rope_theta(config: PublishedConfig) -> float:
     """The base of the rotary positions; refused if they are scaled or of a part of a head."""
     theta = config.get("rope_theta", 10000.0)
+    config.only("partial_rotary_factor", 1)
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key, {})
         if not isinstance(rope, dict):

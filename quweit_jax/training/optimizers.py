@@ -15,12 +15,9 @@ from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.layers.groups import group_of
+from quweit_jax.models import registry  # noqa: F401 - models declare groups of their own
 from quweit_jax.ops import sums
-
-# The parameters of weightless layers, by name; everything else is 'decay' (matrices) or 'no_decay'
-# (vectors and scalars).
-NAMED_GROUPS = ("tables", "scores", "thresholds", "vectors")
-GROUPS = (*NAMED_GROUPS, "decay", "no_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +92,25 @@ class OptimizerConfig:
 SECTIONS["optimizer"] = lambda _: OptimizerConfig
 
 
-def group_of(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
-    """The group a parameter belongs to, from its name and rank."""
-    name = str(getattr(path[-1], "key", path[-1]))
-    if name in NAMED_GROUPS:
-        return name
-    return "decay" if len(leaf.shape) >= 2 and name != "lower_bounds" else "no_decay"
-
-
 def groups_of(params: PyTree) -> PyTree:
-    """The group of each parameter, as a tree of the same structure."""
-    return jax.tree_util.tree_map_with_path(group_of, params)
+    """The group of each parameter, as a tree of the same structure: dicts, an nnx.State, or either
+    with Flax's boxes around the arrays.
+
+    Raises:
+      InputError: there is something that cannot be trained, such as whole numbers or random keys.
+    """
+
+    def group(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+        dtype = getattr(leaf, "dtype", jnp.float32)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise InputError(
+                f"optimizer: expected parameters of real numbers, found {dtype} at "
+                f"{jax.tree_util.keystr(path)}; give variables['params'] alone, of NNX "
+                "nnx.state(model, nnx.Param)."
+            )
+        return group_of(path, leaf)
+
+    return jax.tree_util.tree_map_with_path(group, params)
 
 
 def make_schedule(
@@ -154,7 +159,7 @@ def adamw(config: OptimizerConfig, steps: int) -> dict[Hashable, optax.GradientT
     }
 
 
-# By `optimizer.name`: (config, steps) -> a transformation for each of GROUPS.
+# By `optimizer.name`: (config, steps) -> a transformation for each of `groups.GROUPS`.
 OPTIMIZERS = {"adamw": adamw}
 
 
@@ -162,7 +167,8 @@ def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformati
     """Changes updates so that look-up tables stay in [-1, 1] (arXiv 2410.11112); put it last in a
     chain.
 
-    Tables are the parameters named 'tables'. After `optax.apply_updates` they are what clipping the
+    Tables are the parameters that layers declare as such, those named 'tables', in any tree: dicts,
+    an nnx.State, with Flax's boxes around arrays, or stacked by `nn.scan`. After `optax.apply_updates` they are what clipping the
     sum would have made them, or the number next to that.
 
     Args:
@@ -173,7 +179,8 @@ def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformati
     """
 
     def init(params: PyTree) -> optax.EmptyState:
-        if required and "tables" not in jax.tree.leaves(groups_of(params)):
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        if required and not any(group_of(*leaf) == "tables" for leaf in paths):
             raise InputError(
                 "keep_tables_in_range: expected parameters named 'tables', as look-up layers have, "
                 "found none; leave it out for a model without look-up tables."

@@ -148,7 +148,7 @@ def assemble(
         what = "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size"
         sharding.check_batch(config.batch_size // config.grad_accum, mesh, what)
     model_config = config.model.to_dict()
-    models.build(model_config, 2)  # a wrong model key shows before the data is read
+    models.build(model_config, 1)  # a wrong model key shows before the data is read
     data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
     if data is None and tokenizer is not None and not read_data:
         data = Dataset([], [], tokenizer.vocab_size, "", tokenizer=tokenizer)

@@ -78,17 +78,17 @@ MODELS = {
         "mlp": "dense+weightless",
         "weightless": SMALL,
     },
-    "dwn": {"name": "dwn", "num_luts": (60, 50), "thermometer_bits": 3, "lut_inputs": 5},
+    "dwn": {"name": "dwn", "num_luts": (60, 55), "thermometer_bits": 3, "lut_inputs": 5},
     "dwn_random_shared": {
         "name": "dwn",
-        "num_luts": 60,
+        "num_luts": 66,
         "mapping": "random",
         "per_feature": False,
         "thermometer_bits": 3,
     },
     "dwn_pyramid": {
         "name": "dwn",
-        "num_luts": 60,
+        "num_luts": 66,
         "mapping": "candidates",
         "candidates": 4,
         "reduction": "learnable",
@@ -201,7 +201,7 @@ EVERY = {
 } | {
     f"dwn-{mapping}-{reduction}": {
         "name": "dwn",
-        "num_luts": (60, 50),
+        "num_luts": (60, 55),
         "mapping": mapping,
         "reduction": reduction,
         "lut_inputs": 3,

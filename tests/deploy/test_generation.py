@@ -5,6 +5,7 @@ longer than the context too.
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -174,3 +175,28 @@ def test_generation_stops_at_the_end_of_text(variables):
         )
     )
     assert short == whole[: whole.index(end)]
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-30, 1e30, 1e39, float("inf")])
+def test_extreme_temperatures_stay_among_the_top(temperature):
+    logits = jnp.asarray([1.0, 5.0, 3.0, -2.0, -jnp.inf])
+    keys = jax.random.split(jax.random.key(0), 40)
+
+    def drawn(top_k):
+        pick = jax.vmap(lambda key: generate.sample_logits(key, logits, temperature, top_k))
+        return set(np.asarray(pick(keys)).tolist())
+
+    small = temperature < 1
+    assert drawn(2) == ({1} if small else {1, 2})
+    assert drawn(0) == ({1} if small else {0, 1, 2, 3})  # never what is impossible
+
+
+def test_what_cannot_be_sampled_is_named():
+    for logits, options, message in (
+        (jnp.zeros(0), (1.0, 0), "logits"),
+        (jnp.zeros(3), (-1.0, 0), "temperature"),
+        (jnp.zeros(3), (float("nan"), 0), "temperature"),
+        (jnp.zeros(3), (1.0, -1), "top_k"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate.sample_logits(jax.random.key(0), logits, *options)

@@ -63,7 +63,7 @@ CASES = {
     ),
     "integer": lambda: vit(DEEP),
     "integer, grouped": lambda: vit(dataclasses.replace(SMALL, num_luts=32, sum="grouped")),
-    "dwn": lambda: dwn(num_luts=(40, 20)),
+    "dwn": lambda: dwn(num_luts=(40, 21)),
     "dwn, learnable reduction": lambda: dwn(num_luts=(30,), reduction="learnable", tau=0.7),
 }
 

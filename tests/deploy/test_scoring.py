@@ -96,6 +96,48 @@ def test_rolling_scores_every_token_once(scorer):
     assert values[0] == pytest.approx(expected, rel=1e-4) and values[1] == 0 and values[2] < 0
 
 
+def test_long_texts_are_read_in_windows_that_carry_the_state(monkeypatch):
+    """Of a model without limit: in whatever windows, the scores are those of the whole at once,
+    and no array has a window's logits times the text's length.
+    """
+    model = models.build(CONFIGS["matmulfree"], TOKENIZER.vocab_size)
+    variables = jax.jit(model.init)(jax.random.key(1), np.zeros((1, 4), np.int32))
+    scorer = score.Scorer(model, variables, TOKENIZER, batch_size=3)
+    texts = [TEXT * 3, TEXT[:30], TEXT * 2 + "the fox", "a"]
+    start = np.asarray([scorer.start_token()])
+    expected = [
+        plain(scorer, np.concatenate([start, TOKENIZER.encode(text)]), 1)[0] for text in texts
+    ]
+    read = []
+    step = score._score_window
+    monkeypatch.setattr(score, "_score_window", lambda *a: (read.append(a[-1].shape), step(*a))[1])
+    for longest, logits in ((16, 2**25), (32, 2**25), (512, 32 * TOKENIZER.vocab_size), (512, 1)):
+        monkeypatch.setattr(score, "_LONGEST", longest)
+        monkeypatch.setattr(score, "_LOGITS", logits)
+        read.clear()
+        found = scorer.rolling_log_likelihoods(texts)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        assert read and all(shape[0] == 3 and shape[1] <= 33 for shape in read)
+        pairs = scorer.log_likelihoods([(TEXT * 3, " brown")])  # one text is one row
+        tokens = TOKENIZER.encode(TEXT * 3 + " brown")
+        assert pairs[0][0] == pytest.approx(plain(scorer, tokens, len(tokens) - 6)[0], abs=1e-3)
+        assert read[-1][0] == 1
+
+
+def test_as_many_rows_as_there_are_texts(scorer, monkeypatch):
+    rows, padded = [], score.Scorer._padded
+
+    def watched(self, texts, count):
+        rows.append(count)
+        return padded(self, texts, count)
+
+    monkeypatch.setattr(score.Scorer, "_padded", watched)
+    scorer.rolling_log_likelihoods(["the"])
+    scorer.log_likelihoods([("the", " fox")] * 2)
+    scorer.log_likelihoods([("the", " fox")] * 7)
+    assert rows == [1, 2, 3, 3, 3]
+
+
 def test_long_contexts_are_cut_at_the_front(scorer):
     context = TEXT * 3 + "the quick"
     value, _ = scorer.log_likelihoods([(context, " brown")])[0]
@@ -109,6 +151,68 @@ def test_generation_stops_at_the_first_stop(scorer):
     assert len(whole) == 12
     stop = whole[5]
     assert scorer.generate_until("the", ["#", stop], 12) == whole[: whole.index(stop)]
+    assert scorer.generate_until("the", (stop,), 12) == whole[: whole.index(stop)]
+
+
+def test_a_stop_alone_is_one_string_and_not_its_letters(scorer):
+    whole = scorer.generate_until("the", None, 12)
+    assert len(whole) == 12 and scorer.generate_until("the", "", 12) == whole
+    assert scorer.generate_until("the", whole[3:6], 12) == whole[: whole.index(whole[3:6])]
+    absent = whole[1] + "\n\n#" + whole[2]  # letters of the text, but not together
+    assert scorer.generate_until("the", absent, 12) == whole
+    for wrong in (3, [3], {"a": 1}.items()):
+        with pytest.raises(InputError, match="until"):
+            scorer.generate_until("the", wrong, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"stops": [], "max_tokens": 256, "temperature": 0.0, "top_k": 0}),
+        ({"until": None, "max_gen_toks": None}, {"stops": [], "max_tokens": 256}),
+        ({"until": "Q:"}, {"stops": ["Q:"]}),
+        ({"until": ["a", "", None, "bc"]}, {"stops": ["a", "bc"]}),
+        *(({name: 7}, {"max_tokens": 7}) for name in score._LENGTHS),
+        ({"max_completion_tokens": 4, "max_tokens": 3}, {"max_tokens": 3}),
+        ({"max_tokens": 3, "max_new_tokens": 2}, {"max_tokens": 2}),
+        ({"max_new_tokens": 2, "max_gen_toks": 1}, {"max_tokens": 1}),
+        ({"max_gen_toks": "12", "max_tokens": 3}, {"max_tokens": 12}),
+        ({"max_gen_toks": 0}, {"max_tokens": 0}),
+        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "do_sample": False}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}),
+        ({"do_sample": True}, {"temperature": 0.0}),
+    ],
+    ids=str,
+)
+def test_generation_options_are_the_harnesss(given, expected):
+    found = score.generation_options(given)
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"until": 3},
+        {"max_new_tokens": -1},
+        {"max_gen_toks": "many"},
+        {"max_tokens": True},
+        {"temperature": float("nan")},
+        {"top_k": -2},
+    ],
+    ids=str,
+)
+def test_wrong_generation_options_are_named(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        score.generation_options(wrong)
+
+
+def test_sampling_is_what_was_asked_for(scorer):
+    likeliest = scorer.generate_until("the", None, 12)
+    drawn = {scorer.generate_until("the", None, 12, temperature=50.0, seed=i) for i in range(3)}
+    assert len(drawn | {likeliest}) > 2
+    one = scorer.generate_until("the", None, 12, temperature=50.0, top_k=1, seed=1)
+    assert one == likeliest
 
 
 def test_errors(scorer):

@@ -61,7 +61,7 @@ MODELS = {
     "vit": (VIT, ("trained",)),
     "vit_integer": (VIT | {"integer": True}, ("packed",)),
     "dwn": (
-        {"name": "dwn", "num_luts": (30,), "lut_inputs": 3, "thermometer_bits": 2},
+        {"name": "dwn", "num_luts": (32,), "lut_inputs": 3, "thermometer_bits": 2},
         ("trained",),
     ),
 }

@@ -272,8 +272,10 @@ def test_learnable_reduction():
 
 
 def test_group_sum():
-    bits = random_bits(3, 10)
+    bits = random_bits(3, 12)
     np.testing.assert_allclose(GroupSum(4, tau=2.0).apply({}, bits), naive.group_sum(bits, 4, 2.0))
+    with pytest.raises(InputError, match=r"GroupSum: num_groups: .*use 10 or 15"):
+        GroupSum(5).apply({}, bits)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,7 @@ def test_group_sum():
         ),
         (
             WeightlessBlock(4, num_luts=10, sum="grouped"),
-            "shares the 10 tables of the last layer equally among 4 features; use a multiple of 4",
+            r"num_luts of the last layer of a grouped sum: .*use 8 or 12, or sum='dense'",
         ),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,

@@ -21,7 +21,7 @@ def inputs(examples=40, *shape, seed=0):
 def test_initializing_fits_the_thermometer(kind, per_feature):
     x = inputs()
     model = DWN(
-        DWNConfig(3, num_luts=4, thermometer=kind, thermometer_bits=3, per_feature=per_feature)
+        DWNConfig(3, num_luts=6, thermometer=kind, thermometer_bits=3, per_feature=per_feature)
     )
     thresholds = quick_jit(model.init)(jax.random.key(0), x)["wiring"]["thresholds"]
     np.testing.assert_allclose(
@@ -88,7 +88,9 @@ def test_it_learns(reduction):
 def test_build():
     model = models.build({"name": "dwn", "num_luts": [30, 20], "lut_inputs": 4}, 10)
     assert model.config == DWNConfig(10, num_luts=(30, 20), lut_inputs=4)
-    assert DWNConfig(10, num_luts=7).num_luts == (7,)
+    uneven = DWNConfig(10, num_luts=47, reduction="learnable")  # a pyramid shares nothing
+    assert uneven.num_luts == (47,)
+    assert DWNConfig(10, num_luts=70).num_luts == (70,)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,8 @@ def test_build():
             r"model\.num_luts: expected a positive number of tables for each layer, found \(\)",
         ),
         ({"num_luts": (5, 0)}, r"model\.num_luts: .*found \(5, 0\)"),
+        ({"num_luts": (30, 47)}, r"model\.num_luts: .*use 40 or 50"),
+        ({"num_luts": 4}, r"model\.num_luts: .*use 10, or"),
         ({"luts": 5}, r"model: unknown key 'luts'\. Did you mean 'num_luts'\?"),
     ],
 )

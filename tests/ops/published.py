@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quweit_jax.errors import InputError
-from quweit_jax.ops import integer
+from quweit_jax.ops import integer, integer_norm
 
 
 def int_linear(
@@ -98,13 +98,13 @@ def int_layer_norm(x_int: Array, scale: Array, weight: Array, bias: Array) -> tu
       (out (..., d), out_scale (d,) = sqrt(d) / 2**30 * weight): int32, or for floating x_int the
       real values with gradients to x_int, weight and bias (the reference program's bias gets none).
     """
-    bias_int, halvings, out_scale = integer.layer_norm_constants(weight, bias)
-    out = integer.layer_norm_units(_as_int(x_int), bias_int, halvings)
+    bias_int, halvings, out_scale = integer_norm.layer_norm_constants(weight, bias)
+    out = integer_norm.layer_norm_units(_as_int(x_int), bias_int, halvings)
     return _out(
         x_int,
         out,
         out_scale,
-        lambda: integer.layer_norm_shadow(x_int * jax.lax.stop_gradient(scale), weight, bias),
+        lambda: integer_norm.layer_norm_shadow(x_int * jax.lax.stop_gradient(scale), weight, bias),
     )
 
 
@@ -165,11 +165,7 @@ def _published_grid(x_int: Array, scale: Array) -> Array:
     """
     if integer.is_integer(x_int):
         return x_int.astype(jnp.int32)
-    x_int = jax.lax.stop_gradient(x_int)
-    # The barriers keep the product from being cancelled, and the division from becoming a product
-    # with 1 / scale.
-    scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x_int.shape))
-    return jax.lax.optimization_barrier(x_int * scale) / scale
+    return integer.published_grid(x_int, scale)
 
 
 def _out(

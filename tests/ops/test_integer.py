@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from quweit_jax.errors import InputError
-from quweit_jax.ops import integer
+from quweit_jax.ops import integer, integer_norm
 from tests.compiled import quick_jit
 from tests.ops import published
 from tests.ops.gradients import value_and_vjp
@@ -174,7 +174,9 @@ def test_layer_norm_in_python_integers(width, reach):
         rng.normal(1, 0.2, width).astype(np.float32),
         rng.normal(0, 0.5, width).astype(np.float32),
     )
-    bias_int, halvings, scale = (np.asarray(a) for a in integer.layer_norm_constants(weight, bias))
+    bias_int, halvings, scale = (
+        np.asarray(a) for a in integer_norm.layer_norm_constants(weight, bias)
+    )
     assert (halvings == 0).all()
     expected = []
     for row in x.tolist():
@@ -197,7 +199,7 @@ def test_layer_norm_with_a_bias_far_above_its_weight():
     weight[:3], bias[:3] = [0.001, 0.0, -0.002], [0.5, 0.25, 0.3]
     found, scale = quick_jit(published.int_layer_norm)(x, np.float32(1e-3), weight, bias)
     np.testing.assert_allclose(
-        found * scale, integer.layer_norm_shadow(x * 1e-3, weight, bias), atol=2e-3
+        found * scale, integer_norm.layer_norm_shadow(x * 1e-3, weight, bias), atol=2e-3
     )
 
 
@@ -245,7 +247,7 @@ def test_gradients_are_those_of_the_real_functions():
         ),
         (
             lambda x, w, b: published.int_layer_norm(x, scale, w, b)[0],
-            lambda x, w, b: integer.layer_norm_shadow(x * scale, w, b),
+            lambda x, w, b: integer_norm.layer_norm_shadow(x * scale, w, b),
             (x, weight, bias),
         ),
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quweit_jax.errors import InputError
-from quweit_jax.ops import ternary
+from quweit_jax.ops import packed_ternary, ternary
 
 
 def arrays(lead, inputs, outputs, seed=0, dtype=jnp.float32):
@@ -122,18 +122,18 @@ def test_fused_keeps_only_the_input():
 @pytest.mark.parametrize("outputs", [1, 3, 64])
 def test_packing_there_and_back(inputs, outputs):
     w = np.random.default_rng(0).integers(-1, 2, (inputs, outputs)).astype(np.int8)
-    packed = ternary.pack_ternary(w)
+    packed = packed_ternary.pack_ternary(w)
     assert packed.dtype == np.uint8 and packed.shape == (-(-inputs // 4), outputs)
-    np.testing.assert_array_equal(ternary.unpack_ternary(packed, inputs), w)
-    on_device = ternary.pack_ternary(jnp.asarray(w))
+    np.testing.assert_array_equal(packed_ternary.unpack_ternary(packed, inputs), w)
+    on_device = packed_ternary.pack_ternary(jnp.asarray(w))
     np.testing.assert_array_equal(on_device, packed)
-    np.testing.assert_array_equal(ternary.unpack_ternary(on_device, inputs), w)
+    np.testing.assert_array_equal(packed_ternary.unpack_ternary(on_device, inputs), w)
 
 
 def test_layout_of_a_byte():
     w = np.asarray([[1], [-1], [0], [1], [1]], np.int8)
     np.testing.assert_array_equal(
-        ternary.pack_ternary(w),
+        packed_ternary.pack_ternary(w),
         [[2 + (0 << 2) + (1 << 4) + (2 << 6)], [2 + (1 << 2) + (1 << 4) + (1 << 6)]],
     )
 
@@ -148,11 +148,13 @@ def test_packed_product_is_exact(lead, inputs, outputs, monkeypatch):
     )
     expected = x.astype(np.int64) @ w.astype(np.int64)
     for tile in (
-        ternary._TILE_BYTES,
+        packed_ternary._TILE_BYTES,
         2 * inputs,
     ):  # the second: tiles of two columns, the last one overlapping
-        monkeypatch.setattr(ternary, "_TILE_BYTES", tile)
-        found = jax.jit(lambda x, p: ternary.packed_matmul(x, p, 0.5))(x, ternary.pack_ternary(w))
+        monkeypatch.setattr(packed_ternary, "_TILE_BYTES", tile)
+        found = jax.jit(lambda x, p: packed_ternary.packed_matmul(x, p, 0.5))(
+            x, packed_ternary.pack_ternary(w)
+        )
         assert found.dtype == jnp.float32
         np.testing.assert_array_equal(found, expected * 0.5)
 
@@ -162,7 +164,7 @@ def test_packed_product_makes_no_whole_matrix():
     packed = jax.ShapeDtypeStruct((2048, 4096), jnp.uint8)  # 32 MiB unpacked to int8
     for tokens in (1, 16):
         x = jax.ShapeDtypeStruct((tokens, 8192), jnp.int8)
-        memory = jax.jit(ternary.packed_matmul).lower(x, packed).compile().memory_analysis()
+        memory = jax.jit(packed_ternary.packed_matmul).lower(x, packed).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 8192 * 4096 / 4, (tokens, memory.temp_size_in_bytes)
 
 
@@ -173,10 +175,10 @@ def test_errors():
     ):
         ternary.bit_linear(jnp.zeros((2, 3)), jnp.zeros((4, 3)), jnp.zeros(3))
     with pytest.raises(InputError, match=r"pack_ternary: expected a matrix"):
-        ternary.pack_ternary(np.zeros(3, np.int8))
+        packed_ternary.pack_ternary(np.zeros(3, np.int8))
     with pytest.raises(InputError, match=r"expected weights of -1, 0 and 1, found 0 to 2"):
-        ternary.pack_ternary(np.asarray([[0, 2]], np.int8))
+        packed_ternary.pack_ternary(np.asarray([[0, 2]], np.int8))
     with pytest.raises(InputError, match=r"unpack_ternary: 9 inputs take 3 rows of bytes, found 2"):
-        ternary.unpack_ternary(np.zeros((2, 3), np.uint8), 9)
+        packed_ternary.unpack_ternary(np.zeros((2, 3), np.uint8), 9)
     with pytest.raises(InputError, match=r"packed_matmul: activations of 9 inputs need 3 rows"):
-        ternary.packed_matmul(jnp.zeros((1, 9), jnp.int8), jnp.zeros((2, 3), jnp.uint8))
+        packed_ternary.packed_matmul(jnp.zeros((1, 9), jnp.int8), jnp.zeros((2, 3), jnp.uint8))

@@ -12,6 +12,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
+from quweit_jax import pretrained
 from quweit_jax.errors import InputError
 from quweit_jax.pretrained.torch_files import read_torch
 from tests.pretrained.vit_files import BFLOAT16, NO_TORCH, Harm, save_torch
@@ -232,3 +233,50 @@ def test_other_files(tmp_path, torch):
     ):
         with pytest.raises(InputError, match=f"expected a state dict .* found {found}"):
             read_torch(save_torch(tmp_path / "a.pth", content))
+
+
+@both_formats
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((10**12,), (0,)),
+        ((10**6, 10**6), (0, 0)),
+        ((3, 10**5, 64), (0, 0, 1)),
+        ((2**40, 1), (0, 1)),
+    ],
+    ids=str,
+)
+def test_tensors_that_repeat_a_few_numbers_without_end(tmp_path, legacy, torch, shape, strides):
+    """Neither a copy nor even a look: the sentence comes before any memory is taken."""
+    absurd = torch.zeros(64).as_strided(shape, strides)
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(3), "w": absurd}, path, _use_new_zipfile_serialization=not legacy)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InputError, match="tensor w: "):
+        read_torch(path)
+
+
+def test_many_tensors_of_the_same_few_numbers(tmp_path, torch):
+    base = torch.zeros(2000)
+    torch.save({f"w{i}": base.as_strided((20, 100), (0, 1)) for i in range(40)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"tensor w\d+: "):
+        read_torch(tmp_path / "a.pth")
+    tied = {"a": base, "b": base, "c": base.expand(2, -1).T}
+    torch.save(tied, tmp_path / "a.pth")
+    found = read_torch(tmp_path / "a.pth")
+    assert {name: array.shape for name, array in found.items()} == {
+        "a": (2000,),
+        "b": (2000,),
+        "c": (2000, 2),
+    }
+
+
+def test_absurd_shapes_of_nothing(tmp_path, torch):
+    absurd = {"cls_token": torch.zeros(1, 1, 0), "pos_embed": torch.zeros(1, 2, 0)}
+    absurd |= {"patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
+    absurd |= {"blocks.0.mlp.fc1.weight": torch.zeros(10**15, 0)}
+    absurd |= {"blocks.999999.norm1.weight": torch.zeros(0), "head.weight": torch.zeros(10**12, 0)}
+    torch.save(absurd, tmp_path / "a.pth")
+    for kind in ("deit", "ivit"):
+        with pytest.raises(InputError):
+            pretrained.load(tmp_path / "a.pth", kind)

@@ -6,12 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from quweit_jax import models
+from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
+from quweit_jax.layers import groups
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.training import state
 from quweit_jax.training.optimizers import (
     OptimizerConfig,
+    group_norms,
+    groups_of,
     keep_tables_in_range,
     make_optimizer,
     spectral_penalty,
@@ -90,3 +96,144 @@ def test_the_spectral_penalty_moves_tables_alone():
     np.testing.assert_allclose(found, 0.01 * 2 * tables / 8, atol=1e-6)
     np.testing.assert_array_equal(moved[0]["vectors"], moved[1]["vectors"])
     assert spectral_penalty({"kernel": jnp.ones(3)}) == 0
+
+
+def groups_in(name, **sizes):
+    """The groups of a small model's parameters by path."""
+    model = models.build({"name": name, **sizes}, 10)
+    image, tokens = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 4), jnp.int32)
+    inputs = image if name == "vit" else tokens
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    found = jax.tree_util.tree_leaves_with_path(groups_of(params))
+    return {"/".join(key.key for key in path): group for path, group in found}
+
+
+@pytest.mark.parametrize("options", [{}, {"integer": True}, {"mlp": "weightless"}], ids=str)
+def test_a_vits_class_token_and_positions_do_not_decay(options):
+    found = groups_in("vit", variant="mu/8", **options)
+    assert found["cls_token"] == found["position_embedding"] == "no_decay"
+    assert found["patch_embed/kernel"] == found["head/kernel"] == "decay"
+    assert found["final_norm/scale"] == found["head/bias"] == "no_decay"
+    if "mlp" in options:
+        assert found["block_0/mlp/luts_0/tables"] == "tables"
+        assert found["block_0/mlp/vectors"] == "vectors"
+
+
+def test_a_gpts_embeddings_decay_as_nanogpts_do():
+    found = groups_in("gpt", width=16, layers=1, heads=2, context=8, bias=True)
+    assert found["token_embedding/embedding"] == found["position_embedding"] == "decay"
+    assert {g for name, g in found.items() if name.endswith(("bias", "scale"))} == {"no_decay"}
+    assert {g for name, g in found.items() if name.endswith("kernel")} == {"decay"}
+
+
+def test_of_matmulfree_models_matrices_alone_decay():
+    found = groups_in("matmulfree", width=16, layers=2, context=8, hidden=16)
+    decaying = {name.split("/")[-1] for name, group in found.items() if group == "decay"}
+    assert decaying == {"kernel", "embedding"} and found["lower_bounds"] == "no_decay"
+
+
+def test_a_layer_of_ones_own_declares_its_groups():
+    groups.declare("no_decay", "a_matrix_that_stays")
+    groups.declare("decay", "of_rank_three", rank=3)
+    shapes = {"a_matrix_that_stays": (2, 2), "of_rank_three": (3,), "other": (2, 2)}
+    found = groups_of({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    assert found == {
+        "a_matrix_that_stays": "no_decay",
+        "of_rank_three": "no_decay",
+        "other": "decay",
+    }
+    assert groups_of({"of_rank_three": jnp.zeros((1, 1, 1))}) == {"of_rank_three": "decay"}
+    for group, name in (("decay", "tables"), ("fast", "x")):
+        with pytest.raises(InputError, match="declare"):
+            groups.declare(group, name)
+
+
+BLOCK = WeightlessBlock(3, num_luts=12, lut_inputs=3)
+X = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
+
+
+class Stacked(nn.Module):
+    """Two blocks under `nn.scan`, their parameters one on the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        class One(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + WeightlessBlock(5, num_luts=6, lut_inputs=2, name="block")(x), None
+
+        axes = {"params": 0, "wiring": 0, "packed": 0}
+        scanned = nn.scan(One, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return scanned(name="scan")(x, None)[0]
+
+
+def boxed(variables):
+    """Every array in a box of Flax's."""
+    return jax.tree.map(lambda a: nn.Partitioned(a, (None,) * a.ndim), variables)
+
+
+def trees():
+    """Parameters with tables in every kind of tree."""
+    plain = BLOCK.init(jax.random.key(0), X)["params"]
+    behind = nnx.bridge.ToNNX(BLOCK, rngs=nnx.Rngs(0)).lazy_init(X)
+    stacked = Stacked().init(jax.random.key(0), X)["params"]
+    return {
+        "dicts": plain,
+        "boxes": boxed(plain),
+        "nnx": nnx.state(behind, nnx.Param),
+        "pure": nnx.to_pure_dict(nnx.state(behind, nnx.Param)),
+        "scanned": stacked,
+        "boxes of scanned": boxed(stacked),
+        "lists": {"tables": [jnp.full((2, 4), 0.5), jnp.full((2, 4), -0.5)], "bias": jnp.ones(3)},
+    }
+
+
+@pytest.mark.parametrize("kind", trees())
+def test_tables_are_found_in_any_tree(kind):
+    params = trees()[kind]
+    assert set(jax.tree.leaves(groups_of(params))) >= {"tables", "no_decay"}
+    assert "decay" not in jax.tree.leaves(groups_of(params))  # biases and norms, stacked or not
+    alone = optax.chain(optax.sgd(1.0), keep_tables_in_range())
+    for optimizer in (make_optimizer(OptimizerConfig(tables_learning_rate=9.0), 3), alone):
+        moved, state = params, optimizer.init(params)
+        for _ in range(2):
+            grads = jax.tree.map(jnp.ones_like, moved)
+            updates, state = optimizer.update(grads, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        leaves = jax.tree_util.tree_leaves_with_path(moved)
+        tables = [leaf for path, leaf in leaves if groups.group_of(path, leaf) == "tables"]
+        assert tables and all((leaf == -1).all() for leaf in tables)
+    norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in tables))
+    np.testing.assert_allclose(group_norms(moved)["tables"], norm, rtol=1e-6)
+    assert spectral_penalty(params) > 0
+
+
+def test_nnx_trains_and_packs():
+    behind = nnx.bridge.ToNNX(BLOCK, rngs=nnx.Rngs(0)).lazy_init(X)
+    config = OptimizerConfig(tables_learning_rate=0.5, warmup=0)
+    optimizer = nnx.Optimizer(behind, make_optimizer(config, 5), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: (m(X) ** 2).sum())(model))
+
+    for _ in range(3):
+        step(behind, optimizer)
+    tables = behind.luts_0["tables"][...]
+    assert np.abs(tables).max() == 1
+    expected = np.asarray(behind(X))
+    for model in (BLOCK, behind):
+        packed = pack(model, nnx.state(behind), X)
+        np.testing.assert_allclose(BLOCK.apply(packed, X), expected, atol=1e-2)
+    with pytest.raises(InputError, match=r"nnx\.Param"):
+        make_optimizer(config, 5).init(nnx.state(behind))
+    with pytest.raises(InputError, match="found Linear"):
+        linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        pack(linear, nnx.state(linear), jnp.ones((1, 2)))
+
+
+def test_boxed_and_stacked_variables_pack():
+    for model in (BLOCK, Stacked()):
+        variables = model.init(jax.random.key(0), X)
+        packed = pack(model, {**variables, "params": boxed(variables["params"])}, X)
+        np.testing.assert_allclose(model.apply(packed, X), model.apply(variables, X), atol=1e-2)
