@@ -167,7 +167,7 @@ def result_of(point: Point) -> dict[str, Any]:
     """What its run directory says: state ('new', 'unfinished', 'finished'), step, and losses and
     accuracy of its evaluations.
     """
-    from quweit_jax.training import metrics
+    from quweit_jax.training import metrics, rundir
 
     rows = metrics.evaluations(point.workdir)
     if not rows:
@@ -179,11 +179,12 @@ def result_of(point: Point) -> dict[str, Any]:
     found = {
         "step": last["step"],
         "validation_loss": last["loss"],
-        "accuracy": last["accuracy"],
+        "accuracy": last.get("accuracy", ""),
         "best_loss": best["loss"],
         "best_step": best["step"],
     }
-    return {"state": "finished" if last["step"] == point.config.steps else "unfinished", **found}
+    finished = rundir.is_finished(point.workdir, point.config.steps)
+    return {"state": "finished" if finished else "unfinished", **found}
 
 
 def run_points(

@@ -59,6 +59,10 @@ def _look(summary: RunSummary, overrides: Mapping[str, str], batches: int) -> Js
         missing = str(error)
         opened = rundir.open_run(path, None, given, data=False)
         summary.notes.append(f"without its data ({missing})")
+    for sentence in opened.damaged:
+        summary.mark("damaged", f"{sentence}; what is shown is of step {opened.step}")
+    if opened.data_changed:
+        summary.notes.append(opened.data_changed)
     _try(summary, "tables", lambda: _tables(summary, opened, batches, missing))
     if opened.setup.tokenizer is not None:
         _try(summary, "text", lambda: _text(summary, opened))

@@ -16,22 +16,38 @@ from quweit_jax.training import files
 Row = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
+def read_values(path: Path) -> list[Any]:
+    """The JSON values of a metrics.jsonl, rows or not; a last line cut short by a kill is left
+    out.
+    """
+    values = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                values.append(json.loads(line))
+            except ValueError:
                 continue
-    return rows
+    return values
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; whatever else a damaged file holds is left out."""
+    return [value for value in read_values(path) if is_row(value)]
+
+
+def is_row(value: object) -> bool:
+    """Whether a JSON value is a row of metrics: of a step, a split, and a loss."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("step"), int)
+        and value.get("split") in ("train", "validation")
+        and isinstance(value.get("loss"), int | float)
+        and not isinstance(value["loss"], bool)
+    )
 
 
 def evaluations(workdir: Path) -> list[Row]:
-    """A run's evaluations on the validation split, in order; the run is finished if the last one is
-    of its last step.
-    """
+    """A run's evaluations on the validation split, in order."""
     return [row for row in read_rows(workdir / "metrics.jsonl") if row["split"] == "validation"]
 
 
@@ -42,7 +58,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, step: int):
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row.get("step", 0) <= step]
+        kept = [row for row in read_rows(self.path) if row["step"] <= step]
         files.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(workdir)
