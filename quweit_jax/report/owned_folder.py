@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quweit_jax.errors import InputError
+from quweit_jax.training.files import is_empty
 
 LIST = "report.json"
 _AUTHOR = "quweit_jax.report"
@@ -27,7 +28,7 @@ def check(folder: Path) -> list[str]:
         raise InputError(f"--out: {folder} is a file; give a folder.")
     path = folder / LIST
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not is_empty(folder):
             raise InputError(
                 f"--out: {folder} holds files and no {LIST}, so no report wrote them; give a new "
                 "or empty folder."

@@ -15,7 +15,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from quweit_jax.errors import InputError, RunError
-from quweit_jax.training import checksums
+from quweit_jax.training import checksums, files
 from quweit_jax.training.sharding import path_name
 
 # Orbax annotates its own types more narrowly than it accepts.
@@ -33,6 +33,10 @@ def check_path(folder: Path, what: str = "--workdir", *, reading: bool = False) 
     Raises:
       InputError: they can't, because of its name or that of a folder above it.
     """
+    try:
+        folder.exists()
+    except OSError as error:  # a name that is too long, say
+        raise InputError(f"{what}: {error.strerror}: {folder}; give another folder.") from None
     path = str(folder.absolute())
     bad = [c for c in ("\\" if reading else _PATTERNS) if c in path]
     try:
@@ -278,7 +282,7 @@ class Checkpoints:
                 "whole ones there."
             )
         aside = self.workdir / "damaged"
-        if checksums.were_noted(self.workdir) or (aside.is_dir() and any(aside.iterdir())):
+        if checksums.were_noted(self.workdir) or (aside.is_dir() and not files.is_empty(aside)):
             raise RunError(
                 f"the checkpoints that were in {self.directory} are gone; put them back there (a "
                 f"damaged one is in {aside}), or start again in a new --workdir."

@@ -226,6 +226,7 @@ def describe_environment() -> dict[str, Any]:
 def read_config(workdir: Path) -> Config:
     """The config a run was started with."""
     path = workdir / "config.json"
+    check_path(workdir, reading=True)
     if not path.exists():
         raise InputError(
             f"--workdir: no run in {workdir} (no config.json); start one with "

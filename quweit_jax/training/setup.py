@@ -178,7 +178,7 @@ def _check_dtype(setup: Setup) -> None:
     if dtype != "float16" or platform != "cpu":
         return
     try:
-        jax.jit(setup.model.init).lower(jax.random.key(0), setup.init_inputs)
+        jax.jit(setup.model.init_with_output).lower(jax.random.key(0), setup.init_inputs)
     except InputError:
         raise
     except ValueError as error:
