@@ -82,7 +82,8 @@ def _explain(error: Exception, summary: RunSummary, training: bool) -> None:
     if isinstance(error, RunError):
         state, reason = "damaged", text
     elif isinstance(error, InputError):
-        if "checkpoint of step" not in text and not text.startswith(("model", "optimizer", "mesh")):
+        ours = text.startswith(("model", "optimizer", "mesh: unknown")) and "on a CPU" not in text
+        if "checkpoint of step" not in text and not ours:  # the data's fault, or the machine's
             summary.notes.append(
                 f"the model was not opened, so there are no samples and no look-up tables: {text}"
             )

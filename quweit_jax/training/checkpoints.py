@@ -25,6 +25,9 @@ Leaves = dict[str, tuple[tuple[int, ...], np.dtype]]
 # Orbax looks for its files by patterns that begin with the whole path, so these would make it find
 # none there, or those of another folder; by a path with a backslash it reads nothing either.
 _PATTERNS = "*?[\\"
+_SCHEMES = [
+    f"{name}:" for name in ("gs", "s3", "az", "hf", "abfs", "file", "hdfs", "http", "https")
+]
 
 
 def check_path(folder: Path, what: str = "--workdir", *, reading: bool = False) -> None:
@@ -43,6 +46,11 @@ def check_path(folder: Path, what: str = "--workdir", *, reading: bool = False) 
         path.encode()
     except UnicodeEncodeError:
         bad.append("bytes that are no UTF-8")
+    if scheme := next((part for part in folder.parts if part in _SCHEMES), None):
+        raise InputError(
+            f"{what}: expected a folder of this machine, found {scheme}//...; train in a local one "
+            "or one that is mounted, and copy it."
+        )
     if bad:
         raise InputError(
             f"{what}: checkpoints cannot be {'read' if reading else 'saved'} in {path!r}, for its "
@@ -65,7 +73,7 @@ class Checkpoints:
       read_only: for evaluation: nothing is created, cleaned up or moved.
 
     Attributes:
-      damaged: a sentence for each checkpoint that `restore` has passed over.
+      damaged: a sentence for each checkpoint that has been passed over.
     """
 
     def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
@@ -92,31 +100,28 @@ class Checkpoints:
         """The step of lowest validation loss, the newest where none was evaluated, None without
         checkpoints.
         """
-        return next(iter(self._best_first()), None)
+        scores = self._scores()
+        known = [(score, step) for step, score in scores.items() if score is not None]
+        return min(known)[1] if known else max(scores or self.steps(), default=None)
 
-    def _best_first(self) -> list[int]:
-        scored, others = [], []
-        for step in reversed(self.steps()):
+    def _scores(self) -> dict[int, float | None]:
+        """The validation loss of each checkpoint; those are told, and left out, of which it cannot
+        be read.
+        """
+        scores: dict[int, float | None] = {}
+        for step in self.steps():
             try:
-                score = checksums.score(self.workdir, step)
-            except (OSError, ValueError):
-                score = None
-            others += [step] * (score is None)
-            scored += [] if score is None else [(score, step)]
-        return [step for _, step in sorted(scored)] + others
+                scores[step] = checksums.score(self.workdir, step)
+            except (OSError, ValueError) as error:
+                self._tell_damaged(step, error, "it is left out")
+        return scores
 
     def _checkpointer(self) -> Any:
         """Orbax's, which reads the scores of all checkpoints when it is opened."""
         if self._open_checkpointer is not None:
             return self._open_checkpointer
-        unreadable = []
-        for step in self.steps():
-            try:
-                checksums.score(self.workdir, step)
-            except (OSError, ValueError) as error:
-                unreadable.append(step)
-                self._tell_damaged(step, error, "the run goes on without it")
-        self._set_aside(unreadable)
+        there = self.steps()
+        self._set_aside(set(there) - self._scores().keys())
         best = policies.BestN(
             get_metric_fn=lambda m: m["loss"],
             reverse=True,
@@ -189,7 +194,7 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, abstract_state: Any, step: int | None = None, *, best: bool = False
+        self, abstract_state: Any, step: int | None = None
     ) -> tuple[Any, dict[str, Any], int] | None:
         """(state, loop, step): the given step, or the newest that is whole; None when there has
         never been a checkpoint.
@@ -197,14 +202,10 @@ class Checkpoints:
         A damaged checkpoint is reported and the one before is taken; once that is read, the damaged
         one is set aside in `damaged/` (unless read_only).
 
-        Args:
-          best: instead of the newest the one of lowest validation loss, and the next best should
-            that be damaged.
-
         Raises:
           InputError: the step does not exist, or the trees differ (names the first path, what was
             expected and what was found).
-          RunError: every checkpoint is damaged, or they are gone.
+          RunError: the given or every checkpoint is damaged, or they are gone.
         """
         there = self.steps()
         if step is not None and step not in there:
@@ -212,16 +213,14 @@ class Checkpoints:
                 f"no checkpoint of step {step} in {self.workdir}; there are "
                 f"{', '.join(map(str, there)) or 'none'}."
             )
-        order = self._best_first() if best else there[::-1]
-        then = "trying the next best" if best else "trying the one before"
         causes: dict[int, BaseException] = {}
-        for candidate in order if step is None else [step]:
+        for candidate in there[::-1] if step is None else [step]:
             try:
                 loaded, noted = self._load(abstract_state, candidate)
             except _Damaged as error:
                 causes[candidate] = error.__cause__ or error
                 if step is None:
-                    self._tell_damaged(candidate, causes[candidate], then)
+                    self._tell_damaged(candidate, causes[candidate], "trying the one before")
                 continue
             self._set_aside(causes)
             if not self.read_only:

@@ -31,15 +31,22 @@ def score(workdir: Path, step: int) -> float | None:
     """The validation loss saved with a checkpoint, None where it was not evaluated.
 
     Raises:
-      OSError, ValueError: it cannot be read.
+      OSError, ValueError: it cannot be read, or is not what was saved.
     """
-    path = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
-    if not path.exists():
+    name = "metrics/metrics"
+    path = workdir / "checkpoints" / str(step) / name
+    try:
+        noted = _noted(workdir, step).get(name)
+    except (OSError, ValueError):
+        noted = None
+    if noted is None and not path.exists():
         return None
+    if noted not in (None, _sums(path)):
+        raise OSError(f"the content of {name} has changed")
     saved = json.loads(path.read_text(encoding="utf-8"))
     loss = saved.get("loss") if isinstance(saved, dict) else None
     if not isinstance(loss, int | float):
-        raise ValueError(f"metrics/metrics holds no loss but {str(saved)[:80]}")
+        raise ValueError(f"{name} holds no loss but {str(saved)[:80]}")
     return float(loss)
 
 
@@ -134,9 +141,10 @@ def _noted(workdir: Path, step: int) -> dict[str, list[int]]:
 
 
 def _contents(root: Path) -> dict[str, list[int]]:
-    found = {}
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        checksum = zlib.crc32(path.read_bytes()) if size <= _LARGEST else 0
-        found[path.relative_to(root).as_posix()] = [size, checksum]
-    return found
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): _sums(path) for path in paths}
+
+
+def _sums(path: Path) -> list[int]:
+    size = path.stat().st_size
+    return [size, zlib.crc32(path.read_bytes()) if size <= _LARGEST else 0]

@@ -54,7 +54,7 @@ _VERSIONS_OF = (
 class OpenRun:
     """A trained run, read back: its setup, the variables of a checkpoint, and that one's step.
 
-    damaged: a sentence for each better checkpoint that is damaged. data_changed: a sentence if the
+    damaged: a sentence for each checkpoint that may be better, but is damaged. data_changed: a sentence if the
     data are not those it was trained on.
     """
 
@@ -88,18 +88,19 @@ def open_run(
     _fit_mesh(config, [key.removeprefix("mesh.") for key in given if key.startswith("mesh.")])
     setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False)
     with Checkpoints(workdir, read_only=True) as saved:
-        if not saved.steps():
+        wanted = saved.best_step() if step is None else step
+        if wanted is None:
             raise InputError(
                 f"--workdir: {workdir} has no checkpoint yet; let it train past checkpoint_every = "
                 f"{config.checkpoint_every} steps."
             )
-        restored = saved.restore(setup.abstract_state(), step, best=True)
+        restored = saved.restore(setup.abstract_state(), wanted)
         damaged = tuple(saved.damaged)
     assert restored is not None
     changed = _data_changed(workdir, setup)
     if changed:
         logging.warning("%s; what follows is of the data that are there now.", changed)
-    return OpenRun(setup, restored[0].variables(), restored[2], damaged, changed)
+    return OpenRun(setup, restored[0].variables(), wanted, damaged, changed)
 
 
 def _fit_mesh(config: Config, given: list[str]) -> None:

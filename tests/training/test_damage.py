@@ -95,21 +95,30 @@ def test_any_file_of_a_checkpoint_damaged_in_any_way(whole, run, abstract, damag
         shutil.copy(whole / "checksums" / "6.json", run / "checksums")
 
 
-@pytest.mark.parametrize("damage", [cut, scramble, Path.unlink, replace_by_folder])
-def test_a_damaged_score_leaves_the_run_usable(run, tiny_config, damage):
+@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("damage", [cut, flip, scramble, Path.unlink, replace_by_folder])
+def test_a_damaged_score_leaves_the_run_usable(run, tiny_config, damage, step):
     """The small file that Orbax reads of every checkpoint as soon as it looks at a folder; of the
     newest checkpoint or of an older one.
     """
-    damage(run / "checkpoints" / "4" / "metrics" / "metrics")
-    assert rundir.open_run(run).step == 6
+    damage(run / "checkpoints" / str(step) / "metrics" / "metrics")
+    opened = rundir.open_run(run)
+    assert opened.step == 10 - step and len(opened.damaged) == 1
     result = loop.fit(tiny_config(SMALL | {"steps": 8}), run, progress=False)
     assert result.complete and checksums.is_whole(run, 8)
+    assert (run / "damaged" / str(step)).is_dir()
 
 
-def test_the_best_checkpoint_damaged_gives_the_next_best(run, tiny_config):
+def test_a_reader_takes_no_other_than_the_best_without_being_told(run):
+    """Of several a damaged one is named, and those there are instead; where the score of one cannot
+    be known, it may have been the best.
+    """
     best = rundir.open_run(run).step
     other = 10 - best  # 4 or 6
-    flip(max(files_in(run / "checkpoints" / str(best)), key=lambda path: path.stat().st_size))
+    flip(run / "checkpoints" / str(best) / "state" / "_METADATA")
+    with pytest.raises(RunError, match=f"step {best} is damaged .* {other}; choose one with"):
+        rundir.open_run(run)
+    (run / "checkpoints" / str(best) / "metrics" / "metrics").write_text('{"loss": 0.5}')
     opened = rundir.open_run(run)
     assert opened.step == other and len(opened.damaged) == 1
     assert not (run / "damaged").exists(), "reading moves nothing"
@@ -145,7 +154,8 @@ def test_without_checksums_a_damaged_checkpoint_is_still_found_out(run, tiny_con
     """Its tree may then look like that of another model."""
     shutil.rmtree(run / "checksums")
     cut(run / "checkpoints" / "6" / "state" / "_METADATA")
-    assert rundir.open_run(run).step == 4
+    with pytest.raises(RunError, match="step 6 is damaged"):
+        rundir.open_run(run, 6)
     result = loop.fit(tiny_config(SMALL), run, progress=False)
     assert result.complete and (run / "damaged" / "6").is_dir()
 

@@ -124,7 +124,15 @@ def test_what_is_kept_is_said_only_of_what_is_there(run, tiny_config, monkeypatc
 
 # ---------------------------------------------------------------------------------- which paths
 
-BAD_NAMES = ["lr=[0.001]", "[2026] project", "back\\slash", "a*b", "why?", "no\udcffutf", "x" * 300]
+BAD_NAMES = [
+    "lr=[0.001]",
+    "[2026] project",
+    "back\\slash",
+    "a*b",
+    "why?",
+    "no\udcffutf",
+    "x" * 300,
+] + ["gs:", "s3:"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -303,6 +311,15 @@ def test_float16_is_refused_where_it_cannot_be_computed(tiny_config, tmp_path, c
     with pytest.raises(InputError, match=r"^model\.dtype"):
         loop.fit(tiny_config(SMALL | changes | {"model.dtype": "float16"}), workdir)
     assert not workdir.exists()
+
+
+def test_a_run_that_this_machine_cannot_compute_is_not_called_old(run):
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["dtype"] = "float16"
+    (run / "config.json").write_text(json.dumps(config))
+    (summary,), _ = collect([run], {}, batches=1)
+    assert summary.state == "finished"
+    assert any("model.dtype" in note for note in summary.notes)
 
 
 def test_float16_is_computed_where_it_can_be(tiny_config):
