@@ -142,10 +142,10 @@ class Checkpoints:
         self.wait()
         noted = np.frombuffer(json.dumps(loop).encode(), np.uint8)
         items = {"state": state, "loop": {"json": noted}}
-        scores, saved = None if loss is None else {"loss": loss}, _leaves(items)
+        scores = None if loss is None else {"loss": loss}
         begin = self._checkpointer().save_checkpointables_async
         self._guard(step, lambda: begin(step, items, metrics=scores))
-        self._unchecked = step, saved
+        self._unchecked = step, _leaves(state)
 
     def wait(self) -> None:
         """Waits for the save under way, looks at what it wrote, and notes the checksums of that."""
@@ -153,18 +153,17 @@ class Checkpoints:
             return
         (step, saved), self._unchecked = self._unchecked, None
         self._guard(step, self._checkpointer().wait)
-        self._guard(step, lambda: self._find_again(step, saved))
         if jax.process_index() == 0:
+            self._guard(step, lambda: self._find_again(step, saved))
             self._guard(step, lambda: checksums.note(self.workdir, step))
 
     def _find_again(self, step: int, saved: Leaves) -> None:
-        """Raises OSError unless what was saved is there."""
+        """Raises OSError unless what was saved is there; the loop's bytes are the first process's."""
         folder = self.directory / str(step)
         for name in ("state/manifest.ocdbt", "loop/manifest.ocdbt"):
             if not (folder / name).is_file():
                 raise OSError(f"{name} is missing")
-        items = orbax.checkpointables_metadata(folder).metadata
-        found = _leaves({"state": items.get("state"), "loop": items.get("loop")})
+        found = _leaves(orbax.checkpointables_metadata(folder).metadata["state"])
         if found != saved:
             raise OSError(f"{len(saved.keys() - found.keys())} of {len(saved)} arrays are missing")
 
