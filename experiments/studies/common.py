@@ -50,10 +50,7 @@ def arguments(
 
 def finish(config: Config, workdir: Path) -> Path:
     """Trains a model, or goes on with it, or finds it finished."""
-    if (
-        not any(row["step"] == config.steps for row in metrics.evaluations(workdir))
-        and not loop.fit(config, workdir).complete
-    ):
+    if not rundir.is_finished(workdir, config.steps) and not loop.fit(config, workdir).complete:
         raise SystemExit("stopped; the same command goes on")
     return workdir
 

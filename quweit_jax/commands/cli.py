@@ -7,6 +7,7 @@ import io
 import json
 import logging as standard_logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from quweit_jax.reading import without_surrogates
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command; our own errors end it with their message alone and status 2 or 1."""
+    """Runs a command; our own errors end it with their message alone and status 2 or 1, an
+    interrupt from the terminal with a sentence and status 130.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
@@ -37,6 +40,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             raise
         print(f"error: {missing(package, 'for this command')}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command begins again, or goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import hashlib
 import io
 import os
 import re
@@ -27,6 +28,7 @@ from quweit_jax.config import Config, load_module
 from quweit_jax.errors import InputError
 
 _POLL_SECONDS = 0.2
+_LONGEST_NAME = 200  # file systems take 255 bytes, of which a log's name needs some more
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,9 +61,10 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(parser, argv)
     if args.workers < 1:
         raise InputError(f"--workers: expected at least 1, found {args.workers}.")
-    from quweit_jax.training import loop
+    from quweit_jax.training import checkpoints, loop
 
     root = Path(args.workdir).absolute()
+    checkpoints.check_path(root)
     if root.exists() and not root.is_dir():
         raise InputError(f"--workdir: {root} is a file; give a folder.")
     points = enumerate_points(args.config, root, overrides)
@@ -148,7 +151,7 @@ def _point(
     file = spec.partition(":")[0]
     point_spec = f"{file}:{','.join([*filter(None, [argument]), *shortcuts])}"
     config = cli.load_config(point_spec, overrides)
-    name = re.sub(r"[^A-Za-z0-9_.=,+-]", "-", ",".join(shortcuts))
+    name = _folder_name(",".join(shortcuts))
     workdir = root / name
     options = [f"--config.{path}={text}" for path, text in overrides.items()]
     command = (
@@ -163,11 +166,20 @@ def _point(
     return Point(name, settings, config, workdir, command)
 
 
+def _folder_name(settings: str) -> str:
+    """The settings as a folder's name; very long ones are cut, and told apart by their digest."""
+    name = re.sub(r"[^A-Za-z0-9_.=,+-]", "-", settings)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return f"{name[: _LONGEST_NAME - len(digest) - 1]}-{digest}"
+
+
 def result_of(point: Point) -> dict[str, Any]:
     """What its run directory says: state ('new', 'unfinished', 'finished'), step, and losses and
     accuracy of its evaluations.
     """
-    from quweit_jax.training import metrics
+    from quweit_jax.training import metrics, rundir
 
     rows = metrics.evaluations(point.workdir)
     if not rows:
@@ -179,11 +191,12 @@ def result_of(point: Point) -> dict[str, Any]:
     found = {
         "step": last["step"],
         "validation_loss": last["loss"],
-        "accuracy": last["accuracy"],
+        "accuracy": last.get("accuracy", ""),
         "best_loss": best["loss"],
         "best_step": best["step"],
     }
-    return {"state": "finished" if last["step"] == point.config.steps else "unfinished", **found}
+    finished = rundir.is_finished(point.workdir, point.config.steps)
+    return {"state": "finished" if finished else "unfinished", **found}
 
 
 def run_points(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,8 +37,9 @@ def main(argv: Sequence[str]) -> int:
     )
     args, overrides = cli.parse(parser, argv)
     workdir = Path(args.workdir)
-    from quweit_jax.training import loop, rundir
+    from quweit_jax.training import checkpoints, loop, rundir
 
+    checkpoints.check_path(workdir)
     if args.config is None and not (workdir / "config.json").exists():
         raise InputError(
             f"--config: expected an experiment file to begin a run in {workdir}, such as "
@@ -84,7 +86,7 @@ def initial(
 
     def begin(fresh: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
         if (place / "environment.json").is_file():
-            source = jax.device_get(rundir.open_run(place).variables)
+            source = jax.device_get(rundir.open_run(place, data=False).variables)
         else:
             source = transfer.read_source(place)
         merged, report = transfer.merge(jax.device_get(fresh), source)
@@ -122,7 +124,8 @@ def summarize(result: Result, workdir: Path) -> None:
     if jax.process_index():
         return
     setup, config = result.setup, result.setup.config
-    resume = f"python -m quweit_jax.train --workdir={workdir}"
+    where = shlex.quote(f"--workdir={workdir}")
+    resume = f"python -m quweit_jax.train {where}"
     if not result.complete:
         print(f"stopped at step {result.step} of {config.steps}, saved. To go on: {resume}")
         return
@@ -148,7 +151,7 @@ def summarize(result: Result, workdir: Path) -> None:
     longer = f"longer training: {resume} --config.steps={2 * result.step}"
     if setup.tokenizer is not None and config.sample_tokens:
         print(f"sample:\n{'-' * 72}\n{sample(result, variables)}\n{'-' * 72}")
-        longer = f"more text: python -m quweit_jax.generate --workdir={workdir}   {longer}"
+        longer = f"more text: python -m quweit_jax.generate {where}   {longer}"
     print(longer)
 
 

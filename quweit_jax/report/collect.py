@@ -17,7 +17,7 @@ from quweit_jax.models import registry
 from quweit_jax.reading import is_whole, list_folder, read_json, shown
 from quweit_jax.report.look import look
 from quweit_jax.report.summary import Json, RunSummary
-from quweit_jax.training import files, metrics, rundir
+from quweit_jax.training import checksums, files, metrics, rundir
 from quweit_jax.training.defaults import base_config
 
 _RUN_FILES = ("config.json", "metrics.jsonl", "environment.json", "checkpoints")
@@ -133,22 +133,15 @@ def _fill(summary: RunSummary, overrides: Mapping[str, str], batches: int, techn
     summary.rows = _rows(path / "metrics.jsonl", summary)
     _describe_data(summary)
     _compare_keys(summary)
-    steps, training = summary.config["steps"], _in_use(path)
+    steps, training = summary.config["steps"], files.in_use(path)
     if not any(row["split"] == "validation" and row["step"] >= steps for row in summary.rows):
         noted = f"at step {summary.step} of {steps}"
         if not summary.rows:
             noted = f"nothing noted yet of {steps} steps"
         summary.mark("unfinished", noted + ", being trained now" * training)
+    elif not checksums.is_whole(path, steps):
+        summary.mark("unfinished", f"no whole checkpoint of its last step, {steps}")
     _add_costs(summary, technology, look(summary, overrides, batches, training))
-
-
-def _in_use(path: Path) -> bool:
-    """Whether a process of this machine is training in the folder."""
-    try:
-        with files.exclusive(path, patience=0):
-            return False
-    except InputError:
-        return True
 
 
 def _object(path: Path) -> Json:

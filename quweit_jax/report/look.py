@@ -59,6 +59,10 @@ def _look(summary: RunSummary, overrides: Mapping[str, str], batches: int) -> Js
         missing = str(error)
         opened = rundir.open_run(path, None, given, data=False)
         summary.notes.append(f"without its data ({missing})")
+    for sentence in opened.damaged:
+        summary.mark("damaged", f"{sentence}; what is shown is of step {opened.step}")
+    if opened.data_changed:
+        summary.notes.append(opened.data_changed)
     _try(summary, "tables", lambda: _tables(summary, opened, batches, missing))
     if opened.setup.tokenizer is not None:
         _try(summary, "text", lambda: _text(summary, opened))
@@ -78,8 +82,9 @@ def _explain(error: Exception, summary: RunSummary, training: bool) -> None:
     if isinstance(error, RunError):
         state, reason = "damaged", text
     elif isinstance(error, InputError):
-        ours = text.startswith(("model", "optimizer", "mesh")) or "config of a run" in text
-        if "checkpoint of step" not in text and not ours:
+        ours = text.startswith(("model", "optimizer", "mesh: unknown")) or "config of a run" in text
+        ours = ours and "on a CPU" not in text
+        if "checkpoint of step" not in text and not ours:  # the data's fault, or the machine's
             summary.notes.append(
                 f"the model was not opened, so there are no samples and no look-up tables: {text}"
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from quweit_jax.errors import InputError
 from quweit_jax.reading import read_json, why
+from quweit_jax.training.files import is_empty
 
 LIST = "report.json"
 _AUTHOR = "quweit_jax.report"
@@ -82,7 +83,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _is_filled(folder: Path) -> bool:
     try:
-        return bool(os.listdir(folder))
+        return not is_empty(folder)
     except OSError as error:
         raise InputError(f"--out: cannot read {folder} ({why(error)}); give another.") from None
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,52 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from quweit_jax.errors import InputError, RunError, first_line
-from quweit_jax.training import files
+from quweit_jax.training import checksums, files
 from quweit_jax.training.sharding import path_name
 
 # Orbax annotates its own types more narrowly than it accepts.
+orbax: Any = ocp
 policies: Any = ocp.training.preservation_policies
-# Reading back more than this after every save would cost more than it protects; larger files are
-# checked by size alone.
-_CHECKSUM_BYTES = 2**28
+Leaves = dict[str, tuple[tuple[int, ...], np.dtype]]
+# Orbax looks for its files by patterns that begin with the whole path, so these would make it find
+# none there, or those of another folder; by a path with a backslash it reads nothing either.
+_PATTERNS = "*?[\\"
+_SCHEMES = [
+    f"{name}:" for name in ("gs", "s3", "az", "hf", "abfs", "file", "hdfs", "http", "https")
+]
+
+
+def check_path(folder: Path, what: str = "--workdir", *, reading: bool = False) -> None:
+    """Checks that checkpoints can be saved in a folder, or read where they are there already.
+
+    Raises:
+      InputError: they can't, because of its name or that of a folder above it.
+    """
+    try:
+        folder.exists()
+    except OSError as error:  # a name that is too long, say
+        raise InputError(f"{what}: {error.strerror}: {folder}; give another folder.") from None
+    path = str(folder.absolute())
+    bad = [c for c in ("\\" if reading else _PATTERNS) if c in path]
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        bad.append("bytes that are no UTF-8")
+    if scheme := next((part for part in folder.parts if part in _SCHEMES), None):
+        raise InputError(
+            f"{what}: expected a folder of this machine, found {scheme}//...; train in a local one "
+            "or one that is mounted, and copy it."
+        )
+    if bad:
+        raise InputError(
+            f"{what}: checkpoints cannot be {'read' if reading else 'saved'} in {path!r}, for its "
+            f"{' and '.join(bad)}; expected a path without, so rename the folder or give a link to "
+            "it that has another name."
+        )
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not, or cannot be known to be, what was saved; its cause says more."""
 
 
 class Checkpoints:
@@ -35,6 +72,9 @@ class Checkpoints:
       workdir: the run directory. keep: how many of the newest to keep (the one of lowest validation
         loss is kept too).
       read_only: for evaluation: nothing is created, cleaned up or moved.
+
+    Attributes:
+      damaged: a sentence for each checkpoint that has been passed over.
     """
 
     def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
@@ -42,37 +82,61 @@ class Checkpoints:
             raise InputError(f"keep: expected at least 1 checkpoint, found {keep}.")
         self.workdir = workdir.absolute()  # Orbax reads nothing by a relative path
         self.directory, self.read_only = self.workdir / "checkpoints", read_only
+        self.keep = keep
+        self.damaged: list[str] = []
+        check_path(self.workdir, reading=read_only)
+        if read_only and not self.directory.is_dir():
+            raise InputError(
+                f"no checkpoints in {workdir}: expected the run directory of python -m "
+                "quweit_jax.train."
+            )
+        self._open_checkpointer: Any = None
+        self._unchecked: tuple[int, Leaves] | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return checksums.steps(self.workdir)
+
+    def best_step(self) -> int | None:
+        """The step of lowest validation loss, the newest where none was evaluated, None without
+        checkpoints.
+        """
+        scores = self._scores()
+        known = [(score, step) for step, score in scores.items() if score is not None]
+        return min(known)[1] if known else max(scores or self.steps(), default=None)
+
+    def _scores(self) -> dict[int, float | None]:
+        """The validation loss of each checkpoint; those are told, and left out, of which it cannot
+        be read.
+        """
+        scores: dict[int, float | None] = {}
+        for step in self.steps():
+            try:
+                scores[step] = checksums.score(self.workdir, step)
+            except (OSError, ValueError) as error:
+                self._tell_damaged(step, error, "it is left out")
+        return scores
+
+    def _checkpointer(self) -> Any:
+        """Orbax's, which reads the scores of all checkpoints when it is opened."""
+        if self._open_checkpointer is not None:
+            return self._open_checkpointer
+        there = self.steps()
+        self._set_aside(set(there) - self._scores().keys())
         best = policies.BestN(
             get_metric_fn=lambda m: m["loss"],
             reverse=True,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        checkpointer: Any = ocp.training.Checkpointer
-        self._open = lambda: checkpointer(
+        newest = policies.LatestN(self.keep)
+        self._open_checkpointer = orbax.training.Checkpointer(
             self.directory,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=True,
         )
-        if read_only and not self.directory.is_dir():
-            raise InputError(
-                f"no checkpoints in {workdir}: expected the run directory of python -m "
-                "quweit_jax.train."
-            )
-        self._checkpointer = self._open()
-        self._unchecked: int | None = None
-
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return [c.step for c in self._checkpointer.checkpoints]
-
-    def best_step(self) -> int | None:
-        """The step of lowest validation loss, the newest where none was evaluated, None without
-        checkpoints.
-        """
-        scored = [(c.metrics["loss"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
-        return min(scored)[1] if scored else (self.steps() or [None])[-1]
+        return self._open_checkpointer
 
     def save(self, step: int, state: PyTree, loop: dict[str, Any], loss: float | None) -> None:
         """Starts saving in the background; an earlier save's failure shows here (RunError)."""
@@ -80,23 +144,35 @@ class Checkpoints:
         noted = np.frombuffer(json.dumps(loop).encode(), np.uint8)
         items = {"state": state, "loop": {"json": noted}}
         scores = None if loss is None else {"loss": loss}
-        begin = self._checkpointer.save_checkpointables_async
+        begin = self._checkpointer().save_checkpointables_async
         self._guard(step, lambda: begin(step, items, metrics=scores))
-        self._unchecked = step
+        self._unchecked = step, _leaves(state)
 
     def wait(self) -> None:
-        """Waits for the save under way, then notes the checksums of what it wrote."""
+        """Waits for the save under way, looks at what it wrote, and notes the checksums of that."""
         if self._unchecked is None:
             return
-        step, self._unchecked = self._unchecked, None
-        self._guard(step, self._checkpointer.wait)
+        (step, saved), self._unchecked = self._unchecked, None
+        self._guard(step, self._checkpointer().wait)
         if jax.process_index() == 0:
-            self._guard(step, lambda: self._write_checksums(step))
+            self._guard(step, lambda: self._find_again(step, saved))
+            self._guard(step, lambda: checksums.note(self.workdir, step))
+
+    def _find_again(self, step: int, saved: Leaves) -> None:
+        """Raises OSError unless what was saved is there; the loop's bytes are the first process's."""
+        folder = self.directory / str(step)
+        for name in ("state/manifest.ocdbt", "loop/manifest.ocdbt"):
+            if not (folder / name).is_file():
+                raise OSError(f"{name} is missing")
+        found = _leaves(orbax.checkpointables_metadata(folder).metadata["state"])
+        if found != saved:
+            raise OSError(f"{len(saved.keys() - found.keys())} of {len(saved)} arrays are missing")
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
         self.wait()
-        self._checkpointer.close()
+        if self._open_checkpointer is not None:
+            self._open_checkpointer.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -110,13 +186,9 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
-            whole = [s for s in self.steps() if s != step and (self.directory / str(s)).is_dir()]
-            previous = "there is no earlier checkpoint"
-            if whole:
-                previous = f"the checkpoint of step {whole[-1]} is whole"
             raise RunError(
                 f"the checkpoint of step {step} could not be written ({type(error).__name__}: "
-                f"{_reason(error)}); {previous}. "
+                f"{_reason(error)}); {checksums.describe_kept(self.workdir)}. "
                 "Free some space (or mend the folder) and run the same command again to go on from "
                 "there."
             ) from error
@@ -124,115 +196,118 @@ class Checkpoints:
     def restore(
         self, abstract_state: PyTree, step: int | None = None
     ) -> tuple[PyTree, dict[str, Any], int] | None:
-        """(state, loop, step): the given step, or the newest that is whole; None when there are no
-        checkpoints.
+        """(state, loop, step): the given step, or the newest that is whole; None when there has
+        never been a checkpoint.
 
-        A damaged newest checkpoint is reported and set aside in `damaged/` (unless read_only), and
-        the one before is taken.
+        A damaged checkpoint is reported and the one before is taken; once that is read, the damaged
+        one is set aside in `damaged/` (unless read_only).
 
         Raises:
           InputError: the step does not exist, or the trees differ (names the first path, what was
             expected and what was found).
-          RunError: every checkpoint is damaged.
+          RunError: the given or every checkpoint is damaged, or they are gone.
         """
-        steps = self.steps()
-        if step is not None and step not in steps:
+        there = self.steps()
+        if step is not None and step not in there:
             raise InputError(
                 f"no checkpoint of step {step} in {self.workdir}; there are "
-                f"{', '.join(map(str, steps)) or 'none'}."
+                f"{', '.join(map(str, there)) or 'none'}."
             )
-        for candidate in reversed(steps if step is None else [step]):
-            whole = False
+        causes: dict[int, BaseException] = {}
+        for candidate in there[::-1] if step is None else [step]:
             try:
-                whole = self._verify(candidate)
-                found = self._checkpointer.checkpointables_metadata(candidate).metadata["state"]
-                compare_trees(abstract_state, found, f"checkpoint of step {candidate}")
-                loaded = self._checkpointer.load_checkpointables(
-                    candidate, {"state": abstract_state, "loop": None}
-                )
-                noted = np.asarray(loaded["loop"]["json"]).tobytes().decode()
-                return loaded["state"], json.loads(noted), candidate
-            except InputError:
-                raise
-            except Exception as error:
-                if whole:  # its files are as they were written, so an older one would not help
-                    raise RunError(
-                        f"the checkpoint of step {candidate} is whole but cannot be loaded "
-                        f"({type(error).__name__}: {_reason(error)})."
-                    ) from error
-                if step is not None:
-                    others = ", ".join(str(s) for s in steps if s != step)
-                    hint = "there is no other"
-                    if others:
-                        hint = f"there are also {others}; choose one with --step"
-                    raise RunError(
-                        f"the checkpoint of step {step} is damaged ({_reason(error)}); {hint}."
-                    ) from error
-                logging.warning(
-                    "the checkpoint of step %s is damaged (%s); trying the one before.",
-                    candidate,
-                    _reason(error),
-                )
-                self._set_aside(candidate)
-        if steps:
-            raise RunError(
-                f"every checkpoint in {self.directory} is damaged ({', '.join(map(str, steps))}); "
-                "start again in a new --workdir."
-            )
+                loaded, noted = self._load(abstract_state, candidate)
+            except _Damaged as error:
+                causes[candidate] = error.__cause__ or error
+                if step is None:
+                    self._tell_damaged(candidate, causes[candidate], "trying the one before")
+                continue
+            self._set_aside(causes)
+            if not self.read_only:
+                self._checkpointer()
+            return loaded, noted, candidate
+        self._check_lost(step, causes)
+        if not self.read_only:
+            self._checkpointer()
         return None
 
-    def _set_aside(self, step: int) -> None:
+    def _load(self, abstract_state: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        """A checkpoint's state and loop; _Damaged if it may not be what was saved."""
+        known, folder = False, self.directory / str(step)
+        try:
+            known = checksums.verify(self.workdir, step)
+            checksums.score(self.workdir, step)
+            found = orbax.checkpointables_metadata(folder).metadata["state"]
+            if not _leaves(found):
+                raise OSError("its arrays cannot be found")
+            compare_trees(abstract_state, found, f"checkpoint of step {step}")
+            loaded = orbax.load_checkpointables(folder, {"state": abstract_state, "loop": None})
+            noted = json.loads(np.asarray(loaded["loop"]["json"]).tobytes())
+        except Exception as error:
+            if not known:
+                raise _Damaged from error
+            if isinstance(error, InputError):
+                raise
+            # its files are as they were written, so an older one would not help
+            raise RunError(
+                f"the checkpoint of step {step} is whole but cannot be loaded "
+                f"({type(error).__name__}: {_reason(error)})."
+            ) from error
+        if not (known or self.read_only or jax.process_index()):
+            checksums.note(self.workdir, step)
+        return loaded["state"], noted
+
+    def _tell_damaged(self, step: int, error: BaseException, then: str) -> None:
+        self.damaged.append(f"the checkpoint of step {step} is damaged ({_reason(error)})")
+        logging.warning("%s; %s.", self.damaged[-1], then)
+
+    def _check_lost(self, step: int | None, causes: dict[int, BaseException]) -> None:
+        """Raises what there is to say where no checkpoint could be read and some were there."""
+        # All that could be read of it is of another model, and that is likelier than damage.
+        for error in causes.values():
+            if isinstance(error, InputError):
+                raise error
+        if step is not None:
+            others = ", ".join(str(s) for s in self.steps() if s != step)
+            hint = f"there are also {others}; choose one with --step"
+            raise RunError(
+                f"the checkpoint of step {step} is damaged ({_reason(causes[step])}); "
+                f"{hint if others else 'there is no other'}."
+            )
+        if causes:
+            raise RunError(
+                f"every checkpoint in {self.directory} is damaged "
+                f"({', '.join(map(str, sorted(causes)))}); start again in a new --workdir, or put "
+                "whole ones there."
+            )
+        aside = self.workdir / "damaged"
+        if checksums.were_noted(self.workdir) or (aside.is_dir() and not files.is_empty(aside)):
+            raise RunError(
+                f"the checkpoints that were in {self.directory} are gone; put them back there (a "
+                f"damaged one is in {aside}), or start again in a new --workdir."
+            )
+
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        """Moves checkpoints out of the way; every process calls this, and all wait."""
         if self.read_only:
             return
-        if jax.process_index() == 0:
+        _wait_for_all("quweit_jax: checkpoints looked at")
+        for step in steps if jax.process_index() == 0 else ():
             target = self.workdir / "damaged" / str(step)
             while target.exists():
                 target = target.with_name(target.name + "_")
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.directory / str(step), target)
-            # a later checkpoint of this step has its own
-            self._checksum_path(step).unlink(missing_ok=True)
+            checksums.forget(self.workdir, step)  # a later checkpoint of this step has its own
             logging.warning("set it aside in %s.", target)
-        self._checkpointer.close()
-        self._checkpointer = self._open()
+        _wait_for_all("quweit_jax: checkpoints set aside")
 
-    def _files(self, step: int) -> dict[str, list[int]]:
-        root = self.directory / str(step)
-        files = {}
-        for path in sorted(p for p in root.rglob("*") if p.is_file()):
-            size = path.stat().st_size
-            files[path.relative_to(root).as_posix()] = [
-                size,
-                zlib.crc32(path.read_bytes()) if size <= _CHECKSUM_BYTES else 0,
-            ]
-        return files
 
-    def _checksum_path(self, step: int) -> Path:
-        return self.workdir / "checksums" / f"{step}.json"
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
 
-    def _write_checksums(self, step: int) -> None:
-        folder = self.workdir / "checksums"
-        folder.mkdir(exist_ok=True)
-        kept = {str(s) for s in self.steps()}
-        for stale in folder.glob("*.json"):
-            if stale.stem not in kept:
-                stale.unlink()
-        files.replace_json(self._checksum_path(step), self._files(step))
-
-    def _verify(self, step: int) -> bool:
-        """Raises OSError if a file isn't as it was written; True if every content was compared."""
-        path = self._checksum_path(step)
-        if not path.exists():
-            return False  # killed between the save and its checksums: loading will tell
-        noted, found = json.loads(path.read_text()), self._files(step)
-        for name, (size, checksum) in noted.items():
-            if name not in found:
-                raise OSError(f"{name} is missing")
-            if found[name][0] != size:
-                raise OSError(f"{name} has {found[name][0]} bytes instead of {size}")
-            if found[name][1] != checksum:
-                raise OSError(f"the content of {name} has changed")
-        return all(size <= _CHECKSUM_BYTES for size, _ in noted.values())
+        multihost_utils.sync_global_devices(what)
 
 
 def _reason(error: BaseException) -> str:
@@ -264,7 +339,7 @@ def compare_trees(expected: PyTree, found: PyTree, what: str) -> None:
             )
 
 
-def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def _leaves(tree: PyTree) -> Leaves:
     """Shapes and dtypes by path, of arrays or of what Orbax tells about them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "dtype"))
     return {path_name(p): (tuple(x.shape), np.dtype(x.dtype)) for p, x in leaves}

@@ -1,11 +1,13 @@
-"""Files that are whole or not there, whenever the program is killed."""
+"""Files that are whole or not there, whenever the program is killed, and folders that one process
+at a time writes to.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import filelock
@@ -13,18 +15,47 @@ import filelock
 from quweit_jax.errors import InputError
 
 LOCK = ".lock"
+# What file systems and desktops put into a folder that its owner calls empty, besides hidden files.
+_CLUTTER = ("lost+found", "Thumbs.db", "desktop.ini")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text beside the file, then puts it in its place."""
+    """Writes UTF-8 text beside the file, forces it to disk, then puts it in the file's place."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
 
 
 def replace_json(path: Path, value: object) -> None:
     """Writes a JSON value as `replace_text` does."""
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Forces to disk what a file holds, or the names in a folder where a system can do that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def is_empty(folder: Path, besides: Collection[str] = ()) -> bool:
+    """Whether a folder holds nothing that anybody put there: hidden files such as .DS_Store, a file
+    system's lost+found and the names in `besides` do not count.
+    """
+    return all(
+        path.name.startswith(".") or path.name in _CLUTTER or path.name in besides
+        for path in folder.iterdir()
+    )
 
 
 @contextlib.contextmanager
@@ -37,10 +68,13 @@ def exclusive(folder: Path, patience: float = 20.0) -> Iterator[None]:
     Raises:
       InputError: another process is still using it.
     """
-    lock = filelock.FileLock(folder / LOCK, timeout=patience, poll_interval=0.2)
     if not os.access(folder, os.W_OK):
         yield
         return
+    # A lock that is only a file would outlive a process that is killed, and keep all others out.
+    lock = filelock.FileLock(
+        folder / LOCK, timeout=patience, poll_interval=0.2, fallback_to_soft=False
+    )
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -55,3 +89,17 @@ def exclusive(folder: Path, patience: float = 20.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process of this machine holds `exclusive` of a folder; nothing is written there."""
+    try:
+        import fcntl
+
+        with (folder / LOCK).open("rb") as file:  # closing it gives back a lock that was free
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # no lock was ever made there, or none can be
+        return False
+    return False

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from quweit_jax.config import Config
 from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError, RunError
-from quweit_jax.training import files, metrics, rundir, sharding, state
+from quweit_jax.training import checksums, metrics, rundir, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 from quweit_jax.training.optimizers import make_schedule
 from quweit_jax.training.setup import Setup, Variables, assemble
@@ -175,14 +175,17 @@ class Log:
             where = f"gradients are not finite in the parameter group(s) {groups}"
         elif updates:
             where += f", but the optimizer's update is not in the parameter group(s) {updates}"
-        kept = "there was no checkpoint yet"
-        if self.last_good:
-            kept = f"the last good checkpoint, of step {self.last_good}, is kept"
         raise RunError(
-            f"step {step}: the loss is {values['loss']}; {where}. Nothing of it was saved; {kept}. "
+            f"step {step}: the loss is {values['loss']}; {where}. {self._kept()}. "
             "Try a smaller --config.optimizer.learning_rate or more --config.optimizer.clip, in a "
             "new --workdir."
         )
+
+    def _kept(self) -> str:
+        kept = "there was no checkpoint yet"
+        if self.last_good:
+            kept = f"the last good checkpoint, of step {self.last_good}, is kept"
+        return f"Nothing of it was saved; {kept}"
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Notes an evaluation; where there is no bar (output into a file) also says how far the run
@@ -191,8 +194,8 @@ class Log:
         loss, steps = values["loss"], self.config.steps
         if not math.isfinite(loss):
             raise RunError(
-                f"step {step}: the validation loss is {loss}. Nothing of it was saved; the "
-                f"checkpoint of step {self.last_good} is kept."
+                f"step {step}: the validation loss is {loss}. {self._kept()}; try a smaller "
+                "--config.optimizer.learning_rate in a new --workdir."
             )
         row = {"step": step, "split": "validation", "loss": loss, "accuracy": values["accuracy"]}
         self.writer.write(row | {"seconds": self.elapsed()})
@@ -258,15 +261,13 @@ def fit(
     rundir.check_folder(workdir, config)
     setup = assemble(config, rundir.read_tokenizer(workdir))
     try:
-        rundir.write_files(workdir, setup)
-        alone = contextlib.nullcontext() if jax.process_index() else files.exclusive(workdir)
-        with alone, Checkpoints(workdir, config.keep) as checkpoints:
+        with rundir.claimed(workdir, setup), Checkpoints(workdir, config.keep) as checkpoints:
             return _train(setup, checkpoints, workdir, progress, on_step, initial)
     except OSError as error:
         reason = str(error.strerror or error) + f": {error.filename}" * bool(error.filename)
         raise RunError(
-            f"cannot go on in {workdir} ({reason}); the last checkpoint is whole. Free some space "
-            "or mend the folder, and run the same command again."
+            f"cannot go on in {workdir} ({reason}); {checksums.describe_kept(workdir)}. Free some "
+            "space or mend the folder, and run the same command again."
         ) from error
 
 
@@ -280,6 +281,7 @@ def _train(
 ) -> Result:
     config, where = setup.config, sharding.batch_sharding(setup.mesh)
     current, saved, start = _begin(setup, checkpoints, workdir, initial)
+    rundir.write_files(workdir, setup)
     batches = pipeline.train_batches(
         setup.data.train,
         config.batch_size,

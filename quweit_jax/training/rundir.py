@@ -4,23 +4,25 @@ plots/. Everything downstream (evaluate, generate, report) needs only that: `ope
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
 import jax
+from absl import logging
 from jaxtyping import PyTree
 
-from quweit_jax.config import Config, flat, from_dict, set_value, to_dict
+from quweit_jax.config import Config, flat, from_dict, from_mapping, set_value, to_dict
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from quweit_jax.reading import read_json
-from quweit_jax.training import defaults, files
-from quweit_jax.training.checkpoints import Checkpoints
+from quweit_jax.training import checksums, defaults, files, metrics, sharding
+from quweit_jax.training.checkpoints import Checkpoints, check_path
 from quweit_jax.training.setup import Setup, assemble
 
 # What may change when a run goes on; anything else makes it another run.
@@ -50,11 +52,17 @@ _VERSIONS_OF = (
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun:
-    """A trained run, read back: its setup, the variables of a checkpoint, and that one's step."""
+    """A trained run, read back: its setup, the variables of a checkpoint, and that one's step.
+
+    damaged: a sentence for each checkpoint that may be better, but is damaged. data_changed: a sentence if the
+    data are not those it was trained on.
+    """
 
     setup: Setup
     variables: dict[str, PyTree]
     step: int
+    damaged: tuple[str, ...] = ()
+    data_changed: str = ""
 
 
 def open_run(
@@ -74,9 +82,10 @@ def open_run(
       InputError: there is no run or no such checkpoint, or it is of another model.
       RunError: the checkpoint is damaged.
     """
-    config = read_config(workdir)
-    for path, text in (overrides or {}).items():
+    config, given = read_config(workdir), dict(overrides or {})
+    for path, text in given.items():
         set_value(config, path, text)
+    _fit_mesh(config, [key.removeprefix("mesh.") for key in given if key.startswith("mesh.")])
     setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False)
     with Checkpoints(workdir, read_only=True) as saved:
         wanted = saved.best_step() if step is None else step
@@ -86,36 +95,81 @@ def open_run(
                 f"{config.checkpoint_every} steps."
             )
         restored = saved.restore(setup.abstract_state(), wanted)
+        damaged = tuple(saved.damaged)
     assert restored is not None
-    return OpenRun(setup, restored[0].variables(), wanted)
+    changed = _data_changed(workdir, setup)
+    if changed:
+        logging.warning("%s; what follows is of the data that are there now.", changed)
+    return OpenRun(setup, restored[0].variables(), wanted, damaged, changed)
+
+
+def _fit_mesh(config: Config, given: list[str]) -> None:
+    """How the training's devices were laid out belongs to them, not to the model."""
+    mesh = from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
+    with config.unlocked():
+        config.mesh.update(dataclasses.asdict(sharding.mesh_for_reading(mesh, given)))
+
+
+def _data_changed(workdir: Path, setup: Setup) -> str:
+    """What differs between a run's data and those there are now, '' where nothing is known to."""
+    before, now = _saved_fingerprint(workdir), setup.data.fingerprint
+    if not before or not now or before == now:
+        return ""
+    return f"the data has changed since this run began (fingerprint {before}, now {now})"
+
+
+def _saved_fingerprint(workdir: Path) -> str | None:
+    """The fingerprint of the data a run began with; None where that is not known."""
+    path = workdir / "environment.json"
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = read_json(path, "--workdir").get("data_fingerprint")
+    except InputError as error:
+        logging.warning("%s cannot be read (%s); the data are not compared.", path, error)
+        return None
+    return found if isinstance(found, str) else None
+
+
+def is_finished(workdir: Path, steps: int) -> bool:
+    """Whether a run of so many steps was evaluated at its last one and has a whole checkpoint of
+    it.
+    """
+    evaluated = any(row["step"] == steps for row in metrics.evaluations(workdir))
+    return evaluated and checksums.is_whole(workdir, steps)
 
 
 def check_folder(workdir: Path, config: Config) -> None:
-    """Checks that a folder is new, empty, or the run directory of this config.
+    """Checks that a folder is new, empty, or the run directory of this config, and that a run's
+    checkpoints can be saved there.
 
     Raises:
-      InputError: it is another config's (names the keys), or not empty and no run directory.
+      InputError: it is another config's (names the keys), or not empty and no run directory, or
+        its path has a character that Orbax cannot do with.
     """
+    check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is a file; give a folder.")
     if (workdir / "config.json").exists():
         check_same(read_config(workdir), config, workdir)
-    elif workdir.exists() and any(
-        p.name not in ("checkpoints", "config.tmp", files.LOCK) for p in workdir.iterdir()
-    ):
+    elif workdir.exists() and not files.is_empty(workdir, ("checkpoints", "config.tmp")):
         raise InputError(
             f"--workdir: {workdir} holds files but no config.json, so it is no run directory; give "
             "a new or empty folder."
         )
 
 
-def write_files(workdir: Path, setup: Setup) -> None:
-    """Writes config.json, tokenizer.json and environment.json (process 0 only).
+@contextlib.contextmanager
+def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
+    """Makes a run directory and keeps other trainers out of it; nothing in it is changed before
+    that is sure, and before it is checked again (process 0 only).
 
     Raises:
-      InputError: the data is not what the run began with.
+      InputError: another process trains there, or see `check_folder`, or the data is not what the
+        run began with.
     """
     if jax.process_index():
+        yield
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -123,21 +177,29 @@ def write_files(workdir: Path, setup: Setup) -> None:
         raise InputError(
             f"--workdir: cannot make {workdir} ({error.strerror}); give a folder you can write to."
         ) from None
-    environment, fingerprint = workdir / "environment.json", setup.data.fingerprint
-    if environment.exists():
-        before = read_json(environment, "--workdir").get("data_fingerprint")
-        if before != fingerprint:
+    with files.exclusive(workdir):
+        check_folder(workdir, setup.config)
+        if changed := _data_changed(workdir, setup):
             raise InputError(
-                "--workdir: the data has changed since this run began (fingerprint "
-                f"{before}, now {fingerprint}); give it the same data (the same Python, for "
+                f"--workdir: {changed}; give it the same data (the same Python, for "
                 "python_stdlib), or a new --workdir."
             )
+        yield
+
+
+def write_files(workdir: Path, setup: Setup) -> None:
+    """Writes config.json, tokenizer.json and environment.json of a claimed folder (process 0
+    only).
+    """
+    if jax.process_index():
+        return
     # config.json first, and each file whole or not at all: whenever this is killed, the same
     # command goes on.
     files.replace_json(workdir / "config.json", to_dict(setup.config))
     if setup.tokenizer is not None and not (workdir / "tokenizer.json").exists():
         files.replace_json(workdir / "tokenizer.json", setup.tokenizer.to_json())
-    files.replace_json(environment, describe_environment() | {"data_fingerprint": fingerprint})
+    environment = describe_environment() | {"data_fingerprint": setup.data.fingerprint}
+    files.replace_json(workdir / "environment.json", environment)
 
 
 def describe_environment() -> dict[str, object]:
@@ -165,6 +227,7 @@ def describe_environment() -> dict[str, object]:
 def read_config(workdir: Path) -> Config:
     """The config a run was started with."""
     path = workdir / "config.json"
+    check_path(workdir, reading=True)
     if not os.path.lexists(path):
         raise InputError(
             f"--workdir: no run in {workdir} (no config.json); start one with "
@@ -185,8 +248,7 @@ def read_tokenizer(workdir: Path) -> tokenizers.Tokenizer | None:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether a run has saved anything yet."""
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(folder.iterdir())
+    return bool(checksums.steps(workdir))
 
 
 def check_same(saved: Config, config: Config, workdir: Path) -> None:

@@ -18,7 +18,7 @@ from quweit_jax.config import Config, from_mapping
 from quweit_jax.data.pipeline import Dataset, load
 from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, first_line
 from quweit_jax.training import sharding, state
 from quweit_jax.training.defaults import check_types
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -160,7 +160,7 @@ def assemble(
                 f"model {model_config['name']} reads text; use a text source, or another "
                 "experiment file."
             )
-    return Setup(
+    made = Setup(
         config,
         data,
         models.build(model_config, data.outputs),
@@ -169,6 +169,24 @@ def assemble(
         mesh,
         data_config,
     )
+    _check_dtype(made)
+    return made
+
+
+def _check_dtype(setup: Setup) -> None:
+    """Checks that the devices compute in the model's dtype; CPUs have no attention in float16."""
+    dtype, platform = setup.config.model.get("dtype"), setup.mesh.devices.flat[0].platform
+    if dtype != "float16" or platform != "cpu":
+        return
+    try:
+        jax.jit(setup.model.init_with_output).lower(jax.random.key(0), setup.init_inputs)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(
+            f"model.dtype: {dtype} cannot be computed on a CPU ({first_line(error)}); use bfloat16 "
+            "or float32 here, or a GPU."
+        ) from None
 
 
 def _check_numbers(config: Config) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -74,6 +74,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[object] | None = None) -> Me
             f"found {len(devices)}; change --config.mesh.*."
         )
     return Mesh(np.asarray(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_for_reading(config: MeshConfig, given: Collection[str] = ()) -> MeshConfig:
+    """The mesh on which a saved run is read back: its own where the devices suffice, else the
+    largest shares of its axes that divide the devices; sizes in `given` stay as they are.
+    """
+    try:
+        make_mesh(config)
+        return config
+    except InputError:
+        pass
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    left = max(1, jax.device_count() // math.prod(max(1, sizes[axis]) for axis in given))
+    for axis in ("tensor", "fsdp"):
+        if axis not in given:
+            sizes[axis] = math.gcd(max(1, sizes[axis]), left)
+            left //= sizes[axis]
+    if "data" not in given:
+        sizes["data"] = 1 if -1 in (sizes["fsdp"], sizes["tensor"]) else -1
+    return dataclasses.replace(config, **sizes)
 
 
 def path_name(path: KeyPath) -> str:

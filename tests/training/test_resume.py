@@ -342,7 +342,7 @@ def test_rows_that_cannot_be_written_end_the_run(whole, tiny_config, tmp_path, m
     monkeypatch.setattr(metrics.MetricsWriter, "write", full)
     with pytest.raises(
         RunError,
-        match=r"cannot go on in .*run \(No space left on device\); the last checkpoint is whole. Free some space",
+        match=r"cannot go on in .*run \(No space left on device\); the checkpoint of step 10 is whole. Free some space",
     ):
         loop.fit(tiny_config(SMALL), tmp_path / "run")
     monkeypatch.undo()
