@@ -160,7 +160,8 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 def checked(value: Any, annotation: Any, path: str) -> Any:
     """A value of Python or JSON, if it is one of an annotation such as `float | None`; a whole
-    number may be written as 3.0, and a sequence as a list. Other annotations allow anything.
+    number may be written as 3.0, a sequence as a list, and one of whole numbers that has a single
+    one as that. Other annotations allow anything.
 
     Raises:
       InputError: it is none; names `path`.
@@ -180,6 +181,8 @@ def checked(value: Any, annotation: Any, path: str) -> Any:
             return value
     elif any(isinstance(value, kind) for kind in plain if kind is not int):
         return value
+    if several and not plain and get_args(several[0])[:1] == (int,) and type(value) is int:
+        return (checked(value, int, path),)
     wanted = [_KINDS[kind] for kind in plain] + ["a sequence"] * bool(several)
     raise InputError(f"{path}: expected {' or '.join(wanted)}, found {kind_of(value)}.")
 
