@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,21 @@ def arguments(
     seeds: Sequence[int],
     runs: str,
     name: str,
+    more: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> argparse.Namespace:
-    """The options every study has, and `overrides`: --config.PATH=VALUE for all of its runs."""
+    """The options every study has, and `overrides`: --config.PATH=VALUE for all of its runs.
+
+    variant: the default; '' for a study without variants. more: options of its own, for argparse.
+    """
     rest, overrides = cli.split_overrides(sys.argv[1:])
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--data_dir", help="where TFDS finds the data set")
-    made.add_argument("--variant", default=variant, help="of the config file")
+    if variant:
+        made.add_argument("--variant", default=variant, help="of the config file")
+    for option, about in more:
+        made.add_argument(option, **about)
     made.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds))
     made.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
     made.add_argument("--steps", type=int, default=0, help="0: the variant's")

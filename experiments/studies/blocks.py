@@ -1,0 +1,274 @@
+"""Which channel mixer is best? Every kind in the same model, on the same batches, at the best of
+the same learning rates, over several seeds.
+
+    python -m experiments.studies.blocks --data_dir=FOLDER [--kinds dense lookup_glu ...]
+    [--rates 1e-3 2e-3 4e-3 8e-3] [--seeds 0 1 2] [--table]
+
+The first seed chooses each kind's rate, by the loss at the end on the validation batches that
+training looks at; the other seeds are trained at that rate alone, and every run in the table is
+scored on the whole validation split, as trained and as deployed.
+
+Runs go into RUNS/KIND-RATE-SEED. Finished ones are read, not repeated, interrupted ones go on, and
+one that another process is at work on is left to it: start the command once a core. NAME.json keeps
+what was found as it comes; --table writes the table and the plot from what is finished, and trains
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.studies import common
+from quweit_jax.config import Config, load_file, set_value
+from quweit_jax.costs import count
+from quweit_jax.deploy.pack import packed_or_trained
+from quweit_jax.ops.counts import Costs
+from quweit_jax.training import files, loop, metrics, rundir, state
+
+# kind -> (what the table calls it, what its config changes)
+KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "dense": ("dense MLP (GELU)", {"model.mlp": "dense"}),
+    "swiglu": ("dense SwiGLU", {"model.mlp": "swiglu"}),
+    "weightless": ("published weightless block", {"model.mlp": "weightless"}),
+    "lookup_glu": ("LookupGLU", {"model.mlp": "lookup_glu"}),
+    "lookup_glu_trained": (
+        "LookupGLU, trained table",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.train_tables": True},
+    ),
+    "lookup_glu_wide": (
+        "LookupGLU, ten units a feature",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 1280},
+    ),
+    "one_bit_tables": (
+        "one-bit tables behind ternary sums",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.sum": "int8", "model.lookup_glu.hidden": 800},
+    ),
+    "vector_tables": (
+        "vector tables on thermometer bits",
+        {
+            "model.mlp": "weightless",
+            "model.weightless.sum": "vector",
+            "model.weightless.num_luts": 62,
+        },
+    ),
+    "bitglu": ("ternary GLU (BitGLU)", {"model.mlp": "bitglu"}),
+    "none": ("none (attention alone)", {"model.mlp": "none"}),
+}
+
+
+def config_of(args: Any, kind: str, rate: str, seed: int) -> Config:
+    """A run's config."""
+    config = load_file(f"{common.EXPERIMENTS / 'configs' / args.config}")
+    changes = {"data.data_dir": args.data_dir, "sample_tokens": 0, "seed": seed}
+    changes |= {"optimizer.learning_rate": float(rate), **KINDS[kind][1]}
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+        if args.steps:
+            config.steps = args.steps
+    for path, text in args.overrides.items():
+        set_value(config, path, text)
+    return config
+
+
+def run_of(args: Any, kind: str, rate: str, seed: int) -> Path:
+    """A run's directory."""
+    return args.runs / f"{kind}-{rate}-{seed}"
+
+
+def score(workdir: Path) -> dict[str, Any]:
+    """The last checkpoint on the whole validation split, as trained and as deployed."""
+    opened = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
+    parts, variables = opened.setup, jax.device_get(opened.variables)
+    step = state.make_eval_step(parts.model.apply)
+    trained = loop.evaluate(step, variables, parts, 0)
+    variables = packed_or_trained(parts.model, variables, parts.init_inputs)
+    deployed = loop.evaluate(step, variables, parts, 0)
+    return {
+        "loss": trained["loss"],
+        "loss_deployed": deployed["loss"],
+        "accuracy": trained["accuracy"],
+        "accuracy_deployed": deployed["accuracy"],
+    }
+
+
+def block_costs(config: Config, outputs: int) -> Costs:
+    """The costs of the first block's channel mixer and its norm, matrices in int8."""
+    size = {"image_size": config.data.image_size} if config.model.name == "vit" else {}
+    counted = count.count(config.model.to_dict(), outputs, precision="int8", **size)
+    rows = tuple(row for row in counted.layers if row.name.startswith("block_0/mlp"))
+    return Costs(rows, counted.unit, counted.context)
+
+
+class Study:
+    """The runs of a study, and NAME.json, which holds what is known of them."""
+
+    def __init__(self, args: Any):
+        self.args, self.path = args, args.out / f"{args.name}.json"
+        self.found: dict[str, Any] = {"runs": {}}
+        if self.path.exists():
+            self.found = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def known(self, kind: str, rate: str, seed: int) -> dict[str, Any] | None:
+        """What is known of a run, None if it is not finished."""
+        name, workdir = f"{kind}-{rate}-{seed}", run_of(self.args, kind, rate, seed)
+        if name not in self.found["runs"] and rundir.has_checkpoints(workdir):
+            steps = rundir.read_config(workdir).steps
+            if rundir.is_finished(workdir, steps) and not files.in_use(workdir):
+                self._note_run(kind, rate, seed)
+        return self.found["runs"].get(name)
+
+    def _note_run(self, kind: str, rate: str, seed: int) -> None:
+        workdir = run_of(self.args, kind, rate, seed)
+        setup = rundir.open_run(workdir, data=False).setup
+        shapes = setup.abstract_state().params
+        self.note(
+            kind,
+            rate,
+            seed,
+            last_loss=metrics.evaluations(workdir)[-1]["loss"],
+            seconds=metrics.read_rows(workdir / "metrics.jsonl")[-1]["seconds"],
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+            outputs=setup.data.outputs,
+        )
+
+    def note(self, kind: str, rate: str, seed: int, **values: Any) -> None:
+        """Keeps what was found of a run; another process may have added to the file."""
+        args = self.args
+        args.out.mkdir(parents=True, exist_ok=True)
+        with files.exclusive(args.runs):
+            if self.path.exists():
+                self.found = json.loads(self.path.read_text(encoding="utf-8"))
+            self.found["runs"].setdefault(f"{kind}-{rate}-{seed}", {}).update(values)
+            self.found["environment"] = rundir.describe_environment()["versions"]
+            files.replace_json(self.path, self.found)
+
+    def train(self, kind: str, rate: str, seed: int) -> bool:
+        """Trains a run, or finds it finished; False if another process is at work on it."""
+        workdir = run_of(self.args, kind, rate, seed)
+        if self.known(kind, rate, seed):
+            return True
+        if files.in_use(workdir):
+            return False
+        common.finish(config_of(self.args, kind, rate, seed), workdir)
+        self._note_run(kind, rate, seed)
+        return True
+
+    def best_rate(self, kind: str) -> str | None:
+        """The rate at which the first seed ends lowest, None while one of them is not finished."""
+        seed, losses = self.args.seeds[0], {}
+        for rate in self.args.rates:
+            loss = (self.known(kind, rate, seed) or {}).get("last_loss")
+            if loss is None:
+                return None
+            losses[rate] = loss
+        return min(losses, key=lambda rate: losses[rate])
+
+    def scored(self, kind: str, seed: int) -> dict[str, Any] | None:
+        """The scores of a kind at its best rate, None if that is not trained yet."""
+        rate = self.best_rate(kind)
+        known = self.known(kind, rate, seed) if rate else None
+        if rate is None or known is None:
+            return None
+        if "loss_deployed" not in known:
+            self.note(kind, rate, seed, **score(run_of(self.args, kind, rate, seed)))
+            known = self.known(kind, rate, seed)
+        return known
+
+
+def mean_and_error(values: list[float]) -> str:
+    """A mean and its standard error."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.4f} ± {error:.4f}"
+
+
+def row(study: Study, kind: str, measure: str) -> list[str] | None:
+    """A kind's row of the table, None if nothing of it is finished at its best rate."""
+    args, rate = study.args, study.best_rate(kind)
+    scores = [s for s in (study.scored(kind, seed) for seed in args.seeds) if s]
+    if rate is None or not scores:
+        return None
+    costs = block_costs(config_of(args, kind, rate, args.seeds[0]), scores[0]["outputs"])
+    tried = [(study.known(kind, r, args.seeds[0]) or {})["last_loss"] for r in args.rates]
+    return [
+        KINDS[kind][0],
+        mean_and_error([s[measure] for s in scores]),
+        ", ".join(f"{s[measure]:.4f}" for s in scores),
+        mean_and_error([s[f"{measure}_deployed"] for s in scores]),
+        rate,
+        " / ".join(f"{loss:.3f}" for loss in tried),
+        f"{sum(costs.bytes_stored.values()):,}",
+        f"{costs.total_multiplications:,}",
+        f"{sum(costs.additions.values()):,}",
+        f"{scores[0]['parameters']:,}",
+    ]
+
+
+def write(study: Study) -> None:
+    """NAME.md and NAME.png, of what is finished."""
+    args = study.args
+    first = config_of(args, args.kinds[0], args.rates[0], args.seeds[0])
+    image = first.model.name == "vit"
+    measure = "accuracy" if image else "loss"
+    header = [
+        "channel mixer",
+        f"{measure}, mean of seeds",
+        "each seed",
+        "as deployed",
+        "rate",
+        f"loss at {' / '.join(args.rates)}, first seed",
+        "bytes a block (matrices in int8)",
+        "multiplications",
+        "additions",
+        "parameters of the model",
+    ]
+    rows = [row(study, kind, measure) for kind in args.kinds]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows if cells]
+    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    curves = {}
+    for kind, cells in zip(args.kinds, rows):
+        if cells:
+            workdir = run_of(args, kind, str(study.best_rate(kind)), args.seeds[0])
+            curves[KINDS[kind][0]] = metrics.evaluations(workdir)
+    title = "validation loss at each kind's best rate, first seed"
+    metrics.plot_losses(curves, args.out / f"{args.name}.png", title, unit="nats")
+
+
+def main() -> None:
+    """Trains what is missing, a run at a time, then writes table and curves."""
+    args = common.arguments(
+        __doc__,
+        variant="",
+        kinds=list(KINDS),
+        seeds=[0, 1, 2],
+        runs="blocks",
+        name="blocks_tiny_shakespeare",
+        more=[
+            ("--config", {"default": "gpt_char.py:nanogpt_cpu", "help": "of experiments/configs"}),
+            ("--rates", {"nargs": "+", "default": ["1e-3", "2e-3", "4e-3", "8e-3"]}),
+            ("--table", {"action": "store_true", "help": "of what is finished; trains nothing"}),
+        ],
+    )
+    args.runs.mkdir(parents=True, exist_ok=True)
+    study = Study(args)
+    if not args.table:
+        for kind in args.kinds:
+            for rate in args.rates:
+                study.train(kind, rate, args.seeds[0])
+        for seed in args.seeds[1:]:
+            for kind in args.kinds:
+                if rate := study.best_rate(kind):
+                    study.train(kind, rate, seed)
+    write(study)
+
+
+if __name__ == "__main__":
+    main()
