@@ -21,7 +21,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from quweit_jax.ops import integer, lut, packed_lut, packed_ternary, thermometer
+from quweit_jax.ops import integer, lut, packed_lut, packed_ternary, pair_table, thermometer
 from quweit_jax.ops.sums import conditional_sum
 
 OUT = Path(__file__).parent / "figures"
@@ -566,6 +566,51 @@ def integer_block(colors: Colors) -> Figure:
     return figure
 
 
+def lookup_glu(colors: Colors) -> Figure:
+    """LookupGLU: the way of a token through a block, and the table of the gate at the start."""
+    figure, axes = canvas(colors, 8.4, 4.3, 2, width_ratios=[1.25, 1], layout="constrained")
+    flow, table = axes
+    bare(flow, 9.4, 9.0)
+    half, middle = 0.38, 4.7
+    box(flow, middle, 8.5, 5.6, 0.76, "LayerNorm, rounded to int8", colors, size=8.5)
+    rows = [
+        (7.0, "ternary sum: +x, -x or 0", "fill"),
+        (5.5, "less an offset", "fill"),
+        (4.0, "4-bit code: compare", "one"),
+    ]
+    for x, name in ((2.3, "first"), (7.1, "second")):
+        for (y, text, color), above in zip(rows, (8.5, 7.0, 5.5)):
+            box(flow, x, y, 4.3, 0.76, text, colors, color=color, size=8)
+            start = (middle + (x - middle) / 3, above) if above == 8.5 else (x, above)
+            arrow(flow, (start[0], start[1] - half), (x, y + half), colors)
+        arrow(flow, (x, 4.0 - half), (middle + (x - middle) / 4, 2.5 + half), colors, color="one")
+        side = "right" if x < middle else "left"
+        flow.text(
+            x + (-0.4 if x < middle else 0.4),
+            3.1,
+            f"{name} code",
+            ha=side,
+            fontsize=8,
+            color=colors["quiet"],
+        )
+    box(flow, middle, 2.5, 5.6, 0.76, "table: read one int8 entry", colors, color="two", size=8.5)
+    arrow(flow, (middle, 2.5 - half), (middle, 1.0 + half), colors)
+    box(flow, middle, 1.0, 5.6, 0.76, "ternary sum, one scale", colors, size=8.5)
+    gate = pair_table.silu_gate(4, 0.25)
+    whole = np.asarray(pair_table.round_entries(jnp.asarray(gate) * pair_table.entry_scale(gate)))
+    limit = float(np.abs(whole).max())
+    image = table.imshow(whole, cmap=colors["map"], vmin=-limit, vmax=limit, origin="lower")
+    table.set_title("the table at the start: silu(2a) b in sixteenths", loc="left", fontsize=9)
+    places = range(0, 16, 4)
+    table.set_xticks(places, [str(i - 8) for i in places])
+    table.set_yticks(places, [str(i - 8) for i in places])
+    table.set_xlabel("second code, b = code / 4")
+    table.set_ylabel("first code, a = code / 4")
+    bar = figure.colorbar(image, ax=table, shrink=0.75)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
 FIGURES: dict[str, Callable[[Colors], Figure]] = {
     "lookup": lookup,
     "gradient_of_and": gradient_of_and,
@@ -575,6 +620,7 @@ FIGURES: dict[str, Callable[[Colors], Figure]] = {
     "byte_layouts": byte_layouts,
     "integer_functions": integer_functions,
     "integer_block": integer_block,
+    "lookup_glu": lookup_glu,
 }
 
 

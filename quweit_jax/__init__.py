@@ -13,16 +13,19 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from quweit_jax.costs.count import count
     from quweit_jax.deploy.pack import pack
     from quweit_jax.errors import InputError, RunError
-    from quweit_jax.layers.lookup import GroupSum, LearnableReduction, LUTLayer
+    from quweit_jax.layers.lookup import GroupSum, LearnableReduction, LUTLayer, VectorLUTLayer
+    from quweit_jax.layers.lookup_glu import LookupGLU
     from quweit_jax.layers.mlp import MLP, SwiGLU
     from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
     from quweit_jax.layers.weightless import WeightlessBlock
     from quweit_jax.models import build
     from quweit_jax.ops.lut import lut_lookup
+    from quweit_jax.ops.pair_table import pair_lookup
     from quweit_jax.ops.recurrence import gated_recurrence
     from quweit_jax.ops.sums import conditional_sum, group_sum
     from quweit_jax.ops.ternary import bit_linear
     from quweit_jax.ops.thermometer import distributive_thresholds, encode, encode_ste
+    from quweit_jax.ops.vector_lut import vector_lookup
     from quweit_jax.ops.wiring import learnable_wiring, random_wiring
     from quweit_jax.training.optimizers import keep_tables_in_range
 
@@ -31,10 +34,13 @@ __version__ = "0.1.0"
 _NAMES = {  # module: what of it can be used as quweit_jax.NAME
     "errors": ("InputError", "RunError"),
     "layers.weightless": ("WeightlessBlock",),
-    "layers.lookup": ("LUTLayer", "GroupSum", "LearnableReduction"),
+    "layers.lookup": ("LUTLayer", "VectorLUTLayer", "GroupSum", "LearnableReduction"),
+    "layers.lookup_glu": ("LookupGLU",),
     "layers.ternary": ("BitLinear", "BitGLU", "MLGRU"),
     "layers.mlp": ("MLP", "SwiGLU"),
     "ops.lut": ("lut_lookup",),
+    "ops.pair_table": ("pair_lookup",),
+    "ops.vector_lut": ("vector_lookup",),
     "ops.sums": ("conditional_sum", "group_sum"),
     "ops.thermometer": ("encode", "encode_ste", "distributive_thresholds"),
     "ops.wiring": ("random_wiring", "learnable_wiring"),

@@ -42,7 +42,8 @@ class Block:
 
 
 def find_blocks(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> dict[str, Block]:
-    """The blocks of a packed model by path ('' for the model itself), in order; {} without tables.
+    """The blocks of a packed model by path ('' for the model itself), in order; {} without tables
+    of bits. A block that ends in vector tables is left out.
 
     inputs: any that the model can be applied to; only their shapes matter.
     """
@@ -54,6 +55,8 @@ def find_blocks(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> 
     for path in sorted((path for path in bits if path[-1] == "thermometer"), key=_natural):
         own = [layer[:-1] for layer in layers if layer[: len(path) - 1] == path[:-1]]
         held = at(packed["packed"], "/".join(path[:-1]))
+        if not own or isinstance(held.get("vectors"), Mapping):
+            continue  # of vector tables there are no bits to look at, and none to drop
         parts = [at(packed["packed"], "/".join(layer)) for layer in own]
         wiring = tuple(np.asarray(part["wiring"], np.int64) for part in parts)
         replaced = 8 * len(held["thresholds"]) * len(held["bias"]) if "bias" in held else 0

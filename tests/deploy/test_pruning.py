@@ -196,6 +196,13 @@ def test_a_layer_keeps_a_table():
     assert [int(k.sum()) for k in left.kept] == [1, 1]
 
 
+@pytest.mark.parametrize("num_luts", [9, (20, 9)])
+def test_vector_tables_are_left_alone(num_luts):
+    model, inputs = gpt(dataclasses.replace(SMALL, num_luts=num_luts, sum="vector"))
+    variables = quick_jit(model.init)(jax.random.key(0), inputs)
+    assert prune.deploy(model, variables, inputs) is None
+
+
 def test_models_without_tables():
     model = GPT(GPTConfig(11, context=9, layers=1, heads=2, width=8))
     variables = quick_jit(model.init)(jax.random.key(0), TOKENS)
