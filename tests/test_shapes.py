@@ -240,6 +240,7 @@ CALLS = {
     "entry_scale": (pair_table.entry_scale, (pair_table.silu_gate(4, 0.25),), {}),
     "round_entries": (pair_table.round_entries, (TABLES,), {}),
     "pair_lookup": (pair_table.pair_lookup, (BITS, BITS, jnp.ones((1, 4, 4))), {}),
+    "gated": (pair_table.gated, (BITS, BITS, 4, 0.25), {}),
     "count_codes": (pair_table.count_codes, (INTS, jnp.arange(3)), {}),
     "halfway_points": (pair_table.halfway_points, (jnp.int32(5), 4), {}),
     "vector_lookup": (vector_lut.vector_lookup, (jnp.ones((7, 2, 6)), jnp.ones((7, 4, 3))), {}),

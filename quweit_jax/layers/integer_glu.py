@@ -57,7 +57,11 @@ class IntegerLookupGLU(LookupGLU):
         shadow = x.real @ ternary.ternary_weights(mix) / math.sqrt(2 * width / 3) - offsets
         codes = _codes(sums, shadow / self.code_step, step, self.code_bits)
         first, second = jnp.split(codes, 2, axis=-1)
-        read = pair_table.pair_lookup(first, second, tables)
+        read = (
+            pair_table.pair_lookup(first, second, tables)
+            if self.train_tables
+            else pair_table.gated(first, second, self.code_bits, self.code_step)
+        )
         whole, scale = ternary.quantize_weights(total)
         scale = scale / entries
         bias_int = integer.quantize_bias(bias, scale)

@@ -177,6 +177,8 @@ class LookupGLU(Packable):
         step = max(1, round(self.code_step / _unit(width)))
         codes: Array = pair_table.codes(sums, step, self.code_bits)
         first, second = jnp.split(codes, 2, axis=-1)
+        if not self.train_tables and not self.is_packed:
+            return pair_table.gated(first, second, self.code_bits, self.code_step)
         return pair_table.pair_lookup(first, second, tables)
 
     def costs(self, call: Call) -> list[LayerCosts]:

@@ -11,6 +11,7 @@ group.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,6 +111,80 @@ def pair_lookup(
     return _lookup(first, second, tables)
 
 
+def gated(
+    first: Float[Array, "*tokens H"], second: Float[Array, "*tokens H"], code_bits: int, step: float
+) -> Float[Array, "*tokens H"]:
+    """`pair_lookup` in the one table that `silu_gate` gives, its entries as int8 holds them.
+
+    The same values and gradients; but where gathers are slow, so anywhere but on a CPU, the entries
+    are computed from the codes.
+
+    Raises:
+      InputError: as of `silu_gate`.
+    """
+    return _gated(first, second, code_bits, float(step))
+
+
+def _whole_gate(code_bits: int, step: float) -> tuple[np.ndarray, float]:
+    """The table in whole numbers, (1, C, C), and its scale."""
+    gate = silu_gate(code_bits, step)
+    scale = entry_scale(gate)
+    return np.clip(np.round(gate * scale), -_LARGEST, _LARGEST)[None].astype(np.float32), scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gated(first: Array, second: Array, code_bits: int, step: float) -> Array:
+    table, scale = _whole_gate(code_bits, step)
+
+    def computed(first: Array, second: Array) -> Array:
+        return _entries(first, second, step, scale)
+
+    def read(first: Array, second: Array) -> Array:
+        return _lookup(first, second, jnp.asarray(table, first.dtype))
+
+    return jax.lax.platform_dependent(first, second, cpu=read, default=computed)
+
+
+def _entries(first: Array, second: Array, step: float, scale: float) -> Array:
+    """What `_whole_gate` holds for these codes; no entry is so near a half that the last bits of
+    the function could matter.
+    """
+    entries = jnp.round(jax.nn.silu(2 * step * first) * (step * scale * second))
+    return jnp.clip(entries, -_LARGEST, _LARGEST)
+
+
+def _gated_forward(first: Array, second: Array, code_bits: int, step: float):
+    return _gated(first, second, code_bits, step), (first, second)
+
+
+def _gated_backward(
+    code_bits: int, step: float, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    table, scale = _whole_gate(code_bits, step)
+    low, high = -(2 ** (code_bits - 1)), 2 ** (code_bits - 1) - 1
+
+    def computed(first: Array, second: Array) -> tuple[Array, Array]:
+        def slope(code: Array, entries: Callable[[Array], Array]) -> Array:
+            above, below = jnp.minimum(code + 1, high), jnp.maximum(code - 1, low)
+            return (entries(above) - entries(below)) / (above - below)
+
+        return (
+            slope(first, lambda code: _entries(code, second, step, scale)),
+            slope(second, lambda code: _entries(first, code, step, scale)),
+        )
+
+    def read(first: Array, second: Array) -> tuple[Array, Array]:
+        address, _ = _addresses(first, second, 1, 2**code_bits)
+        tables = jnp.asarray(table, first.dtype)
+        return _slopes(tables, address)
+
+    slopes = jax.lax.platform_dependent(*kept, cpu=read, default=computed)
+    return gradient * slopes[0], gradient * slopes[1]
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
 def _check(first: Array, second: Array, tables: Array) -> None:
     groups, side = tables.shape[0] if tables.ndim else 0, tables.shape[-1] if tables.ndim else 0
     fits = tables.ndim == 3 and groups and side == tables.shape[1] and side >= 2
@@ -132,10 +207,12 @@ def _at(flat: Array, address: Array) -> Array:
     return flat.at[address].get(mode="promise_in_bounds")
 
 
-def _slope(tables: Array, axis: int) -> Array:
-    """Half the difference of the entries on both sides; at the ends, the difference to the one."""
-    slope: Any = jnp.gradient(tables, axis=axis)  # a list only for several axes
-    return slope
+def _slopes(tables: Array, address: Array) -> tuple[Array, Array]:
+    """Along each code, half the difference of the entries on both sides of the one at an address;
+    at the ends, the difference to the one side.
+    """
+    along: Any = [jnp.gradient(tables, axis=axis) for axis in (1, 2)]
+    return _at(along[0].reshape(-1), address), _at(along[1].reshape(-1), address)
 
 
 @jax.custom_vjp
@@ -153,7 +230,7 @@ def _lookup_backward(
 ) -> tuple[Array, Array, Array]:
     first, second, tables = kept
     address, _ = _addresses(first, second, *tables.shape[:2])
-    slopes = [_at(_slope(tables, axis).reshape(-1), address) for axis in (1, 2)]
+    slopes = _slopes(tables, address)
     entries = (
         jnp.zeros(tables.size, gradient.dtype).at[address].add(gradient, mode="promise_in_bounds")
     )

@@ -110,6 +110,27 @@ def test_the_gate_at_the_start():
         pair_table.silu_gate(7, 0.25)
 
 
+@pytest.mark.parametrize("code_bits,step", [(4, 0.25), (2, 0.7), (1, 1.0), (6, 0.05)])
+def test_the_gate_is_the_same_read_and_computed(code_bits, step, monkeypatch):
+    side = 2**code_bits
+    codes = np.arange(side, dtype=np.float32) - side // 2
+    first, second = (a.reshape(1, -1) for a in np.meshgrid(codes, codes, indexing="ij"))
+    gradient = np.random.default_rng(0).normal(size=first.shape).astype(np.float32)
+    gate = pair_table.silu_gate(code_bits, step)
+    whole = np.round(gate * pair_table.entry_scale(gate))[None]
+    expected = naive_pair_lookup(first, second, whole, gradient)[:3]
+
+    def gated(first, second):
+        return pair_table.gated(first, second, code_bits, step)
+
+    for value, right in zip(value_and_vjp(gated, (first, second), gradient), expected):
+        np.testing.assert_allclose(value, right, atol=1e-4)
+    # as on other platforms
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    for value, right in zip(value_and_vjp(gated, (first, second), gradient), expected):
+        np.testing.assert_allclose(value, right, atol=1e-4)
+
+
 def test_entries_are_rounded_with_a_gradient():
     tables = jnp.asarray([[-200.0, 0.4, 0.6, 300.0]])
     rounded, gradient = value_and_vjp(pair_table.round_entries, (tables,), jnp.full((1, 4), 3.0))
