@@ -32,16 +32,28 @@ from quweit_jax.training import files, loop, metrics, rundir, state
 
 # kind -> (what the table calls it, what its config changes)
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
-    "dense": ("dense MLP (GELU)", {"model.mlp": "dense"}),
-    "swiglu": ("dense SwiGLU", {"model.mlp": "swiglu"}),
+    "dense": ("dense MLP (GELU), nanoGPT's start", {"model.mlp": "dense"}),
+    "swiglu": ("dense SwiGLU, nanoGPT's start", {"model.mlp": "swiglu"}),
+    "dense_unit": (
+        "dense MLP (GELU), unit variance at the start",
+        {"model.mlp": "dense", "model.mlp_init": 0.0},
+    ),
+    "swiglu_unit": (
+        "dense SwiGLU, unit variance at the start",
+        {"model.mlp": "swiglu", "model.mlp_init": 0.0},
+    ),
     "weightless": ("published weightless block", {"model.mlp": "weightless"}),
-    "lookup_glu": ("LookupGLU", {"model.mlp": "lookup_glu"}),
+    "lookup_glu": ("LookupGLU, 4 units a feature", {"model.mlp": "lookup_glu"}),
+    "lookup_glu_640": (
+        "LookupGLU, 5 units a feature",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 640},
+    ),
     "lookup_glu_trained": (
-        "LookupGLU, trained table",
+        "LookupGLU, 4 units a feature, trained table",
         {"model.mlp": "lookup_glu", "model.lookup_glu.train_tables": True},
     ),
     "lookup_glu_wide": (
-        "LookupGLU, ten units a feature",
+        "LookupGLU, 10 units a feature",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 1280},
     ),
     "one_bit_tables": (

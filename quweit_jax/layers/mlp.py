@@ -69,6 +69,7 @@ class SwiGLU(nn.Module):
 
     features: int
     hidden: int = 0
+    kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     dtype: DTypeLike = jnp.float32
 
@@ -77,7 +78,7 @@ class SwiGLU(nn.Module):
         """x (..., d) -> (..., features)."""
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         hidden = gated_width(self.hidden, x.shape[-1])
-        both = dense(2 * hidden, kernel_init=normal(0.02), name="gate")(x)
+        both = dense(2 * hidden, kernel_init=self.kernel_init, name="gate")(x)
         gate, up = jnp.split(both, 2, axis=-1)
         down = dense(self.features, kernel_init=self.output_init, name="down")
         return down(jax.nn.silu(gate) * up)

@@ -29,7 +29,9 @@ class GPTConfig(ChannelMixers):
     """What decides a GPT's shape; the defaults are nanoGPT's for characters.
 
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+':
-    'dense+weightless'. epsilon: of the norms outside weightless blocks.
+    'dense+weightless'. mlp_init: standard deviation of the first kernel of an MLP or gated unit at
+      the start, nanoGPT's 0.02; 0 for 1 / sqrt(d), which gives what it computes unit variance and
+      trains better at small widths. epsilon: of the norms outside weightless blocks.
     """
 
     vocab_size: int
@@ -37,6 +39,7 @@ class GPTConfig(ChannelMixers):
     layers: int = 6
     heads: int = 6
     width: int = 384
+    mlp_init: float = 0.02
     dropout: float = 0.0
     bias: bool = False
     gelu: str = "exact"
@@ -55,6 +58,11 @@ class GPTConfig(ChannelMixers):
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
+        if not 0 <= self.mlp_init < math.inf:
+            raise InputError(
+                "model.mlp_init: expected a positive number, or 0 for 1 / sqrt(width), found "
+                f"{self.mlp_init}."
+            )
         if not 0 < self.epsilon < math.inf:
             raise InputError(f"model.epsilon: expected a positive number, found {self.epsilon}.")
         check_choice("model.dtype", self.dtype, DTYPES)
@@ -98,12 +106,14 @@ class GPTBlock(nn.Module):
         )
         y = nn.LayerNorm(name="attention_norm", **norm)(x)
         x = x + attention(y, valid, train=train, decode=decode)
+        first = normal(c.mlp_init or c.width**-0.5)
         mixer = mlp.make(
             self.mlp,
             c.width,
             c,
-            lambda: mlp.MLP(gelu=c.gelu, dtype=dtype, name="mlp", **shared),
+            lambda: mlp.MLP(gelu=c.gelu, kernel_init=first, dtype=dtype, name="mlp", **shared),
             norm_bias=c.bias,
+            kernel_init=first,
             output_init=shared["output_init"],
             dtype=dtype,
         )

@@ -143,7 +143,9 @@ class TransformerPPBlock(nn.Module):
             self.mlp,
             width,
             c,
-            lambda: mlp.SwiGLU(width, c.hidden_width(), output_init, dtype=dtype, name="mlp"),
+            lambda: mlp.SwiGLU(
+                width, c.hidden_width(), output_init=output_init, dtype=dtype, name="mlp"
+            ),
             output_init=output_init,
             dtype=dtype,
         )
