@@ -204,6 +204,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "model") 
     for key, value in values.items():
         if key not in fields:
             raise InputError(f"{where}: unknown key '{key}'.{nearest(key, fields)}")
+        value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
         factory = fields[key].default_factory
         if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
             value = from_mapping(factory, value, f"{where}.{key}")  # type: ignore[arg-type]

@@ -74,8 +74,8 @@ def test_a_key_that_a_saved_config_lacks_has_todays_default(tiny_config, tmp_pat
 def test_registry(name):
     values, model = registry.defaults(name).to_dict(), registry.find(name)
     assert model.outputs not in values
-    assert isinstance(models.build(values, 3).config, model.config)
-    assert getattr(registry.config_of(values, 3), model.outputs) == 3
+    assert isinstance(models.build(values, 5).config, model.config)
+    assert getattr(registry.config_of(values, 5), model.outputs) == 5
     with pytest.raises(InputError, match=r"model\.name: expected one of .*Did you mean"):
         registry.find(name + "x")
 

@@ -155,7 +155,8 @@ def test_any_value_anywhere_in_the_metrics(saved, tmp_path):
         for value in VALUES:
             bad = json.dumps(with_value(ROW, path, value) if path else value)
             (tmp_path / "metrics.jsonl").write_text(f"{bad}\n{good}\n")
-            assert sweep.result_of(point)["state"] == "finished"
+            found = sweep.result_of(point)
+            assert found["step"] == 9 and found["validation_loss"] == 2.0
 
 
 @pytest.mark.parametrize("kind", WHOLE)

@@ -219,6 +219,7 @@ CALLS = {
     "shift_exp": (integer.shift_exp, (INTS, jnp.int32(9), 15), {}),
     "shift_exp of floats": (integer.shift_exp, (WHOLE, jnp.int32(9), jnp.int32(15)), {}),
     "inverse_scale": (integer.inverse_scale, (SCALE,), {}),
+    "power_of_two": (integer.power_of_two, (INTS,), {}),
     "published_grid": (integer.published_grid, (INTS, jnp.float32(0.5)), {}),
     "shiftmax_units": (integer.shiftmax_units, (INTS, jnp.int32(9)), {"bits": 8}),
     "shift_gelu_units": (integer.shift_gelu_units, (WHOLE, jnp.int32(9)), {}),

@@ -185,7 +185,7 @@ def _shift_exp_float(x: Array, inverse: Array, shifts: Array | int) -> Array:
     return jnp.maximum(jnp.floor(rest * power_of_two(shifts - halvings)), 0.0)
 
 
-def power_of_two(exponent: Array) -> Array:
+def power_of_two(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """2.0**exponent for whole numbers, exactly."""
     return jax.lax.bitcast_convert_type(
         (jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127) << 23, jnp.float32

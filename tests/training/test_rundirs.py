@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import studies
+from experiments.studies import common
 from quweit_jax.commands import cli, evaluate, export, generate, report, sweep, train
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.models.registry import defaults
@@ -178,7 +178,7 @@ def experiment(tmp_path) -> Path:
     """A file with a sweep whose points' settings are longer than a file's name may be."""
     path = tmp_path / "experiment.py"
     path.write_text(
-        "from experiments import dwn_digits\n"
+        "from experiments.configs import dwn_digits\n"
         "get_config = dwn_digits.get_config\n"
         "def sweep(add):\n"
         "    for seed in (0, 1):\n"
@@ -221,10 +221,10 @@ def test_without_a_whole_last_checkpoint_nothing_calls_it_finished(run, tiny_con
     damage(run)
     # where the best of the checkpoints is damaged, a report says so
     assert states() in (["unfinished", "unfinished"], ["unfinished", "damaged"])
-    studies.finish(config, run)
+    common.finish(config, run)
     assert states() == ["finished", "finished"]
     before = content(run)
-    studies.finish(config, run)
+    common.finish(config, run)
     assert content(run) == before, "what is finished is left alone"
 
 
