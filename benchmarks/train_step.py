@@ -1,5 +1,5 @@
-"""One training step of nanogpt_cpu, dense, weightless and without MLPs, beside the dense step in
-PyTorch 2: python benchmarks/train_step.py
+"""One training step of nanogpt_cpu with every channel mixer, beside the dense step in PyTorch 2:
+python benchmarks/train_step.py
 
 All in one process, in turn, medians. PyTorch takes part if it is installed (pip install torch); its
 model is written here, in the usual way (fused attention, AdamW with foreach, gradient clipping),
@@ -19,6 +19,7 @@ from quweit_jax.config import load_file
 from quweit_jax.training import optimizers, sharding, state
 
 VOCABULARY = 65
+KINDS = ("dense", "swiglu", "weightless", "lookup_glu", "bitglu", "none")
 
 
 def ours(mlp: str, batch: dict[str, np.ndarray]):
@@ -109,7 +110,7 @@ def main() -> None:
     batch = {
         k: rng.integers(0, VOCABULARY, (12, 64)).astype(np.int32) for k in ("inputs", "targets")
     }
-    contenders = {f"jax {mlp}": ours(mlp, batch) for mlp in ("dense", "weightless", "none")}
+    contenders = {f"jax {mlp}": ours(mlp, batch) for mlp in KINDS}
     packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
     try:
         contenders["torch dense"] = torch_dense(batch)

@@ -143,8 +143,8 @@ def describe_lines(facts: dict[str, Any]) -> list[str]:
         )
     if "ternary_bytes" in facts:
         lines.append(
-            f"ternary layers at inference: {facts['ternary_bytes']:,} bytes (2 bits a weight, "
-            "norms); "
-            f"their weights in bfloat16: {2 * facts['ternary_weights']:,}"
+            f"ternary layers at inference: {facts['ternary_bytes']:,} bytes (2 bits a weight, with "
+            "their norms, codes and tables); their weights in bfloat16: "
+            f"{2 * facts['ternary_weights']:,}"
         )
     return lines
