@@ -241,8 +241,7 @@ def write(study: Study) -> None:
         "parameters of the model",
     ]
     rows = [row(study, kind, measure) for kind in args.kinds]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows if cells]
+    lines = common.markdown(header, [cells for cells in rows if cells])
     (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     curves = {}

@@ -86,6 +86,12 @@ def conduct(
     return results
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
 def write(
     args: argparse.Namespace,
     results: Results,
@@ -97,11 +103,8 @@ def write(
     over seeds.
     """
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += [
-        "| " + " | ".join(row(kind, list(by_seed.values()))) + " |"
-        for kind, by_seed in results.items()
-    ]
+    rows = [row(kind, list(by_seed.values())) for kind, by_seed in results.items()]
+    lines = markdown(header, rows)
     (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n")
     environment = rundir.describe_environment()["versions"]
     (args.out / f"{args.name}.json").write_text(
