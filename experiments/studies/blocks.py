@@ -10,8 +10,8 @@ scored on the whole validation split, as trained and as deployed.
 
 Runs go into RUNS/KIND-RATE-SEED. Finished ones are read, not repeated, interrupted ones go on, and
 one that another process is at work on is left to it: start the command once a core. NAME.json keeps
-what was found as it comes; --table writes the table and the plot from what is finished, and trains
-nothing.
+what was found as it comes; --table writes the table and the plot from what is finished ('-' stands
+for what is not), and trains nothing.
 """
 
 from __future__ import annotations
@@ -170,18 +170,18 @@ class Study:
         self._note_run(kind, rate, seed)
         return True
 
+    def losses(self, kind: str) -> dict[str, float]:
+        """What the first seed ended at, by rate; rates not trained yet are left out."""
+        found = {rate: self.known(kind, rate, self.args.seeds[0]) for rate in self.args.rates}
+        return {rate: known["last_loss"] for rate, known in found.items() if known}
+
     def best_rate(self, kind: str) -> str | None:
-        """The rate at which the first seed ends lowest, None while one of them is not finished."""
-        seed, losses = self.args.seeds[0], {}
-        for rate in self.args.rates:
-            loss = (self.known(kind, rate, seed) or {}).get("last_loss")
-            if loss is None:
-                return None
-            losses[rate] = loss
-        return min(losses, key=lambda rate: losses[rate])
+        """The rate at which the first seed ends lowest, of those trained; None without any."""
+        losses = self.losses(kind)
+        return min(losses, key=lambda rate: losses[rate]) if losses else None
 
     def scored(self, kind: str, seed: int) -> dict[str, Any] | None:
-        """The scores of a kind at its best rate, None if that is not trained yet."""
+        """The scores of a seed at its kind's best rate, None if that is not trained yet."""
         rate = self.best_rate(kind)
         known = self.known(kind, rate, seed) if rate else None
         if rate is None or known is None:
@@ -207,14 +207,14 @@ def row(study: Study, kind: str, measure: str) -> list[str] | None:
     if rate is None or not scores:
         return None
     costs = block_costs(config_of(args, kind, rate, args.seeds[0]), scores[0]["outputs"])
-    tried = [(study.known(kind, r, args.seeds[0]) or {})["last_loss"] for r in args.rates]
+    tried = study.losses(kind)
     return [
         KINDS[kind][0],
         mean_and_error([s[measure] for s in scores]),
         ", ".join(f"{s[measure]:.4f}" for s in scores),
         mean_and_error([s[f"{measure}_deployed"] for s in scores]),
         rate,
-        " / ".join(f"{loss:.3f}" for loss in tried),
+        " / ".join(f"{tried[r]:.3f}" if r in tried else "-" for r in args.rates),
         f"{sum(costs.bytes_stored.values()):,}",
         f"{costs.total_multiplications:,}",
         f"{sum(costs.additions.values()):,}",
