@@ -190,7 +190,7 @@ def test_sources(tmp_path):
     )
     save_file({"wte.weight": np.ones((2, 2), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        InputError, match=r"expected the weights of a vision transformer .* found wte\.weight"
+        InputError, match=r"expected a checkpoint of kind nanogpt, .* found wte\.weight"
     ):
         read_source(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):
