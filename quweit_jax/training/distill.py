@@ -150,12 +150,10 @@ def new_mixers(params: PyTree, taught: PyTree) -> tuple[str, ...]:
     def shapes(tree: PyTree) -> PyTree:
         return jax.tree.map(jnp.shape, tree)
 
-    both = [name for name in params if _MIXER in params[name] and _MIXER in taught.get(name, {})]
+    both = [name for name in params if _BLOCK.fullmatch(name) and name in taught]
+    both = [name for name in both if _MIXER in params[name] and _MIXER in taught[name]]
     return tuple(
-        name
-        for name in both
-        if _BLOCK.fullmatch(name)
-        and shapes(params[name][_MIXER]) != shapes(taught[name][_MIXER])
+        name for name in both if shapes(params[name][_MIXER]) != shapes(taught[name][_MIXER])
     )
 
 
@@ -212,6 +210,6 @@ def fitted(model: nn.Module, teacher: nn.Module) -> state.Objective:
 
 def trains_in_fit(blocks: Sequence[str]) -> Callable[[KeyPath], bool]:
     """Whether the parameter at a path is one of the channel mixers in `blocks`."""
-    return lambda path: [getattr(part, "key", "") for part in path[:2]] in (
-        [block, _MIXER] for block in blocks
+    return lambda path: (
+        [getattr(part, "key", "") for part in path[:2]] in ([block, _MIXER] for block in blocks)
     )

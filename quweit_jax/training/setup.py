@@ -53,7 +53,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     data_config: DataConfig
-    distill_config: DistillConfig = DistillConfig()
+    distill_config: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     teacher: Teacher | None = None
 
     @property

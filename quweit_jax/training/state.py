@@ -233,9 +233,7 @@ def make_train_step(
 
     gradients = _mean_gradients(jax.grad(loss_fn, has_aux=True), grad_accum)
 
-    def step(
-        state: TrainState, batch: Batch, *more: PyTree
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, *more: PyTree) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, (metrics, moved) = gradients(state.params, state.constants, batch, key, *more)
         norms = optimizers.group_norms(grads)
