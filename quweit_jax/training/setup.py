@@ -34,7 +34,8 @@ _AT_LEAST = {
 }
 _NEEDS_TEACHER = (
     "teacher: expected it to be read, as the train command does; give loop.fit "
-    "teacher=quweit_jax.commands.train.teacher(config.teacher), or leave --config.teacher out."
+    "teacher=quweit_jax.commands.train.teacher(config.teacher). Elsewhere go without it, by "
+    "--config.teacher= --config.distill.blocks=0 --config.distill.fit_steps=0."
 )
 
 
