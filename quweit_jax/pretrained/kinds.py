@@ -34,8 +34,6 @@ def kind_of(path: str | Path) -> str:
       InputError: there is none, or it is of no kind known here.
     """
     path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"pretrained: nothing at {path}; give a folder or a file of weights.")
     config = read_config(path, ()) if (path / "config.json").is_file() else {}
     if kind := _TYPES.get(str(config.get("model_type"))):
         return kind

@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.tree_util import KeyPath
@@ -109,7 +110,7 @@ def watch_blocks(module: nn.Module, method: str) -> bool:
 def branches(
     model: nn.Module,
     variables: Mapping[str, PyTree],
-    inputs: Array,
+    inputs: Array | np.ndarray,
     given: Mapping[str, Array] | None = None,
 ) -> dict[str, tuple[Array, Array]]:
     """What each block's channel mixer reads, before its norm, and what it answers, both (B, T, d).
@@ -135,7 +136,7 @@ def branches(
 
     with nn.intercept_methods(watch):
         _, moved = model.apply(variables, inputs, mutable=["intermediates"])
-    seen = moved.get("intermediates", {})
+    seen: Any = moved.get("intermediates", {})
     found: dict[str, tuple[Array, Array]] = {}
     for block in (name for name in seen if _MIXER in seen[name] and _BLOCK.fullmatch(name)):
         first = seen[block][_NORM if _NORM in params[block] else _MIXER]

@@ -184,7 +184,7 @@ def test_published_checkpoints_are_told_apart_and_begun_from(shared, kind):
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(InputError, match="nothing at"):
+    with pytest.raises(InputError, match="no such file or folder"):
         kind_of(tmp_path / "gone")
     with pytest.raises(InputError):
         kind_of(tmp_path)
