@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from experiments.studies import compare_lm, weightless_vs_dense
+from experiments.studies import compare_lm, convert, weightless_vs_dense
+from quweit_jax.commands import train
+from quweit_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -99,3 +101,28 @@ def test_language_models_are_compared_as_deployed_and_take_turns(monkeypatch, tm
         assert result["training_tokens_per_second"] > 0
     assert results["quweit"]["training_speed_of_the_first_kind"] == 1.0
     assert len((tmp_path / "tiny.md").read_text().splitlines()) == 4
+
+
+def test_a_dense_run_is_converted_and_its_results_are_read_again(
+    tiny_arguments, tmp_path, monkeypatch, capsys
+):
+    shape = {"model.mlp": "dense", "model.layers": 1, "model.lookup_glu.hidden": 32}
+    dense, runs = tmp_path / "dense", tmp_path / "runs"
+    steps = {"steps": 10, "checkpoint_every": 10}
+    assert train.main([*tiny_arguments(shape | steps), f"--workdir={dense}"]) == 0
+    options = [f"--dense={dense}", f"--runs={runs}", f"--out={tmp_path}", "--share=0.4"]
+    assert convert.main(options) == 0
+    found = json.loads((tmp_path / "convert.json").read_text())["results"]
+    assert {name: row["steps"] for name, row in found.items()} == {
+        "dense": 10,
+        "converted": 4,
+        "scratch": 4,
+    }
+    assert found["converted"]["loss"] < found["scratch"]["loss"]
+    saved = json.loads((runs / "converted" / "config.json").read_text())
+    assert saved["distill"]["fit_steps"] == 2 and saved["model"]["mlp"] == "lookup_glu"
+    table = (tmp_path / "convert.md").read_text()
+    monkeypatch.setattr(convert, "finish", lambda config, workdir: workdir)
+    assert convert.main(options) == 0 and (tmp_path / "convert.md").read_text() == table
+    with pytest.raises(InputError, match="--share"):
+        convert.main([*options, "--share=2"])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quweit_jax.commands import cli
+from quweit_jax.commands import cli, train
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.training import loop, metrics, rundir
 
@@ -57,7 +57,13 @@ def arguments(
 
 def finish(config: Config, workdir: Path) -> Path:
     """Trains a model, or goes on with it, or finds it finished."""
-    if not rundir.is_finished(workdir, config.steps) and not loop.fit(config, workdir).complete:
+    if rundir.is_finished(workdir, config.steps):
+        return workdir
+    sources: dict[str, Any] = {
+        "initial": train.initial(config.init_from, workdir),
+        "teacher": train.teacher(config.teacher),
+    }
+    if not loop.fit(config, workdir, **sources).complete:
         raise SystemExit("stopped; the same command goes on")
     return workdir
 

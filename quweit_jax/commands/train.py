@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
     from quweit_jax.training.loop import Result
+    from quweit_jax.training.teacher import Teacher
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,9 +51,11 @@ def main(argv: Sequence[str]) -> int:
         set_value(config, path, text)
     cli.join_processes()
     begin = initial(config.get("init_from") or "", workdir)
+    source = teacher(config.get("teacher") or "")
     announce(config, workdir)
     progress = {"auto": None, "on": True, "off": False}[args.progress]
-    summarize(loop.fit(config, workdir, progress=progress, initial=begin), workdir)
+    result = loop.fit(config, workdir, progress=progress, initial=begin, teacher=source)
+    summarize(result, workdir)
     return 0
 
 
@@ -78,14 +81,11 @@ def initial(
     if not path:
         return None
     place = Path(path).expanduser()
-    if not place.exists() and not rundir.has_checkpoints(workdir):
-        raise InputError(
-            f"init_from: nothing at {path}; give a run directory, a folder with a published "
-            "checkpoint, or its weights file."
-        )
+    if not rundir.has_checkpoints(workdir):
+        _check_exists("init_from", place)
 
     def begin(fresh: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
-        if (place / "environment.json").is_file():
+        if _is_run(place):
             source = jax.device_get(rundir.open_run(place, data=False).variables)
         else:
             source = transfer.read_source(place)
@@ -97,6 +97,45 @@ def initial(
     return begin
 
 
+def teacher(path: str) -> Teacher | None:
+    """`config.teacher`: the model that a student learns from.
+
+    Args:
+      path: a run directory (its best checkpoint is taken), or a published checkpoint of any kind
+        that `pretrained.load` reads; '' for none.
+
+    Raises:
+      InputError: there is nothing at `path`, or it cannot be read.
+    """
+    import jax
+
+    from quweit_jax import pretrained
+    from quweit_jax.training import rundir
+    from quweit_jax.training.teacher import Teacher
+
+    if not path:
+        return None
+    place = Path(path).expanduser()
+    _check_exists("teacher", place)
+    if _is_run(place):
+        run = rundir.open_run(place, data=False)
+        labels = run.setup.data.labels
+        return Teacher(run.setup.model, jax.device_get(run.variables), run.setup.tokenizer, labels)
+    return Teacher(*pretrained.load(place, pretrained.kind_of(place)))
+
+
+def _check_exists(key: str, place: Path) -> None:
+    if not place.exists():
+        raise InputError(
+            f"{key}: nothing at {place}; give a run directory, a folder with a published "
+            "checkpoint, or its weights file."
+        )
+
+
+def _is_run(place: Path) -> bool:
+    return (place / "environment.json").is_file()
+
+
 def announce(config: Config, workdir: Path) -> None:
     """Says in one line what is about to happen."""
     import jax
@@ -105,6 +144,7 @@ def announce(config: Config, workdir: Path) -> None:
         return
     data, mlp = config.data, f", mlp {config.model.mlp}" if "mlp" in config.model else ""
     mlp += ", integer-only" if config.model.get("integer") else ""
+    mlp += f", with {config.teacher} as its teacher" if config.get("teacher") else ""
     name = data.name if data.source == "tfds" else data.path or data.source
     print(
         f"training {config.model.name}{mlp} on {name}: {config.steps} steps of "

@@ -1,10 +1,10 @@
 """Published checkpoints: `load(folder, kind) -> (model, variables)`, `save(model, variables,
-folder)`; fine-tuning: `read_source`, `merge`.
+folder)`, `kind_of(folder)`; fine-tuning: `read_source`, `merge`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -14,21 +14,14 @@ from jaxtyping import PyTree
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.models.matmulfree import MatMulFree
 from quweit_jax.models.transformer_pp import TransformerPP
-from quweit_jax.pretrained import deit, matmulfree, nanogpt, transformer_pp
+from quweit_jax.pretrained import matmulfree, transformer_pp
 from quweit_jax.pretrained.deit import calibrate
 from quweit_jax.pretrained.hugging_face import SHARD_BYTES, write_checkpoint
+from quweit_jax.pretrained.kinds import KINDS, kind_of
 from quweit_jax.pretrained.layout import published
 from quweit_jax.pretrained.transfer import Report, merge, read_source
 
-__all__ = ["KINDS", "Report", "calibrate", "load", "merge", "read_source", "save"]
-
-KINDS: dict[str, Callable[[Path], tuple[nn.Module, dict[str, PyTree]]]] = {
-    "nanogpt": nanogpt.load,
-    "matmulfree": matmulfree.load,
-    "transformer_pp": transformer_pp.load,
-    "deit": deit.load_deit,
-    "ivit": deit.load_ivit,
-}
+__all__ = ["KINDS", "Report", "calibrate", "kind_of", "load", "merge", "read_source", "save"]
 
 
 def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, PyTree]]:

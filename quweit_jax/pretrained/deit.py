@@ -125,7 +125,7 @@ def read_variables(path: Path) -> dict[str, PyTree]:
             f"blocks.0.attn.qkv.weight, ...) in {path}, found "
             f"{', '.join(sorted(tensors.names())[:5])}."
         )
-    integer = _is_integer(tensors)
+    integer = is_integer(tensors)
     return _convert(tensors, _sizes(tensors, _config(path)), integer)
 
 
@@ -169,7 +169,7 @@ def calibrate(
 
 def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
     tensors, config = read_weights(path), _config(path)
-    if not integer and _is_integer(tensors):
+    if not integer and is_integer(tensors):
         raise InputError(
             f"pretrained: {path} holds I-ViT's activation quantizers; load it with kind 'ivit'."
         )
@@ -192,7 +192,8 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
     return model, _convert(tensors, sizes, integer)
 
 
-def _is_integer(tensors: Tensors) -> bool:
+def is_integer(tensors: Tensors) -> bool:
+    """Whether weights come with I-ViT's activation quantizers."""
     return any(_QUANTIZER.fullmatch(name) for name in tensors.names())
 
 

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from quweit_jax.errors import InputError
 from quweit_jax.ops.patches import resample_positions
 from quweit_jax.pretrained import deit
+from quweit_jax.pretrained.kinds import KINDS, kind_of
 
 COLLECTIONS = ("params", "wiring", "ranges")  # caches and packed forms are not carried over
 _Path = tuple[str, ...]  # collection, modules, name
@@ -49,12 +50,12 @@ class Report:
 
 
 def read_source(path: str | Path) -> dict[str, PyTree]:
-    """The variables of a published vision checkpoint to start from: DeiT's, or I-ViT's if it names
-    activation quantizers.
+    """The variables of a published checkpoint to start from, of any kind that `pretrained.load`
+    reads; which one is told from what is there.
 
     Args:
-      path: a file (*.safetensors, *.pth, *.pt, *.bin) or a folder that holds one; config.json may
-        be missing.
+      path: a file (*.safetensors, *.pth, *.pt, *.bin) or a folder that holds one; of a vision model
+        config.json may be missing.
 
     Returns:
       {'params': ...}, of I-ViT also 'ranges'.
@@ -62,7 +63,11 @@ def read_source(path: str | Path) -> dict[str, PyTree]:
     Raises:
       InputError: as `pretrained.load`.
     """
-    return deit.read_variables(Path(path).expanduser())
+    path = Path(path).expanduser()
+    kind = kind_of(path)
+    if kind in ("deit", "ivit"):
+        return deit.read_variables(path)  # which need not know the number of heads
+    return KINDS[kind](path)[1]
 
 
 def merge(
@@ -73,7 +78,8 @@ def merge(
 
     A ViT's positional embedding of another square grid is resampled. Look-up tables mean nothing
     without their wiring, nor a weightless block's vectors without its tables: these are taken
-    together or not at all.
+    together or not at all. The norm before a channel mixer is the same whether the model has it or
+    the mixer brings it.
 
     Args:
       target: the variables of the model to train, {'params': ..., 'wiring': ..., 'ranges': ...} or
@@ -86,7 +92,8 @@ def merge(
     Raises:
       InputError: next to nothing fits.
     """
-    ours, theirs = _flatten(target), _flatten(source)
+    ours = _flatten(target)
+    theirs = _with_norms_in_place(_flatten(source), ours)
     fits = {
         path for path, value in ours.items() if path in theirs and _same_kind(value, theirs[path])
     }
@@ -127,6 +134,25 @@ def _flatten(variables: Mapping[str, PyTree]) -> dict[_Path, Array | np.ndarray]
         if name in variables
         for path, value in flatten_dict(variables[name]).items()
     }
+
+
+def _with_norms_in_place(
+    theirs: dict[_Path, Array | np.ndarray], ours: Mapping[_Path, Array | np.ndarray]
+) -> dict[_Path, Array | np.ndarray]:
+    """The source's arrays, those of the norms before channel mixers by the target's names:
+    'block_0/mlp_norm' of a mixer that reads what is normalized, 'block_0/mlp/norm' of one that
+    normalizes itself.
+    """
+
+    def place(path: _Path) -> _Path:
+        text = "/".join(path)
+        for old, new in (("/mlp_norm/", "/mlp/norm/"), ("/mlp/norm/", "/mlp_norm/")):
+            other = tuple(text.replace(old, new).split("/"))
+            if path not in ours and other in ours and other not in theirs:
+                return other
+        return path
+
+    return {place(path): value for path, value in theirs.items()}
 
 
 def _same_kind(ours: Array | np.ndarray, theirs: Array | np.ndarray) -> bool:

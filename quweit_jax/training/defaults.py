@@ -13,6 +13,7 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.errors import InputError
 from quweit_jax.models import registry
 from quweit_jax.reading import kind_of
+from quweit_jax.training.distill import DistillConfig
 from quweit_jax.training.optimizers import OptimizerConfig
 from quweit_jax.training.sharding import MeshConfig
 
@@ -59,8 +60,10 @@ def base_config() -> Config:
         "prefetch": 4,  # batches made ahead
         "sample_tokens": 200,  # tokens of a language model's sample at the end; 0: none
         "init_from": "",  # a run directory or a published checkpoint to begin from
+        "teacher": "",  # a run directory or a published checkpoint to learn from
         "data": dataclasses.asdict(DataConfig()),  # what to read
         "optimizer": dataclasses.asdict(OptimizerConfig()),  # how parameters move
+        "distill": dataclasses.asdict(DistillConfig()),  # how much is learned from the teacher
         "mesh": dataclasses.asdict(MeshConfig()),  # how the devices share the work
         "model": {},  # `models.registry.defaults(name)`, changed by the experiment
     }

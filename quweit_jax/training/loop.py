@@ -30,6 +30,7 @@ from quweit_jax.training import checksums, metrics, rundir, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 from quweit_jax.training.optimizers import make_schedule
 from quweit_jax.training.setup import Setup, Variables, assemble
+from quweit_jax.training.teacher import Teacher
 
 Initial = Callable[[Variables], Variables]
 _NEEDS_INITIAL = (
@@ -156,6 +157,7 @@ class Log:
             self.pending = []
             row = {"step": step, "split": "train", "loss": loss, "accuracy": accuracy}
             row |= {"grad_norm": values["grad_norm"]}
+            row |= {name: v for name, v in values.items() if name.startswith("distill/")}
             row |= {
                 "learning_rate": float(np.asarray(self.schedule(step - 1))),
                 "seconds": self.elapsed(),
@@ -242,6 +244,7 @@ def fit(
     progress: bool | None = None,
     on_step: Callable[[int], None] | None = None,
     initial: Initial | None = None,
+    teacher: Teacher | None = None,
 ) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
     `workdir` ends.
@@ -250,6 +253,8 @@ def fit(
       progress: show a bar; None: on a terminal. on_step: called after each step with its number.
       initial: makes the variables a new run begins with from its freshly drawn ones (see
         `quweit_jax.commands.train.initial`); needed for init_from.
+      teacher: read anew for every start (see `quweit_jax.commands.train.teacher`); needed where
+        `config.teacher` names one.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
@@ -259,7 +264,7 @@ def fit(
     if config.get("init_from") and initial is None and not rundir.has_checkpoints(workdir):
         raise InputError(_NEEDS_INITIAL)
     rundir.check_folder(workdir, config)
-    setup = assemble(config, rundir.read_tokenizer(workdir))
+    setup = assemble(config, rundir.read_tokenizer(workdir)).with_teacher(teacher)
     try:
         with rundir.claimed(workdir, setup), Checkpoints(workdir, config.keep) as checkpoints:
             return _train(setup, checkpoints, workdir, progress, on_step, initial)
@@ -291,7 +296,9 @@ def _train(
     )
     if "data" in saved:
         batches.set_state(saved["data"])
-    train_step = setup.train_step(current)
+    train_step, fit_steps = setup.train_step(current), setup.distill_config.fit_steps
+    fit_step = setup.train_step(current, fitting=True) if fit_steps else train_step
+    taught = [] if setup.teacher is None else [setup.teacher.variables]
     eval_step = state.make_eval_step(setup.model.apply)
     validation, step = saved.get("validation"), start
     with (
@@ -299,7 +306,8 @@ def _train(
         StopRequest() as stop,
     ):
         for step in range(start + 1, config.steps + 1):
-            current, values = train_step(current, sharding.put_batch(next(batches), where))
+            move = fit_step if step <= fit_steps else train_step
+            current, values = move(current, sharding.put_batch(next(batches), where), *taught)
             log.train_step(step, values)
             if on_step is not None:
                 on_step(step)

@@ -38,3 +38,9 @@ def cross_entropy(logits: Array, targets: Array, weights: Array | None = None) -
         "correct": jnp.sum(correct * weights),
         "count": jnp.sum(weights),
     }
+
+
+def means(logits: Array, targets: Array) -> dict[str, Array]:
+    """The means over the batch, float32 scalars: 'loss' and 'accuracy'; arguments as above."""
+    sums = cross_entropy(logits, targets)
+    return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}

@@ -118,15 +118,25 @@ def _data_changed(workdir: Path, setup: Setup) -> str:
     return f"the data has changed since this run began (fingerprint {before}, now {now})"
 
 
-def _saved_fingerprint(workdir: Path) -> str | None:
-    """The fingerprint of the data a run began with; None where that is not known."""
+def _check_teacher(workdir: Path, setup: Setup) -> None:
+    """Raises InputError if a run goes on with another teacher than it began with."""
+    before = _saved_fingerprint(workdir, "teacher_fingerprint")
+    if setup.teacher is not None and before and before != setup.teacher.fingerprint:
+        raise InputError(
+            f"teacher: {setup.config.teacher} has changed since this run began (fingerprint "
+            f"{before}, now {setup.teacher.fingerprint}); give it the same one, or a new --workdir."
+        )
+
+
+def _saved_fingerprint(workdir: Path, key: str = "data_fingerprint") -> str | None:
+    """The fingerprint of the data, say, that a run began with; None where that is not known."""
     path = workdir / "environment.json"
     if not os.path.lexists(path):
         return None
     try:
-        found = read_json(path, "--workdir").get("data_fingerprint")
+        found = read_json(path, "--workdir").get(key)
     except InputError as error:
-        logging.warning("%s cannot be read (%s); the data are not compared.", path, error)
+        logging.warning("%s cannot be read (%s); its %s is not compared.", path, error, key)
         return None
     return found if isinstance(found, str) else None
 
@@ -165,8 +175,8 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
     that is sure, and before it is checked again (process 0 only).
 
     Raises:
-      InputError: another process trains there, or see `check_folder`, or the data is not what the
-        run began with.
+      InputError: another process trains there, or see `check_folder`, or the data or the teacher
+        are not what the run began with.
     """
     if jax.process_index():
         yield
@@ -184,6 +194,7 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
                 f"--workdir: {changed}; give it the same data (the same Python, for "
                 "python_stdlib), or a new --workdir."
             )
+        _check_teacher(workdir, setup)
         yield
 
 
@@ -199,6 +210,8 @@ def write_files(workdir: Path, setup: Setup) -> None:
     if setup.tokenizer is not None and not (workdir / "tokenizer.json").exists():
         files.replace_json(workdir / "tokenizer.json", setup.tokenizer.to_json())
     environment = describe_environment() | {"data_fingerprint": setup.data.fingerprint}
+    if setup.teacher is not None:
+        environment["teacher_fingerprint"] = setup.teacher.fingerprint
     files.replace_json(workdir / "environment.json", environment)
 
 
@@ -260,6 +273,7 @@ def check_same(saved: Config, config: Config, workdir: Path) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key, missing) != now.get(key, missing)
         and key not in MAY_CHANGE
+        and not (key == "teacher" and before.get(key) and now.get(key))  # its content is compared
         and not key.startswith(MAY_CHANGE_UNDER)
     ]
     if changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,9 +20,11 @@ from quweit_jax.data.pipeline import Dataset, load
 from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, first_line
-from quweit_jax.training import sharding, state
+from quweit_jax.training import distill, sharding, state
 from quweit_jax.training.defaults import check_types
+from quweit_jax.training.distill import DistillConfig
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
+from quweit_jax.training.teacher import Teacher
 
 Variables = Mapping[str, PyTree]
 _AT_LEAST = {
@@ -29,6 +32,11 @@ _AT_LEAST = {
     + ("checkpoint_every", "keep"),
     0: ("eval_batches", "prefetch", "sample_tokens"),
 }
+_NEEDS_TEACHER = (
+    "teacher: expected it to be read, as the train command does; give loop.fit "
+    "teacher=quweit_jax.commands.train.teacher(config.teacher). Elsewhere go without it, by "
+    "--config.teacher= --config.distill.blocks=0 --config.distill.fit_steps=0."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Setup:
     """Data, model, optimizer and mesh of a config, and what needs all of them.
 
     data: of a language model opened without its corpus, there are a tokenizer but no examples.
+    teacher: of a run that has one and is trained, placed on the mesh.
     """
 
     config: Config
@@ -45,6 +54,8 @@ class Setup:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     data_config: DataConfig
+    distill_config: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    teacher: Teacher | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -81,8 +92,38 @@ class Setup:
         """Shapes, dtypes and shardings of `init_state`."""
         return self._state(state.abstract_state)
 
-    def train_step(self, current: state.TrainState) -> state.TrainStep:
-        """The jitted training step for a state (or an abstract one) that lies as `current` does."""
+    def with_teacher(self, teacher: Teacher | None) -> Setup:
+        """The same with the teacher that the config names, checked and placed.
+
+        Raises:
+          InputError: the config names one and none is given, or see `Teacher.placed`.
+        """
+        if not self.config.get("teacher"):
+            return self
+        if teacher is None:
+            raise InputError(_NEEDS_TEACHER)
+        return dataclasses.replace(self, teacher=teacher.placed(self))
+
+    def train_step(self, current: state.TrainState, *, fitting: bool = False) -> state.TrainStep:
+        """The jitted training step for a state (or an abstract one) that lies as `current` does,
+        which with a teacher reads that one's variables as a third argument.
+
+        fitting: that of the first `distill.fit_steps`.
+
+        Raises:
+          InputError: the config names a teacher, and this setup has none.
+        """
+        learns: dict[str, Any] = {}
+        if self.teacher is not None and fitting:
+            new = distill.new_mixers(current.params, self.teacher.variables["params"])
+            learns["objective"] = distill.fitted(self.model, self.teacher.model)
+            learns["trains"] = distill.trains_in_fit(new)
+        elif self.teacher is not None:
+            learns["objective"] = distill.distilled(
+                self.model, self.teacher.model, self.distill_config
+            )
+        elif self.config.get("teacher"):
+            raise InputError(_NEEDS_TEACHER)
         return state.make_train_step(
             self.model,
             self.optimizer,
@@ -92,6 +133,7 @@ class Setup:
             grad_accum=self.config.grad_accum,
             spectral_penalty=self.optimizer_config.spectral_penalty,
             augment=self.data_config.augment if self.data.image_shape is not None else None,
+            **learns,
         )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -137,6 +179,7 @@ def assemble(
     """
     _check_numbers(config)
     optimizer_config = from_mapping(OptimizerConfig, config.optimizer.to_dict(), "optimizer")
+    distill_config = _distill_config(config)
     mesh_config = from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
     mesh = sharding.make_mesh(mesh_config, devices)
     if config.batch_size % config.grad_accum:
@@ -168,8 +211,22 @@ def assemble(
         make_optimizer(optimizer_config, config.steps),
         mesh,
         data_config,
+        distill_config,
     )
     _check_dtype(made)
+    return made
+
+
+def _distill_config(config: Config) -> DistillConfig:
+    """The section `distill`; InputError if it asks a teacher for something, and there is none."""
+    values = config.distill.to_dict() if "distill" in config else {}
+    made = from_mapping(DistillConfig, values, "distill")
+    asked = [name for name in ("blocks", "fit_steps") if getattr(made, name)]
+    if asked and not config.get("teacher"):
+        raise InputError(
+            f"distill.{asked[0]}: expected a teacher to learn from, found none; set "
+            "--config.teacher, or leave it at 0."
+        )
     return made
 
 

@@ -17,6 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from quweit_jax.data.augment import AugmentConfig
@@ -51,7 +52,10 @@ class TrainState:
 
 
 Batch = dict[str, Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Batch]]
+TrainStep = Callable[..., tuple[TrainState, Batch]]
+# (variables, inputs, targets, a key for dropout, what else the step is given) -> (the loss, metrics
+# with 'loss' and 'accuracy', the collections that were moved)
+Objective = Callable[..., tuple[Array, dict[str, Array], PyTree]]
 EvalStep = Callable[[Mapping[str, PyTree], Batch], Batch]
 
 
@@ -133,7 +137,7 @@ def replace_variables(state: TrainState, variables: Mapping[str, PyTree]) -> Tra
 
 
 def _mean_gradients(grad_fn: Callable[..., PyTree], grad_accum: int) -> Callable[..., PyTree]:
-    """`grad_fn` of (params, constants, batch, key), a batch in `grad_accum` parts in turn.
+    """`grad_fn` of (params, constants, batch, key, ...), a batch in `grad_accum` parts in turn.
 
     What it gives are means over the parts, of the ranges too: each part moves them on from where
     the step began.
@@ -141,21 +145,48 @@ def _mean_gradients(grad_fn: Callable[..., PyTree], grad_accum: int) -> Callable
     if grad_accum == 1:
         return grad_fn
 
-    def gradients(params: PyTree, constants: PyTree, batch: Batch, key: Array) -> PyTree:
+    def gradients(
+        params: PyTree, constants: PyTree, batch: Batch, key: Array, *more: PyTree
+    ) -> PyTree:
         micro = {
             k: v.reshape(-1, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()
         }
 
         def add(total: PyTree, part: tuple[Batch, Array]) -> tuple[PyTree, None]:
-            found = grad_fn(params, constants, *part)
+            found = grad_fn(params, constants, *part, *more)
             return jax.tree.map(lambda t, g: t + g / grad_accum, total, found), None
 
         first = jax.tree.map(lambda v: v[0], micro)
-        shapes = jax.eval_shape(grad_fn, params, constants, first, key)
+        shapes = jax.eval_shape(grad_fn, params, constants, first, key, *more)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (micro, jax.random.split(key, grad_accum)))[0]
 
     return gradients
+
+
+def apply_training(
+    model: nn.Module, variables: Mapping[str, PyTree], inputs: Array, key: Array, **options: Any
+) -> tuple[Array, PyTree]:
+    """The logits of a training step, with dropout drawn from `key`, and the collections moved;
+    options: of `model.apply`.
+    """
+    mutable = [name for name in MUTABLE if name in variables]
+    return model.apply(  # type: ignore[return-value]
+        variables, inputs, train=True, mutable=mutable, rngs={"dropout": key}, **options
+    )
+
+
+def cross_entropy(model: nn.Module) -> Objective:
+    """What is learned without a teacher: the mean cross-entropy."""
+
+    def objective(
+        variables: PyTree, inputs: Array, targets: Array, key: Array
+    ) -> tuple[Array, dict[str, Array], PyTree]:
+        logits, moved = apply_training(model, variables, inputs, key)
+        metrics = losses.means(logits, targets)
+        return metrics["loss"], metrics, moved
+
+    return objective
 
 
 def make_train_step(
@@ -168,19 +199,25 @@ def make_train_step(
     mesh: Mesh | None = None,
     augment: AugmentConfig | None = None,
     spectral_penalty: float = 0.0,
+    objective: Objective | None = None,
+    trains: Callable[[KeyPath], bool] | None = None,
 ) -> TrainStep:
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused
     (donated).
 
     augment: for classifiers, how batches are mixed and labels smoothed. spectral_penalty: see
-    `OptimizerConfig`; the metrics are without it.
+    `OptimizerConfig`; the metrics are without it. objective: what is made small, the cross-entropy
+    if None; what else it reads the step is given after the batch. trains: says of a parameter's
+    path whether it may move (None: all).
 
-    metrics: 'loss' and 'accuracy' (means over the batch), 'grad_norm', 'grad_norm/<group>' and
-    'update_norm/<group>', float32 scalars. Finite metrics mean a finite new state.
+    metrics: 'loss' and 'accuracy' (means over the batch), what else the objective tells,
+    'grad_norm', 'grad_norm/<group>' and 'update_norm/<group>', float32 scalars. Finite metrics mean
+    a finite new state.
     """
+    objective = objective or cross_entropy(model)
 
     def loss_fn(
-        params: PyTree, constants: PyTree, batch: Batch, key: Array
+        params: PyTree, constants: PyTree, batch: Batch, key: Array, *more: PyTree
     ) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
         inputs, targets = batch["inputs"], batch["targets"]
         if augment is not None and mixing.mixes(augment):
@@ -188,29 +225,24 @@ def make_train_step(
             inputs, targets = mixing.mix(
                 inputs, targets, model.config.num_classes, augment, mix_key
             )  # type: ignore[attr-defined]
-        mutable, rngs = [name for name in MUTABLE if name in constants], {"dropout": key}
         variables = {"params": params, **constants}
-        logits, moved = model.apply(variables, inputs, train=True, mutable=mutable, rngs=rngs)
-        sums = losses.cross_entropy(logits, targets)  # type: ignore[arg-type]
-        metrics = {
-            "loss": sums["loss"] / sums["count"],
-            "accuracy": sums["correct"] / sums["count"],
-        }
-        loss = metrics["loss"]
+        loss, metrics, moved = objective(variables, inputs, targets, key, *more)
         if spectral_penalty:
             loss = loss + spectral_penalty * optimizers.spectral_penalty(params)
         return loss, (metrics, moved)
 
     gradients = _mean_gradients(jax.grad(loss_fn, has_aux=True), grad_accum)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, *more: PyTree) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, (metrics, moved) = gradients(state.params, state.constants, batch, key)
+        grads, (metrics, moved) = gradients(state.params, state.constants, batch, key, *more)
         norms = optimizers.group_norms(grads)
         metrics |= {"grad_norm": jnp.sqrt(sum(n**2 for n in norms.values()))} | {
             f"grad_norm/{g}": n for g, n in norms.items()
         }
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if trains is not None:
+            updates = _only(updates, trains)
         metrics |= {f"update_norm/{g}": n for g, n in optimizers.group_norms(updates).items()}
         params = optax.apply_updates(state.params, updates)
         average = (
@@ -226,6 +258,13 @@ def make_train_step(
         return jax.jit(step, donate_argnums=0)
     placed = (state_shardings, NamedSharding(mesh, P()))
     return jax.jit(step, donate_argnums=0, out_shardings=placed)
+
+
+def _only(updates: PyTree, trains: Callable[[KeyPath], bool]) -> PyTree:
+    """The updates of parameters that may move, and zeros for the others, which then do not decay."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, update: update if trains(path) else jnp.zeros_like(update), updates
+    )
 
 
 def make_eval_step(apply: Callable[..., Any]) -> EvalStep:

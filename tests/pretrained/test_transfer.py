@@ -10,10 +10,11 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from quweit_jax.errors import InputError
+from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
 from quweit_jax.models.vit import ViT, ViTConfig
 from quweit_jax.ops.patches import resample_positions
-from quweit_jax.pretrained import merge, read_source
+from quweit_jax.pretrained import kind_of, load, merge, read_source
 from tests.pretrained.vit_files import save_torch, weights
 
 
@@ -171,6 +172,47 @@ def test_nothing_fits():
         merge(variables(1), {"params": {}})
 
 
+@pytest.mark.parametrize("kind", ["nanogpt", "matmulfree", "transformer_pp", "deit", "ivit"])
+def test_published_checkpoints_are_told_apart_and_begun_from(shared, kind):
+    folder = shared / "golden" / kind
+    assert kind_of(folder) == kind
+    _, loaded = load(folder, kind)
+    merged, report = merge(jax.tree.map(np.zeros_like, loaded), read_source(folder))
+    assert not report.fresh and not report.unused
+    for name, value in leaves(loaded).items():
+        np.testing.assert_array_equal(leaves(merged)[name], value, err_msg=name)
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path):
+    with pytest.raises(InputError, match="no such file or folder"):
+        kind_of(tmp_path / "gone")
+    with pytest.raises(InputError):
+        kind_of(tmp_path)
+
+
+def norms(mlp, value):
+    """A language model of two blocks, whose arrays all have one value."""
+    config = GPTConfig(5, 4, 2, 2, 8, mlp=mlp, weightless=WeightlessOptions(num_luts=16))
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    shapes = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens)
+    return jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), shapes)
+
+
+@pytest.mark.parametrize("kinds", [("lookup_glu", "dense"), ("dense", "lookup_glu")])
+def test_the_norm_before_a_mixer_is_found_wherever_it_lies(kinds):
+    merged, report = merge(norms(kinds[0], 1), norms(kinds[1], 2))
+    name = "mlp/norm/scale" if kinds[0] == "lookup_glu" else "mlp_norm/scale"
+    assert {f"block_{i}/{name}" for i in range(2)} <= set(report.taken)
+    assert leaves(merged)[f"params/block_1/{name}"][0] == 2
+    assert not any("norm" in name for name in (*report.fresh, *report.unused))
+
+
+def test_a_weightless_block_keeps_the_norm_that_its_thresholds_are_for():
+    merged, report = merge(norms("weightless", 1), norms("dense", 2))
+    assert "block_0/mlp/norm/scale" in report.fresh
+    assert leaves(merged)["params/block_0/mlp/norm/scale"][0] == 1
+
+
 def test_sources(tmp_path):
     """The kind is told by the names; heads and a config.json are not needed."""
     tensors = weights(width=32)
@@ -190,7 +232,7 @@ def test_sources(tmp_path):
     )
     save_file({"wte.weight": np.ones((2, 2), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        InputError, match=r"expected the weights of a vision transformer .* found wte\.weight"
+        InputError, match=r"expected a checkpoint of kind nanogpt, .* found wte\.weight"
     ):
         read_source(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):

@@ -1,0 +1,50 @@
+"""The kinds of published checkpoints, and which of them a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+from jaxtyping import PyTree
+
+from quweit_jax.errors import InputError
+from quweit_jax.pretrained import deit, matmulfree, nanogpt, transformer_pp
+from quweit_jax.pretrained.tensors import read_config, read_weights
+
+KINDS: dict[str, Callable[[Path], tuple[nn.Module, dict[str, PyTree]]]] = {
+    "nanogpt": nanogpt.load,
+    "matmulfree": matmulfree.load,
+    "transformer_pp": transformer_pp.load,
+    "deit": deit.load_deit,
+    "ivit": deit.load_ivit,
+}
+# Hugging Face's model_type; and options that say so in a config.json without one.
+_TYPES = {"gpt2": "nanogpt", "hgrn_bit": "matmulfree", "llama": "transformer_pp"}
+_NANOGPT = {"n_layer", "n_head", "n_embd"}
+
+
+def kind_of(path: str | Path) -> str:
+    """The kind to `load` a published checkpoint with, told from its config.json or its weights.
+
+    Args:
+      path: a folder, or a file of weights.
+
+    Raises:
+      InputError: there is none, or it is of no kind known here.
+    """
+    path = Path(path).expanduser()
+    config = read_config(path, ()) if (path / "config.json").is_file() else {}
+    if kind := _TYPES.get(str(config.get("model_type"))):
+        return kind
+    if config.keys() >= _NANOGPT:
+        return "nanogpt"
+    tensors = read_weights(path)
+    if tensors.model_args is not None:
+        return "nanogpt"
+    if "cls_token" in tensors:
+        return "ivit" if deit.is_integer(tensors) else "deit"
+    raise InputError(
+        f"pretrained: {path}: expected a checkpoint of kind {', '.join(KINDS)}, found "
+        f"{', '.join(sorted(tensors.names())[:5]) or 'no tensors'}."
+    )
