@@ -244,13 +244,43 @@ def write(study: Study) -> None:
     lines = common.markdown(header, [cells for cells in rows if cells])
     (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
-    curves = {}
-    for kind, cells in zip(args.kinds, rows):
-        if cells:
-            workdir = run_of(args, kind, str(study.best_rate(kind)), args.seeds[0])
-            curves[KINDS[kind][0]] = metrics.evaluations(workdir)
-    title = "validation loss at each kind's best rate, first seed"
-    metrics.plot_losses(curves, args.out / f"{args.name}.png", title, unit="nats")
+    draw(study, [kind for kind, cells in zip(args.kinds, rows) if cells], measure)
+
+
+def draw(study: Study, kinds: list[str], measure: str) -> None:
+    """NAME.png: each kind's seeds and their mean, as deployed, the best at the top, with the bytes
+    of a block beside it. A control far behind the others is not drawn, but named.
+    """
+    from matplotlib.figure import Figure
+
+    args, found = study.args, {}
+    for kind in kinds:
+        scores = [s for s in (study.scored(kind, seed) for seed in args.seeds) if s]
+        costs = block_costs(
+            config_of(args, kind, str(study.best_rate(kind)), args.seeds[0]), scores[0]["outputs"]
+        )
+        values = [s[f"{measure}_deployed"] for s in scores]
+        found[kind] = (statistics.mean(values), values, sum(costs.bytes_stored.values()))
+    order = sorted(found, key=lambda kind: found[kind][0], reverse=measure == "accuracy")
+    drawn = [kind for kind in order if kind != "none"]
+    figure = Figure(figsize=(8, 0.42 * len(drawn) + 1.2), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for place, kind in enumerate(reversed(drawn)):
+        mean, values, size = found[kind]
+        color = "C0" if "lookup" in kind else "0.45"
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=5)
+        axes.plot([mean], [place], "D", color=color, markersize=7)
+        text = f"  {size / 1000:.0f} KB"
+        axes.text(1.0, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_yticks(range(len(drawn)), [KINDS[kind][0] for kind in reversed(drawn)], fontsize=9)
+    unit = "accuracy" if measure == "accuracy" else "nats"
+    control = f"; without any: {found['none'][0]:.3f}" if "none" in found else ""
+    axes.set_xlabel(
+        f"validation {measure} as deployed, {unit}; seeds pale, means dark{control}", fontsize=9
+    )
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(args.out / f"{args.name}.png")
 
 
 def main() -> None:
