@@ -35,7 +35,7 @@ from processes import REPOSITORY
 LIMIT_SECONDS = 30.0
 LIMIT_BYTES = 1 << 30
 KILL_BYTES = 4 << 30
-_OF = f"{REPOSITORY}/experiments"
+_OF = f"{REPOSITORY}/experiments/configs"
 _SHORT = ["--config.steps=4", "--config.checkpoint_every=2", "--config.eval_every=2"]
 _SHORT += ["--config.eval_batches=1", "--config.batch_size=4", "--config.eval_batch_size=4"]
 _SHORT += ["--config.mesh.data=1", "--config.log_every=1", "--config.sample_tokens=0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,14 +79,14 @@ def initial(
     if not path:
         return None
     place = Path(path).expanduser()
-    if not place.exists() and not rundir.has_checkpoints(workdir):
+    if not os.path.exists(place) and not rundir.has_checkpoints(workdir):
         raise InputError(
             f"init_from: nothing at {path}; give a run directory, a folder with a published "
             "checkpoint, or its weights file."
         )
 
     def begin(fresh: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
-        if (place / "environment.json").is_file():
+        if os.path.isfile(place / "environment.json"):
             source = jax.device_get(rundir.open_run(place, data=False).variables)
         else:
             source = transfer.read_source(place)

@@ -79,11 +79,16 @@ class StopRequest:
         """
         if jax.process_count() == 1:
             return self.signal is not None
-        if step % every:
-            return False
-        from jax.experimental import multihost_utils
+        return not step % every and _agree(self.signal is not None)
 
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.signal is not None))))
+
+def _agree(wanted: bool) -> bool:
+    """Whether any process wants it; all must ask."""
+    if jax.process_count() == 1:
+        return wanted
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(wanted))))
 
 
 class Log:
@@ -298,6 +303,10 @@ def _train(
         contextlib.closing(Log(setup, workdir, start, saved, progress)) as log,
         StopRequest() as stop,
     ):
+        if start == config.steps and _agree(not log.writer.has_evaluation(start)):
+            # It was stopped there, or its rows were lost: nothing else would say that it is done.
+            validation = evaluate(eval_step, current.variables(), setup, config.eval_batches)
+            log.validation(start, validation)
         for step in range(start + 1, config.steps + 1):
             current, values = train_step(current, sharding.put_batch(next(batches), where))
             log.train_step(step, values)

@@ -81,6 +81,10 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(workdir)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether there is a row of an evaluation at a step."""
+        return any(row["step"] == step for row in evaluations(self.path.parent))
+
     def write(self, row: Row) -> None:
         """One line, at once; floats at full precision."""
         self._file.write(json.dumps(row) + "\n")
@@ -115,6 +119,10 @@ class NoMetrics(MetricsWriter):
 
     def __init__(self):
         pass
+
+    def has_evaluation(self, step: int) -> bool:
+        """The process that writes knows."""
+        return True
 
     def write(self, row: Row) -> None:
         """Nothing."""

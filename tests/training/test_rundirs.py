@@ -178,7 +178,7 @@ def experiment(tmp_path) -> Path:
     """A file with a sweep whose points' settings are longer than a file's name may be."""
     path = tmp_path / "experiment.py"
     path.write_text(
-        "from experiments import dwn_digits\n"
+        "from experiments.configs import dwn_digits\n"
         "get_config = dwn_digits.get_config\n"
         "def sweep(add):\n"
         "    for seed in (0, 1):\n"
