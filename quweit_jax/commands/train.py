@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.training import checkpoints, loop, rundir
 
     checkpoints.check_path(workdir)
-    if args.config is None and not (workdir / "config.json").exists():
+    if args.config is None and not os.path.exists(workdir / "config.json"):
         raise InputError(
             f"--config: expected an experiment file to begin a run in {workdir}, such as "
             "--config=experiments/configs/gpt_char.py:quick."

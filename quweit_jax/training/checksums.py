@@ -121,8 +121,11 @@ def is_whole(workdir: Path, step: int) -> bool:
 
 def describe_kept(workdir: Path) -> str:
     """'the checkpoint of step 10 is whole' of the newest that is, or that there is none yet."""
-    whole = (step for step in reversed(steps(workdir)) if is_whole(workdir, step))
-    newest = next(whole, None)
+    try:
+        whole = (step for step in reversed(steps(workdir)) if is_whole(workdir, step))
+        newest = next(whole, None)
+    except OSError:  # the folder itself, of which another error is being told
+        return "its checkpoints cannot be looked at now"
     if newest is None:
         return "there is no whole checkpoint yet"
     return f"the checkpoint of step {newest} is whole"

@@ -95,9 +95,14 @@ class MetricsWriter:
                     self._board.add_scalar(f"{row['split']}/{key}", value, row["step"])
 
     def sync(self) -> None:
-        """Forces the rows to disk: call before a checkpoint that counts on them."""
+        """Forces the rows to disk: call before a checkpoint that counts on them.
+
+        Raises:
+          OSError: they cannot be written, or the file is no longer in the folder.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
+        os.stat(self.path)  # a file that was removed takes rows, too, but nobody will read them
 
     def close(self) -> None:
         """Closes the files."""
