@@ -106,7 +106,10 @@ def train(workdir: Path, faults: Faults | None) -> dict[str, Any]:
             traceback.print_exc()
             frames = traceback.extract_tb(error.__traceback__)
             where = " ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[-6:])
-            answer = {"kind": kind, "text": f"{type(error).__name__}: {error}"[:400] + f" at {where}"}
+            answer = {
+                "kind": kind,
+                "text": f"{type(error).__name__}: {error}"[:400] + f" at {where}",
+            }
         os.write(write, json.dumps(answer).encode())
         os._exit(0)
     os.close(write)

@@ -47,7 +47,6 @@ def assert_goes_on(workdir: Path, whole: Path, config: Any) -> None:
 def interrupt(times: int = 1) -> None:
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0)  # where Python looks at signals
 
 
 def interrupting(call: Callable[..., Any], times: int, skip: int = 0) -> Callable[..., Any]:
@@ -89,9 +88,7 @@ MOMENTS = [in_a_compilation, in_a_checkpoint, in_the_wait_for_a_checkpoint, in_a
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_one_interrupt_saves_whenever_it_comes(
-    whole, tiny_config, tmp_path, monkeypatch, moment
-):
+def test_one_interrupt_saves_whenever_it_comes(whole, tiny_config, tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patch:
         expected = moment(patch, 1)
         result = loop.fit(tiny_config(SMALL), tmp_path / "run", progress=False)
