@@ -454,5 +454,5 @@ def test_names_that_are_too_long_are_refused(
 
 def test_published_checkpoints_of_too_long_a_name_are_refused(tmp_path):
     for kind in pretrained.KINDS:
-        with pytest.raises(InputError, match="^pretrained"):
+        with pytest.raises(InputError, match=r"^pretrained"):
             pretrained.load(tmp_path / LONG, kind)

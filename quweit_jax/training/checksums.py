@@ -48,7 +48,7 @@ def score(workdir: Path, step: int) -> float | None:
         raise OSError(f"the content of {name} has changed")
     saved = parse_json(content)
     loss = saved.get("loss") if isinstance(saved, dict) else None
-    if not (is_number(loss) and math.isfinite(loss)):
+    if loss is None or not (is_number(loss) and math.isfinite(loss)):
         raise ValueError(f"{name} holds no loss but {str(saved)[:80]}")
     return float(loss)
 
