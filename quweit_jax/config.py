@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -243,9 +244,9 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
     """
     path, _, argument = spec.partition(":")
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         file = file.parent / "configs" / file.name
-    if not file.is_file():
+    if not os.path.isfile(file):
         folders = Path("experiments/configs"), Path("experiments")
         near = [p.as_posix() for folder in folders for p in folder.glob("[!_]*.py")]
         help = " Run it where experiments/ is, or give a full path."

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quweit_jax import pretrained
 from quweit_jax.commands import cli, evaluate, generate, train
 from quweit_jax.errors import InputError
 from quweit_jax.ops import lut
@@ -426,3 +427,32 @@ def test_lookups():
         InputError, match=r"mapping must be an integer array \(L, n\), found float32\[5, 2\]"
     ):
         lut.lut_lookup(bits, np.zeros((5, 2), np.float32), tables)
+
+
+LONG = "x" * 300  # no file system takes such a name
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "key"),
+    [
+        (train, [f"--config={LONG}.py", "--workdir=run"], "--config"),
+        (train, ["--config=CONFIG", f"--workdir={LONG}"], "--workdir"),
+        (train, ["--config=CONFIG", "--workdir=run", f"--config.init_from={LONG}"], "init_from"),
+        (evaluate, [f"--workdir={LONG}"], "--workdir"),
+    ],
+)
+def test_names_that_are_too_long_are_refused(
+    command, tiny_arguments, tmp_path, monkeypatch, module, arguments, key
+):
+    monkeypatch.chdir(tmp_path)
+    given = [
+        w for a in arguments for w in (tiny_arguments(SMALL) if a == "--config=CONFIG" else [a])
+    ]
+    refused(command(module, *given), key)
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_checkpoints_of_too_long_a_name_are_refused(tmp_path):
+    for kind in pretrained.KINDS:
+        with pytest.raises(InputError, match=r"^pretrained"):
+            pretrained.load(tmp_path / LONG, kind)

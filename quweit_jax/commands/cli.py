@@ -14,12 +14,13 @@ from typing import Any
 
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import EXTRAS, InputError, RunError, missing
-from quweit_jax.reading import without_surrogates
+from quweit_jax.reading import shown, why, without_surrogates
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command; our own errors end it with their message alone and status 2 or 1, an
-    interrupt from the terminal with a sentence and status 130.
+    interrupt from the terminal with a sentence and status 130, and what the system refuses (OSError)
+    with what it says and status 1.
     """
     from absl import logging
 
@@ -45,6 +46,10 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a disk or a folder that fails where nothing better can be said
+        where = f": {shown(error.filename)}" * (error.filename is not None)
+        print(f"error: {why(error)}{where}; mend that, and try again", file=sys.stderr)
         sys.exit(1)
 
 

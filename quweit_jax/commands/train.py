@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.training import checkpoints, loop, rundir
 
     checkpoints.check_path(workdir)
-    if args.config is None and not (workdir / "config.json").exists():
+    if args.config is None and not os.path.exists(workdir / "config.json"):
         raise InputError(
             f"--config: expected an experiment file to begin a run in {workdir}, such as "
             "--config=experiments/configs/gpt_char.py:quick."
@@ -125,7 +126,7 @@ def teacher(path: str) -> Teacher | None:
 
 
 def _check_exists(key: str, place: Path) -> None:
-    if not place.exists():
+    if not os.path.exists(place):  # of any name, also one too long for a system
         raise InputError(
             f"{key}: nothing at {place}; give a run directory, a folder with a published "
             "checkpoint, or its weights file."
@@ -133,7 +134,7 @@ def _check_exists(key: str, place: Path) -> None:
 
 
 def _is_run(place: Path) -> bool:
-    return (place / "environment.json").is_file()
+    return os.path.isfile(place / "environment.json")
 
 
 def announce(config: Config, workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def tfds_splits(config: DataConfig) -> Splits:
             "data.name: expected a TFDS name such as tiny_shakespeare for data.source=tfds; add "
             "--config.data.name=NAME."
         )
-    if config.data_dir is not None and not Path(config.data_dir).expanduser().is_dir():
+    if config.data_dir is not None and not os.path.isdir(Path(config.data_dir).expanduser()):
         raise InputError(
             f"data.data_dir: no directory at {config.data_dir}; give the folder that holds "
             f"{config.name}/VERSION/, or leave it out."
@@ -205,7 +206,7 @@ def _prepared_folder(config: DataConfig) -> str:
         for p in (Path(config.data_dir or "~/tensorflow_datasets").expanduser() / config.name).glob(
             "*.*.*"
         )
-        if p.is_dir()
+        if os.path.isdir(p)
     )
     return str(versions[-1])
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -308,7 +308,7 @@ def evaluate_tasks(
                 found.append(scorer.generate_until(prompt, seed=i, **options))
             return found
 
-    folders = [task for task in tasks if Path(task).is_dir()]
+    folders = [task for task in tasks if os.path.isdir(task)]
     names = [task for task in tasks if task not in folders]
     manager = TaskManager(include_path=folders or None)
     unknown = [name for name in names if not manager.match_tasks([name])]

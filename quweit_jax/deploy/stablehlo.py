@@ -16,9 +16,11 @@ Dimensions: b batch, t tokens; both are free until the program is called.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +39,7 @@ from quweit_jax.data.pipeline import Dataset
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, nearest, require
 from quweit_jax.ops.counts import stored_bytes
+from quweit_jax.reading import shown, why
 
 Tree: TypeAlias = dict[str, PyTree]  # variables, or a state
 Json: TypeAlias = dict[str, Any]
@@ -194,15 +197,19 @@ def check(variables: Tree, platforms: Sequence[str]) -> None:
 
 def check_target(out: Path, overwrite: bool = False) -> None:
     """Raises InputError unless a program and its description can be written to `out` safely."""
-    if out.suffix == ".json" or not out.name or out.is_dir():
+    if out.suffix == ".json" or not out.name or os.path.isdir(out):
         raise InputError(
             "--out: expected a file such as model.stablehlo (its description becomes model.json), "
             f"found {out}."
         )
-    if not out.absolute().parent.is_dir():
+    if not os.path.isdir(out.absolute().parent):
         raise InputError(f"--out: no folder {out.absolute().parent}; make it first.")
     for path in (out, out.with_suffix(".json")):
-        if path.exists() and not overwrite:
+        try:
+            _temporary(path).exists()  # its name may be too long
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        if os.path.lexists(path) and not overwrite:
             raise InputError(f"--out: {path} exists; give another name, or --overwrite.")
 
 
@@ -223,10 +230,25 @@ def save(
     description = describe(program, given, out.name) | sums | dict(about)
     text = json.dumps(description, indent=2, ensure_ascii=False)
     for path, content in ((out, data), (out.with_suffix(".json"), text.encode())):
-        temporary = path.with_name(path.name + ".tmp")  # whole or not there
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        try:
+            _temporary(path).write_bytes(content)
+            _temporary(path).replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                _temporary(path).unlink(missing_ok=True)
+            raise _cannot_write(path, error) from None
     return description
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")  # a file is whole or not there
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"--out: cannot write {shown(path)} ({why(error)}); give another name, or a folder you can "
+        "write to."
+    )
 
 
 def describe(program: jax.export.Exported, given: Input, file: str = "model.stablehlo") -> Json:

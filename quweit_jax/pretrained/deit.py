@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -179,7 +180,7 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
         raise InputError(
             f"pretrained: the number of heads cannot be told from width {sizes.width}, which is no "
             f"multiple of {_HEAD_WIDTH}; write a "
-            f"config.json beside {path if path.is_file() else 'the weights'} with "
+            f"config.json beside {path if os.path.isfile(path) else 'the weights'} with "
             '{"num_heads": ...}.'
         )
     known = (sizes.width, sizes.depth, heads)
@@ -203,9 +204,9 @@ def _config(path: Path) -> PublishedConfig:
     Raises:
       InputError: an option asks for something that the model here does not compute.
     """
-    folder = path if path.is_dir() else path.parent
+    folder = path if os.path.isdir(path) else path.parent
     where = folder / "config.json"
-    values = read_config(folder, ()) if where.is_file() else {}
+    values = read_config(folder, ()) if os.path.isfile(where) else {}
     extra = values.get("model_args")
     config = PublishedConfig(where, (extra if isinstance(extra, dict) else {}) | values)
     if "model_type" in config:

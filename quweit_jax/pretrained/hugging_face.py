@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from quweit_jax.pretrained.layout import TensorMap, TensorOut, read_params
 from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX
 from quweit_jax.pretrained.published_config import PublishedConfig
 from quweit_jax.pretrained.tensors import read_weights
+from quweit_jax.reading import shown, why
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's programs split
 _WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
@@ -58,10 +60,16 @@ def write_checkpoint(
     """
     if shard_bytes < 1:
         raise InputError(f"pretrained.save: shard_bytes: expected at least 1, found {shard_bytes}.")
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise InputError(
             f"pretrained.save: expected a folder, found a file: {folder}; give another name."
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"pretrained.save: cannot make {shown(folder)} ({why(error)}); give another folder."
+        ) from None
     old = sorted(path for pattern in ("config.json", *_WEIGHTS) for path in folder.glob(pattern))
     if old and not overwrite:
         raise InputError(
@@ -69,7 +77,6 @@ def write_checkpoint(
             "another folder, or overwrite=True."
         )
     writer = require("safetensors.numpy", "to write a checkpoint", "or safetensors alone")
-    folder.mkdir(parents=True, exist_ok=True)
     for path in old:
         path.unlink()
     shards = _split(tensors, shard_bytes)

@@ -4,6 +4,7 @@ they are asked for. Anything with `.shape` that `np.asarray` takes is such a ten
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_index(path: Path) -> dict[Path, list[str]]:
             )
         shards.setdefault(path.parent / file, []).append(name)
     for file in shards:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise InputError(
                 f"pretrained: {path} names the shard {file.name}, found no such file in "
                 f"{path.parent}; download it too."

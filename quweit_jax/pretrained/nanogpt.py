@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def load(path: Path) -> tuple[GPT, dict[str, PyTree]]:
 
 def _opened(path: Path) -> tuple[Tensors | None, PublishedConfig]:
     """The config, and the weights if they had to be opened for it."""
-    folder, tensors = path.parent if path.is_file() else path, None
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+    folder, tensors = path.parent if os.path.isfile(path) else path, None
+    if os.path.isfile(path) or (os.path.isdir(path) and not os.path.isfile(path / "config.json")):
         tensors = read_weights(path)
         if tensors.model_args is not None:
             return tensors, PublishedConfig(f"{tensors.where}: model_args", tensors.model_args)

@@ -29,10 +29,10 @@ _WRAPPED = ("module.", "_fsdp_wrapped_module.", "_orig_mod.")
 def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
     """config.json, checked for the keys that must be there."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(
             f"pretrained: expected {path}, found no such "
-            f"{'file' if folder.is_dir() else 'folder'}; "
+            f"{'file' if os.path.isdir(folder) else 'folder'}; "
             "give the folder that holds it."
         )
     config = read_json(path)
@@ -55,13 +55,13 @@ def read_weights(path: Path) -> Tensors:
     Raises:
       InputError: there is no such file, a shard is missing, or more than one file could be meant.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         tensors = _read_file(path)
     elif files := _safetensors_in(path):
         tensors = Tensors(open_safetensors(files), str(path))
-    elif (path / "pytorch_model.bin").is_file():
+    elif os.path.isfile(path / "pytorch_model.bin"):
         tensors = _read_file(path / "pytorch_model.bin")
-    elif (path / TORCH_INDEX).is_file():
+    elif os.path.isfile(path / TORCH_INDEX):
         tensors = Tensors(open_torch_shards(path / TORCH_INDEX), str(path))
     else:
         files = _weights_in(path, SUFFIXES)
@@ -77,7 +77,7 @@ def read_weights(path: Path) -> Tensors:
 
 
 def _read_file(path: Path) -> Tensors:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"pretrained: expected weights at {path}, found no such file or folder.")
     if path.suffix == ".safetensors":
         return Tensors(open_safetensors([path]), str(path))
@@ -91,9 +91,11 @@ def _read_file(path: Path) -> Tensors:
 
 def _safetensors_in(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / SAFETENSORS_INDEX
-    if single.is_file():
+    if os.path.isfile(single):
         return [single]
-    return sorted(read_index(index)) if index.is_file() else _weights_in(folder, (".safetensors",))
+    if os.path.isfile(index):
+        return sorted(read_index(index))
+    return _weights_in(folder, (".safetensors",))
 
 
 def _weights_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -102,7 +104,7 @@ def _weights_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     Raises:
       InputError: one is no file, or the folder cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     found = [e for e in list_folder(folder, "pretrained") if e.name.endswith(suffixes)]
     for entry in found:

@@ -4,6 +4,7 @@ arrays; nothing that is in a file is run.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import warnings
@@ -70,7 +71,7 @@ def read_torch_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str, dict[
       InputError: torch isn't installed; or the file is missing, damaged, of another format, holds
         no state dict, or wants more than tensors.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"pretrained: expected {path}, found no such file.")
     require("torch", f"to read {path.name}", "or convert the file to safetensors elsewhere")
     try:

@@ -6,12 +6,14 @@ Only files are read here, with neither Orbax nor devices.
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import zlib
 from pathlib import Path
 
 from absl import logging
 
+from quweit_jax.reading import is_number, open_regular, parse_json
 from quweit_jax.training import files
 
 # Reading back more than this after every save would cost more than it protects; larger files are
@@ -39,13 +41,14 @@ def score(workdir: Path, step: int) -> float | None:
         noted = _noted(workdir, step).get(name)
     except (OSError, ValueError):
         noted = None
-    if noted is None and not path.exists():
+    if noted is None and not os.path.lexists(path):
         return None
-    if noted not in (None, _sums(path)):
+    content = _read(path)
+    if noted not in (None, [len(content), zlib.crc32(content)]):
         raise OSError(f"the content of {name} has changed")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = parse_json(content)
     loss = saved.get("loss") if isinstance(saved, dict) else None
-    if not isinstance(loss, int | float):
+    if loss is None or not (is_number(loss) and math.isfinite(loss)):
         raise ValueError(f"{name} holds no loss but {str(saved)[:80]}")
     return float(loss)
 
@@ -118,8 +121,11 @@ def is_whole(workdir: Path, step: int) -> bool:
 
 def describe_kept(workdir: Path) -> str:
     """'the checkpoint of step 10 is whole' of the newest that is, or that there is none yet."""
-    whole = (step for step in reversed(steps(workdir)) if is_whole(workdir, step))
-    newest = next(whole, None)
+    try:
+        whole = (step for step in reversed(steps(workdir)) if is_whole(workdir, step))
+        newest = next(whole, None)
+    except OSError:  # the folder itself, of which another error is being told
+        return "its checkpoints cannot be looked at now"
     if newest is None:
         return "there is no whole checkpoint yet"
     return f"the checkpoint of step {newest} is whole"
@@ -131,7 +137,7 @@ def _place(workdir: Path, step: int) -> Path:
 
 def _noted(workdir: Path, step: int) -> dict[str, list[int]]:
     """{file: [bytes, checksum]}; OSError or ValueError where that cannot be read."""
-    noted = json.loads(_place(workdir, step).read_text(encoding="utf-8"))
+    noted = parse_json(_read(_place(workdir, step)))
     if not isinstance(noted, dict) or not noted:
         raise ValueError("expected the sizes and checksums of files")
     for pair in noted.values():
@@ -147,4 +153,9 @@ def _contents(root: Path) -> dict[str, list[int]]:
 
 def _sums(path: Path) -> list[int]:
     size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes()) if size <= _LARGEST else 0]
+    return [size, zlib.crc32(_read(path)) if size <= _LARGEST else 0]
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()

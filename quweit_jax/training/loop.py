@@ -13,7 +13,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -80,11 +80,16 @@ class StopRequest:
         """
         if jax.process_count() == 1:
             return self.signal is not None
-        if step % every:
-            return False
-        from jax.experimental import multihost_utils
+        return not step % every and _agree(self.signal is not None)
 
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.signal is not None))))
+
+def _agree(wanted: bool) -> bool:
+    """Whether any process wants it; all must ask."""
+    if jax.process_count() == 1:
+        return wanted
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(wanted))))
 
 
 class Log:
@@ -263,11 +268,23 @@ def fit(
     workdir = Path(workdir).absolute()
     if config.get("init_from") and initial is None and not rundir.has_checkpoints(workdir):
         raise InputError(_NEEDS_INITIAL)
-    rundir.check_folder(workdir, config)
-    setup = assemble(config, rundir.read_tokenizer(workdir)).with_teacher(teacher)
+    with _told(workdir):
+        rundir.check_folder(workdir, config)
+        tokenizer = rundir.read_tokenizer(workdir)
+    setup = assemble(config, tokenizer).with_teacher(teacher)
+    with (
+        _told(workdir),
+        rundir.claimed(workdir, setup),
+        Checkpoints(workdir, config.keep) as checkpoints,
+    ):
+        return _train(setup, checkpoints, workdir, progress, on_step, initial)
+
+
+@contextlib.contextmanager
+def _told(workdir: Path) -> Iterator[None]:
+    """What the system refuses in a run directory is a RunError that says what is kept there."""
     try:
-        with rundir.claimed(workdir, setup), Checkpoints(workdir, config.keep) as checkpoints:
-            return _train(setup, checkpoints, workdir, progress, on_step, initial)
+        yield
     except OSError as error:
         reason = str(error.strerror or error) + f": {error.filename}" * bool(error.filename)
         raise RunError(
@@ -305,19 +322,23 @@ def _train(
         contextlib.closing(Log(setup, workdir, start, saved, progress)) as log,
         StopRequest() as stop,
     ):
+        if start == config.steps and _agree(not log.writer.has_evaluation(start)):
+            # It was stopped there, or its rows were lost: nothing else would say that it is done.
+            validation = evaluate(eval_step, current.variables(), setup, config.eval_batches)
+            log.validation(start, validation)
         for step in range(start + 1, config.steps + 1):
             move = fit_step if step <= fit_steps else train_step
             current, values = move(current, sharding.put_batch(next(batches), where), *taught)
             log.train_step(step, values)
             if on_step is not None:
                 on_step(step)
-            stopping, last = stop.agreed(step, config.log_every), step == config.steps
-            score = None
+            score, last = None, step == config.steps
             if step % config.eval_every == 0 or last:
                 log.read()
                 validation = evaluate(eval_step, current.variables(), setup, config.eval_batches)
                 score = validation["loss"]
                 log.validation(step, validation)
+            stopping = stop.agreed(step, config.log_every)
             if step % config.checkpoint_every == 0 or last or stopping:
                 noted = log.state()
                 place = {"data": _joined_state(batches), "validation": validation}

@@ -81,6 +81,10 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(workdir)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether there is a row of an evaluation at a step."""
+        return any(row["step"] == step for row in evaluations(self.path.parent))
+
     def write(self, row: Row) -> None:
         """One line, at once; floats at full precision."""
         self._file.write(json.dumps(row) + "\n")
@@ -91,9 +95,14 @@ class MetricsWriter:
                     self._board.add_scalar(f"{row['split']}/{key}", value, row["step"])
 
     def sync(self) -> None:
-        """Forces the rows to disk: call before a checkpoint that counts on them."""
+        """Forces the rows to disk: call before a checkpoint that counts on them.
+
+        Raises:
+          OSError: they cannot be written, or the file is no longer in the folder.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
+        os.stat(self.path)  # a file that was removed takes rows, too, but nobody will read them
 
     def close(self) -> None:
         """Closes the files."""
@@ -115,6 +124,10 @@ class NoMetrics(MetricsWriter):
 
     def __init__(self):
         pass
+
+    def has_evaluation(self, step: int) -> bool:
+        """The process that writes knows."""
+        return True
 
     def write(self, row: Row) -> None:
         """Nothing."""

@@ -272,6 +272,10 @@ def test_mistakes_are_told_before_any_work(tmp_path):
         stablehlo.check_target(tmp_path / "nowhere" / "a.stablehlo")
     with pytest.raises(InputError, match=r"expected a file such as model.stablehlo"):
         stablehlo.check_target(tmp_path / "b.json")
+    for name in ("x" * 300, "x" * 252, "x" * 250 + ".bin"):  # with what is added to it, too long
+        with pytest.raises(InputError, match=r"^--out"):
+            stablehlo.check_target(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.fixture(scope="module")

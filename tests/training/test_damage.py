@@ -4,8 +4,10 @@ told, and nothing begins again where there was something.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,17 @@ def replace_by_folder(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES = [cut, empty, scramble, flip, Path.unlink, replace_by_folder]
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def lead_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+DAMAGES = [cut, empty, scramble, flip, Path.unlink, replace_by_folder, replace_by_pipe]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +108,7 @@ def test_any_file_of_a_checkpoint_damaged_in_any_way(whole, run, abstract, damag
 
 
 @pytest.mark.parametrize("step", [4, 6])
-@pytest.mark.parametrize("damage", [cut, flip, scramble, Path.unlink, replace_by_folder])
+@pytest.mark.parametrize("damage", [*DAMAGES[:1], *DAMAGES[2:], lead_nowhere])
 def test_a_damaged_score_leaves_the_run_usable(run, tiny_config, damage, step):
     """The small file that Orbax reads of every checkpoint as soon as it looks at a folder; of the
     newest checkpoint or of an older one.
@@ -224,6 +236,41 @@ def test_finished_means_the_last_checkpoint_whole(run):
     shutil.rmtree(run / "checkpoints" / "6")
     assert not rundir.is_finished(run, 6)
     assert rundir.is_finished(run, 4)
+
+
+def lose_rows(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+
+
+def lose_evaluations(run: Path) -> None:
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(row for row in rows if '"train"' in row))
+
+
+@pytest.mark.parametrize("loss", [lose_rows, lose_evaluations])
+def test_a_run_whose_rows_were_lost_is_finished_by_going_on(run, whole, tiny_config, loss):
+    """Its last evaluation is made again, and is what it was."""
+    loss(run)
+    assert not rundir.is_finished(run, 6)
+    for _ in range(2):  # the second time there is nothing to do
+        assert loop.fit(tiny_config(SMALL), run, progress=False).complete
+        assert rundir.is_finished(run, 6)
+        (row,), before = metrics.evaluations(run), metrics.evaluations(whole)[-1]
+        assert (row["step"], row["loss"]) == (before["step"], before["loss"])
+
+
+def test_a_run_that_was_stopped_at_what_becomes_its_last_step_is_finished(tiny_config, tmp_path):
+    workdir = tmp_path / "run"
+
+    def stop(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert loop.fit(tiny_config(SMALL), workdir, progress=False, on_step=stop).step == 3
+    result = loop.fit(tiny_config(SMALL | {"steps": 3}), workdir, progress=False)
+    assert result.complete and rundir.is_finished(workdir, 3)
+    assert result.validation is not None
+    assert result.validation["loss"] == metrics.evaluations(workdir)[-1]["loss"]
 
 
 def test_what_cannot_be_found_again_is_not_called_saved(run, tiny_config, tmp_path, monkeypatch):
