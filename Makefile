@@ -1,4 +1,4 @@
-# make train: sets everything up and trains a quasi-weightless GPT on embedded text.   make test: sets everything up and tests.
+# make train: sets everything up and trains a GPT with look-up blocks on embedded text.   make test: sets everything up and tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

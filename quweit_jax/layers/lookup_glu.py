@@ -36,7 +36,7 @@ class LookupGLU(Packable):
 
     Takes the place of an MLP or a gated one: (..., d_in) -> (..., features), the residual addition
     left to the caller. The table begins as the gate silu(2 a) b and can be trained. Not a published
-    block; `docs/lookup-glu.md` derives it.
+    block; `docs/maths/lookup-glu.md` derives it.
 
     Two variants keep the ternary sums and read bits instead of codes, [sum > its threshold], for
     `hidden` sums: sum='vector', tables of `lut_inputs` bits whose entries are vectors, and
