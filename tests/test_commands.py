@@ -49,8 +49,10 @@ def test_train_ends_with_what_a_user_wants_to_know(trained, tmp_path):
 
 
 def test_the_line_it_gives_goes_on(trained, capsys):
+    assert "is saved" not in trained
     assert train.main(["--workdir=runs/x", "--config.steps=20"]) == 0
-    assert "step 20: validation loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "where step 10 is saved" in said and "step 20: validation loss" in said
 
 
 def test_evaluate_and_packed_agree(trained, capsys):

@@ -141,16 +141,20 @@ def announce(config: Config, workdir: Path) -> None:
     """Says in one line what is about to happen."""
     import jax
 
+    from quweit_jax.training import checksums
+
     if jax.process_index():
         return
     data, mlp = config.data, f", mlp {config.model.mlp}" if "mlp" in config.model else ""
     mlp += ", integer-only" if config.model.get("integer") else ""
     mlp += f", with {config.teacher} as its teacher" if config.get("teacher") else ""
     name = data.name if data.source == "tfds" else data.path or data.source
+    saved = checksums.steps(workdir)
+    there = f", where step {saved[-1]} is saved" if saved else ""
     print(
         f"training {config.model.name}{mlp} on {name}: {config.steps} steps of "
         f"{config.batch_size}, {jax.device_count()} {jax.default_backend()} device(s), into "
-        f"{workdir}",
+        f"{workdir}{there}",
         flush=True,
     )
 
