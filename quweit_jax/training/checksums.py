@@ -33,8 +33,10 @@ def score(workdir: Path, step: int) -> float | None:
     """The validation loss saved with a checkpoint, None where it was not evaluated.
 
     Raises:
-      OSError, ValueError: it cannot be read, or is not what was saved.
+      OSError, ValueError: it cannot be read, or is not what was saved; or Orbax could not read what
+        it keeps beside it.
     """
+    _check_description(workdir, step)
     name = "metrics/metrics"
     path = workdir / "checkpoints" / str(step) / name
     try:
@@ -51,6 +53,19 @@ def score(workdir: Path, step: int) -> float | None:
     if loss is None or not (is_number(loss) and math.isfinite(loss)):
         raise ValueError(f"{name} holds no loss but {str(saved)[:80]}")
     return float(loss)
+
+
+def _check_description(workdir: Path, step: int) -> None:
+    """Raises ValueError for a description of a checkpoint that is JSON, but no object: Orbax ends
+    at one when it is opened, while it does without one that is missing or no JSON.
+    """
+    path = workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    try:
+        described = parse_json(_read(path))
+    except (OSError, ValueError):
+        return
+    if not isinstance(described, dict):
+        raise ValueError(f"{path.name} holds no object but {str(described)[:80]}")
 
 
 def note(workdir: Path, step: int) -> None:

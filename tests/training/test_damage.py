@@ -107,6 +107,15 @@ def test_any_file_of_a_checkpoint_damaged_in_any_way(whole, run, abstract, damag
         shutil.copy(whole / "checksums" / "6.json", run / "checksums")
 
 
+@pytest.mark.parametrize("step,held", [(4, "[]"), (6, "3"), (4, "null"), (6, '"x"')])
+def test_a_description_that_is_no_object_leaves_the_run_usable(run, tiny_config, step, held):
+    """What Orbax reads of every checkpoint as soon as it is opened."""
+    (run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text(held)
+    assert rundir.open_run(run).step == 10 - step
+    assert loop.fit(tiny_config(SMALL | {"steps": 8}), run, progress=False).complete
+    assert checksums.is_whole(run, 8) and (run / "damaged" / str(step)).is_dir()
+
+
 @pytest.mark.parametrize("step", [4, 6])
 @pytest.mark.parametrize("damage", [*DAMAGES[:1], *DAMAGES[2:], lead_nowhere])
 def test_a_damaged_score_leaves_the_run_usable(run, tiny_config, damage, step):
