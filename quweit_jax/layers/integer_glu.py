@@ -42,8 +42,7 @@ class IntegerLookupGLU(LookupGLU):
                 "mix", "offsets", "halfway", "tables", "sum", "bias"
             )
             sums = integer.matmul_units(x.ints, packed_ternary.unpack_ternary(mix, width)) - offsets
-            first, second = jnp.split(pair_table.count_codes(sums, halfway), 2, axis=-1)
-            read = pair_table.pair_lookup(first, second, tables)
+            read = self._entries(pair_table.count_codes(sums, halfway), tables)
             whole = packed_ternary.unpack_ternary(total, read.shape[-1])
             return Quantized(integer.matmul_units(read, whole) + bias)
         mix, total, offsets, bias = self._parameters(width)
@@ -56,12 +55,7 @@ class IntegerLookupGLU(LookupGLU):
         sums = integer.matmul_units(x.ints, ternary.quantize_weights(mix)[0]) - shift
         shadow = x.real @ ternary.ternary_weights(mix) / math.sqrt(2 * width / 3) - offsets
         codes = _codes(sums, shadow / self.code_step, step, self.code_bits)
-        first, second = jnp.split(codes, 2, axis=-1)
-        read = (
-            pair_table.pair_lookup(first, second, tables)
-            if self.train_tables
-            else pair_table.gated(first, second, self.code_bits, self.code_step)
-        )
+        read = self._entries(codes, tables)
         whole, scale = ternary.quantize_weights(total)
         scale = scale / entries
         bias_int = integer.quantize_bias(bias, scale)

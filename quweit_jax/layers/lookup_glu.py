@@ -176,6 +176,10 @@ class LookupGLU(Packable):
         """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
         step = max(1, round(self.code_step / _unit(width)))
         codes: Array = pair_table.codes(sums, step, self.code_bits)
+        return self._entries(codes, tables)
+
+    def _entries(self, codes: Array, tables: Array) -> Array:
+        """Codes (..., 2 H) -> the entries that each unit's pair addresses, (..., H)."""
         first, second = jnp.split(codes, 2, axis=-1)
         if not self.train_tables and not self.is_packed:
             return pair_table.gated(first, second, self.code_bits, self.code_step)
@@ -262,7 +266,7 @@ def _to_int8(x: Array) -> Array:
 
 def _unit(width: int) -> float:
     """What one whole number of a ternary sum is worth, in standard deviations of such sums: two of
-    three weights are 0 or -1, or 1, and inputs have unit variance.
+    three weights are -1 or 1, and inputs have unit variance.
     """
     return 1 / (_INPUT_SCALE * math.sqrt(2 * width / 3))
 

@@ -229,7 +229,6 @@ def sparse_learnable_wiring(
                 f"{bits.shape[-1]} (valid: 0..{bits.shape[-1] - 1})."
             )
     tokens_FT = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1]).T
-    _temperature("sparse_learnable_wiring", tau)
     chosen = sparse_wiring_feature_major(tokens_FT, scores, jnp.asarray(candidates), tau=tau)
     return chosen.T.reshape(*bits.shape[:-1], scores.shape[0])
 
