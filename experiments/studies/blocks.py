@@ -191,6 +191,15 @@ class Study:
             known = self.known(kind, rate, seed)
         return known
 
+    def scores(self, kind: str) -> list[dict[str, Any]]:
+        """The scores of all seeds that are trained at the kind's best rate."""
+        return [found for seed in self.args.seeds if (found := self.scored(kind, seed))]
+
+    def costs(self, kind: str) -> Costs:
+        """The costs of a block of a kind that is scored."""
+        config = config_of(self.args, kind, str(self.best_rate(kind)), self.args.seeds[0])
+        return block_costs(config, self.scores(kind)[0]["outputs"])
+
 
 def mean_and_error(values: list[float]) -> str:
     """A mean and its standard error."""
@@ -203,11 +212,10 @@ def mean_and_error(values: list[float]) -> str:
 def row(study: Study, kind: str, measure: str) -> list[str] | None:
     """A kind's row of the table, None if nothing of it is finished at its best rate."""
     args, rate = study.args, study.best_rate(kind)
-    scores = [s for s in (study.scored(kind, seed) for seed in args.seeds) if s]
+    scores = study.scores(kind)
     if rate is None or not scores:
         return None
-    costs = block_costs(config_of(args, kind, rate, args.seeds[0]), scores[0]["outputs"])
-    tried = study.losses(kind)
+    costs, tried = study.costs(kind), study.losses(kind)
     return [
         KINDS[kind][0],
         mean_and_error([s[measure] for s in scores]),
@@ -255,12 +263,9 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
 
     args, found = study.args, {}
     for kind in kinds:
-        scores = [s for s in (study.scored(kind, seed) for seed in args.seeds) if s]
-        costs = block_costs(
-            config_of(args, kind, str(study.best_rate(kind)), args.seeds[0]), scores[0]["outputs"]
-        )
-        values = [s[f"{measure}_deployed"] for s in scores]
-        found[kind] = (statistics.mean(values), values, sum(costs.bytes_stored.values()))
+        values = [s[f"{measure}_deployed"] for s in study.scores(kind)]
+        size = sum(study.costs(kind).bytes_stored.values())
+        found[kind] = (statistics.mean(values), values, size)
     order = sorted(found, key=lambda kind: found[kind][0], reverse=measure == "accuracy")
     drawn = [kind for kind in order if kind != "none"]
     figure = Figure(figsize=(8, 0.42 * len(drawn) + 1.2), dpi=130, layout="constrained")

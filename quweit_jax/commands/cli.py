@@ -19,8 +19,8 @@ from quweit_jax.reading import shown, why, without_surrogates
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command; our own errors end it with their message alone and status 2 or 1, an
-    interrupt from the terminal with a sentence and status 130, and what the system refuses (OSError)
-    with what it says and status 1.
+    interrupt from the terminal with a sentence and status 130, and what the system refuses
+    (OSError) with what it says and status 1.
     """
     from absl import logging
 

@@ -40,8 +40,8 @@ class Scorer:
 
     start: the token put before a text that has nothing before it; None: the tokenizer's end of
       text if it has one, else a new line if it can spell one, else token 0.
-    batch_size: texts scored at a time. Their logits fit 128 MB if the model carries a state, however
-      long they are; else they are those of as many tokens as the model's context has, or the
+    batch_size: texts scored at a time. Their logits fit 128 MB if the model carries a state,
+      however long they are; else they are those of as many tokens as the model's context has, or the
       longest text.
     """
 
@@ -192,8 +192,8 @@ class Scorer:
         return min(_LONGEST, max(_SHORTEST, 1 << max(0, fit.bit_length() - 1)))
 
     def _token_scores(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """tokens (B, T + 1) -> (log-probability of each of the last T, whether it is the likeliest),
-        (B, T); a model without limit reads in windows and carries its state across.
+        """tokens (B, T + 1) -> (log-probability of each of the last T, whether it is the
+        likeliest), (B, T); a model without limit reads in windows and carries its state across.
         """
         count, width = len(tokens), tokens.shape[1] - 1
         if self.context is not None or width <= (window := self._window(count)):

@@ -26,8 +26,8 @@ REDUCTIONS = ("group_sum", "learnable")
 class DWNConfig:
     """What decides a classifier's shape.
 
-    num_luts: look-up tables of each layer; the last's are shared equally by the classes. mapping: the wiring of the first layer (later layers are
-      wired at random).
+    num_luts: look-up tables of each layer; the last's are shared equally by the classes. mapping:
+      the wiring of the first layer (later layers are wired at random).
     thermometer: 'distributive', 'gaussian' or 'uniform', fitted to the inputs the model is
       initialized on.
     tau: divides the group sums; about the square root of the tables per class trains well. A

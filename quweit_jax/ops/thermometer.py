@@ -29,7 +29,8 @@ def _fit_input(name: str, x: ArrayLike, num_bits: int, per_feature: bool) -> Arr
         raise InputError(f"{name}: expected at least one example, x (N, F), found {list(x.shape)}.")
     if num_bits < 1:
         raise InputError(f"{name}: expected num_bits >= 1, found {num_bits}.")
-    # Half precision has neither the range nor the steps for thresholds: 0.5 to 1 holds 128 bfloat16.
+    # Half precision has neither the range nor the steps for thresholds: bfloat16 has 128 numbers
+    # from 0.5 to 1.
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

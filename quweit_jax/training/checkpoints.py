@@ -159,7 +159,9 @@ class Checkpoints:
             self._guard(step, lambda: checksums.note(self.workdir, step))
 
     def _find_again(self, step: int, saved: Leaves) -> None:
-        """Raises OSError unless what was saved is there; the loop's bytes are the first process's."""
+        """Raises OSError unless what was saved is there; the loop's bytes are the first
+        process's.
+        """
         folder = self.directory / str(step)
         for name in ("state/manifest.ocdbt", "loop/manifest.ocdbt"):
             if not (folder / name).is_file():

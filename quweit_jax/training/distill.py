@@ -1,5 +1,5 @@
-"""What a student learns from a teacher: its logits, its hidden states, and, block by block, what its
-channel mixers make of the same input.
+"""What a student learns from a teacher: its logits, its hidden states, and, block by block, what
+its channel mixers make of the same input.
 
 Dimensions: B batch, T tokens (absent for classifiers), V vocabulary or classes, d model width.
 """
@@ -186,8 +186,8 @@ def distilled(model: nn.Module, teacher: nn.Module, config: DistillConfig) -> st
 
 
 def fitted(model: nn.Module, teacher: nn.Module) -> state.Objective:
-    """The normalized errors of new channel mixers, added over blocks, each on what the teacher's own
-    reads; reads the teacher's variables as its last argument.
+    """The normalized errors of new channel mixers, added over blocks, each on what the teacher's
+    own reads; reads the teacher's variables as its last argument.
 
     Metrics beside those of the cross-entropy: 'distill/fit'.
     """

@@ -168,8 +168,9 @@ def keep_tables_in_range(*, required: bool = True) -> optax.GradientTransformati
     chain.
 
     Tables are the parameters that layers declare as such, those named 'tables', in any tree: dicts,
-    an nnx.State, with Flax's boxes around arrays, or stacked by `nn.scan`. After `optax.apply_updates` they are what clipping the
-    sum would have made them, or the number next to that.
+    an nnx.State, with Flax's boxes around arrays, or stacked by `nn.scan`. After
+    `optax.apply_updates` they are what clipping the sum would have made them, or the number next to
+    that.
 
     Args:
       required: whether parameters without any table are an error.

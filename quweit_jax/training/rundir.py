@@ -54,8 +54,8 @@ _VERSIONS_OF = (
 class OpenRun:
     """A trained run, read back: its setup, the variables of a checkpoint, and that one's step.
 
-    damaged: a sentence for each checkpoint that may be better, but is damaged. data_changed: a sentence if the
-    data are not those it was trained on.
+    damaged: a sentence for each checkpoint that may be better, but is damaged. data_changed: a
+      sentence if the data are not those it was trained on.
     """
 
     setup: Setup

@@ -261,7 +261,9 @@ def make_train_step(
 
 
 def _only(updates: PyTree, trains: Callable[[KeyPath], bool]) -> PyTree:
-    """The updates of parameters that may move, and zeros for the others, which then do not decay."""
+    """The updates of parameters that may move, and zeros for the others, which then do not
+    decay.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, update: update if trains(path) else jnp.zeros_like(update), updates
     )
