@@ -3,8 +3,11 @@
 
 Variants:
   quick  (the default) from scratch in minutes on 2 cores: 2 blocks of width 128, 32 x 32 pixels in
-  patches of 8. gpu    from scratch on one GPU in about 20 minutes. paper  QuWeiT's I-ViT-T at 224
-  pixels, fine-tuned as I-ViT publishes it; add --config.init_from=FOLDER_OR_FILE.
+  patches of 8.
+  crops  the same for eight epochs, of padded crops: what the study of channel mixers trains.
+  gpu    from scratch on one GPU in about 20 minutes.
+  paper  QuWeiT's I-ViT-T at 224 pixels, fine-tuned as I-ViT publishes it; add
+  --config.init_from=FOLDER_OR_FILE.
 
 Shortcuts: dataset (cifar10, cifar100 or another TFDS image set), variant, res, mlp, integer, steps,
 seed, luts, lut_inputs, lr, data_dir.
@@ -48,6 +51,15 @@ def _quick(config: Config) -> None:
     config.optimizer.weight_decay = 0.05  # DeiT's
     config.optimizer.min_ratio = 0.0  # a short run ends at rest
     config.optimizer.tables_min_ratio = 0.0  # likewise
+
+
+def _crops(config: Config) -> None:
+    """Eight epochs, long enough to profit from crops: what experiments/studies/blocks.py trains."""
+    _quick(config)
+    config.data.augment.crop = "pad"  # moved by up to 4 pixels
+    config.steps = 8 * TRAIN_IMAGES // config.batch_size  # 8 epochs
+    config.eval_every = 142  # eleven points a curve
+    config.checkpoint_every = 142  # with each of them
 
 
 def _gpu(config: Config) -> None:
@@ -106,4 +118,4 @@ def _deit_augmentation(config: Config) -> None:
     config.data.augment.label_smoothing = 0.1  # of the target is spread over all classes
 
 
-VARIANTS = {"quick": _quick, "gpu": _gpu, "paper": _paper}
+VARIANTS = {"quick": _quick, "crops": _crops, "gpu": _gpu, "paper": _paper}

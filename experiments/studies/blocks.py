@@ -27,6 +27,7 @@ from experiments.studies import common
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.costs import count
 from quweit_jax.deploy.pack import packed_or_trained
+from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs
 from quweit_jax.training import files, loop, metrics, rundir, state
 
@@ -70,7 +71,23 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "bitglu": ("ternary GLU (BitGLU)", {"model.mlp": "bitglu"}),
     "none": ("none (attention alone)", {"model.mlp": "none"}),
+    "dense_integer": ("dense MLP, integers alone", {"model.mlp": "dense", "model.integer": True}),
+    "lookup_glu_integer": (
+        "LookupGLU, integers alone",
+        {"model.mlp": "lookup_glu", "model.integer": True},
+    ),
 }
+
+
+# a ViT has no option for its start (it is unit variance), and no GPT computes in integers alone
+GPT_ALONE = ("dense_unit", "swiglu_unit")
+VIT_ALONE = ("dense_integer", "lookup_glu_integer")
+
+
+def title(kind: str, image: bool) -> str:
+    """What the table and the plot call a kind."""
+    name = KINDS[kind][0]
+    return name.partition(", nanoGPT's")[0] if image else name
 
 
 def config_of(args: Any, kind: str, rate: str, seed: int) -> Config:
@@ -217,7 +234,7 @@ def row(study: Study, kind: str, measure: str) -> list[str] | None:
         return None
     costs, tried = study.costs(kind), study.losses(kind)
     return [
-        KINDS[kind][0],
+        title(kind, measure == "accuracy"),
         mean_and_error([s[measure] for s in scores]),
         ", ".join(f"{s[measure]:.4f}" for s in scores),
         mean_and_error([s[f"{measure}_deployed"] for s in scores]),
@@ -277,7 +294,8 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
         axes.plot([mean], [place], "D", color=color, markersize=7)
         text = f"  {size / 1000:.0f} KB"
         axes.text(1.0, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-    axes.set_yticks(range(len(drawn)), [KINDS[kind][0] for kind in reversed(drawn)], fontsize=9)
+    names = [title(kind, measure == "accuracy") for kind in reversed(drawn)]
+    axes.set_yticks(range(len(drawn)), names, fontsize=9)
     unit = "accuracy" if measure == "accuracy" else "nats"
     control = f"; without any: {found['none'][0]:.3f}" if "none" in found else ""
     axes.set_xlabel(
@@ -288,12 +306,24 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
     figure.savefig(args.out / f"{args.name}.png")
 
 
+def check(args: Any) -> None:
+    """Refuses kinds that the model of --config does not have, before anything is trained."""
+    vit = load_file(f"{common.EXPERIMENTS / 'configs' / args.config}").model.name == "vit"
+    wrong = [kind for kind in args.kinds if kind in (GPT_ALONE if vit else VIT_ALONE)]
+    if wrong:
+        raise InputError(
+            f"--kinds: {', '.join(wrong)} {'start' if vit else 'compute'} as no model of "
+            f"{args.config} can; leave out {'them' if len(wrong) > 1 else 'it'}."
+        )
+
+
 def main() -> None:
     """Trains what is missing, a run at a time, then writes table and curves."""
     args = common.arguments(
         __doc__,
         variant="",
         kinds=list(KINDS),
+        default_kinds=[kind for kind in KINDS if kind not in VIT_ALONE],
         seeds=[0, 1, 2],
         runs="blocks",
         name="blocks_tiny_shakespeare",
@@ -303,6 +333,7 @@ def main() -> None:
             ("--table", {"action": "store_true", "help": "of what is finished; trains nothing"}),
         ],
     )
+    check(args)
     args.runs.mkdir(parents=True, exist_ok=True)
     study = Study(args)
     if not args.table:

@@ -31,11 +31,13 @@ def arguments(
     seeds: Sequence[int],
     runs: str,
     name: str,
+    default_kinds: Sequence[str] | None = None,
     more: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> argparse.Namespace:
     """The options every study has, and `overrides`: --config.PATH=VALUE for all of its runs.
 
-    variant: the default; '' for a study without variants. more: options of its own, for argparse.
+    variant: the default; '' for a study without variants. kinds: those there are. default_kinds: those
+    of a study that names none; None: all. more: options of its own, for argparse.
     """
     rest, overrides = cli.split_overrides(sys.argv[1:])
     made = argparse.ArgumentParser(
@@ -46,7 +48,9 @@ def arguments(
         made.add_argument("--variant", default=variant, help="of the config file")
     for option, about in more:
         made.add_argument(option, **about)
-    made.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds))
+    made.add_argument(
+        "--kinds", nargs="+", default=list(default_kinds or kinds), choices=list(kinds)
+    )
     made.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
     made.add_argument("--steps", type=int, default=0, help="0: the variant's")
     made.add_argument("--runs", type=Path, default=Path("runs") / runs)
