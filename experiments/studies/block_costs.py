@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies import common
+from quweit_jax.commands import cli
 from quweit_jax.config import load_file
 from quweit_jax.costs import count, energy
 
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(lambda _: main())

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from experiments.studies import common
+from quweit_jax.commands import cli
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.costs import count
 from quweit_jax.deploy.pack import packed_or_trained
@@ -313,7 +314,7 @@ def check(args: Any) -> None:
     if wrong:
         raise InputError(
             f"--kinds: {', '.join(wrong)} {'start' if vit else 'compute'} as no model of "
-            f"{args.config} can; leave out {'them' if len(wrong) > 1 else 'it'}."
+            f"{args.config} can; leave {'them' if len(wrong) > 1 else 'it'} out."
         )
 
 
@@ -348,4 +349,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(lambda _: main())

@@ -20,6 +20,7 @@ import jax
 
 from experiments.configs.compare_lm import KINDS
 from experiments.studies import common
+from quweit_jax.commands import cli
 from quweit_jax.data import pipeline
 from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
 from quweit_jax.training import loop, rundir, sharding, state
@@ -120,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(lambda _: main())

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from experiments.studies import common
+from quweit_jax.commands import cli
 from quweit_jax.data import pipeline
 from quweit_jax.deploy.pack import describe, pack, stored_bytes
 from quweit_jax.training import metrics, rundir
@@ -136,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(lambda _: main())

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from experiments.studies import common
+from quweit_jax.commands import cli
 from quweit_jax.deploy.pack import describe, pack
 from quweit_jax.training import loop, metrics, rundir, state
 
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(lambda _: main())
