@@ -1,0 +1,97 @@
+"""Choosing between the implementations of a function."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import jax
+
+from quweit_jax.errors import InputError
+
+IMPLEMENTATIONS = ("reference", "xla", "native", "pallas")
+
+# Why an implementation can't be used on a platform ('cpu', 'gpu', 'tpu'); None: it can.
+Hindrance = Callable[[str], str | None]
+
+_log = logging.getLogger(__name__)
+_told: set[tuple[str, str, str]] = set()
+# What is traced here is meant for this platform; '': for the one it runs on.
+_target = jax.make_user_context(default_value="")
+# What is traced here leaves this process (an exported program): nothing compiled into it is there.
+_portable = jax.make_user_context(default_value=False)
+
+
+@contextmanager
+def compiling_for(platform: str, *, portable: bool = False) -> Iterator[None]:
+    """Implementations are chosen for a platform that may not be the one at hand.
+
+    Args:
+      platform: 'cpu', 'gpu' or 'tpu'; '' for the one at hand. portable: the compiled program is
+        run by another process, which has no native code of ours.
+    """
+    with _target(platform), _portable(portable):
+        yield
+
+
+def platform() -> str:
+    """The platform that functions are traced for: 'cpu', 'gpu' or 'tpu'."""
+    return _target.value or jax.default_backend()
+
+
+def anywhere(_: str) -> None:
+    """The hindrance of an implementation that works on every platform: none."""
+
+
+def only_on(*platforms: str) -> Hindrance:
+    """The hindrance of an implementation for some platforms."""
+
+    def hindrance(at: str) -> str | None:
+        return None if at in platforms else f"needs a {' or '.join(platforms)}"
+
+    return hindrance
+
+
+def native(hindrance: Hindrance) -> Hindrance:
+    """The hindrance of native code: what `hindrance` says, and programs that leave the process."""
+
+    def checked(at: str) -> str | None:
+        if at != "cpu":
+            return "needs a cpu"
+        if _portable.value:
+            return "cannot be exported"
+        return hindrance(at)
+
+    return checked
+
+
+def choose(function: str, asked: str | None, offered: Mapping[str, Hindrance]) -> str:
+    """The implementation of a function to take.
+
+    What is chosen is logged once a function and platform, at level INFO of this module's logger.
+
+    Args:
+      function: its name, for errors and the log. asked: an implementation, or None for the first
+        that works. offered: implementation -> what hinders it, the fastest first.
+
+    Raises:
+      InputError: an unknown implementation, or one that the function or the platform lacks.
+    """
+    at = platform()
+    hindrances = {name: hindrance(at) for name, hindrance in offered.items()}
+    works = [name for name, hindrance in hindrances.items() if hindrance is None]
+    if asked is None:
+        chosen = works[0]
+    elif asked in works:
+        chosen = asked
+    else:
+        why = hindrances.get(asked, "does not exist")
+        raise InputError(
+            f"{function}: implementation={asked!r} {why}; on this {at} there are "
+            f"{', '.join(works)}, and None for the fastest of them."
+        )
+    if (function, at, chosen) not in _told:
+        _told.add((function, at, chosen))
+        _log.info("%s on %s: %s", function, at, chosen)
+    return chosen
