@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(parser, argv)
     if args.workers < 1:
         raise InputError(f"--workers: expected at least 1, found {args.workers}.")
-    from quweit_jax.training import checkpoints, loop
+    from quweit_jax.training import checkpoints, files, stopping
 
     root = Path(args.workdir).absolute()
     checkpoints.check_path(root)
@@ -71,7 +71,14 @@ def main(argv: Sequence[str]) -> int:
     if args.show:
         print("\n".join(point.line() for point in points))
         return 0
-    with loop.StopRequest() as stop:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--workdir: cannot make {root} ({error.strerror}); give a folder you can write to."
+        ) from None
+    # Two sweeps of the same points would each take the other's for failed.
+    with files.exclusive(root), stopping.StopRequest() as stop:
         failed = run_points(
             points,
             root,
@@ -84,6 +91,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"{finished} of {len(points)} points finished; the table is {root / 'sweep.md'}")
     if finished < len(points):
         print(f"what failed is in {root / 'logs'}; " * bool(failed) + "the same command goes on")
+    if stop.signal == "SIGINT" and finished < len(points):
+        return cli.INTERRUPTED
     return 1 if failed else 0
 
 
@@ -120,11 +129,16 @@ def enumerate_points(spec: str, root: Path, overrides: Mapping[str, str]) -> lis
             "add(key=value, ...) for each point."
         )
     added: list[dict[str, object]] = []
-    module.sweep(
-        lambda *mappings, **settings: added.append(
-            {k: v for mapping in (*mappings, settings) for k, v in mapping.items()}
-        )
-    )
+
+    def add(*mappings: Mapping[str, object], **settings: object) -> None:
+        if wrong := [given for given in mappings if not isinstance(given, Mapping)]:
+            raise InputError(
+                "--config: sweep(add): expected add(key=value, ...) or add({'a.key': value, ...}), "
+                f"found {wrong[0]!r}; give each value its key."
+            )
+        added.append({k: v for mapping in (*mappings, settings) for k, v in mapping.items()})
+
+    module.sweep(add)
     if not added:
         raise InputError(
             "--config: sweep(add) added no point; call add(key=value, ...) once for each."
@@ -142,15 +156,22 @@ def enumerate_points(spec: str, root: Path, overrides: Mapping[str, str]) -> lis
 def _point(
     spec: str, argument: str, root: Path, overrides: Mapping[str, str], settings: dict[str, object]
 ) -> Point:
+    from quweit_jax.training import setup
+
     shortcuts = [f"{key}={value}" for key, value in settings.items()]
     if bad := [text for text in shortcuts if "," in text]:
         raise InputError(
             f"--config: sweep(add): a value may hold no comma, found {bad[0]}; make it a shortcut "
             "or a variant of the experiment file."
         )
+    if bad := [text for text in shortcuts if not text.isprintable()]:
+        raise InputError(
+            f"--config: sweep(add): expected letters that can be written in a line, found {bad[0]!r}."
+        )
     file = spec.partition(":")[0]
     point_spec = f"{file}:{','.join([*filter(None, [argument]), *shortcuts])}"
     config = cli.load_config(point_spec, overrides)
+    setup.check_numbers(config)
     name = _folder_name(",".join(shortcuts))
     workdir = root / name
     options = [f"--config.{path}={text}" for path, text in overrides.items()]
@@ -262,6 +283,10 @@ def _start(point: Point, root: Path, slot: int, workers: int) -> subprocess.Pope
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)] if devices else str(slot)
     log = root / "logs" / f"{point.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(log) and not os.path.isfile(log):  # a pipe would wait for a reader
+        raise InputError(
+            f"--workdir: expected a file at {log}, found something else; take it away."
+        )
     with log.open("ab") as out:
         # A session of its own: an interrupt in the terminal reaches this process alone, which then
         # asks each run once.
@@ -303,11 +328,11 @@ def write_table(points: Sequence[Point], failed: Mapping[str, str], root: Path) 
         rows.append([known.get(name, "") for name in header])
 
     def cell(value: object) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else str(value)
+        return f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
     shown = [[name.replace("_", " ") for name in header], ["---"] * len(header)]
     settings = len(header) - len(columns)
-    shown += [[*map(str, row[:settings]), *map(cell, row[settings:])] for row in rows]
+    shown += [[*map(cell, map(str, row[:settings])), *map(cell, row[settings:])] for row in rows]
     table = "".join(f"| {' | '.join(row)} |\n" for row in shown)
     out = io.StringIO()
     csv.writer(out).writerows([header, *rows])
