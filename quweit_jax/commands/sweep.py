@@ -6,6 +6,7 @@ goes on by being started again.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import ctypes
@@ -35,30 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """Trains every point of an experiment's sweep(add), goes on with an interrupted sweep, and
     writes one table.
     """
-    parser = cli.parser(
-        "sweep",
-        "Trains every point of an experiment's sweep; started again, it goes on where it ended.",
-        "config",
-    )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        help="a folder for the points' run directories and the table, sweep.md and sweep.csv",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        help="points trained at a time; with several GPUs each has one (default: 1)",
-    )
-    parser.add_argument(
-        "--print",
-        action="store_true",
-        dest="show",
-        help="only print one command a line, for a cluster's launcher",
-    )
-    parser.epilog = "--config.PATH=VALUE sets any key of the config, for every point."
-    args, overrides = cli.parse(parser, argv)
+    args, overrides = cli.parse(_parser(), argv)
     if args.workers < 1:
         raise InputError(f"--workers: expected at least 1, found {args.workers}.")
     from quweit_jax.training import checkpoints, files, stopping
@@ -94,6 +72,33 @@ def main(argv: Sequence[str]) -> int:
     if stop.signal == "SIGINT" and finished < len(points):
         return cli.INTERRUPTED
     return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(
+        "sweep",
+        "Trains every point of an experiment's sweep; started again, it goes on where it ended.",
+        "config",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="a folder for the points' run directories and the table, sweep.md and sweep.csv",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="points trained at a time; with several GPUs each has one (default: 1)",
+    )
+    parser.add_argument(
+        "--print",
+        action="store_true",
+        dest="show",
+        help="only print one command a line, for a cluster's launcher",
+    )
+    parser.epilog = "--config.PATH=VALUE sets any key of the config, for every point."
+    return parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +261,8 @@ def run_points(
                 done += 1
                 result = result_of(point)
                 if process.returncode or (result["state"] != "finished" and not stopped()):
-                    failed[point.name] = _last_line(root / "logs" / f"{point.name}.txt")
+                    log = root / "logs" / f"{point.name}.txt"
+                    failed[point.name] = _last_line(log, process.returncode)
                     say(f"failed: {point.name}: {failed[point.name]}")
                 elif result["state"] == "finished":
                     rest = (time.monotonic() - begun) / done * (len(left) + len(running))
@@ -307,10 +313,14 @@ def _end_with_us() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _last_line(log: Path) -> str:
+def _last_line(log: Path, status: int) -> str:
+    """What a run said last; its status too where that is no error: it may have had no room to say
+    one.
+    """
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
+    last = lines[-1][:300] if lines else "it said nothing"
+    return last if last.startswith("error: ") else f"status {status}; the last it said: {last}"
 
 
 def write_table(points: Sequence[Point], failed: Mapping[str, str], root: Path) -> str:
