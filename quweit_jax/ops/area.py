@@ -141,9 +141,7 @@ def classifier_area(
     width = max(1, columns[0].bit_length())
     while level := counters(columns):
         columns = counted(columns, level)
-        made.end(
-            "reduction", classes * sum(c.outputs for c in level), classes * sum(columns)
-        )
+        made.end("reduction", classes * sum(c.outputs for c in level), classes * sum(columns))
     if max(columns, default=0) > 1:
         doubles = width - next(i for i, size in enumerate(columns) if size > 1)
         carries = len(adder_chunks(doubles)) - 1

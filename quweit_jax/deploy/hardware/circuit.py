@@ -71,7 +71,9 @@ def build(classifier: Classifier, pipeline: int = 0) -> Circuit:
     bits = made.end("encoder", made.encode())
     for i, layer in enumerate(classifier.layers):
         found = [
-            made.network.table(entries, [bits[w] for w in wiring], "tables", f"layer {i}, table {j}")
+            made.network.table(
+                entries, [bits[w] for w in wiring], "tables", f"layer {i}, table {j}"
+            )
             for j, (entries, wiring) in enumerate(zip(layer.tables, layer.wiring))
         ]
         bits = made.end("tables", found, f"layer {i}")
@@ -240,7 +242,9 @@ class _Builder:
             if len(players) % 2:
                 index, count = players[-1]
                 joined.append(([*index, FALSE], count))
-            groups = self.end_groups([bits for player in joined for bits in player], f"round {level}")
+            groups = self.end_groups(
+                [bits for player in joined for bits in player], f"round {level}"
+            )
             players = list(zip(groups[::2], groups[1::2]))
             level += 1
         return players[0]

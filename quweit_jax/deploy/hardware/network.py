@@ -55,9 +55,7 @@ class Network:
             key, lambda: Node("register", self._name(module, "r"), (signal,), 0, module)
         )
 
-    def table(
-        self, entries: np.ndarray, inputs: Sequence[int], module: str, note: str = ""
-    ) -> int:
+    def table(self, entries: np.ndarray, inputs: Sequence[int], module: str, note: str = "") -> int:
         """A table, bool (2**n,), of n signals, the first the lowest bit of the address; any n."""
         values, signals = self._simplified(entries, list(inputs))
         if not signals:

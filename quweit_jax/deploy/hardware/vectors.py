@@ -37,9 +37,7 @@ def ties_first(classifier: Classifier, words: np.ndarray, count: int) -> np.ndar
     own = evaluate(classifier, words)
     order = np.arange(classifier.classes)[::-1]
     group = order[classifier.group]
-    mirrored = Classifier(
-        **{**vars(classifier), "group": group, "offset": classifier.offset[::-1]}
-    )
+    mirrored = Classifier(**{**vars(classifier), "group": group, "offset": classifier.offset[::-1]})
     tied = order[evaluate(mirrored, words).decision] != own.decision
     first = np.flatnonzero(tied)[: max(1, count // 4)]
     rest = np.setdiff1d(np.arange(len(words)), first)[: max(0, count - len(first))]
