@@ -63,6 +63,17 @@ def adder_chunks(columns: int) -> list[int]:
     return _chunks(columns, 2, 2)
 
 
+def adder_luts(columns: Sequence[int], width: int) -> int:
+    """Physical tables that add columns of at most two bits to a number of `width` bits."""
+    start = next((i for i, size in enumerate(columns) if size > 1), width)
+    count = 0
+    for size in adder_chunks(width - start):
+        filled = start < len(columns)  # else the carry alone comes out
+        start += size
+        count += filled * (size + (start < width))
+    return count
+
+
 def _chunks(total: int, first: int, later: int) -> list[int]:
     sizes = [min(total, first)]
     while sum(sizes) < total:
@@ -143,9 +154,7 @@ def classifier_area(
         columns = counted(columns, level)
         made.end("reduction", classes * sum(c.outputs for c in level), classes * sum(columns))
     if max(columns, default=0) > 1:
-        doubles = width - next(i for i, size in enumerate(columns) if size > 1)
-        carries = len(adder_chunks(doubles)) - 1
-        made.end("reduction", classes * (doubles + carries), classes * width)
+        made.end("reduction", classes * adder_luts(columns, width), classes * width)
     _argmax(made, classes, width)
     return made.finish()
 

@@ -78,7 +78,7 @@ def synthesize(circuit: Circuit) -> Report:
 
 def _as_cells(text: str) -> str:
     """The same circuit with each table as yosys's own cell, so that it stays one."""
-    text = text[: text.rindex(f"// A table of 2**N")]
+    text = text[: text.rindex("// A table of 2**N")]
     for old, new in (
         (f"  {NAME}_lookup #(.N(", "  \\$lut #(.WIDTH("),
         (".TABLE(", ".LUT("),
