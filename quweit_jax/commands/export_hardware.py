@@ -140,9 +140,8 @@ def _golden(
     parts = [inputs[i : i + _BATCH] for i in range(0, len(inputs), _BATCH)]
     logits = np.concatenate([np.asarray(apply(packed, part)) for part in parts])
     same = int((logits.argmax(1) == found.decision).sum())
-    chosen = vectors.ties_first(classifier, words, count or len(words))
-    golden = vectors.with_extremes(classifier, words[chosen])
-    return golden, len(chosen), {"validation_examples": len(words), "validation_agree": same}
+    golden, real = vectors.golden(classifier, words, count)
+    return golden, real, {"validation_examples": len(words), "validation_agree": same}
 
 
 def _about(opened: OpenRun) -> dict[str, Any]:

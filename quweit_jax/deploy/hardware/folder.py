@@ -118,7 +118,7 @@ def scaling(export: Export) -> dict[str, Any]:
             else {}
         ),
         "training": dataclasses.asdict(export.fit),
-        "golden_vectors": {"examples": export.real, "extremes": len(export.words) - export.real},
+        "golden_vectors": {"examples": export.real, "mixed": len(export.words) - export.real},
         **export.about,
     }
 
@@ -141,7 +141,7 @@ def readme(export: Export) -> str:
         f"Of {export.fit.examples:,} training examples {exact} by that.",
         "",
         f"`{benches.INPUTS}` and `{benches.EXPECTED}` are golden vectors: {export.real} examples of "
-        f"the data and {len(export.words) - export.real} of extreme words. A line of the first has "
+        f"the data and {len(export.words) - export.real} of mixed and extreme words. A line of the first has "
         "the words that are read, in the order of the ports, one of the second decision and score, "
         "all in hexadecimal.",
         "",
