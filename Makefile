@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quick
 CONFIG ?= experiments/configs/gpt_char.py:quick
 
-.PHONY: train test lint format types docs colabs clean
+HARDWARE ?= runs/hardware
+
+.PHONY: train hardware test lint format types docs colabs clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -30,6 +32,12 @@ $(VENV)/.docs: requirements-docs.txt | $(BIN)/python
 # Goes on with an interrupted run; a finished one says how to train longer.
 train: $(VENV)/.runtime
 	$(BIN)/python -m quweit_jax train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+# Trains a classifier of look-up tables, writes it as Verilog, and checks and synthesizes that by the
+# tools that are installed; says what to install where there are none.
+hardware: $(VENV)/.runtime
+	$(BIN)/python -m quweit_jax train --config=experiments/configs/dwn_digits.py --workdir=$(HARDWARE)
+	$(BIN)/python -m quweit_jax export --to=verilog --workdir=$(HARDWARE) --overwrite --verify --synthesize
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile

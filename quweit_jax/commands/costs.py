@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(_parser(), argv)
     if args.outputs is not None and args.outputs < 1:
         raise InputError(f"--outputs: expected at least 1, found {args.outputs}.")
-    from quweit_jax.costs import table
+    from quweit_jax.costs import fpga, table
 
     config, outputs = (
         (load_file(args.config), args.outputs)
@@ -50,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
         precision=args.precision,
         **settings,
     )
+    drawn = {"input_bits": args.input_bits, "pipeline": args.pipeline}
+    if area := fpga.of_config(config, outputs, **drawn):
+        result["fpga"] = fpga.statement(area, **drawn)
     if args.memory:
         result["training_memory"] = training_memory(config, outputs)
     print(
@@ -105,6 +108,18 @@ def _parser() -> argparse.ArgumentParser:
         "--tables_in_place",
         action="store_true",
         help="tables and wiring are part of the circuit: they don't move",
+    )
+    parser.add_argument(
+        "--input_bits",
+        type=int,
+        default=8,
+        help="of a classifier of tables on an FPGA: bits of an input (default: 8)",
+    )
+    parser.add_argument(
+        "--pipeline",
+        type=int,
+        default=1,
+        help="and registers after every so many stages; 0 for none (default: 1)",
     )
     parser.add_argument("--layers", action="store_true", help="every layer's row")
     parser.add_argument(

@@ -1,19 +1,35 @@
-"""python -m quweit_jax export --workdir=runs/x --out=model.stablehlo [--packed] [--step=N]"""
+"""python -m quweit_jax export --workdir=runs/x --out=model.stablehlo [--packed] [--step=N]
+python -m quweit_jax export --to=verilog|c --workdir=runs/x [--out=FOLDER] [--verify] [--synthesize]
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quweit_jax import config
-from quweit_jax.commands import cli
-from quweit_jax.errors import InputError
+from quweit_jax.commands import cli, export_hardware
+from quweit_jax.errors import InputError, check_choice
+
+FORMS = ("stablehlo", "verilog", "c")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes a trained run as one StableHLO file that plain JAX runs without this project."""
+    """Writes a trained run as one StableHLO file that plain JAX runs without this project, or a
+    classifier made of tables as Verilog or C.
+    """
     args, overrides = cli.parse(_parser(), argv)
+    check_choice("--to", args.to, FORMS)
+    export_hardware.check_options(args, args.to)
+    if args.to != "stablehlo":
+        return export_hardware.run(args, overrides)
+    if args.out is None:
+        raise InputError("--out: expected the file to write, such as model.stablehlo; give it.")
+    return _stablehlo(args, overrides)
+
+
+def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     import jax
 
     from quweit_jax.deploy import stablehlo
@@ -21,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.deploy.pack import pack, stored_bytes
     from quweit_jax.training import rundir
 
-    out, platforms = Path(args.out), args.platforms.split(",")
+    out, platforms = Path(args.out), (args.platforms or "cpu,tpu,cuda").split(",")
     stablehlo.check_target(out, args.overwrite)
     stablehlo.check({}, platforms)
     opened = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
@@ -61,13 +77,14 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "export",
-        "Writes a trained run as one StableHLO file, weights inside, and a description beside it.",
+        "Writes a trained run as one StableHLO file, weights inside, and a description beside it; "
+        "or a classifier made of tables as a folder of Verilog or C.",
         *("workdir", "step", "packed"),
     )
     parser.add_argument(
         "--out",
-        required=True,
-        help="the file to write, such as model.stablehlo; model.json beside it says how to use it",
+        help="the file to write, such as model.stablehlo; model.json beside it says how to use it. "
+        "Of --to=verilog and --to=c the folder (default: verilog or c in the run directory)",
     )
     parser.add_argument(
         "--step_function",
@@ -75,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of a language model one step of decoding: token, state -> logits, state",
     )
     parser.add_argument(
-        "--platforms",
-        default="cpu,tpu,cuda",
-        help="what it runs on, joined by commas (default: cpu,tpu,cuda; also rocm)",
+        "--platforms", help="what it runs on, joined by commas (default: cpu,tpu,cuda; also rocm)"
     )
+    parser.add_argument("--to", default="stablehlo", help="stablehlo (default), verilog or c")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    export_hardware.add_options(parser)
     return parser

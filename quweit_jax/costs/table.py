@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quweit_jax.costs import fpga
 from quweit_jax.costs.count import baseline, multiplications_replaced, of_config
 from quweit_jax.costs.energy import Energy, estimate
 from quweit_jax.costs.memory import of_inference
@@ -158,6 +159,7 @@ def render(result: Mapping[str, Any], title: str, layers: Costs | None = None) -
             f"thermometers {_micro(energy['counted_arithmetic'])}), memory "
             f"{_micro(energy['memory'])}"
         )
+    lines += fpga.lines(result["fpga"]) if "fpga" in result else []
     for name, needed in result.get("training_memory", {}).items():
         each = ", ".join(f"{what} {count:,}" for what, count in needed.items() if what != "total")
         lines.append(f"bytes of a training step, {name}: {needed['total']:,} ({each})")

@@ -1,0 +1,91 @@
+"""Random circuits against the integer description, bit for bit.
+
+python benchmarks/hardware.py [--configurations=200] [--tools=iverilog,verilator,gcc] [--out=FILE]
+
+Each configuration is drawn by hypothesis: tables of 1 to 8 inputs, 1 to 3 layers of odd sizes, words
+of 2 to 16 bits with and without sign, 2 to 100 classes, thresholds at and beyond the extremes,
+constant tables, repeated wiring, registers after every 1 to 3 stages or nowhere. Its golden vectors
+are random words and extreme ones. With a configuration that fails the status is 1.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import timing
+from hypothesis import HealthCheck, Phase, given, settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from quweit_jax.deploy.hardware import circuit, description, folder, tools
+from tests.deploy.hardware.configurations import Configuration, configurations
+
+
+def kind_of(tool: str) -> str:
+    return next(kind for kind, checks in tools.CHECKS.items() if tool in checks)
+
+
+def fails(configuration: Configuration, tool: str) -> str:
+    """'' or what the tool said."""
+    kind, classifier = kind_of(tool), configuration.classifier()
+    words = configuration.words(classifier, 40)
+    made = circuit.build(classifier, configuration.pipeline if kind == "verilog" else 0)
+    fit = description.Fit(True, 0, 0)
+    export = folder.Export(kind, made, fit, words, 0, (classifier.features,))
+    with tempfile.TemporaryDirectory() as place:
+        folder.write(export, Path(place))
+        (verdict,) = tools.verify(Path(place), kind, [tool])
+    return "" if verdict.passed else verdict.text
+
+
+def drawn(count: int) -> list[Configuration]:
+    """So many different configurations, the same ones every time."""
+    found: list[Configuration] = []
+    for tables in (8, 40):
+
+        @settings(
+            max_examples=4 * count,
+            database=None,
+            derandomize=True,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(configurations(most_tables=tables))
+        def collect(configuration: Configuration) -> None:
+            if configuration not in found:
+                found.append(configuration)
+
+        collect()
+    step = max(1, len(found) // count)
+    return found[::step][:count]
+
+
+def main() -> int:
+    parser = timing.parser(__doc__)
+    parser.add_argument("--configurations", type=int, default=200)
+    parser.add_argument("--tools", default="iverilog,verilator,gcc")
+    args = parser.parse_args()
+    chosen = [tool for tool in args.tools.split(",") if tools.installed(tool)]
+    lines, wrong = [timing.machine(("numpy", "hypothesis"))], 0
+    for tool in chosen:
+        start, said = time.perf_counter(), Counter()
+        for configuration in drawn(args.configurations):
+            text = fails(configuration, tool)
+            said["wrong" if text else "exact"] += 1
+            if text:
+                print(configuration, text)
+        wrong += said["wrong"]
+        minutes = (time.perf_counter() - start) / 60
+        lines.append(f"{tool}: {said['exact']} of {said.total()} bit-exact, {minutes:.1f} minutes")
+        print(lines[-1], flush=True)
+    timing.write(args.out, lines)
+    return int(wrong > 0 or not chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""A plain weightless classifier on MNIST, to become hardware:
+--config=experiments/configs/dwn_mnist.py[:692,2055,4082 or 500][,key=value,...]
+
+The variants are the tables in all: those of the published sizes, rounded to ten classes. Reads TFDS's
+prepared `mnist`; give data_dir=FOLDER. Shortcuts: luts, lut_inputs, mapping, steps, seed, lr, tau,
+bits, thermometer, alpha, data_dir.
+"""
+
+from quweit_jax.config import parse_argument
+from quweit_jax.models.registry import defaults
+from quweit_jax.training.defaults import base_config, with_shortcuts
+
+SIZES = {"500": 500, "692": 690, "2055": 2050, "4082": 4080}
+
+
+def get_config(argument: str | None = None):
+    """The config, with shortcuts applied."""
+    variant, shortcuts = parse_argument(argument, tuple(SIZES), default="692")
+    config = base_config()
+    config.data.source = "tfds"
+    config.data.name = "mnist"
+    config.model = defaults("dwn")
+    config.model.num_luts = (SIZES[variant],)
+    config.model.mapping = "candidates"  # a score for every pixel's bit would be 100 MB
+    config.model.thermometer = "uniform"  # most pixels are 0, so that quantiles say little
+    config.model.thermometer_bits = 3  # strokes are black or white: more bits add comparators
+    # half the square root of the tables of a class, the ratio that digits has, too
+    config.model.tau = round((SIZES[variant] / 10) ** 0.5 / 2, 2)
+    config.steps = 18_000  # 30 passes over 60,000 images
+    config.batch_size = 100
+    config.eval_every = 1800
+    config.checkpoint_every = 1800
+    config.optimizer.learning_rate = 1e-2  # one rate for all, as the published classifiers have it
+    config.optimizer.tables_learning_rate = 1e-2
+    config.optimizer.scores_learning_rate = 1e-2
+    config.optimizer.warmup = 0  # nothing here is deep enough to need one
+    config.optimizer.clip = 0.0  # nor to clip gradients
+    return with_shortcuts(config, shortcuts)

@@ -1,0 +1,186 @@
+"""python -m quweit_jax export --to=verilog|c --workdir=RUN [--out=FOLDER] [--verify] [--synthesize]"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quweit_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from quweit_jax.deploy.hardware.circuit import Circuit
+    from quweit_jax.deploy.hardware.description import Classifier
+    from quweit_jax.training.rundir import OpenRun
+
+_BATCH = 256
+# Options of the hardware form alone, and what they are when not given.
+DEFAULTS = {
+    "input_bits": None,
+    "pipeline": 1,
+    "examples": 200,
+    "word": 64,
+    "verify": False,
+    "synthesize": False,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of --to=verilog and --to=c."""
+    group = parser.add_argument_group("of --to=verilog and --to=c")
+    group.add_argument(
+        "--input_bits",
+        type=int,
+        help="bits of an input word, 1 to 16 (default: the fewest that change no comparator on a "
+        "training example or, where 16 do, no training decision)",
+    )
+    group.add_argument(
+        "--pipeline",
+        type=int,
+        help="registers after every so many stages; 0 for none (default: 1; verilog)",
+    )
+    group.add_argument(
+        "--examples",
+        type=int,
+        help="validation examples among the golden vectors; 0 for all (default: 200)",
+    )
+    group.add_argument("--word", type=int, help="examples at a time in C: 32 or 64 (default: 64)")
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="run the benches by whichever tools are installed (iverilog, verilator; gcc, clang)",
+    )
+    group.add_argument(
+        "--synthesize", action="store_true", help="count LUTs and flip-flops by yosys (verilog)"
+    )
+
+
+def check_options(args: argparse.Namespace, kind: str) -> None:
+    """Raises InputError for options that the other forms have, and for values none can have."""
+    given = [name for name, value in DEFAULTS.items() if getattr(args, name) not in (None, False)]
+    if kind == "stablehlo":
+        given = [name for name in given if name in DEFAULTS]
+        if given:
+            raise InputError(f"--{given[0]}: expected --to=verilog or --to=c with it.")
+        return
+    others = [name for name in ("packed", "step_function", "platforms") if getattr(args, name)]
+    others += ["word"] * (kind == "verilog" and args.word is not None)
+    others += ["synthesize"] * (kind == "c" and args.synthesize)
+    others += ["pipeline"] * (kind == "c" and args.pipeline is not None)
+    if others:
+        raise InputError(f"--{others[0]}: does not go with --to={kind}; leave it out.")
+    if args.examples is not None and args.examples < 0:
+        raise InputError(f"--examples: expected 0 (all) or more, found {args.examples}.")
+
+
+def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """Writes a trained classifier of tables as Verilog or C, checks and synthesizes it as asked."""
+    from quweit_jax.deploy.hardware import circuit, description, folder
+    from quweit_jax.deploy.pack import pack
+    from quweit_jax.training import rundir
+
+    options = {
+        name: value if (found := getattr(args, name)) is None else found
+        for name, value in DEFAULTS.items()
+    }
+    out = Path(args.out or Path(args.workdir) / args.to)
+    folder.check_target(out, args.overwrite)
+    opened = rundir.open_run(Path(args.workdir), args.step, overrides)
+    setup = opened.setup
+    if setup.tokenizer is not None:
+        raise InputError(
+            f"--to: expected a classifier made of tables (model dwn), found {args.workdir}, a "
+            "language model; export that as StableHLO."
+        )
+    packed = pack(setup.model, opened.variables, setup.init_inputs)
+    classifier, fit = description.from_packed(
+        setup.model, packed, _inputs(setup.data.train), options["input_bits"]
+    )
+    made = circuit.build(classifier, options["pipeline"] if args.to == "verilog" else 0)
+    words, real, agreed = _golden(opened, packed, classifier, options["examples"])
+    about = {**_about(opened), **agreed}
+    export = folder.Export(
+        args.to, made, fit, words, real, setup.init_inputs.shape[1:], about, options["word"]
+    )
+    names = folder.write(export, out, overwrite=args.overwrite)
+    print(f"wrote {out}: {', '.join(names)}")
+    print("\n".join(_lines(made, fit, agreed)))
+    if options["verify"]:
+        _verify(out, args.to)
+    if options["synthesize"]:
+        _synthesize(made)
+    return 0
+
+
+def _inputs(examples: Any) -> np.ndarray:
+    """The inputs of a whole split as they are evaluated, (N, ...) float32."""
+    from quweit_jax.data.pipeline import eval_batches
+
+    batches = eval_batches(examples, _BATCH)
+    return np.concatenate([batch["inputs"][batch["weights"] > 0] for batch in batches])
+
+
+def _golden(
+    opened: OpenRun, packed: dict[str, Any], classifier: Classifier, count: int
+) -> tuple[np.ndarray, int, dict[str, int]]:
+    """Golden words, how many of them are of real examples, and on how many of all validation
+    examples the classifier says what the packed model does.
+    """
+    import jax
+
+    from quweit_jax.deploy.hardware import description, vectors
+
+    model, inputs = opened.setup.model, _inputs(opened.setup.data.validation)
+    words = classifier.scaling.words(inputs.reshape(len(inputs), -1))
+    found = description.evaluate(classifier, words)
+    apply = jax.jit(model.apply)
+    parts = [inputs[i : i + _BATCH] for i in range(0, len(inputs), _BATCH)]
+    logits = np.concatenate([np.asarray(apply(packed, part)) for part in parts])
+    same = int((logits.argmax(1) == found.decision).sum())
+    golden, real = vectors.golden(classifier, words, count)
+    return golden, real, {"validation_examples": len(words), "validation_agree": same}
+
+
+def _about(opened: OpenRun) -> dict[str, Any]:
+    from quweit_jax.deploy.stablehlo import about_data
+    from quweit_jax.training import rundir
+
+    setup = opened.setup
+    return about_data(None, setup.data_config.normalize, setup.data) | {
+        "training_step": opened.step,
+        "versions": rundir.describe_environment()["versions"],
+    }
+
+
+def _lines(made: Circuit, fit: Any, agreed: Mapping[str, int]) -> Sequence[str]:
+    c = made.classifier
+    latency = f"; latency {made.latency} clock edges, of {len(made.stages)} stages"
+    kept = "no comparator changes" if fit.exact else f"{fit.changed} decisions change"
+    return (
+        f"words of {c.scaling.bits} bits: {kept} on {fit.examples:,} training examples; on "
+        f"{agreed['validation_agree']:,} of {agreed['validation_examples']:,} validation examples "
+        "the decision is the packed model's",
+        f"{len(c.feature):,} comparators, {sum(len(l.tables) for l in c.layers):,} tables, "
+        f"{c.classes} classes" + latency * bool(made.latency),
+    )
+
+
+def _verify(out: Path, kind: str) -> None:
+    from quweit_jax.deploy.hardware import tools
+
+    verdicts = tools.verify(out, kind)
+    for verdict in verdicts:
+        print(f"{verdict.tool}: {verdict.text}")
+    tools.check(verdicts)
+
+
+def _synthesize(made: Circuit) -> None:
+    from quweit_jax.costs.table import table
+    from quweit_jax.deploy.hardware import synthesis
+
+    report = synthesis.synthesize(made)
+    print(f"\nby {report.tool}, each module by itself:")
+    print("\n".join(table(*synthesis.rows(report, made))))
