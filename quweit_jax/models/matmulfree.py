@@ -31,6 +31,7 @@ from quweit_jax.models.options import (
     kinds_of_mlp,
     size_of,
 )
+from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts
 from quweit_jax.ops.recurrence import IMPLEMENTATIONS
 
@@ -38,7 +39,7 @@ groups.declare("no_decay", "lower_bounds")
 
 
 @dataclasses.dataclass(frozen=True)
-class MatMulFreeConfig(ChannelMixers):
+class MatMulFreeConfig(ChannelMixers, Depth):
     """What decides the shape; the published models are sizes '370m', '1.3b', '2.7b' with a
     vocabulary of 32,000.
 
@@ -57,19 +58,23 @@ class MatMulFreeConfig(ChannelMixers):
     hidden: int = 0
     epsilon: float = 1e-6
     recurrence: str = "auto"
-    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "context")
         check_positive(self, "width", "layers", "hidden", zero="the size's own")
+        self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.recurrence", self.recurrence, IMPLEMENTATIONS)
         if not self.epsilon > 0:
             raise InputError(
                 f"model.epsilon: expected a small positive number, found {self.epsilon}."
             )
-        kinds_of_mlp(self.mlp, self.sizes()[1])
+        self.mlps()
+
+    def mlps(self) -> tuple[str, ...]:
+        """The kind of each block's channel mixer."""
+        return kinds_of_mlp(self.mlp, self.sizes()[1])
 
     def sizes(self) -> tuple[int, int]:
         """Width and number of layers."""
@@ -161,13 +166,15 @@ class MatMulFree(nn.Module):
         bounds = lower_bounds(
             self.param("lower_bounds", nn.initializers.zeros, (layers, width), jnp.float32)
         )
-        block = (
-            nn.remat(MatMulFreeBlock, static_argnums=(4,))
-            if c.remat and not decode
-            else MatMulFreeBlock
+        x = run_blocks(
+            lambda kind, name: MatMulFreeBlock(c, kind, name=name),
+            c.mlps(),
+            x,
+            (valid, decode),
+            (bounds,),
+            depth=c,
+            decode=decode,
         )
-        for i, kind in enumerate(kinds_of_mlp(c.mlp, layers)):
-            x = block(c, kind, name=f"block_{i}")(x, bounds[i], valid, decode)
         x = RMSNorm(c.epsilon, dtype, name="final_norm")(x)
         return BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")(x).astype(
             jnp.float32

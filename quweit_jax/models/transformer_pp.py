@@ -27,11 +27,12 @@ from quweit_jax.models.options import (
     kinds_of_mlp,
     size_of,
 )
+from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import LayerCosts
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerPPConfig(ChannelMixers):
+class TransformerPPConfig(ChannelMixers, Depth):
     """What decides the shape; sizes are those of `MatMulFreeConfig`.
 
     size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads
@@ -51,7 +52,6 @@ class TransformerPPConfig(ChannelMixers):
     hidden: int = 0
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
-    remat: bool = False
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -67,6 +67,7 @@ class TransformerPPConfig(ChannelMixers):
             "hidden",
             zero="the size's own",
         )
+        self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
         for name in ("epsilon", "rope_theta"):
@@ -74,7 +75,7 @@ class TransformerPPConfig(ChannelMixers):
                 raise InputError(
                     f"model.{name}: expected a positive number, found {getattr(self, name)}."
                 )
-        width, layers, heads = self.sizes()
+        width, _, heads = self.sizes()
         if not self.head_width and (width % heads or (width // heads) % 2):
             raise InputError(
                 f"model.width: expected a multiple of twice the {heads} heads (rotary positions "
@@ -90,7 +91,11 @@ class TransformerPPConfig(ChannelMixers):
                 f"model.kv_heads: {heads} heads cannot share {self.kv_heads} heads of keys and "
                 "values equally."
             )
-        kinds_of_mlp(self.mlp, layers)
+        self.mlps()
+
+    def mlps(self) -> tuple[str, ...]:
+        """The kind of each block's channel mixer."""
+        return kinds_of_mlp(self.mlp, self.sizes()[1])
 
     def sizes(self) -> tuple[int, int, int]:
         """Width, number of layers and heads."""
@@ -181,7 +186,7 @@ class TransformerPP(nn.Module):
         cache holds.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        width, layers, _ = c.sizes()
+        width = c.sizes()[0]
         if tokens.shape[1] > c.context:
             raise InputError(
                 f"TransformerPP: {tokens.shape[1]} tokens do not fit its context of {c.context}; "
@@ -191,13 +196,14 @@ class TransformerPP(nn.Module):
             c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding"
         )(tokens)
         positions = token_positions(self, tokens.shape, valid, decode)
-        block = (
-            nn.remat(TransformerPPBlock, static_argnums=(4,))
-            if c.remat and not decode
-            else TransformerPPBlock
+        x = run_blocks(
+            lambda kind, name: TransformerPPBlock(c, kind, name=name),
+            c.mlps(),
+            x,
+            (positions, valid, decode),
+            depth=c,
+            decode=decode,
         )
-        for i, kind in enumerate(kinds_of_mlp(c.mlp, layers)):
-            x = block(c, kind, name=f"block_{i}")(x, positions, valid, decode)
         x = nn.RMSNorm(c.epsilon, dtype, name="final_norm")(x)
         return nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
