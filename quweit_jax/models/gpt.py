@@ -20,6 +20,7 @@ from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_p
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.mlp import GELUS
 from quweit_jax.layers.norms import normal
+from quweit_jax.layers.readout import Pieces, read_out
 from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
 from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import BYTES, Elementwise, LayerCosts
@@ -141,9 +142,10 @@ class GPT(nn.Module):
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Float32[Array, "B T V"]:
+        pieces: Pieces | None = None,
+    ) -> Float32[Array, "B T V"] | dict[str, Array]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
-        (B, T, V) float32.
+        (B, T, V) float32, or what `pieces` wants of them.
 
         With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
         cache holds.
@@ -180,10 +182,11 @@ class GPT(nn.Module):
         )
         x = nn.LayerNorm(epsilon=c.epsilon, use_bias=c.bias, dtype=dtype, name="final_norm")(x)
         if c.tie_embeddings:
-            return embed.attend(x).astype(jnp.float32)
-        return nn.Dense(
+            return read_out(embed, lambda head, x: head.attend(x), x, pieces)
+        head = nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
-        )(x).astype(jnp.float32)
+        )
+        return read_out(head, lambda head, x: head(x), x, pieces)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside, and a row of the positions a token, added."""

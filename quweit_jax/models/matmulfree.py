@@ -22,6 +22,7 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import groups, mlp
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import RMSNorm, normal
+from quweit_jax.layers.readout import Pieces, read_out
 from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
 from quweit_jax.models.options import (
     DTYPES,
@@ -151,9 +152,10 @@ class MatMulFree(nn.Module):
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Float32[Array, "B T V"]:
+        pieces: Pieces | None = None,
+    ) -> Float32[Array, "B T V"] | dict[str, Array]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
-        (B, T, V) float32.
+        (B, T, V) float32, or what `pieces` wants of them.
 
         With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
         cache has seen.
@@ -176,9 +178,8 @@ class MatMulFree(nn.Module):
             decode=decode,
         )
         x = RMSNorm(c.epsilon, dtype, name="final_norm")(x)
-        return BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")(x).astype(
-            jnp.float32
-        )
+        head = BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")
+        return read_out(head, lambda head, x: head(x), x, pieces)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside, and the gates' bounds, which the mixers read."""

@@ -19,6 +19,7 @@ from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import normal
+from quweit_jax.layers.readout import Pieces, read_out
 from quweit_jax.models.options import (
     DTYPES,
     ChannelMixers,
@@ -178,9 +179,10 @@ class TransformerPP(nn.Module):
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Float32[Array, "B T V"]:
+        pieces: Pieces | None = None,
+    ) -> Float32[Array, "B T V"] | dict[str, Array]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
-        (B, T, V) float32.
+        (B, T, V) float32, or what `pieces` wants of them.
 
         With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
         cache holds.
@@ -205,9 +207,10 @@ class TransformerPP(nn.Module):
             decode=decode,
         )
         x = nn.RMSNorm(c.epsilon, dtype, name="final_norm")(x)
-        return nn.Dense(
+        head = nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
-        )(x).astype(jnp.float32)
+        )
+        return read_out(head, lambda head, x: head(x), x, pieces)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside."""
