@@ -1,7 +1,8 @@
 """Where activations lie on the devices, for models that mention none.
 
-A model says `hand_over(x)` where one block hands its result to the next. Outside of `placing` that
-does nothing; inside, what was given there decides (`training.sharding` divides the batch).
+A model says `hand_over(x)` where one block hands its result to the next, and a ternary layer asks
+`weights()` how its weights come together. Outside of `placing` nothing is done; inside, what was
+given there decides (`training.sharding` divides the batch).
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ _now = threading.local()
 
 
 @contextmanager
-def placing(place: Callable[[Array], Array]) -> Iterator[None]:
-    """What is traced inside hands its activations (B, ...) over through `place`."""
-    before = getattr(_now, "place", None)
-    _now.place = place
+def placing(
+    place: Callable[[Array], Array] | None, gather: Callable[[Array], Array] | None = None
+) -> Iterator[None]:
+    """What is traced inside hands its activations (B, ...) over through `place`, and brings ternary
+    weights, int8 (I, O), together by `gather`; None leaves that to the compiler.
+    """
+    before = getattr(_now, "place", None), getattr(_now, "gather", None)
+    _now.place, _now.gather = place, gather
     try:
         yield
     finally:
-        _now.place = before
+        _now.place, _now.gather = before
+
+
+def weights() -> Callable[[Array], Array] | None:
+    """How ternary weights that are divided over devices come together on each, if that is said."""
+    return getattr(_now, "gather", None)
 
 
 def hand_over(x: T) -> T:

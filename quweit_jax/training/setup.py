@@ -150,6 +150,7 @@ class Setup:
             self.optimizer,
             state_shardings=jax.tree.map(lambda leaf: leaf.sharding, current),
             mesh=self.mesh,
+            pack_ternary=self.config.mesh.get("pack_ternary", True),
             ema=self.optimizer_config.ema,
             grad_accum=self.config.grad_accum,
             spectral_penalty=self.optimizer_config.spectral_penalty,

@@ -8,6 +8,7 @@ at the end of a path.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -21,6 +22,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError
+from quweit_jax.ops.packed_ternary import WEIGHTS_PER_BYTE, pack_ternary, unpack_ternary
 
 # Where the variables of scanned blocks are, with an axis of layers in front.
 _SCANNED = re.compile(r"(^|/)blocks_\d+/")
@@ -43,13 +45,15 @@ RULES: tuple[tuple[str, P], ...] = (
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh's axes; -1 takes the devices that are left. Parameters of more than
-    `fsdp_size_limit` elements never stay whole.
+    `fsdp_size_limit` elements never stay whole. pack_ternary: whether ternary weights that are
+    divided over fsdp travel at 2 bits each (where tensor is 1).
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     fsdp_size_limit: int = 2**18
+    pack_ternary: bool = True
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
@@ -163,6 +167,22 @@ def hand_over(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
         return jax.lax.with_sharding_constraint(x, where)
 
     return place
+
+
+@functools.cache
+def packed_gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """For `layers.placement.placing`: ternary weights, int8 (I, O), are packed where they lie, sent
+    to every device at 2 bits each, and unpacked there.
+    """
+
+    def gather(weights: jax.Array) -> jax.Array:
+        if weights.shape[0] % (WEIGHTS_PER_BYTE * mesh.shape["fsdp"]):
+            return weights  # a byte would hold weights of two devices
+        packed = pack_ternary(weights)
+        whole = jax.lax.with_sharding_constraint(packed, NamedSharding(mesh, P()))
+        return unpack_ternary(whole, weights.shape[0])
+
+    return gather
 
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -218,6 +218,7 @@ def make_train_step(
     grad_accum: int = 1,
     state_shardings: PyTree = None,
     mesh: Mesh | None = None,
+    pack_ternary: bool = False,
     augment: AugmentConfig | None = None,
     spectral_penalty: float = 0.0,
     objective: Objective | None = None,
@@ -226,7 +227,7 @@ def make_train_step(
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused
     (donated).
 
-    augment: for classifiers, how batches are mixed and labels smoothed. spectral_penalty: see
+    pack_ternary: see `MeshConfig`. augment: for classifiers, how batches are mixed and labels smoothed. spectral_penalty: see
     `OptimizerConfig`; the metrics are without it. objective: what is made small, the cross-entropy
     if None; what else it reads the step is given after the batch. trains: says of a parameter's
     path whether it may move (None: all).
@@ -247,7 +248,7 @@ def make_train_step(
                 inputs, targets, model.config.num_classes, augment, mix_key
             )  # type: ignore[attr-defined]
         variables = {"params": params, **constants}
-        with _placed(mesh):
+        with _placed(mesh, pack_ternary):
             loss, metrics, moved = objective(variables, inputs, targets, key, *more)
         if spectral_penalty:
             loss = loss + spectral_penalty * optimizers.spectral_penalty(params)
@@ -291,11 +292,14 @@ def _only(updates: PyTree, trains: Callable[[KeyPath], bool]) -> PyTree:
     )
 
 
-def _placed(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """What is traced inside divides its activations as a mesh of several devices divides batches."""
+def _placed(mesh: Mesh | None, pack_ternary: bool) -> contextlib.AbstractContextManager[None]:
+    """What is traced inside divides its activations as a mesh of several devices divides batches,
+    and ternary weights travel packed.
+    """
     if mesh is None or sharding.batch_shards(mesh) == 1:
         return contextlib.nullcontext()
-    return placing(sharding.hand_over(mesh))
+    packs = pack_ternary and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
+    return placing(sharding.hand_over(mesh), sharding.packed_gather(mesh) if packs else None)
 
 
 def make_eval_step(
@@ -311,7 +315,7 @@ def make_eval_step(
     def step(variables: Mapping[str, PyTree], batch: Batch) -> Batch:
         inputs, targets, weights = batch["inputs"], batch["targets"], batch["weights"]
         summed = functools.partial(losses.cross_entropy, weights=weights)
-        with _placed(mesh):
+        with _placed(mesh, False):
             if pieces > 1:
                 return apply(variables, inputs, pieces=Pieces(pieces, targets, summed))
             return summed(apply(variables, inputs), targets)
