@@ -52,7 +52,9 @@ def read_out(
     def one(head: Head, _: None, piece: tuple[Array, Array]) -> tuple[None, dict[str, Array]]:
         return None, pieces.summed(read(head, piece[0]).astype(jnp.float32), piece[1])
 
-    cut = [a.reshape(a.shape[0], count, -1, *a.shape[2:]) for a in (x, pieces.targets)]
+    def cut(a: Array) -> Array:
+        return a.reshape(a.shape[0], count, -1, *a.shape[2:])
+
     scanned = nn.scan(
         nn.remat(one, prevent_cse=False),
         variable_broadcast=True,
@@ -60,5 +62,5 @@ def read_out(
         in_axes=1,
         length=count,
     )
-    sums = scanned(head, None, tuple(cut))[1]
+    sums = scanned(head, None, (cut(x), cut(pieces.targets)))[1]
     return jax.tree.map(lambda values: values.sum(0), sums)

@@ -116,8 +116,8 @@ def _flops(jaxpr: Jaxpr) -> int:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+            depth = math.prod(np.shape(eqn.invars[0].aval)[d] for d in contracted)
+            total += 2 * depth * math.prod(np.shape(eqn.outvars[0].aval))
         elif eqn.primitive.name == "cond":
             total += max(_flops(branch.jaxpr) for branch in eqn.params["branches"])
         else:
