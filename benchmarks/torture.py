@@ -66,15 +66,8 @@ COMMANDS = {
 }
 # JSON values in the place of others; none of them asks for more work than there was.
 _VALUES: list[Any] = [None, True, -1, 0, 1.5, 10**30, float("inf"), float("nan"), "", "x", "\ud83d"]
-_VALUES += [
-    [],
-    {},
-    [1, "2"],
-    {"a": {"b": None}},
-    "$$",
-    "y" * 100_000,
-    json.loads("[" * 200 + "]" * 200),
-]
+_VALUES += [[], {}, [1, "2"], {"a": {"b": None}}, "$$"]
+_VALUES += ["y" * 100_000, json.loads("[" * 200 + "]" * 200)]
 _WHOLES = ["null", "[]", "3", '"x"', "{}", "[" * 100_000, '{"a":' * 5000, "1" * 10_000, "\ufeff{}"]
 
 
@@ -128,6 +121,22 @@ def _scramble(path: Path, draw: random.Random) -> None:
     _replace(path, bytes(data))
 
 
+def _swap(path: Path, draw: random.Random) -> None:
+    """Exchanges it with a file of the same name (of another checkpoint, say), else with any other."""
+    folder = next((p.parent for p in path.parents if p.name == "checkpoints"), path.parent)
+    others = [p for p in folder.rglob("*") if p.is_file() and p != path]
+    alike = [p for p in others if p.name == path.name] or others
+    other = draw.choice(sorted(alike))
+    mine, its = path.read_bytes(), other.read_bytes()
+    _replace(path, its)
+    _replace(other, mine)
+
+
+def _repeat_lines(path: Path, draw: random.Random) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    _replace(path, b"".join(line * draw.choice((1, 1, 2)) for line in lines))
+
+
 def _become(make: Callable[[Path], object]) -> Callable[[Path, random.Random], None]:
     def change(path: Path, _: random.Random) -> None:
         path.unlink()
@@ -160,6 +169,10 @@ _CHANGES: dict[str, Callable[[Path, random.Random], None]] = {
     "deleted": _become(lambda _: None),
     "scrambled": _scramble,
     "random bytes": lambda path, draw: _replace(path, draw.randbytes(300)),
+    "exchanged": _swap,
+    "lines twice": _repeat_lines,
+    "longer by a hole": lambda path, _: os.truncate(path, path.stat().st_size + (20 << 20)),
+    "other line ends": lambda path, _: _replace(path, path.read_bytes().replace(b"\n", b"\r\n")),
     "not UTF-8": lambda path, _: _replace(path, b"\xff\xfe\x00{\x00"),
     "a folder": _become(Path.mkdir),
     "a pipe": _become(os.mkfifo),
@@ -185,16 +198,10 @@ def make_targets(root: Path, worker: Worker) -> None:
     (texts / "more.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in said[4:]))
     begin = [word.replace("OUT", f"{root}/lm/run") for word in _BEGIN]
     worker.do({"make": "images", "root": f"{root}/vit/data"})
-    vit = [
-        "train",
-        f"--config={_OF}/vit_cifar.py:quick",
-        f"--workdir={root}/vit/run",
-        *_SHORT,
-        *_VIT,
-    ]
+    vit = ["train", f"--config={_OF}/vit_cifar.py:quick", f"--workdir={root}/vit/run"]
     for argv in (
         [*begin, f"--config.data.path={texts}"],
-        [*vit, f"--config.data.path={root}/vit/data"],
+        [*vit, *_SHORT, *_VIT, f"--config.data.path={root}/vit/data"],
     ):
         if (answer := worker.do({"argv": argv}, 600.0))["kind"] != "done":
             sys.exit(f"cannot make what to damage: {answer}")

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_typ
 import ml_collections
 
 from quweit_jax.errors import InputError, first_line, nearest
-from quweit_jax.reading import kind_of
+from quweit_jax.reading import kind_of, shown
 
 # An ml_collections.ConfigDict: what its attributes hold has no static type.
 Config: TypeAlias = Any
@@ -252,7 +252,11 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
         help = " Run it where experiments/ is, or give a full path."
         raise InputError(f"--config: no file at {path}.{nearest(path, near) if near else help}")
     module_spec = importlib.util.spec_from_file_location(f"quweit_experiment_{file.stem}", file)
-    assert module_spec is not None and module_spec.loader is not None
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(
+            f"--config: expected an experiment file that ends in .py, found {shown(path)}; give one "
+            "such as experiments/configs/gpt_char.py:quick, or go on with a run by --workdir alone."
+        )
     module = importlib.util.module_from_spec(module_spec)
     # Experiment files may share what they say, `from experiments.configs import x`, wherever the
     # command was started.
@@ -260,8 +264,13 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
     beside = str(folder.parents[folder.name == "configs"])
     if beside not in sys.path:
         sys.path.append(beside)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--config: {shown(path)} is no Python that can be read ({first_line(error)}); mend it."
+        ) from None
+    if not callable(getattr(module, "get_config", None)):
         raise InputError(f"--config: {path} has no get_config(argument).")
     return module, argument
 
@@ -269,7 +278,14 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
 def load_file(spec: str) -> Config:
     """'experiments/configs/gpt_char.py:nanogpt_cpu,mlp=weightless' -> its config, locked."""
     module, argument = load_module(spec)
-    return module.get_config(argument or None).lock()
+    config = module.get_config(argument or None)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"--config: get_config of {spec.partition(':')[0]}: expected a ConfigDict, found "
+            f"{type(config).__name__}; return defaults.with_shortcuts(config, shortcuts), as the "
+            "experiments do."
+        )
+    return config.lock()
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

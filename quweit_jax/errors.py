@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 # The extra of pyproject.toml that installs a package which the core does without, by the name that
@@ -35,6 +36,12 @@ class RunError(RuntimeError):
     """A run cannot go on (disk full, non-finite loss); the message says what is still safe.
 
     Command lines print the message alone, without a traceback, and exit with status 1.
+    """
+
+
+class MissingPackageError(InputError, ModuleNotFoundError):
+    """A package that not everybody has installed is missing; the message names the extra that
+    installs it.
     """
 
 
@@ -81,11 +88,29 @@ def require(package: str, purpose: str, otherwise: str = "") -> ModuleType:
         raise missing(package, purpose, otherwise) from None
 
 
-def missing(package: str, purpose: str, otherwise: str = "") -> InputError:
+@contextlib.contextmanager
+def needed(purpose: str) -> Iterator[None]:
+    """For imports, at the top of a module, of packages that not everybody has installed.
+
+    purpose: 'for reports'.
+
+    Raises:
+      MissingPackageError: one is not installed; names the extra that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS or isinstance(error, MissingPackageError):
+            raise
+        raise missing(package, purpose) from None
+
+
+def missing(package: str, purpose: str, otherwise: str = "") -> MissingPackageError:
     """The error of a package that isn't installed, naming the extra that installs it."""
     extra = EXTRAS.get(package)
     name = f"'quweit_jax[{extra}]'" if extra else package
-    return InputError(
+    return MissingPackageError(
         f"expected the package {package} {purpose}, found none; pip install {name}"
         f"{', ' + otherwise if otherwise else ''}."
     )

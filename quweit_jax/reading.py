@@ -23,6 +23,13 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+# What programs put beside a user's files: file systems, macOS's archives, Windows and Synology's and
+# QNAP's servers.
+_CLUTTER = ("lost+found", "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "#recycle") + (
+    "System Volume Information",
+    "@eaDir",
+    "@Recycle",
+)
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # with which UTF-32 begins too, or almost
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _CONTROLS = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})
@@ -206,8 +213,10 @@ def is_whole(value: object) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's data: '.ipynb_checkpoints', '._photo.jpg'."""
-    return name.startswith(".")
+    """Whether a file or folder is none of the user's data: '.ipynb_checkpoints', '._photo.jpg', and
+    what archives, desktops and file servers add: '__MACOSX', '@eaDir' with its thumbnails.
+    """
+    return name.startswith(".") or name in _CLUTTER
 
 
 def walk(

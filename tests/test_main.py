@@ -84,3 +84,44 @@ def test_the_list_is_given_without_importing_jax():
         "sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("training.loop", "tqdm", "train"),
+        ("training.checkpoints", "orbax", "train"),
+        ("data.pipeline", "grain", "train"),
+        ("data.images", "PIL", "data"),
+        ("report.page", "jinja2", "report"),
+        ("report.insight", "scipy", "report"),
+    ],
+)
+def test_a_notebook_is_told_the_extra_it_lacks(module, package, extra):
+    """And may still catch it as the ImportError it is."""
+    code = f"import sys; sys.modules[{package!r}] = None\ntry: import quweit_jax.{module}\n"
+    code += "except ImportError as error: print(type(error).__name__, error)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("MissingPackageError") and package in done.stdout
+    assert f"quweit_jax[{extra}]" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "costs", "sweep"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{}"),
+        ("a.py", "def get_config(:"),
+        ("b.py", "def get_config(_): return {}"),
+        ("c.py", "get_config = 3"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_refused(tmp_path, command, name, content):
+    (tmp_path / name).write_text(content)
+    options = [f"--config={tmp_path / name}"]
+    options += [f"--workdir={tmp_path / 'run'}"] * (command != "costs")
+    with pytest.raises(InputError, match=name):
+        __main__.command([command, *options])
+    assert not (tmp_path / "run").exists()

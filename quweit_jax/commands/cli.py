@@ -16,6 +16,8 @@ from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import EXTRAS, InputError, RunError, missing
 from quweit_jax.reading import shown, why, without_surrogates
 
+INTERRUPTED = 128 + signal.SIGINT  # the status of what Ctrl-C ended before it was done
+
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command; our own errors end it with their message alone and status 2 or 1, an
@@ -43,7 +45,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted; the same command begins again, or goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

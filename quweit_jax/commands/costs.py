@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
     config, outputs = (
         (load_file(args.config), args.outputs)
-        if args.config
+        if args.config is not None
         else of_run(args.workdir, args.outputs)
     )
     for path, text in overrides.items():

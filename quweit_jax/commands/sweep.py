@@ -6,6 +6,7 @@ goes on by being started again.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import ctypes
@@ -35,6 +36,45 @@ def main(argv: Sequence[str]) -> int:
     """Trains every point of an experiment's sweep(add), goes on with an interrupted sweep, and
     writes one table.
     """
+    args, overrides = cli.parse(_parser(), argv)
+    if args.workers < 1:
+        raise InputError(f"--workers: expected at least 1, found {args.workers}.")
+    from quweit_jax.training import checkpoints, files, stopping
+
+    root = Path(args.workdir).absolute()
+    checkpoints.check_path(root)
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--workdir: {root} is a file; give a folder.")
+    points = enumerate_points(args.config, root, overrides)
+    if args.show:
+        print("\n".join(point.line() for point in points))
+        return 0
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--workdir: cannot make {root} ({error.strerror}); give a folder you can write to."
+        ) from None
+    # Two sweeps of the same points would each take the other's for failed.
+    with files.exclusive(root), stopping.StopRequest() as stop:
+        failed = run_points(
+            points,
+            root,
+            args.workers,
+            lambda text: print(text, flush=True),
+            lambda: stop.signal is not None,
+        )
+    print(write_table(points, failed, root), end="")
+    finished = sum(result_of(point)["state"] == "finished" for point in points)
+    print(f"{finished} of {len(points)} points finished; the table is {root / 'sweep.md'}")
+    if finished < len(points):
+        print(f"what failed is in {root / 'logs'}; " * bool(failed) + "the same command goes on")
+    if stop.signal == "SIGINT" and finished < len(points):
+        return cli.INTERRUPTED
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "sweep",
         "Trains every point of an experiment's sweep; started again, it goes on where it ended.",
@@ -58,33 +98,7 @@ def main(argv: Sequence[str]) -> int:
         help="only print one command a line, for a cluster's launcher",
     )
     parser.epilog = "--config.PATH=VALUE sets any key of the config, for every point."
-    args, overrides = cli.parse(parser, argv)
-    if args.workers < 1:
-        raise InputError(f"--workers: expected at least 1, found {args.workers}.")
-    from quweit_jax.training import checkpoints, loop
-
-    root = Path(args.workdir).absolute()
-    checkpoints.check_path(root)
-    if root.exists() and not root.is_dir():
-        raise InputError(f"--workdir: {root} is a file; give a folder.")
-    points = enumerate_points(args.config, root, overrides)
-    if args.show:
-        print("\n".join(point.line() for point in points))
-        return 0
-    with loop.StopRequest() as stop:
-        failed = run_points(
-            points,
-            root,
-            args.workers,
-            lambda text: print(text, flush=True),
-            lambda: stop.signal is not None,
-        )
-    print(write_table(points, failed, root), end="")
-    finished = sum(result_of(point)["state"] == "finished" for point in points)
-    print(f"{finished} of {len(points)} points finished; the table is {root / 'sweep.md'}")
-    if finished < len(points):
-        print(f"what failed is in {root / 'logs'}; " * bool(failed) + "the same command goes on")
-    return 1 if failed else 0
+    return parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +134,16 @@ def enumerate_points(spec: str, root: Path, overrides: Mapping[str, str]) -> lis
             "add(key=value, ...) for each point."
         )
     added: list[dict[str, object]] = []
-    module.sweep(
-        lambda *mappings, **settings: added.append(
-            {k: v for mapping in (*mappings, settings) for k, v in mapping.items()}
-        )
-    )
+
+    def add(*mappings: Mapping[str, object], **settings: object) -> None:
+        if wrong := [given for given in mappings if not isinstance(given, Mapping)]:
+            raise InputError(
+                "--config: sweep(add): expected add(key=value, ...) or add({'a.key': value, ...}), "
+                f"found {wrong[0]!r}; give each value its key."
+            )
+        added.append({k: v for mapping in (*mappings, settings) for k, v in mapping.items()})
+
+    module.sweep(add)
     if not added:
         raise InputError(
             "--config: sweep(add) added no point; call add(key=value, ...) once for each."
@@ -142,15 +161,22 @@ def enumerate_points(spec: str, root: Path, overrides: Mapping[str, str]) -> lis
 def _point(
     spec: str, argument: str, root: Path, overrides: Mapping[str, str], settings: dict[str, object]
 ) -> Point:
+    from quweit_jax.training import setup
+
     shortcuts = [f"{key}={value}" for key, value in settings.items()]
     if bad := [text for text in shortcuts if "," in text]:
         raise InputError(
             f"--config: sweep(add): a value may hold no comma, found {bad[0]}; make it a shortcut "
             "or a variant of the experiment file."
         )
+    if bad := [text for text in shortcuts if not text.isprintable()]:
+        raise InputError(
+            f"--config: sweep(add): expected letters that can be written in a line, found {bad[0]!r}."
+        )
     file = spec.partition(":")[0]
     point_spec = f"{file}:{','.join([*filter(None, [argument]), *shortcuts])}"
     config = cli.load_config(point_spec, overrides)
+    setup.check_numbers(config)
     name = _folder_name(",".join(shortcuts))
     workdir = root / name
     options = [f"--config.{path}={text}" for path, text in overrides.items()]
@@ -235,7 +261,8 @@ def run_points(
                 done += 1
                 result = result_of(point)
                 if process.returncode or (result["state"] != "finished" and not stopped()):
-                    failed[point.name] = _last_line(root / "logs" / f"{point.name}.txt")
+                    log = root / "logs" / f"{point.name}.txt"
+                    failed[point.name] = _last_line(log, process.returncode)
                     say(f"failed: {point.name}: {failed[point.name]}")
                 elif result["state"] == "finished":
                     rest = (time.monotonic() - begun) / done * (len(left) + len(running))
@@ -262,6 +289,10 @@ def _start(point: Point, root: Path, slot: int, workers: int) -> subprocess.Pope
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)] if devices else str(slot)
     log = root / "logs" / f"{point.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(log) and not os.path.isfile(log):  # a pipe would wait for a reader
+        raise InputError(
+            f"--workdir: expected a file at {log}, found something else; take it away."
+        )
     with log.open("ab") as out:
         # A session of its own: an interrupt in the terminal reaches this process alone, which then
         # asks each run once.
@@ -282,10 +313,14 @@ def _end_with_us() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _last_line(log: Path) -> str:
+def _last_line(log: Path, status: int) -> str:
+    """What a run said last; its status too where that is no error: it may have had no room to say
+    one.
+    """
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
+    last = lines[-1][:300] if lines else "it said nothing"
+    return last if last.startswith("error: ") else f"status {status}; the last it said: {last}"
 
 
 def write_table(points: Sequence[Point], failed: Mapping[str, str], root: Path) -> str:
@@ -303,11 +338,11 @@ def write_table(points: Sequence[Point], failed: Mapping[str, str], root: Path) 
         rows.append([known.get(name, "") for name in header])
 
     def cell(value: object) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else str(value)
+        return f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
     shown = [[name.replace("_", " ") for name in header], ["---"] * len(header)]
     settings = len(header) - len(columns)
-    shown += [[*map(str, row[:settings]), *map(cell, row[settings:])] for row in rows]
+    shown += [[*map(cell, map(str, row[:settings])), *map(cell, row[settings:])] for row in rows]
     table = "".join(f"| {' | '.join(row)} |\n" for row in shown)
     out = io.StringIO()
     csv.writer(out).writerows([header, *rows])

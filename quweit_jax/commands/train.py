@@ -53,11 +53,17 @@ def main(argv: Sequence[str]) -> int:
     cli.join_processes()
     begin = initial(config.get("init_from") or "", workdir)
     source = teacher(config.get("teacher") or "")
-    announce(config, workdir)
-    progress = {"auto": None, "on": True, "off": False}[args.progress]
-    result = loop.fit(config, workdir, progress=progress, initial=begin, teacher=source)
+    result = loop.fit(
+        config,
+        workdir,
+        progress={"auto": None, "on": True, "off": False}[args.progress],
+        initial=begin,
+        teacher=source,
+        announce=lambda setup: announce(setup.config, workdir),
+    )
     summarize(result, workdir)
-    return 0
+    # What a shell would have done after this, `train && report`, it does not do after Ctrl-C.
+    return cli.INTERRUPTED if result.signal == "SIGINT" and not result.complete else 0
 
 
 def initial(

@@ -17,9 +17,11 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
 
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.errors import InputError, check_choice, needed
+
+with needed("for images"):
+    from PIL import Image, ImageEnhance, ImageOps
 
 CROPS = ("none", "pad", "resized")
 Fill = int | tuple[int, ...]

@@ -8,9 +8,12 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from quweit_jax.data import augment
+from quweit_jax.errors import needed
+
+with needed("for images"):
+    from PIL import Image, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _MODE_NAMES = {

@@ -22,11 +22,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import grain
 import numpy as np
 
 from quweit_jax.data.tokenizers import Tokenizer
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, needed
+
+with needed("for data"):
+    import grain
 
 VALIDATION_FOLDERS = ("validation", "val", "test")
 # What a tokenizer is trained on where data.limit_bytes sets no limit; more text hardly changes its

@@ -15,13 +15,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
 from quweit_jax.data import augment
 from quweit_jax.data.augment import AugmentConfig, check_flag, check_number
 from quweit_jax.data.decoding import MODES, UnusableError, decode
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.errors import InputError, check_choice, needed
 from quweit_jax.reading import why
+
+with needed("for images"):
+    from PIL import Image
 
 # (mean, standard deviation) of the channels of pixels in [0, 1]; inputs are (pixel - mean) /
 # deviation.

@@ -12,14 +12,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grain
 import numpy as np
 
 from quweit_jax.data import documents, registry, tokenizers
 from quweit_jax.data.documents import DocumentSplits, PackedDocuments
 from quweit_jax.data.images import Example, ImageExamples
 from quweit_jax.data.registry import DataConfig, LabelledSplits
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, needed
+
+with needed("for data"):
+    import grain
 
 Batch = dict[str, np.ndarray]
 # Enough examples to fit a thermometer on; decoding more images would only cost time.
@@ -62,7 +64,7 @@ class Dataset:
     """Examples by split, with what a model needs to know of them.
 
     outputs: vocabulary size or number of classes. fingerprint: of the content; a resumed run must
-      find the same.
+      find the same. validation_fingerprint: of what is validated on, where that is not part of it.
     labels: the classes' names. image_shape: (H, W, C) of images.
     """
 
@@ -73,6 +75,7 @@ class Dataset:
     tokenizer: tokenizers.Tokenizer | None = None
     labels: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] | None = None
+    validation_fingerprint: str = ""
 
     def fit_batch(self) -> np.ndarray:
         """Inputs to initialize a model on (its thermometers are fitted to them): spread evenly over
@@ -178,6 +181,7 @@ def _documents(
         tokenizer.vocab_size,
         _digest(np.frombuffer(train.content(), np.uint8)),
         tokenizer,
+        validation_fingerprint=_digest(held_out),
     )
 
 

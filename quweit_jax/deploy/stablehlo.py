@@ -231,6 +231,8 @@ def save(
     text = json.dumps(description, indent=2, ensure_ascii=False)
     for path, content in ((out, data), (out.with_suffix(".json"), text.encode())):
         try:
+            # What is there already may be a pipe, or a link to another file.
+            _temporary(path).unlink(missing_ok=True)
             _temporary(path).write_bytes(content)
             _temporary(path).replace(path)
         except OSError as error:

@@ -57,6 +57,7 @@ _SIZES = (
     *("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "num_classes"),
     *("img_size", "in_chans"),
 )
+WRAPPED = ("model.", "backbone.")  # before timm's names, where a training program keeps the model
 _HEAD_WIDTH = 64  # of every published DeiT and of the ViTs it follows
 # I-ViT's quantizers and ours: outside the blocks, and inside each.
 _RANGES = {
@@ -119,7 +120,7 @@ def read_variables(path: Path) -> dict[str, PyTree]:
     Raises:
       InputError: as `pretrained.load`, except that the number of heads need not be known.
     """
-    tensors = read_weights(path)
+    tensors = _weights(path)
     if "cls_token" not in tensors:
         raise InputError(
             "pretrained: expected the weights of a vision transformer in timm's names (cls_token, "
@@ -169,7 +170,7 @@ def calibrate(
 
 
 def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
-    tensors, config = read_weights(path), _config(path)
+    tensors, config = _weights(path), _config(path)
     if not integer and is_integer(tensors):
         raise InputError(
             f"pretrained: {path} holds I-ViT's activation quantizers; load it with kind 'ivit'."
@@ -191,6 +192,12 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
     of_all = {"variant": variant, "mlp_ratio": sizes.mlp_ratio, "integer": integer}
     model = ViT(ViTConfig(sizes.num_classes, rounding=rounding, **of_all, **own))
     return model, _convert(tensors, sizes, integer)
+
+
+def _weights(path: Path) -> Tensors:
+    tensors = read_weights(path)
+    tensors.strip_prefix(*WRAPPED)
+    return tensors
 
 
 def is_integer(tensors: Tensors) -> bool:

@@ -42,6 +42,7 @@ def kind_of(path: str | Path) -> str:
     tensors = read_weights(path)
     if tensors.model_args is not None:
         return "nanogpt"
+    tensors.strip_prefix(*deit.WRAPPED)
     if "cls_token" in tensors:
         return "ivit" if deit.is_integer(tensors) else "deit"
     raise InputError(

@@ -106,6 +106,11 @@ def _opened(file: Path) -> Iterator[safe_open]:
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             yield tensors
+    except (AttributeError, TypeError) as error:  # of a type that NumPy has no name for
+        raise InputError(
+            f"pretrained: {file}: expected numbers of a type such as float32, float16 or bfloat16, "
+            f"found another ({error}); take the checkpoint it was quantized from."
+        ) from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"pretrained: {file} is damaged or cut short ({error}); download it again."

@@ -57,7 +57,7 @@ def load(path: Path) -> tuple[GPT, dict[str, PyTree]]:
     options, factors = (_gpt2_options if hugging_face else _nanogpt_options)(config, sizes)
     config.finish("n_ctx", "reorder_and_upcast_attn")  # a buffer's size, and only ever more exact
     tensors = tensors or read_weights(path)
-    tensors.strip_prefix("transformer.")
+    tensors.strip_prefix("transformer.", "model.")
     tensors.drop(".attn.bias", ".attn.masked_bias")  # causal masks, saved as buffers
     tied = _is_tied(config, tensors, sizes["vocab_size"], sizes["width"])
     gpt = GPTConfig(**sizes, **options, tie_embeddings=tied)

@@ -21,9 +21,16 @@ from quweit_jax.pretrained.tensors import read_config
 _HARMLESS = re.compile(
     r"_.*|architectures?|auto_map|model_type|name|license|torch_dtype|dtype|transformers_version"
     r"|(\w+_)?token_ids?|id2label|label2id|num_labels|problem_type|task_specific_params|tokenizer_.*"
-    r"|finetuning_task|summary_.*|output_.*|return_.*|use_cache|.*initializer_range|initializer_.*"
+    r"|finetuning_task|summary_.*|output_(attentions|hidden_states|scores|past)|return_.*|use_cache|.*initializer_range|initializer_.*"
     r"|.*drop(out|_rate|_path_rate)?|.*_pdrop|gradient_checkpointing|use_bfloat16|fuse_.*|use_fused.*"
     r"|temperature|top_[kp]|do_sample|num_beams|max_length|min_length|.*_penalty|keys_to_ignore.*"
+)
+# Options of programs related to those read here, whose checkpoints lie in the same layout but mean
+# another arithmetic.
+_ARITHMETIC = (
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier", "output_multiplier"),
+    *("logit_scale", "logits_scaling", "output_scale", "attn_logit_softcapping", "clip_qkv"),
+    *("final_logit_softcapping", "query_pre_attn_scalar", "sliding_window", "no_rope_layers"),
 )
 
 
@@ -69,7 +76,13 @@ class PublishedConfig:
             )
 
     def only_float_weights(self) -> None:
-        """Raises InputError for what Hugging Face's programs can do to any model."""
+        """Raises InputError for what Hugging Face's programs can do to any model, and for options of
+        other models that change the arithmetic.
+        """
+        for key in _ARITHMETIC:
+            self.only(key, None)
+        for key in ("use_sliding_window", "use_qk_norm", "qk_norm"):
+            self.only(key, False)
         self.only("quantization_config", None)
         self.only("pruned_heads", None, {})
         self.only("is_encoder_decoder", False)

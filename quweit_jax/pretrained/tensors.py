@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from quweit_jax.errors import InputError, nearest
@@ -22,8 +24,10 @@ from quweit_jax.pretrained.lazy_tensors import (
 from quweit_jax.pretrained.torch_files import SUFFIXES, read_torch_checkpoint
 from quweit_jax.reading import list_folder
 
-# Before the names of a model in torch's DistributedDataParallel, FSDP and `compile`.
-_WRAPPED = ("module.", "_fsdp_wrapped_module.", "_orig_mod.")
+# What torch's FSDP, `compile` and activation checkpointing put before the names of what they wrap, a
+# whole model or each of its blocks; and DistributedDataParallel before those of a model.
+_WRAPPED_INSIDE = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPED = ("module.",)
 
 
 def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:
@@ -72,6 +76,7 @@ def read_weights(path: Path) -> Tensors:
                 f"{path}, found {found}; give the file itself."
             )
         tensors = _read_file(files[0])
+    tensors.strip_inside(*_WRAPPED_INSIDE)
     tensors.strip_prefix(*_WRAPPED)
     return tensors
 
@@ -158,12 +163,27 @@ class Tensors:
         Raises:
           InputError: two tensors would have one name.
         """
+
+        def short_of(name: str) -> str:
+            while prefix := next((p for p in prefixes if name.startswith(p)), ""):
+                name = name.removeprefix(prefix)
+            return name
+
+        self._rename(short_of)
+
+    def strip_inside(self, *parts: str) -> None:
+        """Renames 'a.part.b' to 'a.b', wherever one of these parts stands.
+
+        Raises:
+          InputError: two tensors would have one name.
+        """
+        wrapped = re.compile("|".join(rf"(?<![^.]){re.escape(part)}" for part in parts))
+        self._rename(lambda name: wrapped.sub("", name))
+
+    def _rename(self, short_of: Callable[[str], str]) -> None:
         stripped: dict[str, LazyTensor] = {}
         for name, value in self._left.items():
-            short = name
-            while prefix := next((p for p in prefixes if short.startswith(p)), ""):
-                short = short.removeprefix(prefix)
-            if short in stripped:
+            if (short := short_of(name)) in stripped:
                 raise InputError(
                     f"pretrained: {self.where} holds {short} twice, once as {name}; save one of "
                     "the two models alone."
@@ -178,7 +198,7 @@ class Tensors:
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor in float32, of exactly this shape; a copy, whatever becomes of the file."""
         self._check(name, shape)
-        return np.array(self._left.pop(name), np.float32)
+        return np.array(_real(name, self._left.pop(name)), np.float32)
 
     def take_stacked(self, rows: Mapping[str, int], columns: int) -> np.ndarray:
         """Matrices (rows[name], columns) below each other, float32; beside it one is in memory."""
@@ -189,7 +209,7 @@ class Tensors:
             self._check(name, (count, columns))  # before making room for them
         stacked, start = np.empty((sum(rows.values()), columns), np.float32), 0
         for name, count in rows.items():
-            stacked[start : start + count] = self._left.pop(name)
+            stacked[start : start + count] = _real(name, self._left.pop(name))
             start += count
         return stacked
 
@@ -217,6 +237,25 @@ class Tensors:
         return InputError(
             f"pretrained: {self.where} lacks the tensor {name} [{form}].{_near(name, self._left)}"
         )
+
+
+def _real(name: str, tensor: LazyTensor) -> np.ndarray:
+    """A tensor's numbers; InputError unless all are real and finite: whole numbers are codes of a
+    quantized model, whose scales are elsewhere.
+    """
+    values = np.asarray(tensor)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise InputError(
+            f"pretrained: tensor {name}: expected real numbers (float32, float16 or bfloat16), found "
+            f"{values.dtype}; quantized weights are not supported: take the checkpoint they were "
+            "made from."
+        )
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"pretrained: tensor {name}: expected finite numbers, found infinite ones or NaN; the "
+            "training that wrote it has failed, or the file is damaged: take another."
+        )
+    return values
 
 
 def _near(name: str, known: Iterable[str]) -> str:

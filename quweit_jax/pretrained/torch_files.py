@@ -20,13 +20,13 @@ from quweit_jax.errors import InputError, require
 
 SUFFIXES = (".pth", ".pt", ".bin")
 # Where training programs keep the state dict; its running average only if there is nothing else.
-_WRAPPERS = (
-    "model",
-    "state_dict",
-    "model_state",
-    "model_state_dict",
+_WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "net", "network") + (
+    "module",  # DeepSpeed's
     "state_dict_ema",
     "model_ema",
+    "ema_state_dict",
+    "params_ema",
+    "ema",
 )
 _REPEATED = 16  # how often numbers may be named by several tensors: tied weights, expanded ones
 # Harmless company of weights, which torch would refuse: arguments of a training program, and NumPy

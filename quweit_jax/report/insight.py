@@ -12,9 +12,11 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import linprog
 
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, needed
+
+with needed("for reports"):
+    from scipy.optimize import linprog
 
 # Kinds of functions, each table in the first that fits.
 KINDS: tuple[str, ...] = ("constant", "copy", "threshold", "other")

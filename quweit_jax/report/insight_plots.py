@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from quweit_jax.errors import needed
 from quweit_jax.report import figures
 from quweit_jax.report.figures import GRID, MUTED, SERIES, Picture
 from quweit_jax.report.insight import KINDS, Insight, LayerInsight
+
+with needed("for reports"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 KIND_WORDS = {
     "constant": "constant",

@@ -12,9 +12,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from matplotlib.axes import Axes
-from matplotlib.text import Annotation
-from matplotlib.transforms import Bbox
+from quweit_jax.errors import needed
+
+with needed("for reports"):
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
 
 Point: TypeAlias = tuple[float, float]
 _ANGLES = (45, 135, -45, -135, 0, 180, 90, -90)

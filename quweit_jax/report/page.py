@@ -12,17 +12,19 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from PIL import Image
 
-from quweit_jax.errors import InputError, first_line
+from quweit_jax.errors import InputError, first_line, needed
 from quweit_jax.reading import without_surrogates
 from quweit_jax.report import figures, plots
 from quweit_jax.report.figures import Picture
 from quweit_jax.report.insight import KINDS, LayerInsight
 from quweit_jax.report.insight_plots import KIND_WORDS, insight_pictures
 from quweit_jax.report.summary import Group, Json, RunSummary, group
+
+with needed("for reports"):
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from PIL import Image
 
 
 @dataclasses.dataclass(frozen=True)

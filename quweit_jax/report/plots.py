@@ -6,16 +6,18 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
 from quweit_jax.costs.energy import Energy
+from quweit_jax.errors import needed
 from quweit_jax.report import figures
 from quweit_jax.report.figures import GRID, INK, MUTED, SERIES, Picture, series_style, shortened
 from quweit_jax.report.label_placement import place
 from quweit_jax.report.summary import Group, RunSummary
 from quweit_jax.training.metrics import draw_losses
+
+with needed("for reports"):
+    from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 
 @figures.style()

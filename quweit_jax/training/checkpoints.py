@@ -13,11 +13,13 @@ import jax
 import numpy as np
 from absl import logging
 from jaxtyping import PyTree
-from orbax.checkpoint import v1 as ocp
 
-from quweit_jax.errors import InputError, RunError, first_line
+from quweit_jax.errors import InputError, RunError, first_line, needed
 from quweit_jax.training import checksums, files
 from quweit_jax.training.sharding import path_name
+
+with needed("for checkpoints"):
+    from orbax.checkpoint import v1 as ocp
 
 # Orbax annotates its own types more narrowly than it accepts.
 orbax: Any = ocp

@@ -10,19 +10,22 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import filelock
+from quweit_jax.errors import InputError, needed
+from quweit_jax.reading import is_hidden, open_regular
 
-from quweit_jax.errors import InputError
+with needed("to train"):
+    import filelock
 
 LOCK = ".lock"
-# What file systems and desktops put into a folder that its owner calls empty, besides hidden files.
-_CLUTTER = ("lost+found", "Thumbs.db", "desktop.ini")
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes UTF-8 text beside the file, forces it to disk, then puts it in the file's place."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # What an earlier program left there is never written to: it may be a pipe that waits, or a link
+    # to another file.
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -38,24 +41,22 @@ def replace_json(path: Path, value: object) -> None:
 def sync(path: Path) -> None:
     """Forces to disk what a file holds, or the names in a folder where a system can do that."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # A pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError:
-        if not path.is_dir():
+        if path.is_file():
             raise
 
 
 def is_empty(folder: Path, besides: Collection[str] = ()) -> bool:
-    """Whether a folder holds nothing that anybody put there: hidden files such as .DS_Store, a file
-    system's lost+found and the names in `besides` do not count.
+    """Whether a folder holds nothing that anybody put there: what `reading.is_hidden` names and the
+    names in `besides` do not count.
     """
-    return all(
-        path.name.startswith(".") or path.name in _CLUTTER or path.name in besides
-        for path in folder.iterdir()
-    )
+    return all(is_hidden(path.name) or path.name in besides for path in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ def in_use(folder: Path) -> bool:
     try:
         import fcntl
 
-        with (folder / LOCK).open("rb") as file:  # closing it gives back a lock that was free
+        with open_regular(folder / LOCK) as file:  # closing it gives back a lock that was free
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

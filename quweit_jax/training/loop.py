@@ -10,29 +10,31 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from quweit_jax.config import Config
 from quweit_jax.data import pipeline
-from quweit_jax.errors import InputError, RunError
+from quweit_jax.errors import InputError, RunError, needed
 from quweit_jax.training import checksums, metrics, rundir, sharding, state
 from quweit_jax.training.checkpoints import Checkpoints
 from quweit_jax.training.optimizers import make_schedule
 from quweit_jax.training.setup import Setup, Variables, assemble
+from quweit_jax.training.stopping import StopRequest, agree
 from quweit_jax.training.teacher import Teacher
 
+with needed("to train"):
+    from tqdm import tqdm
+
 Initial = Callable[[Variables], Variables]
+_Begun = tuple[state.TrainState, Mapping[str, Any], int]
 _NEEDS_INITIAL = (
     "init_from: loop.fit needs initial=quweit_jax.commands.train.initial(config.init_from, "
     "workdir), as the train command gives it."
@@ -41,55 +43,16 @@ _NEEDS_INITIAL = (
 
 @dataclasses.dataclass
 class Result:
-    """How a run ended: its last step, whether that completes it, the state, the last evaluation."""
+    """How a run ended: its last step, whether that completes it, the state, the last evaluation, and
+    the name of the signal that asked this process to stop.
+    """
 
     step: int
     complete: bool
     state: state.TrainState
     setup: Setup
     validation: dict[str, float] | None
-
-
-class StopRequest:
-    """A context manager that notes SIGTERM and SIGINT; a second one ends the program at once."""
-
-    def __init__(self):
-        self.signal: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: a notebook's own business
-                return self
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, step: int, every: int) -> bool:
-        """Whether to stop now; several processes decide together, every few steps.
-
-        JAX's own preemption notice needs several processes and knows no interrupt from a terminal.
-        """
-        if jax.process_count() == 1:
-            return self.signal is not None
-        return not step % every and _agree(self.signal is not None)
-
-
-def _agree(wanted: bool) -> bool:
-    """Whether any process wants it; all must ask."""
-    if jax.process_count() == 1:
-        return wanted
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(wanted))))
+    signal: str | None = None
 
 
 class Log:
@@ -250,6 +213,7 @@ def fit(
     on_step: Callable[[int], None] | None = None,
     initial: Initial | None = None,
     teacher: Teacher | None = None,
+    announce: Callable[[Setup], None] | None = None,
 ) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
     `workdir` ends.
@@ -260,6 +224,7 @@ def fit(
         `quweit_jax.commands.train.initial`); needed for init_from.
       teacher: read anew for every start (see `quweit_jax.commands.train.teacher`); needed where
         `config.teacher` names one.
+      announce: called once nothing is left to refuse, before the first step.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
@@ -277,7 +242,10 @@ def fit(
         rundir.claimed(workdir, setup),
         Checkpoints(workdir, config.keep) as checkpoints,
     ):
-        return _train(setup, checkpoints, workdir, progress, on_step, initial)
+        begun = _begin(setup, checkpoints, workdir, initial)
+        if announce is not None:
+            announce(setup)
+        return _train(setup, checkpoints, workdir, progress, on_step, begun)
 
 
 @contextlib.contextmanager
@@ -299,10 +267,10 @@ def _train(
     workdir: Path,
     progress: bool | None,
     on_step: Callable[[int], None] | None,
-    initial: Initial | None,
+    begun: _Begun,
 ) -> Result:
     config, where = setup.config, sharding.batch_sharding(setup.mesh)
-    current, saved, start = _begin(setup, checkpoints, workdir, initial)
+    current, saved, start = begun
     rundir.write_files(workdir, setup)
     batches = pipeline.train_batches(
         setup.data.train,
@@ -324,7 +292,7 @@ def _train(
         contextlib.closing(Log(setup, workdir, start, saved, progress)) as log,
         StopRequest() as stop,
     ):
-        if start == config.steps and _agree(not log.writer.has_evaluation(start)):
+        if start == config.steps and agree(not log.writer.has_evaluation(start)):
             # It was stopped there, or its rows were lost: nothing else would say that it is done.
             validation = evaluate(eval_step, current.variables(), setup, config.eval_batches)
             log.validation(start, validation)
@@ -354,12 +322,12 @@ def _train(
         rows = metrics.read_rows(workdir / "metrics.jsonl")
         unit = "nats per token" if setup.tokenizer is not None else "nats"
         metrics.plot_losses({"": rows}, workdir / "plots" / "loss.png", unit=unit)
-    return Result(step, step >= config.steps, current, setup, validation)
+    return Result(step, step >= config.steps, current, setup, validation, stop.signal)
 
 
 def _begin(
     setup: Setup, checkpoints: Checkpoints, workdir: Path, initial: Initial | None
-) -> tuple[state.TrainState, Mapping[str, Any], int]:
+) -> _Begun:
     """The state to go on from, what else its checkpoint holds, and its step."""
     restored = checkpoints.restore(setup.abstract_state())
     if restored is None:

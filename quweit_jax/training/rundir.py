@@ -114,10 +114,14 @@ def _fit_mesh(config: Config, given: list[str]) -> None:
 
 def _data_changed(workdir: Path, setup: Setup) -> str:
     """What differs between a run's data and those there are now, '' where nothing is known to."""
-    before, now = _saved_fingerprint(workdir), setup.data.fingerprint
-    if not before or not now or before == now:
-        return ""
-    return f"the data has changed since this run began (fingerprint {before}, now {now})"
+    for what, key, now in (
+        ("data", "data_fingerprint", setup.data.fingerprint),
+        ("validation data", "validation_fingerprint", setup.data.validation_fingerprint),
+    ):
+        before = _saved_fingerprint(workdir, key) if now else None
+        if before and before != now:
+            return f"the {what} has changed since this run began (fingerprint {before}, now {now})"
+    return ""
 
 
 def _check_teacher(workdir: Path, setup: Setup) -> None:
@@ -130,7 +134,7 @@ def _check_teacher(workdir: Path, setup: Setup) -> None:
         )
 
 
-def _saved_fingerprint(workdir: Path, key: str = "data_fingerprint") -> str | None:
+def _saved_fingerprint(workdir: Path, key: str) -> str | None:
     """The fingerprint of the data, say, that a run began with; None where that is not known."""
     path = workdir / "environment.json"
     if not os.path.lexists(path):
@@ -212,6 +216,8 @@ def write_files(workdir: Path, setup: Setup) -> None:
     if setup.tokenizer is not None and not (workdir / "tokenizer.json").exists():
         files.replace_json(workdir / "tokenizer.json", setup.tokenizer.to_json())
     environment = describe_environment() | {"data_fingerprint": setup.data.fingerprint}
+    if setup.data.validation_fingerprint:
+        environment["validation_fingerprint"] = setup.data.validation_fingerprint
     if setup.teacher is not None:
         environment["teacher_fingerprint"] = setup.teacher.fingerprint
     files.replace_json(workdir / "environment.json", environment)

@@ -199,7 +199,7 @@ def assemble(
     Raises:
       InputError: a value is wrong, or the data cannot be read or don't fit the model.
     """
-    _check_numbers(config)
+    check_numbers(config)
     optimizer_config = from_mapping(OptimizerConfig, config.optimizer.to_dict(), "optimizer")
     distill_config = _distill_config(config)
     mesh_config = from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
@@ -284,7 +284,8 @@ def _check_dtype(setup: Setup) -> None:
         ) from None
 
 
-def _check_numbers(config: Config) -> None:
+def check_numbers(config: Config) -> None:
+    """Raises InputError if a number that every experiment has is out of its range."""
     check_types(config)
     for least, names in _AT_LEAST.items():
         for name in names:

@@ -301,3 +301,30 @@ def test_an_image_read_ahead_is_not_called_left_out(tmp_path):
     with pytest.raises(InputError):
         data.train[1]
     assert data.train.bad and not pipeline.left_out(data.train)
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"])
+def test_what_archives_and_servers_add_is_no_data(tmp_path, name):
+    """Neither a class nor thumbnails to train on."""
+    clean = pipeline.load(DataConfig("image_folder", path=str(image_folder(tmp_path / "a"))))
+    root = image_folder(tmp_path / "b")
+    for folder in (root / name, root / "cat" / name):
+        image_folder(folder, classes=("cat",))
+    found = pipeline.load(DataConfig("image_folder", path=str(root)))
+    assert found.fingerprint == clean.fingerprint and found.outputs == 2
+
+
+def test_other_validation_documents_have_another_fingerprint(tmp_path):
+    """Documents to validate on are not among those that the data's own fingerprint is made of."""
+
+    def found(validation):
+        for split, text in (("train", "some words to train on"), ("validation", validation)):
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / "a.txt").write_text(4 * text)
+        how = {"tokenizer": "byte", "validation_tokens": 60}
+        return pipeline.load(DataConfig("document_folder", path=str(tmp_path), **how), 4)
+
+    before, same, after = (found(text) for text in ("and others", "and others", "and otters"))
+    assert before.fingerprint == same.fingerprint == after.fingerprint
+    assert before.validation_fingerprint == same.validation_fingerprint
+    assert before.validation_fingerprint != after.validation_fingerprint

@@ -5,6 +5,7 @@ and nanoGPT's own file with the model's sizes inside.
 from collections import OrderedDict
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -36,6 +37,48 @@ def test_language_models_may_be_wrapped_too(tmp_path, kind):
     assert_same(pretrained.load(tmp_path, kind)[1], expected)
 
 
+@both
+@pytest.mark.parametrize("part", ["_orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module."])
+def test_single_blocks_may_be_wrapped(tmp_path, kind, part):
+    tensors = published_tensors(kind)
+    write(tmp_path, kind, tensors)
+    expected = pretrained.load(tmp_path, kind)[1]
+    block = {name.replace("layers.0.", f"layers.0.{part}"): v for name, v in tensors.items()}
+    write(tmp_path, kind, block)
+    assert_same(pretrained.load(tmp_path, kind)[1], expected)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model.", "backbone."])
+def test_a_vision_transformer_inside_of_a_training_program_s_module(tmp_path, prefix):
+    save_file(weights(), tmp_path / "plain.safetensors")
+    named = {prefix + name: value for name, value in weights().items()}
+    save_file(named, tmp_path / "inside.safetensors")
+    assert pretrained.kind_of(tmp_path / "inside.safetensors") == "deit"
+    expected, found = (loaded(tmp_path / f"{n}.safetensors") for n in ("plain", "inside"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@both
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: (50 * v).astype(np.int8),
+        lambda v: v > 0,
+        lambda v: v.astype(ml_dtypes.float8_e4m3fn),
+        lambda v: v * np.nan,
+        lambda v: (np.sign(v) * 1e8).astype(np.float16),
+    ],
+    ids=["int8", "bool", "float8", "NaN", "float16 overflowed"],
+)
+def test_numbers_that_are_no_weights_are_refused_by_name(tmp_path, kind, change):
+    tensors = published_tensors(kind)
+    name = next(name for name in tensors if "down_proj" in name)
+    with np.errstate(over="ignore"):
+        write(tmp_path, kind, tensors | {name: change(tensors[name])})
+    with pytest.raises(InputError, match=r"expected (real|finite) numbers|numbers of a type"):
+        pretrained.load(tmp_path, kind)
+
+
 def test_two_models_in_one_file_are_not_mixed(tmp_path):
     both_of_them = weights() | {"module." + name: value for name, value in weights(seed=1).items()}
     save_file(both_of_them, tmp_path / "a.safetensors")
@@ -49,7 +92,7 @@ def loaded(path, kind="deit"):
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
-    "name", ["model", "state_dict", "model_state_dict", "state_dict_ema", "model_ema"]
+    "name", ["model", "state_dict", "model_state_dict", "state_dict_ema", "model_ema", "module"]
 )
 def test_every_name_of_the_weights_in_a_file_of_torch(tmp_path, name, legacy):
     wrapped = {"_orig_mod." + key: value for key, value in weights().items()}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from quweit_jax.commands import cli, train
-from quweit_jax.errors import RunError
+from quweit_jax.errors import InputError, RunError
 from quweit_jax.training import checksums, loop, metrics, rundir, state
 from quweit_jax.training.checkpoints import Checkpoints
 from tests.conftest import assert_same_checkpoint, read_checkpoint
@@ -112,6 +112,35 @@ def test_a_second_interrupt_ends_it_with_a_sentence(
     assert ended.value.code == 130 and said[-1].startswith("error: interrupted")
     assert signal.getsignal(signal.SIGINT) is before
     assert_goes_on(tmp_path / "run", whole, tiny_config(SMALL))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_command_says_so_at_once_and_is_no_success(
+    tiny_arguments, tmp_path, monkeypatch, capsys, moment
+):
+    arguments = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'run'}", "--progress=off"]
+    with monkeypatch.context() as patch:
+        moment(patch, 1)
+        assert train.main(arguments) == 130
+    said = capsys.readouterr()
+    assert said.err.count("SIGINT: ") == 1 and "To go on: " in said.out
+
+
+def test_an_interrupt_after_the_last_step_leaves_a_complete_run(
+    tiny_arguments, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(checksums, "note", interrupting(checksums.note, 1, 3))
+    arguments = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'run'}", "--progress=off"]
+    assert train.main(arguments) == 0
+    assert rundir.is_finished(tmp_path / "run", 8) and "SIGINT: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["optimizer.learning_rate=-1", "mesh.data=3", "keep=0"])
+def test_nothing_is_announced_before_it_is_sure_to_begin(tiny_arguments, tmp_path, capsys, value):
+    arguments = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'run'}", f"--config.{value}"]
+    with pytest.raises(InputError):
+        train.main(arguments)
+    assert not capsys.readouterr().out and not (tmp_path / "run" / "config.json").exists()
 
 
 def remove(workdir: Path) -> None:

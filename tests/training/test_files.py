@@ -113,3 +113,21 @@ def test_a_file_is_replaced_whole_and_on_disk_before_it_has_its_name(tmp_path, m
     with pytest.raises(OSError, match="no"):
         files.replace_text(path, "other")
     assert path.read_text(encoding="utf-8") == '{\n  "name": "é"\n}\n'
+
+
+def test_what_lies_where_a_file_is_made_is_never_written_to(tmp_path):
+    """A pipe would wait for a reader, a link lead to another's file."""
+    other = tmp_path / "other.txt"
+    other.write_text("mine")
+    for number, make in enumerate((os.mkfifo, lambda path: path.symlink_to(other))):
+        path = tmp_path / f"{number}.json"
+        make(path.with_suffix(".tmp"))
+        files.replace_json(path, {"a": 1})
+        assert path.read_text() == '{\n  "a": 1\n}\n' and not path.is_symlink()
+    assert other.read_text() == "mine"
+
+
+def test_a_pipe_in_a_folder_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / files.LOCK)
+    assert not files.in_use(tmp_path)
+    files.sync(tmp_path / files.LOCK)

@@ -2,6 +2,7 @@
 alone, and what fails.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from quweit_jax.commands import sweep
 from quweit_jax.errors import InputError
+from quweit_jax.training import files
 from tests.conftest import REPOSITORY
 
 EXPERIMENT = """
@@ -178,3 +180,25 @@ def test_a_failing_point_does_not_stop_the_others(experiment, tmp_path):
         and "| finished |" in table[3]
         and "1 of 2 points finished" in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    "point", ["3", "'seed'", "[('seed', 1)]", "{'data.path': '\\ud800'}", "seed=-1", "seed=10**40"]
+)
+def test_a_point_that_cannot_be_trained_is_refused_before_any_is_begun(experiment, tmp_path, point):
+    file = experiment(f"    add(seed=0)\n    add({point})\n")
+    with pytest.raises(InputError, match=r"sweep\(add\)|seed: expected"):
+        sweep.main([f"--config={file}", f"--workdir={tmp_path / 'sweep'}"])
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_second_sweep_of_a_folder_waits_its_turn_or_is_refused(experiment, tmp_path, monkeypatch):
+    """It would take the points that the first one trains for failed, and write so."""
+    root = tmp_path / "sweep"
+    root.mkdir()
+    soon = functools.partial(files.exclusive, patience=0.1)
+    with files.exclusive(root):
+        monkeypatch.setattr(files, "exclusive", soon)
+        with pytest.raises(InputError, match="another process"):
+            sweep.main([f"--config={experiment()}", f"--workdir={root}"])
+    assert [path.name for path in root.iterdir()] == [files.LOCK]
