@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -116,14 +117,18 @@ def _flops(jaxpr: Jaxpr) -> int:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = math.prod(np.shape(eqn.invars[0].aval)[d] for d in contracted)
-            total += 2 * depth * math.prod(np.shape(eqn.outvars[0].aval))
+            depth = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
+            total += 2 * depth * math.prod(_shape(eqn.outvars[0]))
         elif eqn.primitive.name == "cond":
             total += max(_flops(branch.jaxpr) for branch in eqn.params["branches"])
         else:
             times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
             total += times * sum(map(_flops, _inner(eqn)))
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
