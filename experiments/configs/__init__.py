@@ -18,6 +18,7 @@ def published_budget(config: Config, size: str) -> None:
     config.model.context = 2048  # the published models'
     config.model.dtype = "bfloat16"  # half the bytes, and what accelerators multiply fastest
     config.model.remat = True  # activations are computed twice rather than kept
+    config.model.scan_layers = True  # a block is compiled once
     config.data.source = "tfds"
     config.data.name = "c4/en"  # the paper's SlimPajama is not in TFDS
     config.data.tokenizer = "bpe"  # of one's own; the published one needs its file

@@ -171,6 +171,7 @@ def summarize(result: Result, workdir: Path) -> None:
 
     from quweit_jax.data import pipeline
     from quweit_jax.deploy.pack import describe, describe_lines, packed_or_trained
+    from quweit_jax.models import stack
 
     if jax.process_index():
         return
@@ -194,7 +195,8 @@ def summarize(result: Result, workdir: Path) -> None:
     if jax.process_count() > 1:
         # the parameters are spread over processes; other commands read them from the checkpoint
         return
-    variables = jax.device_get(result.state.variables())
+    variables = stack.unstacked(jax.device_get(result.state.variables()))
+    setup = setup.unscanned()
     packed = packed_or_trained(setup.model, variables, setup.init_inputs)
     if "packed" in packed:
         print("\n".join(describe_lines(describe(setup.model, packed, setup.init_inputs))))
@@ -212,7 +214,7 @@ def sample(result: Result, variables: dict[str, PyTree]) -> str:
 
     from quweit_jax.deploy.generate import generate_tokens, stream_text
 
-    setup, config, tokenizer = result.setup, result.setup.config, result.setup.tokenizer
+    setup, config, tokenizer = result.setup.unscanned(), result.setup.config, result.setup.tokenizer
     assert tokenizer is not None
     prompt = np.asarray(setup.data.validation[0]["inputs"][:16])
     given = {"temperature": 0.8, "seed": config.seed}

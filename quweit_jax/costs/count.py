@@ -24,6 +24,7 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.models.options import LM_SIZES
 from quweit_jax.models.registry import MODELS, build
+from quweit_jax.models.stack import unscanned
 from quweit_jax.ops.counts import Costs, Elementwise, LayerCosts
 
 __all__ = [
@@ -91,7 +92,7 @@ def count(
         the model doesn't have.
     """
     model_config = _plain(model_config)
-    model: Any = build(model_config, outputs)
+    model: Any = unscanned(build(model_config, outputs))
     if not _reads_images(model_config):
         limit = model.config.context if getattr(model, "limited_context", True) else None
         context = int(model.config.context if context is None else context)

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from quweit_jax.layers import groups
+from quweit_jax.layers import groups, placement
 from quweit_jax.layers.costs import Call, activation, rms_norm
 from quweit_jax.layers.norms import Initializer, RMSNorm, normal
 from quweit_jax.layers.packing import Packable
@@ -58,7 +58,8 @@ class BitLinear(Packable):
             weights, scale = ternary.quantize_weights(kernel)
             packed = packed_ternary.pack_ternary(weights)
             self.write(kernel=packed, scale=scale, norm_scale=norm_scale)
-        return ternary.bit_linear(x, kernel, norm_scale, eps=self.epsilon)
+        gather = placement.weights()
+        return ternary.bit_linear(x, kernel, norm_scale, eps=self.epsilon, gather=gather)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Norm, rounding to int8 by the largest value, additions of int8 into int32 (at most one a

@@ -20,12 +20,14 @@ from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_p
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.mlp import GELUS
 from quweit_jax.layers.norms import normal
+from quweit_jax.layers.readout import Pieces, read_out
 from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
+from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import BYTES, Elementwise, LayerCosts
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig(ChannelMixers):
+class GPTConfig(ChannelMixers, Depth):
     """What decides a GPT's shape; the defaults are nanoGPT's for characters.
 
     mlp: 'dense', 'weightless' or 'none' for every block, or one for each block joined by '+':
@@ -45,7 +47,6 @@ class GPTConfig(ChannelMixers):
     gelu: str = "exact"
     epsilon: float = 1e-5
     tie_embeddings: bool = True
-    remat: bool = False
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -65,6 +66,7 @@ class GPTConfig(ChannelMixers):
             )
         if not 0 < self.epsilon < math.inf:
             raise InputError(f"model.epsilon: expected a positive number, found {self.epsilon}.")
+        self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.gelu", self.gelu, GELUS)
         check_choice("model.attention", self.attention, ATTENTIONS)
@@ -140,9 +142,10 @@ class GPT(nn.Module):
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Float32[Array, "B T V"]:
+        pieces: Pieces | None = None,
+    ) -> Float32[Array, "B T V"] | dict[str, Array]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
-        (B, T, V) float32.
+        (B, T, V) float32, or what `pieces` wants of them.
 
         With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
         cache holds.
@@ -169,15 +172,21 @@ class GPT(nn.Module):
             )  # unlike [:T], also of a T that is only a name (export)
         x = embed(tokens) + positions.astype(dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
-        block = nn.remat(GPTBlock, static_argnums=(3, 4)) if c.remat and not decode else GPTBlock
-        for i, kind in enumerate(c.mlps()):
-            x = block(c, kind, name=f"block_{i}")(x, valid, train, decode)
+        x = run_blocks(
+            lambda kind, name: GPTBlock(c, kind, name=name),
+            c.mlps(),
+            x,
+            (valid, train, decode),
+            depth=c,
+            decode=decode,
+        )
         x = nn.LayerNorm(epsilon=c.epsilon, use_bias=c.bias, dtype=dtype, name="final_norm")(x)
         if c.tie_embeddings:
-            return embed.attend(x).astype(jnp.float32)
-        return nn.Dense(
+            return read_out(embed, lambda head, x: head.attend(x), x, pieces)
+        head = nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
-        )(x).astype(jnp.float32)
+        )
+        return read_out(head, lambda head, x: head(x), x, pieces)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside, and a row of the positions a token, added."""

@@ -22,6 +22,7 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import groups, mlp
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import RMSNorm, normal
+from quweit_jax.layers.readout import Pieces, read_out
 from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
 from quweit_jax.models.options import (
     DTYPES,
@@ -31,6 +32,7 @@ from quweit_jax.models.options import (
     kinds_of_mlp,
     size_of,
 )
+from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts
 from quweit_jax.ops.recurrence import IMPLEMENTATIONS
 
@@ -38,7 +40,7 @@ groups.declare("no_decay", "lower_bounds")
 
 
 @dataclasses.dataclass(frozen=True)
-class MatMulFreeConfig(ChannelMixers):
+class MatMulFreeConfig(ChannelMixers, Depth):
     """What decides the shape; the published models are sizes '370m', '1.3b', '2.7b' with a
     vocabulary of 32,000.
 
@@ -57,19 +59,23 @@ class MatMulFreeConfig(ChannelMixers):
     hidden: int = 0
     epsilon: float = 1e-6
     recurrence: str = "auto"
-    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "context")
         check_positive(self, "width", "layers", "hidden", zero="the size's own")
+        self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.recurrence", self.recurrence, IMPLEMENTATIONS)
         if not self.epsilon > 0:
             raise InputError(
                 f"model.epsilon: expected a small positive number, found {self.epsilon}."
             )
-        kinds_of_mlp(self.mlp, self.sizes()[1])
+        self.mlps()
+
+    def mlps(self) -> tuple[str, ...]:
+        """The kind of each block's channel mixer."""
+        return kinds_of_mlp(self.mlp, self.sizes()[1])
 
     def sizes(self) -> tuple[int, int]:
         """Width and number of layers."""
@@ -146,9 +152,10 @@ class MatMulFree(nn.Module):
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Float32[Array, "B T V"]:
+        pieces: Pieces | None = None,
+    ) -> Float32[Array, "B T V"] | dict[str, Array]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
-        (B, T, V) float32.
+        (B, T, V) float32, or what `pieces` wants of them.
 
         With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
         cache has seen.
@@ -161,17 +168,18 @@ class MatMulFree(nn.Module):
         bounds = lower_bounds(
             self.param("lower_bounds", nn.initializers.zeros, (layers, width), jnp.float32)
         )
-        block = (
-            nn.remat(MatMulFreeBlock, static_argnums=(4,))
-            if c.remat and not decode
-            else MatMulFreeBlock
+        x = run_blocks(
+            lambda kind, name: MatMulFreeBlock(c, kind, name=name),
+            c.mlps(),
+            x,
+            (valid, decode),
+            (bounds,),
+            depth=c,
+            decode=decode,
         )
-        for i, kind in enumerate(kinds_of_mlp(c.mlp, layers)):
-            x = block(c, kind, name=f"block_{i}")(x, bounds[i], valid, decode)
         x = RMSNorm(c.epsilon, dtype, name="final_norm")(x)
-        return BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")(x).astype(
-            jnp.float32
-        )
+        head = BitLinear(c.vocab_size, epsilon=c.epsilon, dtype=dtype, name="head")
+        return read_out(head, lambda head, x: head(x), x, pieces)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside, and the gates' bounds, which the mixers read."""

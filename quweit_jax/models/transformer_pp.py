@@ -19,6 +19,7 @@ from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import normal
+from quweit_jax.layers.readout import Pieces, read_out
 from quweit_jax.models.options import (
     DTYPES,
     ChannelMixers,
@@ -27,11 +28,12 @@ from quweit_jax.models.options import (
     kinds_of_mlp,
     size_of,
 )
+from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import LayerCosts
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerPPConfig(ChannelMixers):
+class TransformerPPConfig(ChannelMixers, Depth):
     """What decides the shape; sizes are those of `MatMulFreeConfig`.
 
     size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads
@@ -51,7 +53,6 @@ class TransformerPPConfig(ChannelMixers):
     hidden: int = 0
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
-    remat: bool = False
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -67,6 +68,7 @@ class TransformerPPConfig(ChannelMixers):
             "hidden",
             zero="the size's own",
         )
+        self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
         for name in ("epsilon", "rope_theta"):
@@ -74,7 +76,7 @@ class TransformerPPConfig(ChannelMixers):
                 raise InputError(
                     f"model.{name}: expected a positive number, found {getattr(self, name)}."
                 )
-        width, layers, heads = self.sizes()
+        width, _, heads = self.sizes()
         if not self.head_width and (width % heads or (width // heads) % 2):
             raise InputError(
                 f"model.width: expected a multiple of twice the {heads} heads (rotary positions "
@@ -90,7 +92,11 @@ class TransformerPPConfig(ChannelMixers):
                 f"model.kv_heads: {heads} heads cannot share {self.kv_heads} heads of keys and "
                 "values equally."
             )
-        kinds_of_mlp(self.mlp, layers)
+        self.mlps()
+
+    def mlps(self) -> tuple[str, ...]:
+        """The kind of each block's channel mixer."""
+        return kinds_of_mlp(self.mlp, self.sizes()[1])
 
     def sizes(self) -> tuple[int, int, int]:
         """Width, number of layers and heads."""
@@ -173,15 +179,16 @@ class TransformerPP(nn.Module):
         *,
         train: bool = False,
         decode: bool = False,
-    ) -> Float32[Array, "B T V"]:
+        pieces: Pieces | None = None,
+    ) -> Float32[Array, "B T V"] | dict[str, Array]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
-        (B, T, V) float32.
+        (B, T, V) float32, or what `pieces` wants of them.
 
         With decode=True and a mutable 'cache' collection, T new tokens are read behind what the
         cache holds.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        width, layers, _ = c.sizes()
+        width = c.sizes()[0]
         if tokens.shape[1] > c.context:
             raise InputError(
                 f"TransformerPP: {tokens.shape[1]} tokens do not fit its context of {c.context}; "
@@ -191,17 +198,19 @@ class TransformerPP(nn.Module):
             c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding"
         )(tokens)
         positions = token_positions(self, tokens.shape, valid, decode)
-        block = (
-            nn.remat(TransformerPPBlock, static_argnums=(4,))
-            if c.remat and not decode
-            else TransformerPPBlock
+        x = run_blocks(
+            lambda kind, name: TransformerPPBlock(c, kind, name=name),
+            c.mlps(),
+            x,
+            (positions, valid, decode),
+            depth=c,
+            decode=decode,
         )
-        for i, kind in enumerate(kinds_of_mlp(c.mlp, layers)):
-            x = block(c, kind, name=f"block_{i}")(x, positions, valid, decode)
         x = nn.RMSNorm(c.epsilon, dtype, name="final_norm")(x)
-        return nn.Dense(
+        head = nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
-        )(x).astype(jnp.float32)
+        )
+        return read_out(head, lambda head, x: head(x), x, pieces)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """Those of the layers inside."""

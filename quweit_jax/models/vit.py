@@ -32,6 +32,7 @@ from quweit_jax.layers.drop_path import DropPath
 from quweit_jax.layers.integer import ActivationQuantizer, Quantized
 from quweit_jax.layers.norms import Initializer
 from quweit_jax.layers.packing import Packable
+from quweit_jax.layers.placement import hand_over
 from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.integer import straight_through
@@ -271,8 +272,9 @@ class ViT(Packable):
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, width)).astype(dtype), x], 1)
         x = x + self._positions(images.shape, width).astype(dtype)
         block = nn.remat(ViTBlock, static_argnums=(2,)) if c.remat else ViTBlock
+        x = hand_over(x)
         for i, (kind, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
-            x = block(c, kind, drop_path, name=f"block_{i}")(x, train)
+            x = hand_over(block(c, kind, drop_path, name=f"block_{i}")(x, train))
         x = nn.LayerNorm(dtype=dtype, name="final_norm")(x)
         x = x[:, 0] if c.pool == "cls" else x.mean(1)
         return nn.Dense(c.num_classes, kernel_init=KERNEL_INIT, dtype=dtype, name="head")(x).astype(
@@ -299,7 +301,7 @@ class ViT(Packable):
         )
         block = nn.remat(IntegerViTBlock, static_argnums=(2,)) if c.remat else IntegerViTBlock
         for i, (kind, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
-            x = block(c, kind, drop_path, name=f"block_{i}")(x, train)
+            x = hand_over(block(c, kind, drop_path, name=f"block_{i}")(hand_over(x), train))
         if c.pool == "cls":
             x = x.map(lambda a: a[:, 0])
         x = ActivationQuantizer(rounding=self.config.rounding, name="quant_final")(

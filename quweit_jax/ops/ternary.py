@@ -10,6 +10,7 @@ Dimensions: I inputs, O outputs, leading dimensions (...) are tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.export
@@ -19,6 +20,7 @@ from jaxtyping import Float, Float32, Int8, Shaped
 
 from quweit_jax.errors import InputError
 
+Gather = Callable[[Array], Array]
 EPSILON = 1e-6
 _SMALLEST = 1e-5  # of a token's largest activation and of a matrix's mean weight, as published
 
@@ -157,6 +159,7 @@ def bit_linear(
     norm_scale: Float[Array, " I"],
     *,
     eps: float = EPSILON,
+    gather: Gather | None = None,
 ) -> Float[Array, "*tokens O"]:
     """BitLinear, fused: quantize(rms_norm(x)) @ quantize(weight), gradients straight through both
     quantizers.
@@ -166,13 +169,14 @@ def bit_linear(
 
     Args:
       x: (..., I) floating. weight: (I, O) floating. norm_scale: (I,) of the RMSNorm. eps: under its
-        root.
+        root. gather: for weights that are divided over devices, int8 -1, 0, 1 (I, O) -> the same,
+        whole on each.
 
     Returns:
       (..., O) in x's dtype. Gradients have the dtypes of what they belong to.
     """
     check_shapes(x, weight, norm_scale)
-    return _bit_linear(x, weight, norm_scale, eps)
+    return _bit_linear(x, weight, norm_scale, eps, gather)
 
 
 def check_shapes(
@@ -214,21 +218,30 @@ def _normalized(x: Array, inverse_rms: Array, norm_scale: Array) -> Array:
     return x.astype(jnp.float32) * inverse_rms * norm_scale.astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _bit_linear(x: Array, weight: Array, norm_scale: Array, eps: float) -> Array:
-    return _bit_linear_forward(x, weight, norm_scale, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _bit_linear(
+    x: Array, weight: Array, norm_scale: Array, eps: float, gather: Gather | None
+) -> Array:
+    return _bit_linear_forward(x, weight, norm_scale, eps, gather)[0]
 
 
-def _bit_linear_forward(x: Array, weight: Array, norm_scale: Array, eps: float):
+def _whole_weights(weight: Array, gather: Gather | None) -> tuple[Array, Array]:
+    w_int, scale = quantize_weights(weight)
+    return w_int if gather is None else gather(w_int), scale
+
+
+def _bit_linear_forward(
+    x: Array, weight: Array, norm_scale: Array, eps: float, gather: Gather | None
+):
     inverse_rms: Array = _inverse_rms(x.astype(jnp.float32), eps)
     y_int, y_scale = quantize_activations(_normalized(x, inverse_rms, norm_scale))
-    w_int, w_scale = quantize_weights(weight)
+    w_int, w_scale = _whole_weights(weight, gather)
     out = (int_matmul(y_int, w_int) * (y_scale * w_scale)).astype(x.dtype)
     return out, (x, inverse_rms, weight, norm_scale)
 
 
 def _bit_linear_backward(
-    eps: float, kept: tuple[Array, Array, Array, Array], gradient: Array
+    eps: float, gather: Gather | None, kept: tuple[Array, Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array]:
     x, inverse_rms, weight, norm_scale = kept
     # The barrier keeps XLA from finding that these were computed in the forward pass, and from
@@ -237,7 +250,7 @@ def _bit_linear_backward(
         (x, inverse_rms, weight, gradient)
     )
     y_int, y_scale = quantize_activations(_normalized(x, inverse_rms, norm_scale))
-    w_int, w_scale = quantize_weights(weight)
+    w_int, w_scale = _whole_weights(weight, gather)
     dtype, axes = gradient.dtype, tuple(range(x.ndim - 1))
     quantized = (y_int * y_scale).astype(dtype)
     d_weight = jax.lax.dot_general(

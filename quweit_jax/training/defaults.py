@@ -51,6 +51,7 @@ def base_config() -> Config:
         "steps": 2000,  # optimizer steps in all
         "batch_size": 12,  # examples a step, over all devices
         "grad_accum": 1,  # equal parts in which a step's batch is computed
+        "loss_pieces": 0,  # in which the logits of a text are made; 0: as few as fit into 256 MB
         "log_every": 10,  # steps between rows of metrics
         "eval_every": 250,  # steps between evaluations
         "eval_batches": 0,  # batches an evaluation reads; 0: the whole validation split

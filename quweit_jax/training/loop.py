@@ -284,7 +284,9 @@ def _train(
     train_step, fit_steps = setup.train_step(current), setup.distill_config.fit_steps
     fit_step = setup.train_step(current, fitting=True) if fit_steps else train_step
     taught = [] if setup.teacher is None else [setup.teacher.variables]
-    eval_step = state.make_eval_step(setup.model.apply)
+    eval_step = state.make_eval_step(
+        setup.model.apply, setup.mesh, setup.loss_pieces(setup.eval_batch_size)
+    )
     validation, step = saved.get("validation"), start
     with (
         contextlib.closing(Log(setup, workdir, start, saved, progress)) as log,

@@ -5,6 +5,8 @@ Dimensions: B batch, T tokens (absent for classifiers), V vocabulary or classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -42,5 +44,9 @@ def cross_entropy(logits: Array, targets: Array, weights: Array | None = None) -
 
 def means(logits: Array, targets: Array) -> dict[str, Array]:
     """The means over the batch, float32 scalars: 'loss' and 'accuracy'; arguments as above."""
-    sums = cross_entropy(logits, targets)
+    return means_of(cross_entropy(logits, targets))
+
+
+def means_of(sums: Mapping[str, Array]) -> dict[str, Array]:
+    """'loss' and 'accuracy' of the sums of `cross_entropy`."""
     return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from quweit_jax.config import Config, flat, from_dict, from_mapping, set_value, to_dict
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
+from quweit_jax.models import stack
 from quweit_jax.reading import read_json
 from quweit_jax.training import checksums, defaults, files, metrics, sharding
 from quweit_jax.training.checkpoints import Checkpoints, check_path
@@ -100,7 +101,8 @@ def open_run(
     changed = _data_changed(workdir, setup)
     if changed:
         logging.warning("%s; what follows is of the data that are there now.", changed)
-    return OpenRun(setup, restored[0].variables(), wanted, damaged, changed)
+    variables = stack.unstacked(restored[0].variables())
+    return OpenRun(setup.unscanned(), variables, wanted, damaged, changed)
 
 
 def _fit_mesh(config: Config, given: list[str]) -> None:

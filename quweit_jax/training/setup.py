@@ -20,6 +20,7 @@ from quweit_jax.data.pipeline import Dataset, load
 from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, first_line
+from quweit_jax.models import stack
 from quweit_jax.training import distill, sharding, state
 from quweit_jax.training.defaults import check_types
 from quweit_jax.training.distill import DistillConfig
@@ -30,8 +31,9 @@ Variables = Mapping[str, PyTree]
 _AT_LEAST = {
     1: ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "eval_batch_size")
     + ("checkpoint_every", "keep"),
-    0: ("eval_batches", "prefetch", "sample_tokens"),
+    0: ("eval_batches", "prefetch", "sample_tokens", "loss_pieces"),
 }
+_LOGIT_BYTES = 2**28
 _NEEDS_TEACHER = (
     "teacher: expected it to be read, as the train command does; give loop.fit "
     "teacher=quweit_jax.commands.train.teacher(config.teacher). Elsewhere go without it, by "
@@ -71,6 +73,17 @@ class Setup:
             return np.zeros((1, *self.data.image_shape), np.float32)
         return self.data.fit_batch()
 
+    def loss_pieces(self, batch_size: int) -> int:
+        """The pieces in which the logits of so many texts are made: as configured, or the fewest
+        that keep a device's within 256 MB.
+        """
+        context = self.config.model.get("context")
+        if self.config.get("loss_pieces") or self.tokenizer is None or context is None:
+            return self.config.get("loss_pieces") or 1
+        texts = max(1, batch_size // sharding.batch_shards(self.mesh))
+        most = max(1, _LOGIT_BYTES // (4 * texts * self.data.outputs))  # tokens of a piece
+        return next(n for n in range(1, context + 1) if context % n == 0 and context // n <= most)
+
     @property
     def eval_batch_size(self) -> int:
         """The configured evaluation batch, rounded up to what the mesh divides."""
@@ -86,7 +99,14 @@ class Setup:
         fresh = self._state(state.init_state)
         if initial is None:
             return fresh
-        return state.replace_variables(fresh, initial(fresh.variables()))
+        given = initial(stack.unstacked(fresh.variables()))
+        if stack.is_scanned(self.model):
+            given = stack.stacked(given, self.model.config.mlps())  # type: ignore[attr-defined]
+        return state.replace_variables(fresh, given)
+
+    def unscanned(self) -> Setup:
+        """The same for variables that `models.stack.unstacked` gave: what reads a trained model."""
+        return dataclasses.replace(self, model=stack.unscanned(self.model))
 
     def abstract_state(self) -> state.TrainState:
         """Shapes, dtypes and shardings of `init_state`."""
@@ -113,7 +133,8 @@ class Setup:
         Raises:
           InputError: the config names a teacher, and this setup has none.
         """
-        learns: dict[str, Any] = {}
+        pieces = self.loss_pieces(self.config.batch_size // self.config.grad_accum)
+        learns: dict[str, Any] = {"objective": state.cross_entropy(self.model, pieces)}
         if self.teacher is not None and fitting:
             new = distill.new_mixers(current.params, self.teacher.variables["params"])
             learns["objective"] = distill.fitted(self.model, self.teacher.model)
@@ -129,6 +150,7 @@ class Setup:
             self.optimizer,
             state_shardings=jax.tree.map(lambda leaf: leaf.sharding, current),
             mesh=self.mesh,
+            pack_ternary=self.config.mesh.get("pack_ternary", True),
             ema=self.optimizer_config.ema,
             grad_accum=self.config.grad_accum,
             spectral_penalty=self.optimizer_config.spectral_penalty,
@@ -214,6 +236,7 @@ def assemble(
         distill_config,
     )
     _check_dtype(made)
+    _check_layout(made)
     return made
 
 
@@ -228,6 +251,21 @@ def _distill_config(config: Config) -> DistillConfig:
             "--config.teacher, or leave it at 0."
         )
     return made
+
+
+def _check_layout(setup: Setup) -> None:
+    """Checks that pieces divide a text, and that a student's blocks have the teacher's names."""
+    config, context = setup.config, setup.config.model.get("context")
+    if (pieces := config.get("loss_pieces", 0)) > 1 and (context is None or context % pieces):
+        what = f"a text has {context} tokens" if context else "only language models have texts"
+        raise InputError(
+            f"loss_pieces: expected a number that divides a text, found {pieces}; {what}. 0 chooses."
+        )
+    if config.get("teacher") and stack.is_scanned(setup.model):
+        raise InputError(
+            "teacher: a student's blocks are compared one by one; set "
+            "--config.model.scan_layers=false."
+        )
 
 
 def _check_dtype(setup: Setup) -> None:

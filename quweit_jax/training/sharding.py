@@ -8,9 +8,10 @@ at the end of a path.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -21,6 +22,10 @@ from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError
+from quweit_jax.ops.packed_ternary import WEIGHTS_PER_BYTE, pack_ternary, unpack_ternary
+
+# Where the variables of scanned blocks are, with an axis of layers in front.
+_SCANNED = re.compile(r"(^|/)blocks_\d+/")
 
 AXES = ("data", "fsdp", "tensor")
 # The first rule whose pattern is found in 'path/to/leaf' wins; dims that a mesh axis does not
@@ -40,13 +45,15 @@ RULES: tuple[tuple[str, P], ...] = (
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh's axes; -1 takes the devices that are left. Parameters of more than
-    `fsdp_size_limit` elements never stay whole.
+    `fsdp_size_limit` elements never stay whole. pack_ternary: whether ternary weights that are
+    divided over fsdp travel at 2 bits each (where tensor is 1).
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     fsdp_size_limit: int = 2**18
+    pack_ternary: bool = True
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
@@ -109,8 +116,9 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, size_limit: int) -> 
         dimension can be divided by it.
     """
     rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
+    layers = int(bool(_SCANNED.search(name) and shape))  # an axis that is never divided
     dims: list[str | tuple[str, ...] | None] = [None] * len(shape)
-    for i, axes in enumerate(rule[: len(shape)]):
+    for i, axes in enumerate(rule[: len(shape) - layers], layers):
         kept: list[str] = []
         for axis in axes if isinstance(axes, tuple) else (axes,):
             if (
@@ -120,9 +128,9 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, size_limit: int) -> 
             ):
                 kept.append(axis)
         dims[i] = tuple(kept) if len(kept) > 1 else (kept[0] if kept else None)
-    if any(dims) or math.prod(shape) <= size_limit or mesh.shape["fsdp"] == 1:
+    if any(dims) or math.prod(shape[layers:]) <= size_limit or mesh.shape["fsdp"] == 1:
         return P(*dims)
-    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+    for i in sorted(range(layers, len(shape)), key=lambda i: -shape[i]):
         if shape[i] % mesh.shape["fsdp"] == 0:
             dims[i] = "fsdp"
             return P(*dims)
@@ -145,6 +153,36 @@ def shardings_for(tree: PyTree, mesh: Mesh, size_limit: int) -> PyTree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are divided over the data and fsdp axes."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def hand_over(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """For `layers.placement.placing`: activations (B, T, d) are divided as examples are, in the
+    backward pass as well.
+    """
+    where = batch_sharding(mesh)
+
+    def place(x: jax.Array) -> jax.Array:
+        if x.shape[0] % batch_shards(mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, where)
+
+    return place
+
+
+@functools.cache
+def packed_gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """For `layers.placement.placing`: ternary weights, int8 (I, O), are packed where they lie, sent
+    to every device at 2 bits each, and unpacked there.
+    """
+
+    def gather(weights: jax.Array) -> jax.Array:
+        if weights.shape[0] % (WEIGHTS_PER_BYTE * mesh.shape["fsdp"]):
+            return weights  # a byte would hold weights of two devices
+        packed = pack_ternary(weights)
+        whole = jax.lax.with_sharding_constraint(packed, NamedSharding(mesh, P()))
+        return unpack_ternary(whole, weights.shape[0])
+
+    return gather
 
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

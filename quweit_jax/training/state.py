@@ -5,6 +5,8 @@ Dimensions: B batch, A accumulation steps.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +23,9 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from quweit_jax.data.augment import AugmentConfig
+from quweit_jax.layers.placement import placing
+from quweit_jax.layers.readout import Pieces
+from quweit_jax.models import stack
 from quweit_jax.training import losses, mixing, optimizers, sharding
 
 # Collections that a model changes while it is trained: the running ranges of integer models.
@@ -68,7 +73,7 @@ def make_init(
 
     def init(inputs: Array) -> TrainState:
         init_key, step_key = jax.random.split(jax.random.key(seed))
-        variables = dict(model.init(init_key, inputs))
+        variables = dict(initialize(model, init_key, inputs))
         params = variables.pop("params")
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -80,6 +85,14 @@ def make_init(
         )
 
     return init
+
+
+def initialize(model: nn.Module, key: Array, inputs: Array) -> dict[str, PyTree]:
+    """`model.init`; a model that scans its blocks starts where one with a module a block does."""
+    drawn = dict(stack.unscanned(model).init(key, inputs))
+    if not stack.is_scanned(model):
+        return drawn
+    return stack.stacked(drawn, model.config.mlps())  # type: ignore[attr-defined]
 
 
 def init_state(
@@ -176,14 +189,22 @@ def apply_training(
     )
 
 
-def cross_entropy(model: nn.Module) -> Objective:
-    """What is learned without a teacher: the mean cross-entropy."""
+def cross_entropy(model: nn.Module, pieces: int = 1) -> Objective:
+    """What is learned without a teacher: the mean cross-entropy.
+
+    pieces: in which the logits of a language model are made and read, see `layers.readout`.
+    """
 
     def objective(
         variables: PyTree, inputs: Array, targets: Array, key: Array
     ) -> tuple[Array, dict[str, Array], PyTree]:
-        logits, moved = apply_training(model, variables, inputs, key)
-        metrics = losses.means(logits, targets)
+        if pieces == 1:
+            logits, moved = apply_training(model, variables, inputs, key)
+            metrics = losses.means(logits, targets)
+        else:
+            wanted = Pieces(pieces, targets, losses.cross_entropy)
+            sums, moved = apply_training(model, variables, inputs, key, pieces=wanted)
+            metrics = losses.means_of(sums)  # type: ignore[arg-type]
         return metrics["loss"], metrics, moved
 
     return objective
@@ -197,6 +218,7 @@ def make_train_step(
     grad_accum: int = 1,
     state_shardings: PyTree = None,
     mesh: Mesh | None = None,
+    pack_ternary: bool = False,
     augment: AugmentConfig | None = None,
     spectral_penalty: float = 0.0,
     objective: Objective | None = None,
@@ -205,7 +227,7 @@ def make_train_step(
     """The jitted step: (state, batch) -> (state, metrics). The state's buffers are reused
     (donated).
 
-    augment: for classifiers, how batches are mixed and labels smoothed. spectral_penalty: see
+    pack_ternary: see `MeshConfig`. augment: for classifiers, how batches are mixed and labels smoothed. spectral_penalty: see
     `OptimizerConfig`; the metrics are without it. objective: what is made small, the cross-entropy
     if None; what else it reads the step is given after the batch. trains: says of a parameter's
     path whether it may move (None: all).
@@ -226,7 +248,8 @@ def make_train_step(
                 inputs, targets, model.config.num_classes, augment, mix_key
             )  # type: ignore[attr-defined]
         variables = {"params": params, **constants}
-        loss, metrics, moved = objective(variables, inputs, targets, key, *more)
+        with _placed(mesh, pack_ternary):
+            loss, metrics, moved = objective(variables, inputs, targets, key, *more)
         if spectral_penalty:
             loss = loss + spectral_penalty * optimizers.spectral_penalty(params)
         return loss, (metrics, moved)
@@ -269,16 +292,33 @@ def _only(updates: PyTree, trains: Callable[[KeyPath], bool]) -> PyTree:
     )
 
 
-def make_eval_step(apply: Callable[..., Any]) -> EvalStep:
+def _placed(mesh: Mesh | None, pack_ternary: bool) -> contextlib.AbstractContextManager[None]:
+    """What is traced inside divides its activations as a mesh of several devices divides batches,
+    and ternary weights travel packed.
+    """
+    if mesh is None or sharding.batch_shards(mesh) == 1:
+        return contextlib.nullcontext()
+    packs = pack_ternary and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
+    return placing(sharding.hand_over(mesh), sharding.packed_gather(mesh) if packs else None)
+
+
+def make_eval_step(
+    apply: Callable[..., Any], mesh: Mesh | None = None, pieces: int = 1
+) -> EvalStep:
     """The jitted evaluation of one batch with `weights`: (variables, batch) -> the sums of
     `losses.cross_entropy`.
 
-    apply: (variables, inputs) -> logits, such as `model.apply`.
+    apply: (variables, inputs) -> logits, such as `model.apply`. mesh: on which batches are divided.
+    pieces: in which the logits of a language model are made, see `layers.readout`.
     """
 
     def step(variables: Mapping[str, PyTree], batch: Batch) -> Batch:
-        logits = apply(variables, batch["inputs"])
-        return losses.cross_entropy(logits, batch["targets"], batch["weights"])
+        inputs, targets, weights = batch["inputs"], batch["targets"], batch["weights"]
+        summed = functools.partial(losses.cross_entropy, weights=weights)
+        with _placed(mesh, False):
+            if pieces > 1:
+                return apply(variables, inputs, pieces=Pieces(pieces, targets, summed))
+            return summed(apply(variables, inputs), targets)
 
     return jax.jit(step)
 
