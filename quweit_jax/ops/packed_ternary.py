@@ -137,7 +137,8 @@ def check_packed(
     """
     tiles, rows, lanes = packed.shape
     fits = lanes % _LANES == 0 and rows == -(-inputs // WEIGHTS_PER_WORD)
-    if not fits or not (tiles - 1) * lanes < outputs <= tiles * lanes and (outputs or packed.size):
+    holds = (tiles - 1) * lanes < outputs <= tiles * lanes or not (outputs or packed.size)
+    if not fits or not holds:
         raise InputError(
             f"{where}: {inputs} inputs and {outputs} outputs are words of shape "
             f"{list(packed_shape(inputs, outputs))}, found {list(packed.shape)}."

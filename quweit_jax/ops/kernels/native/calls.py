@@ -73,8 +73,10 @@ def _by_tokens(handler: str, num_outputs: int, step: int | None = None) -> Calla
     @call.def_vmap
     def mapped(size: int, is_mapped: Sequence[bool], tokens: Array, *weights: Array):
         if not is_mapped[0] or any(is_mapped[1:]):
-            several = [a if m else jnp.broadcast_to(a, (size, *a.shape))
-                       for a, m in zip((tokens, *weights), is_mapped)]
+            several = [
+                a if m else jnp.broadcast_to(a, (size, *a.shape))
+                for a, m in zip((tokens, *weights), is_mapped)
+            ]
             return jax.lax.map(lambda one: call(*one), tuple(several)), True
         flat = call(tokens.reshape(-1, tokens.shape[2]), *weights)
         return flat.reshape(size, tokens.shape[1], num_outputs), True
