@@ -121,7 +121,7 @@ def product_calls(inputs: int, outputs: int, tokens: int):
 def block_calls(width: int, tokens: int):
     x = jax.random.normal(jax.random.key(0), (tokens, width))
     layers = {
-        "dense MLP, float32": MLP(width),
+        "dense MLP, float32": MLP(),
         "LookupGLU": LookupGLU(width),
         "LookupGLU, vectors": LookupGLU(width, sum="vector"),
     }
