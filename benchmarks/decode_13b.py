@@ -43,12 +43,12 @@ def packed_variables(model, rng: np.random.Generator):
 
 
 def constant(leaf: jax.ShapeDtypeStruct, rng: np.random.Generator):
-    """Four random weights a byte, a scale, or those of a norm."""
-    if leaf.dtype != jnp.uint8:
+    """Words of sixteen random weights, a scale, or those of a norm."""
+    if leaf.dtype != jnp.uint32:
         return jnp.full(leaf.shape, 1.0 if leaf.shape else 0.02, leaf.dtype)
-    # A random byte of codes 0, 1, 2: three of four codes are kept, 3 becomes 1.
-    codes = rng.integers(0, 256, leaf.shape, np.uint8)
-    codes &= ~((codes & (codes >> 1) & 0x55) << 1)
+    # Random codes 0, 1, 2: three of four codes are kept, 3 becomes 1.
+    codes = rng.integers(0, 2**32, leaf.shape, np.uint32)
+    codes &= ~((codes & (codes >> 1) & 0x55555555) << 1)
     return jnp.asarray(codes)
 
 

@@ -372,7 +372,9 @@ def byte_layouts(colors: Colors) -> Figure:
     )
     tables = np.asarray(packed_lut.pack_tables(jnp.asarray(table)))[0]
     weights = np.asarray([[1], [-1], [0], [1]], np.int8)
-    byte = int(np.asarray(packed_ternary.pack_ternary(weights))[0, 0])
+    spread = np.zeros((16, 1), np.int8)
+    spread[::4] = weights  # the inputs that share the lowest byte of their word
+    byte = int(packed_ternary.pack_ternary(spread)[0, 0, 0]) & 0xFF
     figure, (axis,) = canvas(colors, 7.2, 4.2)
     bare(axis, 14.4, 8.4)
 

@@ -25,6 +25,7 @@ from quweit_jax.ops import (
     integer,
     integer_norm,
     lut,
+    packed_glu,
     packed_lut,
     packed_ternary,
     pair_table,
@@ -105,6 +106,7 @@ TABLES = jax.random.uniform(KEY, (7, 4), minval=-1.0)
 PACKED = packed_lut.pack_tables(TABLES)
 WEIGHT = jax.random.normal(KEY, (5, 4))
 ONES_INT8 = jnp.ones((2, 3, 5), jnp.int8)
+WORDS_OF_5 = packed_ternary.pack_ternary(jnp.ones((5, 16), jnp.int8))
 WHOLE = jnp.round(8 * X)
 INTS = jnp.abs(WHOLE).astype(jnp.int32)
 WORDS = INTS.astype(jnp.uint32)
@@ -194,13 +196,17 @@ CALLS = {
     "check_shapes": (ternary.check_shapes, (X, WEIGHT, jnp.ones(5)), {}),
     "pack_ternary": (packed_ternary.pack_ternary, (jnp.ones((5, 4), jnp.int8),), {}),
     "pack_ternary on the host": (packed_ternary.pack_ternary, (np.ones((5, 4), np.int8),), {}),
-    "unpack_ternary": (packed_ternary.unpack_ternary, (jnp.ones((2, 4), jnp.uint8), 5), {}),
-    "packed_matmul": (packed_ternary.packed_matmul, (ONES_INT8, jnp.ones((2, 4), jnp.uint8)), {}),
-    "packed_matmul scaled": (
-        packed_ternary.packed_matmul,
-        (ONES_INT8, jnp.ones((2, 4), jnp.uint8), X[..., :1]),
-        {},
+    "unpack_ternary": (packed_ternary.unpack_ternary, (WORDS_OF_5, 5, 4), {}),
+    "packed_shape": (packed_ternary.packed_shape, (5, 4), {}),
+    "check_packed": (packed_ternary.check_packed, ("", WORDS_OF_5, 5, 4), {}),
+    "packed_sums": (packed_ternary.packed_sums, (ONES_INT8, WORDS_OF_5), {"num_outputs": 4}),
+    "packed_matmul": (packed_ternary.packed_matmul, (ONES_INT8, WORDS_OF_5), {}),
+    "packed_glu": (
+        packed_glu.packed_glu,
+        (ONES_INT8, WORDS_OF_5, jnp.ones(6, jnp.int16), jnp.ones((1, 4, 4), jnp.int8), WORDS_OF_5),
+        {"step": 3, "num_outputs": 7},
     ),
+    "packed_matmul scaled": (packed_ternary.packed_matmul, (ONES_INT8, WORDS_OF_5, X[..., :1]), {}),
     "magnitude": (int64.magnitude, (INTS,), {}),
     "multiply": (int64.multiply, (WORDS, WORDS[0]), {}),
     "dyadic": (int64.dyadic, (SCALE, jnp.ones(5)), {}),

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from quweit_jax.deploy.tables import Tree, at, find_blocks
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import stored_bytes
-from quweit_jax.ops.packed_ternary import WEIGHTS_PER_BYTE
+from quweit_jax.ops.packed_ternary import WEIGHTS_PER_WORD
 
 
 def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
@@ -126,7 +126,7 @@ def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> dic
     written: dict[str, Array | np.ndarray] = flatten_dict(packed["packed"], sep="/")  # type: ignore[assignment]
     ternary = [leaf for path, leaf in written.items() if not path.startswith(above)]
     if ternary and not integer:
-        weights = WEIGHTS_PER_BYTE * sum(leaf.size for leaf in ternary if leaf.dtype == np.uint8)
+        weights = WEIGHTS_PER_WORD * sum(leaf.size for leaf in ternary if leaf.dtype == np.uint32)
         facts |= {"ternary_bytes": stored_bytes(ternary), "ternary_weights": weights}
     return facts | {"model_bytes": stored_bytes(packed)}
 

@@ -39,6 +39,7 @@ from quweit_jax.data.pipeline import Dataset
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, nearest, require
 from quweit_jax.ops.counts import stored_bytes
+from quweit_jax.ops.kernels.choice import compiling_for
 from quweit_jax.reading import shown, why
 
 Tree: TypeAlias = dict[str, PyTree]  # variables, or a state
@@ -115,7 +116,8 @@ def to_program(
     check(variables, platforms)
     function = jax.jit(lambda x: apply(_inside(variables), x))
     abstract = _abstract(given.shape, given.dtype, jax.export.SymbolicScope(given.limits))
-    return jax.export.export(function, platforms=tuple(platforms))(abstract)
+    with compiling_for("cpu", portable=True):
+        return jax.export.export(function, platforms=tuple(platforms))(abstract)
 
 
 def to_step_program(
@@ -140,9 +142,10 @@ def to_step_program(
     state = jax.tree.map(
         lambda s: _abstract(s["shape"], s["dtype"], scope), state_shapes(model), is_leaf=_is_shape
     )
-    return jax.export.export(jax.jit(step), platforms=tuple(platforms))(
-        _abstract(("b", 1), "int32", scope), state
-    )
+    with compiling_for("cpu", portable=True):
+        return jax.export.export(jax.jit(step), platforms=tuple(platforms))(
+            _abstract(("b", 1), "int32", scope), state
+        )
 
 
 def _inside(variables: Tree) -> Tree:

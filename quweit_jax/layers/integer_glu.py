@@ -41,9 +41,10 @@ class IntegerLookupGLU(LookupGLU):
             mix, offsets, halfway, tables, total, bias = self.read(
                 "mix", "offsets", "halfway", "tables", "sum", "bias"
             )
-            sums = integer.matmul_units(x.ints, packed_ternary.unpack_ternary(mix, width)) - offsets
+            ternary_mix = packed_ternary.unpack_ternary(mix, width, offsets.shape[0])
+            sums = integer.matmul_units(x.ints, ternary_mix) - offsets
             read = self._entries(pair_table.count_codes(sums, halfway), tables)
-            whole = packed_ternary.unpack_ternary(total, read.shape[-1])
+            whole = packed_ternary.unpack_ternary(total, read.shape[-1], self.features)
             return Quantized(integer.matmul_units(read, whole) + bias)
         mix, total, offsets, bias = self._parameters(width)
         tables, entries = self._tables(width)

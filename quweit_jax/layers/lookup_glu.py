@@ -25,6 +25,7 @@ from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.ops import packed_ternary, pair_table, ternary
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.integer import straight_through
+from quweit_jax.ops.packed_glu import packed_glu
 
 SUMS = ("ternary", "vector", "int8")
 groups.declare("no_decay", "gates", "offsets")
@@ -141,15 +142,17 @@ class LookupGLU(Packable):
         mix, offsets, tables, total, scale, bias = self.read(
             "mix", "offsets", "tables", "sum", "scale", "bias"
         )
-        sums = packed_ternary.packed_matmul(x.astype(jnp.int8), mix) - offsets.astype(jnp.float32)
-        out = packed_ternary.packed_matmul(self._gate(sums, tables, x.shape[-1]), total)
-        return (out * scale + bias).astype(self.dtype)
+        step, x = self._step(x.shape[-1]), x.astype(jnp.int8)
+        out = packed_glu(x, mix, offsets, tables, total, step=step, num_outputs=self.features)
+        return (out.astype(jnp.float32) * scale + bias).astype(self.dtype)
 
     def _bits(self, x: Array) -> Array:
         """The variants: ternary sums into tables of bits."""
         width = x.shape[-1]
         if self.is_packed:
-            sums = packed_ternary.packed_matmul(x.astype(jnp.int8), *self.read("mix"))
+            sums = packed_ternary.packed_matmul(
+                x.astype(jnp.int8), *self.read("mix"), num_outputs=self.units(width)
+            )
         else:
             shape = (width, self.units(width))
             mix = self.param("mix", normal(self.mix_init), shape, jnp.float32)
@@ -174,9 +177,12 @@ class LookupGLU(Packable):
 
     def _gate(self, sums: Array, tables: Array, width: int) -> Array:
         """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
-        step = max(1, round(self.code_step / _unit(width)))
-        codes: Array = pair_table.codes(sums, step, self.code_bits)
+        codes: Array = pair_table.codes(sums, self._step(width), self.code_bits)
         return self._entries(codes, tables)
+
+    def _step(self, width: int) -> int:
+        """The distance of neighboring codes in the sums of a width."""
+        return max(1, round(self.code_step / _unit(width)))
 
     def _entries(self, codes: Array, tables: Array) -> Array:
         """Codes (..., 2 H) -> the entries that each unit's pair addresses, (..., H)."""
@@ -251,7 +257,7 @@ class LookupGLU(Packable):
             call.kind,
             part,
             additions={INT: call.rows * inputs * outputs},
-            stored={"2-bit": outputs * -(-inputs // packed_ternary.WEIGHTS_PER_BYTE), **scales},
+            stored={"2-bit": packed_ternary.packed_bytes(inputs, outputs), **scales},
             activations=call.rows * inputs + wrote,
             parameters=inputs * outputs + biases,
         )

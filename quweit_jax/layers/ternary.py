@@ -2,7 +2,7 @@
 and the gated linear unit.
 
 Each BitLinear has two forms: from `params`, a float kernel that is made ternary as it is used, and
-from `packed` (see `layers.packing`), four weights a byte.
+from `packed` (see `layers.packing`), two bits a weight.
 
 Dimensions: B batch, T tokens, d model width, I inputs, O outputs.
 """
@@ -50,7 +50,10 @@ class BitLinear(Packable):
             kernel, scale, norm_scale = self.read("kernel", "scale", "norm_scale")
             normed = ternary.rms_norm(x.astype(jnp.float32), norm_scale, eps=self.epsilon)
             x_int, x_scale = ternary.quantize_activations(normed)
-            return packed_ternary.packed_matmul(x_int, kernel, x_scale * scale).astype(self.dtype)
+            product = packed_ternary.packed_matmul(
+                x_int, kernel, x_scale * scale, num_outputs=self.features
+            )
+            return product.astype(self.dtype)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         norm_scale = self.param("norm_scale", nn.initializers.ones, shape[:1], jnp.float32)
@@ -69,7 +72,7 @@ class BitLinear(Packable):
         # The largest magnitude, and clamping on both sides.
         counts = Elementwise.of(FLOAT, call.size, divisions=call.rows)
         rounding = call.row("requantize", "round", elementwise=counts, comparisons=3 * call.size)
-        packed = -(-inputs // packed_ternary.WEIGHTS_PER_BYTE) * outputs
+        packed = packed_ternary.packed_bytes(inputs, outputs)
         total = call.row(
             call.kind,
             additions={"int32": call.size * outputs},

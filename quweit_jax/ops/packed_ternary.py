@@ -1,6 +1,8 @@
-"""Ternary matrices as deployed: four weights a byte.
+"""Ternary matrices as deployed: two bits a weight, sixteen weights a word.
 
-Matrices are (inputs, outputs), as Flax keeps them.
+Matrices are (inputs, outputs), as Flax keeps them. Packed they lie in tiles of up to 128 outputs,
+each from its first input to its last, so that a product reads memory once and in order: a lane, of
+a CPU's vector register, a TPU's or a GPU's, is an output.
 
 Dimensions: I inputs, O outputs, leading dimensions (...) are tokens.
 """
@@ -17,27 +19,52 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jaxtyping import Float, Float32, Int, Int8, UInt8
+from jaxtyping import Float, Float32, Int, Int8, Int32, UInt32
 
 from quweit_jax.errors import InputError
+from quweit_jax.ops.kernels import choice
+from quweit_jax.ops.kernels.native import calls, library
 from quweit_jax.ops.ternary import int_matmul
 
-WEIGHTS_PER_BYTE = 4
-_TILE_BYTES = 2**20  # of a packed matrix that are unpacked at a time
+WEIGHTS_PER_WORD = 16
+MAX_LANES = 128  # outputs of a tile
+_LANES = 16  # whose multiples tiles have
+# Of the weight of input 16 k + 4 j + b in its word: neighbors are in neighboring bytes.
+_SHIFTS = tuple(8 * b + 2 * j for j in range(4) for b in range(4))
+_IMPLEMENTATIONS = {
+    "native": choice.native(library.hindrance),
+    "xla": choice.anywhere,
+    "reference": choice.anywhere,
+}
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
+
+
+def packed_shape(num_inputs: int, num_outputs: int) -> tuple[int, int, int]:
+    """(tiles, rows, lanes) of a packed matrix: a row of words holds 16 inputs, a lane an output.
+
+    Tiles are as few as 128 lanes allow and all have one width, a multiple of 16.
+    """
+    tiles = -(-num_outputs // MAX_LANES)
+    lanes = -(-num_outputs // (max(tiles, 1) * _LANES)) * _LANES
+    return tiles, -(-num_inputs // WEIGHTS_PER_WORD), lanes
+
+
+def packed_bytes(num_inputs: int, num_outputs: int) -> int:
+    """Bytes of a packed matrix."""
+    return 4 * math.prod(packed_shape(num_inputs, num_outputs))
 
 
 def _numpy_of(array: Array | np.ndarray) -> ModuleType:
     return np if isinstance(array, np.ndarray) else jnp
 
 
-def pack_ternary(w_int: Int[AnyArray, "I O"]) -> UInt8[AnyArray, "(I+3)//4 O"]:
-    """Packs a ternary matrix (I, O) into uint8 (ceil(I / 4), O), four weights a byte.
+def pack_ternary(w_int: Int[AnyArray, "I O"]) -> UInt32[AnyArray, "tiles rows lanes"]:
+    """Packs a ternary matrix (I, O) into uint32 `packed_shape(I, O)`, sixteen weights a word.
 
-    Byte [k, o] holds weights [4 k + j, o] for j = 0..3 in its bits 2 j and 2 j + 1, as weight + 1:
-    0, 1 or 2. Rows past the end are weights of 0. Takes numpy arrays (and then works on the host)
-    or JAX arrays.
+    Word [t, k, l] is about output t * lanes + l and inputs 16 k to 16 k + 15: the weight of input
+    16 k + 4 j + b, as weight + 1 (0, 1 or 2), is in its bits 8 b + 2 j and 8 b + 2 j + 1. What is
+    past the end are weights of 0. Takes numpy arrays (and then works on the host) or JAX arrays.
 
     Raises:
       InputError: not two-dimensional, or another value than -1, 0, 1; while it is traced, where
@@ -55,121 +82,152 @@ def pack_ternary(w_int: Int[AnyArray, "I O"]) -> UInt8[AnyArray, "(I+3)//4 O"]:
             f"pack_ternary: expected weights of -1, 0 and 1, found {w_int.min()} to {w_int.max()}; "
             "quantize_weights makes them."
         )
-    spare = -w_int.shape[0] % WEIGHTS_PER_BYTE
-    codes = xp.pad(w_int + 1, ((0, spare), (0, 0)), constant_values=1).astype(xp.uint8)
-    codes = codes.reshape(codes.shape[0] // WEIGHTS_PER_BYTE, WEIGHTS_PER_BYTE, w_int.shape[1])
-    return codes[:, 0] | (codes[:, 1] << 2) | (codes[:, 2] << 4) | (codes[:, 3] << 6)
+    tiles, rows, lanes = packed_shape(*w_int.shape)
+    spare = (rows * WEIGHTS_PER_WORD - w_int.shape[0], tiles * lanes - w_int.shape[1])
+    codes = xp.pad((w_int + 1).astype(xp.uint8), [(0, n) for n in spare], constant_values=1)
+    codes = codes.reshape(rows, WEIGHTS_PER_WORD, tiles, lanes)
+    words = xp.zeros((rows, tiles, lanes), xp.uint32)
+    for i, shift in enumerate(_SHIFTS):
+        words = words | (codes[:, i].astype(xp.uint32) << xp.uint32(shift))
+    return words.transpose(1, 0, 2)
 
 
 def unpack_ternary(
-    packed: UInt8[AnyArray, "rows O"], num_inputs: int | None = None
+    packed: UInt32[AnyArray, "tiles rows lanes"],
+    num_inputs: int | None = None,
+    num_outputs: int | None = None,
 ) -> Int8[AnyArray, "I O"]:
-    """The inverse of `pack_ternary`: uint8 (ceil(I / 4), O) -> int8 (I, O). num_inputs: I; None for
-    four times the rows.
+    """The inverse of `pack_ternary`: uint32 (tiles, rows, lanes) -> int8 (I, O). num_inputs: I;
+    None for sixteen times the rows. num_outputs: O; None for all lanes.
 
     Raises:
-      InputError: packed is no matrix, doesn't hold that many inputs, or (where its values are
-        known) holds something that is no ternary weight.
+      InputError: packed is no packed matrix, not of that many inputs or outputs, or (where its
+        values are known) holds something that is no ternary weight.
     """
-    if packed.ndim != 2:
+    if packed.ndim != 3:
         raise InputError(
-            f"unpack_ternary: expected bytes (inputs / 4, outputs), found {list(packed.shape)}."
+            f"unpack_ternary: expected words (tiles, inputs / 16, lanes), found "
+            f"{list(packed.shape)}."
         )
-    rows, outputs = packed.shape
-    inputs = rows * WEIGHTS_PER_BYTE if num_inputs is None else num_inputs
-    if -(-inputs // WEIGHTS_PER_BYTE) != rows:
+    tiles, rows, lanes = packed.shape
+    inputs = rows * WEIGHTS_PER_WORD if num_inputs is None else num_inputs
+    outputs = tiles * lanes if num_outputs is None else num_outputs
+    check_packed("unpack_ternary", packed, inputs, outputs)
+    if not isinstance(packed, Tracer) and (packed & (packed >> 1) & 0x55555555).any():
         raise InputError(
-            f"unpack_ternary: {inputs} inputs take {-(-inputs // WEIGHTS_PER_BYTE)} rows "
-            f"of bytes, found {rows}."
-        )
-    if not isinstance(packed, Tracer) and (packed & (packed >> 1) & 0b01010101).any():
-        raise InputError(
-            "unpack_ternary: expected bytes of pack_ternary, found the code 3, which is no weight; "
+            "unpack_ternary: expected words of pack_ternary, found the code 3, which is no weight; "
             "is the file damaged?"
         )
     xp = _numpy_of(packed)
-    codes = (packed[:, None, :] >> xp.arange(0, 8, 2, dtype=xp.uint8)[None, :, None]) & 3
-    return (codes.astype(xp.int8) - 1).reshape(rows * WEIGHTS_PER_BYTE, outputs)[:inputs]
+    shifts = xp.asarray(_SHIFTS, xp.uint32)
+    codes = (packed[:, :, None, :] >> shifts[:, None]) & 3  # (tiles, rows, 16, lanes)
+    codes = (codes.astype(xp.int8) - 1).reshape(tiles, rows * WEIGHTS_PER_WORD, lanes)
+    whole = codes.transpose(1, 0, 2).reshape(rows * WEIGHTS_PER_WORD, tiles * lanes)
+    return whole[:inputs, :outputs]
+
+
+def check_packed(
+    where: str,
+    packed: UInt32[Array, "tiles rows lanes"] | UInt32[np.ndarray, "tiles rows lanes"],
+    inputs: int,
+    outputs: int,
+) -> None:
+    """Raises InputError, which begins with `where`, for a packed matrix of another shape than
+    (inputs, outputs).
+    """
+    tiles, rows, lanes = packed.shape
+    fits = lanes % _LANES == 0 and rows == -(-inputs // WEIGHTS_PER_WORD)
+    holds = (tiles - 1) * lanes < outputs <= tiles * lanes or not (outputs or packed.size)
+    if not fits or not holds:
+        raise InputError(
+            f"{where}: {inputs} inputs and {outputs} outputs are words of shape "
+            f"{list(packed_shape(inputs, outputs))}, found {list(packed.shape)}."
+        )
 
 
 def packed_matmul(
     x_int8: Int8[Array, "*tokens I"],
-    packed: UInt8[Array, "(I+3)//4 O"],
+    packed: UInt32[Array, "tiles rows lanes"],
     scale: Float[Array, "*#tokens 1"] | Float[Array, ""] | float = 1.0,
+    *,
+    num_outputs: int | None = None,
+    implementation: str | None = None,
 ) -> Float32[Array, "*tokens O"]:
-    """Multiplies int8 (..., I) by a packed ternary matrix (ceil(I / 4), O) and a scale, into
-    float32 (..., O). The sums are exact.
+    """Multiplies int8 (..., I) by a packed ternary matrix and a scale, into float32 (..., O). The
+    sums are exact.
 
-    The unpacked matrix never exists: a single token adds up the bytes' codes, more tokens multiply
-    by tiles of columns unpacked one after another.
+    Args:
+      num_outputs, implementation: see `packed_sums`.
 
     Raises:
-      InputError: the shapes don't belong together.
+      InputError: as of `packed_sums`.
     """
-    num_inputs, (rows, outputs) = x_int8.shape[-1], packed.shape
-    if -(-num_inputs // WEIGHTS_PER_BYTE) != rows:
+    sums = packed_sums(x_int8, packed, num_outputs=num_outputs, implementation=implementation)
+    return sums.astype(jnp.float32) * scale
+
+
+def packed_sums(
+    x_int8: Int8[Array, "*tokens I"],
+    packed: UInt32[Array, "tiles rows lanes"],
+    *,
+    num_outputs: int | None = None,
+    implementation: str | None = None,
+) -> Int32[Array, "*tokens O"]:
+    """int8 (..., I) times a packed ternary matrix: exact int32 sums (..., O), no gradient.
+
+    The unpacked matrix never exists: XLA adds up the words' codes for a single token and multiplies
+    more of them by tiles unpacked one after another; native code unpacks in registers.
+
+    Args:
+      num_outputs: O; None for all the lanes. implementation: None, 'native', 'xla' or 'reference'
+        (which unpacks all of it), see `ops.kernels`.
+
+    Raises:
+      InputError: the shapes don't belong together, or there is no such implementation here.
+    """
+    if packed.ndim != 3:
         raise InputError(
-            f"packed_matmul: activations of {num_inputs} inputs need "
-            f"{-(-num_inputs // WEIGHTS_PER_BYTE)} rows of packed weights, found {rows}."
+            "packed_matmul: expected words (tiles, inputs / 16, lanes), found "
+            f"{list(packed.shape)}."
         )
+    num_inputs = x_int8.shape[-1]
+    outputs = packed.shape[0] * packed.shape[2] if num_outputs is None else num_outputs
+    check_packed("packed_matmul", packed, num_inputs, outputs)
+    chosen = choice.choose("packed_matmul", implementation, _IMPLEMENTATIONS)
     lead = x_int8.shape[:-1]
-    if not rows or not outputs:
-        return jnp.zeros((*lead, outputs), jnp.float32) * scale
     x = x_int8.reshape(math.prod(lead), num_inputs)
+    if not num_inputs or not outputs:
+        sums = jnp.zeros((x.shape[0], outputs), jnp.int32)
+    elif chosen == "native":
+        sums = calls.ternary_sums(x, packed, outputs)
+    elif chosen == "xla":
+        sums = _sums_by_tiles(x, packed)[:, :outputs]
+    else:
+        sums = int_matmul(x, unpack_ternary(packed, num_inputs, outputs)).astype(jnp.int32)
+    return sums.reshape(*lead, outputs)
+
+
+def _sums_by_tiles(x: Array, packed: Array) -> Array:
+    """x (T, I) -> (T, tiles * lanes), a tile at a time."""
     tokens = x.shape[0]
-    product = (
-        _product_by_tiles if jax.export.is_symbolic_dim(tokens) or tokens > 1 else _product_of_one
-    )
-    return product(x, packed).reshape(*lead, outputs) * scale
+    one = not jax.export.is_symbolic_dim(tokens) and tokens == 1
+
+    def of_tile(words: Array) -> Array:
+        if one:
+            return _sums_of_one(x, words)
+        return int_matmul(x, unpack_ternary(words[None], x.shape[1])).astype(jnp.int32)
+
+    tiles, _, lanes = packed.shape
+    sums = jax.lax.map(of_tile, packed)  # (tiles, T, lanes)
+    return sums.transpose(1, 0, 2).reshape(tokens, tiles * lanes)
 
 
-def _product_of_one(x: Array, packed: Array) -> Array:
-    rows = packed.shape[0]
-    if not len(x):
-        return jnp.zeros((0, packed.shape[1]), jnp.float32)
-    quads = jnp.pad(x[0].astype(jnp.int32), (0, rows * WEIGHTS_PER_BYTE - x.shape[1])).reshape(
-        rows, WEIGHTS_PER_BYTE
-    )
-    total = jax.lax.platform_dependent(quads, packed, cpu=_sum_by_rows, default=_sum_of_codes)
-    return (total - quads.sum())[None].astype(jnp.float32)
-
-
-def _sum_of_codes(quads: Array, packed: Array) -> Array:
-    """The sum of quads (K, 4) int32 times the codes 0, 1, 2 of packed (K, O): (O,) int32."""
-    codes = packed.astype(jnp.int32)
-    return sum(
-        (quads[:, j, None] * ((codes >> (2 * j)) & 3) for j in range(WEIGHTS_PER_BYTE)),
-        jnp.int32(0),
-    ).sum(0)
-
-
-def _sum_by_rows(quads: Array, packed: Array) -> Array:
-    """The same a few rows at a time: XLA on a CPU would write the whole of `codes` to memory first
-    (measured: 4 times slower).
-    """
-    tile = max(1, min(packed.shape[0], _TILE_BYTES // max(1, packed.shape[1])))
-    count = packed.shape[0] // tile
-
-    def add(total: Array, i: Array) -> tuple[Array, None]:
-        piece = (jax.lax.dynamic_slice_in_dim(a, i * tile, tile, 0) for a in (quads, packed))
-        return total + _sum_of_codes(*piece), None
-
-    total, _ = jax.lax.scan(add, jnp.zeros(packed.shape[1], jnp.int32), jnp.arange(count))
-    return total + _sum_of_codes(quads[count * tile :], packed[count * tile :])
-
-
-def _product_by_tiles(x: Array, packed: Array) -> Array:
-    outputs = packed.shape[1]
-    columns = max(1, min(outputs, _TILE_BYTES // max(1, x.shape[1])))
-    count = -(-outputs // columns)
-
-    def tile(i: Array) -> Array:
-        # The last tile begins early enough to be whole.
-        piece = jax.lax.dynamic_slice_in_dim(
-            packed, jnp.minimum(i * columns, outputs - columns), columns, 1
-        )
-        return int_matmul(x, unpack_ternary(piece, x.shape[1]))
-
-    tiles = jax.lax.map(tile, jnp.arange(count))  # (N, T, columns)
-    whole = tiles[:-1].transpose(1, 0, 2).reshape(x.shape[0], (count - 1) * columns)
-    return jnp.concatenate([whole, tiles[-1][:, count * columns - outputs :]], 1)
+def _sums_of_one(x: Array, words: Array) -> Array:
+    """The sum of one token (1, I) times words (rows, lanes), without unpacking them: (1, lanes)."""
+    spare = words.shape[0] * WEIGHTS_PER_WORD - x.shape[1]
+    inputs = jnp.pad(x[0].astype(jnp.int32), (0, spare)).reshape(-1, WEIGHTS_PER_WORD)
+    total = -inputs.sum() + jnp.zeros(words.shape[1], jnp.int32)
+    codes = words.astype(jnp.int32)
+    for i, shift in enumerate(_SHIFTS):
+        total = total + (inputs[:, i, None] * ((codes >> shift) & 3)).sum(0)
+    return total[None]

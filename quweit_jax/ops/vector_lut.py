@@ -15,6 +15,8 @@ from jax import Array
 from jaxtyping import Float, Int, Int8, Int32, Shaped
 
 from quweit_jax.errors import InputError
+from quweit_jax.ops.kernels import choice
+from quweit_jax.ops.kernels.native import calls, library
 
 
 def vector_lookup(
@@ -79,10 +81,26 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def packed_vector_lookup(
-    bits: Shaped[Array, "L n T"], vectors: Int8[Array, "L A d"]
+    bits: Shaped[Array, "L n T"],
+    vectors: Int8[Array, "L A d"],
+    *,
+    implementation: str | None = None,
 ) -> Int32[Array, "T d"]:
-    """`vector_lookup` of int8 vectors, added in int32: one row read a table and token."""
+    """`vector_lookup` of int8 vectors, added in int32: one row read a table and token.
+
+    implementation: None, 'native' (for tables of at most 8 bits) or 'reference'.
+
+    Raises:
+      InputError: the shapes do not belong together, or there is no such implementation here.
+    """
     _check(bits, vectors)
+
+    def hindrance(at: str) -> str | None:
+        return "needs tables of at most 8 bits" if bits.shape[1] > 8 else library.hindrance(at)
+
+    offered = {"native": choice.native(hindrance), "reference": choice.anywhere}
+    if choice.choose("packed_vector_lookup", implementation, offered) == "native":
+        return calls.vector_sums(addresses(bits).astype(jnp.uint8).T, vectors)
 
     def add(total: Array, table: tuple[Array, Array]) -> tuple[Array, None]:
         address_T, vectors_Ad = table

@@ -90,12 +90,13 @@ def test_what_is_not_ternary_is_not_packed():
         with pytest.raises(InputError, match="pack_ternary"):
             packed_ternary.pack_ternary(wrong)
     inside = jax.jit(packed_ternary.pack_ternary)(jnp.asarray([[3], [0], [-1], [-5]], jnp.int8))
-    assert packed_ternary.unpack_ternary(inside).tolist() == [[1], [0], [-1], [-1]]
-    for damaged in (np.full((1, 2), 0b11, np.uint8), jnp.full((1, 2), 0b11000000, jnp.uint8)):
+    assert packed_ternary.unpack_ternary(inside, 4, 1).tolist() == [[1], [0], [-1], [-1]]
+    shape = (1, 1, 16)
+    for damaged in (np.full(shape, 3, np.uint32), jnp.full(shape, 0xC0000000, jnp.uint32)):
         with pytest.raises(InputError, match="unpack_ternary"):
             packed_ternary.unpack_ternary(damaged)
     with pytest.raises(InputError, match="unpack_ternary"):
-        packed_ternary.unpack_ternary(np.zeros(3, np.uint8))
+        packed_ternary.unpack_ternary(np.zeros(3, np.uint32))
 
 
 @pytest.mark.parametrize("fit", thermometer.FITS)
@@ -147,7 +148,7 @@ def zeros(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
-I32, I8, U8, BOOL = jnp.int32, jnp.int8, jnp.uint8, jnp.bool_
+I32, I8, U8, U32, BOOL = jnp.int32, jnp.int8, jnp.uint8, jnp.uint32, jnp.bool_
 KEY = jax.random.key(0)
 
 
@@ -189,17 +190,17 @@ EMPTY = {
         [(0, 2)],
     ),
     "no grouped bits": (lambda: sums.conditional_sum(zeros(0, 4), zeros(4), zeros(2)), [(0, 2)]),
-    "no outputs": (lambda: packed_ternary.pack_ternary(zeros(5, 0, dtype=I8)), [(2, 0)]),
+    "no outputs": (lambda: packed_ternary.pack_ternary(zeros(5, 0, dtype=I8)), [(0, 1, 0)]),
     "no outputs on the host": (
         lambda: packed_ternary.pack_ternary(np.zeros((5, 0), np.int8)),
-        [(2, 0)],
+        [(0, 1, 0)],
     ),
     "no inputs of a product": (
-        lambda: packed_ternary.packed_matmul(zeros(1, 0, dtype=I8), zeros(0, 2, dtype=U8)),
-        [(1, 2)],
+        lambda: packed_ternary.packed_matmul(zeros(1, 0, dtype=I8), zeros(1, 0, 16, dtype=U32)),
+        [(1, 16)],
     ),
     "no outputs of a product": (
-        lambda: packed_ternary.packed_matmul(zeros(3, 5, dtype=I8), zeros(2, 0, dtype=U8)),
+        lambda: packed_ternary.packed_matmul(zeros(3, 5, dtype=I8), zeros(0, 1, 0, dtype=U32)),
         [(3, 0)],
     ),
     "no features of a norm": (lambda: ternary.mean_square(zeros(3, 0)), [(3, 1)]),

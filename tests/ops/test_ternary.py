@@ -2,6 +2,8 @@
 back, the packed product.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,52 +121,60 @@ def test_fused_keeps_only_the_input():
 
 
 @pytest.mark.parametrize("inputs", [0, 1, 3, 4, 5, 63, 130])
-@pytest.mark.parametrize("outputs", [1, 3, 64])
+@pytest.mark.parametrize("outputs", [1, 3, 64, 130, 257])
 def test_packing_there_and_back(inputs, outputs):
     w = np.random.default_rng(0).integers(-1, 2, (inputs, outputs)).astype(np.int8)
     packed = packed_ternary.pack_ternary(w)
-    assert packed.dtype == np.uint8 and packed.shape == (-(-inputs // 4), outputs)
-    np.testing.assert_array_equal(packed_ternary.unpack_ternary(packed, inputs), w)
+    assert packed.dtype == np.uint32
+    assert packed.shape == packed_ternary.packed_shape(inputs, outputs)
+    assert packed.nbytes == packed_ternary.packed_bytes(inputs, outputs)
+    np.testing.assert_array_equal(packed_ternary.unpack_ternary(packed, inputs, outputs), w)
     on_device = packed_ternary.pack_ternary(jnp.asarray(w))
     np.testing.assert_array_equal(on_device, packed)
-    np.testing.assert_array_equal(packed_ternary.unpack_ternary(on_device, inputs), w)
+    np.testing.assert_array_equal(packed_ternary.unpack_ternary(on_device, inputs, outputs), w)
 
 
-def test_layout_of_a_byte():
-    w = np.asarray([[1], [-1], [0], [1], [1]], np.int8)
-    np.testing.assert_array_equal(
-        packed_ternary.pack_ternary(w),
-        [[2 + (0 << 2) + (1 << 4) + (2 << 6)], [2 + (1 << 2) + (1 << 4) + (1 << 6)]],
-    )
+def test_layout_of_a_word():
+    w = np.asarray([[1], [-1], [0], [1], [-1]] + 12 * [[1]], np.int8)
+    code = {i: int(w[i, 0]) + 1 for i in range(17)}
+    first = sum(code[4 * j + b] << (8 * b + 2 * j) for j in range(4) for b in range(4))
+    packed = packed_ternary.pack_ternary(w)
+    assert packed.shape == (1, 2, 16)
+    assert packed[0, 0, 0] == first and packed[0, 1, 0] == 0x55555555 + 1
+    assert (packed[:, :, 1:] == 0x55555555).all()
+
+
+def test_tiles_are_as_wide_as_their_outputs_need():
+    shapes = {(16, 128): (1, 1, 128), (17, 129): (2, 2, 80), (1, 192): (2, 1, 96)}
+    shapes |= {(5120, 13824): (108, 320, 128), (3, 1): (1, 1, 16), (4, 0): (0, 1, 0)}
+    for size, shape in shapes.items():
+        assert packed_ternary.packed_shape(*size) == shape
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (0,), (5,)])
-@pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 5), (64, 33)])
-def test_packed_product_is_exact(lead, inputs, outputs, monkeypatch):
+@pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 5), (64, 33), (33, 257)])
+def test_packed_product_is_exact(lead, inputs, outputs):
     rng = np.random.default_rng(1)
     x, w = (
         rng.integers(-128, 128, (*lead, inputs)).astype(np.int8),
         rng.integers(-1, 2, (inputs, outputs)).astype(np.int8),
     )
     expected = x.astype(np.int64) @ w.astype(np.int64)
-    for tile in (
-        packed_ternary._TILE_BYTES,
-        2 * inputs,
-    ):  # the second: tiles of two columns, the last one overlapping
-        monkeypatch.setattr(packed_ternary, "_TILE_BYTES", tile)
-        found = jax.jit(lambda x, p: packed_ternary.packed_matmul(x, p, 0.5))(
-            x, packed_ternary.pack_ternary(w)
-        )
+    for implementation in ("xla", "reference"):
+        asked = {"num_outputs": outputs, "implementation": implementation}
+        product = functools.partial(packed_ternary.packed_matmul, scale=0.5, **asked)
+        found = jax.jit(product)(x, packed_ternary.pack_ternary(w))
         assert found.dtype == jnp.float32
         np.testing.assert_array_equal(found, expected * 0.5)
 
 
 def test_packed_product_makes_no_whole_matrix():
     """Compiled temporaries stay far below the unpacked matrix, for one token and for many."""
-    packed = jax.ShapeDtypeStruct((2048, 4096), jnp.uint8)  # 32 MiB unpacked to int8
+    packed = jax.ShapeDtypeStruct((32, 512, 128), jnp.uint32)  # 32 MiB unpacked to int8
+    product = functools.partial(packed_ternary.packed_matmul, implementation="xla")
     for tokens in (1, 16):
         x = jax.ShapeDtypeStruct((tokens, 8192), jnp.int8)
-        memory = jax.jit(packed_ternary.packed_matmul).lower(x, packed).compile().memory_analysis()
+        memory = jax.jit(product).lower(x, packed).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 8192 * 4096 / 4, (tokens, memory.temp_size_in_bytes)
 
 
@@ -178,7 +188,12 @@ def test_errors():
         packed_ternary.pack_ternary(np.zeros(3, np.int8))
     with pytest.raises(InputError, match=r"expected weights of -1, 0 and 1, found 0 to 2"):
         packed_ternary.pack_ternary(np.asarray([[0, 2]], np.int8))
-    with pytest.raises(InputError, match=r"unpack_ternary: 9 inputs take 3 rows of bytes, found 2"):
-        packed_ternary.unpack_ternary(np.zeros((2, 3), np.uint8), 9)
-    with pytest.raises(InputError, match=r"packed_matmul: activations of 9 inputs need 3 rows"):
-        packed_ternary.packed_matmul(jnp.zeros((1, 9), jnp.int8), jnp.zeros((2, 3), jnp.uint8))
+    with pytest.raises(
+        InputError, match=r"unpack_ternary: 33 inputs .* \[1, 3, 16\], found \[1, 2"
+    ):
+        packed_ternary.unpack_ternary(np.zeros((1, 2, 16), np.uint32), 33)
+    words = jnp.zeros((1, 2, 16), jnp.uint32)
+    with pytest.raises(InputError, match=r"packed_matmul: 9 inputs and 16 outputs are words of"):
+        packed_ternary.packed_matmul(jnp.zeros((1, 9), jnp.int8), words)
+    with pytest.raises(InputError, match=r"packed_matmul: 20 inputs and 17 outputs are words of"):
+        packed_ternary.packed_matmul(jnp.zeros((1, 20), jnp.int8), words, num_outputs=17)
