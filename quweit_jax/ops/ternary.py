@@ -16,7 +16,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32, Int8, Shaped
+from jaxtyping import Float, Float32, Int8, Shaped, UInt8
 
 from quweit_jax.errors import InputError
 
@@ -45,6 +45,21 @@ def quantize_weights(weight: Float[Array, "I O"]) -> tuple[Int8[Array, "I O"], F
     weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
     inverse = 1 / jnp.maximum(jnp.abs(weight).mean() if weight.size else jnp.float32(0), _SMALLEST)
     return jnp.clip(jnp.round(weight * inverse), -1, 1).astype(jnp.int8), 1 / inverse
+
+
+def to_bytes(weights: Int8[Array, "I O"]) -> UInt8[Array, "I//4 O"]:
+    """Ternary weights -1, 0, 1 (I, O), I a multiple of 4, four a byte, for their way between
+    devices; `packed_ternary` has the form that is computed with.
+    """
+    four = (weights + 1).astype(jnp.uint8).reshape(-1, 4, weights.shape[1])
+    return four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6
+
+
+def from_bytes(packed: UInt8[Array, "I//4 O"]) -> Int8[Array, "I O"]:
+    """The inverse of `to_bytes`."""
+    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
+    codes = (packed[:, None, :] >> shifts) & 3
+    return codes.astype(jnp.int8).reshape(-1, packed.shape[1]) - 1
 
 
 @jax.custom_vjp

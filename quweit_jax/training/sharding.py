@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError
-from quweit_jax.ops.packed_ternary import WEIGHTS_PER_BYTE, pack_ternary, unpack_ternary
+from quweit_jax.ops.ternary import from_bytes, to_bytes
 
 # Where the variables of scanned blocks are, with an axis of layers in front.
 _SCANNED = re.compile(r"(^|/)blocks_\d+/")
@@ -176,11 +176,10 @@ def packed_gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """
 
     def gather(weights: jax.Array) -> jax.Array:
-        if weights.shape[0] % (WEIGHTS_PER_BYTE * mesh.shape["fsdp"]):
+        if weights.shape[0] % (4 * mesh.shape["fsdp"]):
             return weights  # a byte would hold weights of two devices
-        packed = pack_ternary(weights)
-        whole = jax.lax.with_sharding_constraint(packed, NamedSharding(mesh, P()))
-        return unpack_ternary(whole, weights.shape[0])
+        whole = jax.lax.with_sharding_constraint(to_bytes(weights), NamedSharding(mesh, P()))
+        return from_bytes(whole)
 
     return gather
 

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from quweit_jax.layers.placement import placing
 from quweit_jax.layers.ternary import BitLinear
+from quweit_jax.ops import ternary
 from quweit_jax.training import compiled, sharding
 
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -110,3 +111,10 @@ def test_packed_weights_are_an_eighth_of_bfloat16():
     gather = jax.jit(sharding.packed_gather(mesh), out_shardings=whole)
     text = gather.lower(shape).compile().as_text()
     assert compiled.read_program(text).collectives["all-gather"] == 64 * 128 * 2 // 8
+
+
+def test_four_weights_travel_in_a_byte():
+    weights = jnp.asarray(np.random.default_rng(0).integers(-1, 2, (12, 5)), jnp.int8)
+    packed = ternary.to_bytes(weights)
+    assert packed.shape == (3, 5) and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(ternary.from_bytes(packed), weights)
