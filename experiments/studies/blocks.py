@@ -58,6 +58,10 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "LookupGLU, 10 units a feature",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 1280},
     ),
+    "lookup_glu_ternary_attention": (
+        "LookupGLU, 4 units a feature, ternary projections in attention",
+        {"model.mlp": "lookup_glu", "model.linear": "ternary"},
+    ),
     "one_bit_tables": (
         "one-bit tables behind ternary sums",
         {"model.mlp": "lookup_glu", "model.lookup_glu.sum": "int8", "model.lookup_glu.hidden": 800},

@@ -28,7 +28,7 @@ from quweit_jax.ops.integer import straight_through
 
 SUMS = ("ternary", "vector", "int8")
 groups.declare("no_decay", "gates", "offsets")
-_INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
+INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
 
 
 class LookupGLU(Packable):
@@ -262,7 +262,7 @@ class LookupGLU(Packable):
 
 def to_int8(x: Array) -> Array:
     """Normalized values in whole numbers of 1 / 32, at most 127; no gradient beyond."""
-    scaled = x * _INPUT_SCALE
+    scaled = x * INPUT_SCALE
     limited = jnp.clip(scaled, -127, 127)
     return straight_through(jnp.round(limited), limited)
 
@@ -271,7 +271,7 @@ def whole_numbers(width: int) -> float:
     """How many whole numbers of a ternary sum make a standard deviation of such sums: two of three
     weights are -1 or 1, and inputs have unit variance.
     """
-    return _INPUT_SCALE * math.sqrt(2 * width / 3)
+    return INPUT_SCALE * math.sqrt(2 * width / 3)
 
 
 def _offset_type(width: int) -> str:

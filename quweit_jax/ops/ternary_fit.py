@@ -15,8 +15,9 @@ from jaxtyping import Float, Int8, Num
 
 from quweit_jax.errors import InputError
 
-# Where floats go over from 0 to 1 they are at 1 / 2 of the mean magnitude; those of 0 stay below.
-_NEAREST = 0.4
+# Of the mean magnitude: what goes over from 0 to 1 is at 1 / 2, floats of 0 stay below and others
+# above.
+_BELOW, _ABOVE = 0.4, 0.6
 
 
 def fit_ternary(
@@ -75,7 +76,7 @@ def float_weights(
     near, some = np.abs(wanted), weights != 0
     if not some.any():
         return np.zeros(weights.shape, np.float32)
-    sizes = np.where(some, np.maximum(near, _NEAREST + 0.1), np.minimum(near, _NEAREST))
+    sizes = np.where(some, np.maximum(near, _ABOVE), np.minimum(near, _BELOW))
     # All magnitudes together have the mean 1: those of -1 and 1 make up for the others.
     least, left = sizes[some].min(), weights.size - sizes[~some].sum()
     beyond = (sizes[some] - least).sum()

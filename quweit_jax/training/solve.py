@@ -13,7 +13,6 @@ Dimensions: N rows (tokens of all batches), d model width, H units, G tables, C 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError
-from quweit_jax.layers.lookup_glu import LookupGLU, to_int8, whole_numbers
+from quweit_jax.layers.lookup_glu import INPUT_SCALE, LookupGLU, to_int8, whole_numbers
 from quweit_jax.ops import pair_table, ternary_fit
 from quweit_jax.training import distill
 
@@ -38,7 +37,9 @@ _GAINS = (0.5, 0.7, 1.0)  # of the normalized inputs, of which the one that fits
 _SHIFTS = (-1, 0, 1, 2, 3)  # of the first codes' range, in sixteenths of it; likewise
 _FULLEST = 120  # of the tables' int8 entries at the start, which leaves them room
 _RIDGE = 1e-3  # of the mean square of inputs, added to their products with themselves
-_EPSILON = 1e-5
+_EXPECTED = 8  # reads that the GELU itself counts for in the mean of an entry
+_EPSILON = 1e-5  # of a LookupGLU's norm
+_TINY = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,21 @@ class DenseMLP:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Units:
+    """What some units are to do: what a weight of 1 is worth in their arguments (K,), what they
+    answer (N, K), and their arguments' constants (K,).
+    """
+
+    worth: np.ndarray
+    wanted: np.ndarray
+    constant: np.ndarray
+
+    def of(self, mine: np.ndarray, worth: np.ndarray) -> _Units:
+        """Some of them, their sums in other units."""
+        return _Units(worth, self.wanted[:, mine], self.constant[mine])
+
+
+@dataclasses.dataclass(frozen=True)
 class Solved:
     """A LookupGLU's parameters, as its layer names them, and by what the norm before it is
     multiplied, (d,).
@@ -94,29 +110,30 @@ def solve(layer: LookupGLU, mlp: DenseMLP, reads: np.ndarray, answers: np.ndarra
       layer: what is to be had: H units as the MLP has, its tables trained.
       reads: what the teacher's norm reads, answers: what its mixer then answers, both (N, d).
     """
-    width, units = mlp.up.shape
+    width, hidden = mlp.up.shape
     inputs = _normalized(reads) * mlp.scale + mlp.bias
     wanted = mlp.gelu(inputs @ mlp.up + mlp.up_bias)
     # Each input at the scale that its weights ask for, together at about unit variance.
-    factor = np.sqrt(np.square(mlp.up).mean(1)) + 1e-12
-    factor /= np.sqrt(np.square(inputs * factor).mean())
+    factor = np.sqrt(np.square(mlp.up).mean(1)) + _TINY
+    factor /= np.sqrt(np.square(inputs * factor).mean()) + _TINY
     inputs, weights = inputs * factor, mlp.up / factor[:, None]
     # Units of a table have weights of about one size.
     order = np.argsort(np.linalg.norm(weights, axis=0), kind="stable")
-    weights, wanted = weights[:, order], wanted[:, order]
-    groups = layer.groups(width)
+    weights, groups = weights[:, order], layer.groups(width)
     sizes = np.sqrt(np.square(weights).reshape(width, groups, -1).mean((0, 2)))
-    worth = np.repeat(_WEIGHT * sizes + 1e-12, units // groups)
+    worth = np.repeat(_WEIGHT * sizes + _TINY, hidden // groups)
     mix, near = _mix(inputs, weights, worth)
-    gain, offsets, tables, codes = _tables(layer, inputs, mix, wanted, mlp.up_bias[order] / worth)
-    entries = np.round(tables * (_FULLEST / max(float(np.abs(tables).max()), 1e-12)))
-    read = entries[np.arange(units) // (units // groups), codes]
-    total, scale, bias = _sum(read, answers)
+    units = _Units(worth, wanted[:, order], mlp.up_bias[order])
+    gain, tables = _tables(layer, mlp, inputs, mix, units)
+    entries = np.stack([table.entries for table in tables])
+    entries = np.round(entries * (_FULLEST / max(float(np.abs(entries).max()), _TINY)))
+    read = [mine[table.places] for mine, table in zip(entries, tables)]
+    total, scale, bias = _sum(np.concatenate(read, 1), answers)
     unit = pair_table.entry_scale(pair_table.silu_gate(layer.code_bits, layer.code_step))
     params = {
         "mix": ternary_fit.float_weights(mix, near, layer.mix_init),
         "sum": ternary_fit.float_weights(*total, scale * unit),
-        "offsets": offsets,
+        "offsets": np.concatenate([table.offsets for table in tables] + [np.zeros(hidden)]),
         "bias": bias,
         "gates": (entries / unit).reshape(groups, *2 * (2**layer.code_bits,)),
     }
@@ -130,7 +147,7 @@ def _normalized(reads: np.ndarray) -> np.ndarray:
 
 
 def _ridge(gram: np.ndarray) -> float:
-    return _RIDGE * float(np.trace(gram)) / len(gram) + 1e-12
+    return _RIDGE * float(np.trace(gram)) / len(gram) + _TINY
 
 
 def _mix(
@@ -151,30 +168,6 @@ def _mix(
     return np.concatenate([first, second], 1), near
 
 
-def _tables(
-    layer: LookupGLU, inputs: np.ndarray, mix: np.ndarray, wanted: np.ndarray, constant: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """What the inputs are multiplied with, offsets (2 H,), tables (G, C C), and the entry that each
-    unit reads (N, H).
-
-    wanted: what is read (N, H) of arguments with constants (H,) in units of a weight of 1.
-    """
-    width, units = inputs.shape[1], wanted.shape[1]
-    fits = []
-    for gain in _GAINS:
-        whole = np.asarray(to_int8(jnp.asarray(inputs * gain, jnp.float32)))
-        sums = whole @ mix.astype(np.float32)
-        moved = constant * gain * whole_numbers(width)
-        parts = (
-            np.split(x, layer.groups(width), -1) for x in (*np.split(sums, 2, 1), wanted, moved)
-        )
-        fits.append((gain, [_best_table(layer, width, *group) for group in zip(*parts)]))
-    gain, tables = min(fits, key=lambda fit: sum(table.error for table in fit[1]))
-    offsets = np.concatenate([table.offsets for table in tables] + [np.zeros(units)])
-    codes = np.concatenate([table.codes for table in tables], 1)
-    return gain, offsets, np.stack([table.entries for table in tables]), codes
-
-
 @dataclasses.dataclass(frozen=True)
 class _Table:
     """One table, (C C,): its squared error on all that its units read, their offsets (K,) and the
@@ -184,48 +177,54 @@ class _Table:
     error: float
     offsets: np.ndarray
     entries: np.ndarray
-    codes: np.ndarray
+    places: np.ndarray
+
+
+def _tables(
+    layer: LookupGLU, mlp: DenseMLP, inputs: np.ndarray, mix: np.ndarray, units: _Units
+) -> tuple[float, list[_Table]]:
+    """What the inputs (N, d) are multiplied with, and a table for each group of units."""
+    width, fits = inputs.shape[1], []
+    for gain in _GAINS:
+        whole = np.asarray(to_int8(jnp.asarray(inputs * gain, jnp.float32)))
+        halves = np.split(whole @ mix.astype(np.float32), 2, axis=1)
+        tables = []
+        for mine in np.split(np.arange(len(units.worth)), layer.groups(width)):
+            sums = (halves[0][:, mine], halves[1][:, mine])
+            # of a whole number of such a sum
+            own = units.of(mine, units.worth[mine] / (INPUT_SCALE * gain))
+            tables.append(_best_table(layer, mlp, width, sums, own))
+        fits.append((gain, tables))
+    return min(fits, key=lambda fit: sum(table.error for table in fit[1]))
 
 
 def _best_table(
-    layer: LookupGLU,
-    width: int,
-    first: np.ndarray,
-    second: np.ndarray,
-    wanted: np.ndarray,
-    moved: np.ndarray,
+    layer: LookupGLU, mlp: DenseMLP, width: int, sums: tuple[np.ndarray, np.ndarray], units: _Units
 ) -> _Table:
-    """The mean of what is wanted (N, K) where two codes are read, for the best of some ranges of
-    the first code.
-
-    first, second: sums in whole numbers, (N, K). moved: constants of the first ones, (K,).
+    """The mean of what is wanted where two codes are read, for the best of some ranges of the first
+    code; where little is read, nearer to the GELU of what the codes stand for.
     """
     bits, step = layer.code_bits, layer.step(width)
-    side = 2**bits
+    side, worth = 2**bits, float(units.worth[0])
+    at = np.arange(-side // 2, side // 2) * step
 
     def codes(sums: np.ndarray) -> np.ndarray:
         found = pair_table.codes(jnp.asarray(sums, jnp.float32), step, bits)
         return np.asarray(found).astype(np.int32) + side // 2
 
-    tables, below = [], codes(second)
-    for shift in _SHIFTS:
-        offsets = np.round(shift * side * step / 16 - moved)
-        places = codes(first - offsets) * side + below
-        counts = np.bincount(places.ravel(), minlength=side**2)
-        totals = np.bincount(places.ravel(), wanted.ravel(), minlength=side**2)
-        entries = _filled((totals / np.maximum(counts, 1)).reshape(side, side), counts)
-        error = float(np.square(entries[places] - wanted).sum())
+    tables, below = [], codes(sums[1])
+    for shift in (s * side * step / 16 for s in _SHIFTS):
+        offsets = np.round(shift - units.constant / worth)
+        places = codes(sums[0] - offsets) * side + below
+        counts, totals = (
+            np.bincount(places.ravel(), weights, minlength=side**2)
+            for weights in (None, units.wanted.ravel())
+        )
+        expected = mlp.gelu(worth * (at[:, None] + shift + _SECOND * at)).ravel()
+        entries = (totals + _EXPECTED * expected) / (counts + _EXPECTED)
+        error = float(np.square(entries[places] - units.wanted).sum())
         tables.append(_Table(error, offsets / whole_numbers(width), entries, places))
     return min(tables, key=lambda table: table.error)
-
-
-def _filled(means: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Entries (C C,); those never read are their nearest neighbor's that is."""
-    from scipy.ndimage import distance_transform_edt
-
-    empty = counts.reshape(means.shape) == 0
-    nearest = distance_transform_edt(empty, return_distances=False, return_indices=True)
-    return means[tuple(nearest)].ravel()
 
 
 def _sum(
@@ -239,7 +238,7 @@ def _sum(
     gram, cross = read.T @ read / len(read), read.T @ answers / len(read)
     gram += _ridge(gram) * np.eye(len(gram))
     dense = np.linalg.solve(gram, cross)
-    scale = 1.5 * float(np.abs(dense).mean()) + 1e-12
+    scale = 1.5 * float(np.abs(dense).mean()) + _TINY
     weights = dense / scale
     for _ in range(4):  # weights and their scale in turn
         weights = ternary_fit.fit_ternary(gram, cross, np.asarray([scale]), weights)
