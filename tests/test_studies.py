@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments.studies import compare_lm, convert, weightless_vs_dense
+from experiments.studies import blocks, compare_lm, convert, weightless_vs_dense
 from quweit_jax.commands import train
 from quweit_jax.errors import InputError
 
@@ -126,3 +126,61 @@ def test_a_dense_run_is_converted_and_its_results_are_read_again(
     assert convert.main(options) == 0 and (tmp_path / "convert.md").read_text() == table
     with pytest.raises(InputError, match="--share"):
         convert.main([*options, "--share=2"])
+    with pytest.raises(InputError, match="--solve"):
+        convert.main([*options, "--solve=4"])
+
+
+def test_what_a_conversion_solves_on_counts_among_its_steps(tmp_path, tiny_config, monkeypatch):
+    dense = tiny_config({"model.mlp": "dense", "steps": 100})
+    monkeypatch.setattr(
+        convert.rundir, "read_config", lambda workdir: dense.copy_and_resolve_references()
+    )
+    made = convert.configs(convert.arguments([f"--dense={tmp_path}", "--solve=3"]))
+    assert (made["converted"].steps, made["converted"].distill.solve_batches) == (7, 3)
+    assert made["converted"].distill.fit_steps == 0 and made["scratch"].steps == 10
+    assert not made["scratch"].distill.solve_batches
+    assert all(config.model.lookup_glu.train_tables for config in made.values())
+
+
+def test_channel_mixers_are_compared_by_kind_and_rate(monkeypatch, tmp_path, tiny_text, capsys):
+    config = {
+        "model.width": 16,
+        "model.layers": 1,
+        "model.heads": 2,
+        "model.context": 16,
+        "data.source": "text_file",
+        "data.path": tiny_text,
+        "data.name": "",
+        "data.validation_split": "",
+        "mesh.data": 1,
+        "batch_size": 4,
+        "eval_batches": 1,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+    }
+    kinds = ["lookup_glu", "lookup_glu_ternary_attention"]
+    folders = {"runs": tmp_path / "runs", "out": tmp_path / "out", "name": "tiny"}
+    argv = [
+        "study",
+        *(f"--config.{name}={value}" for name, value in config.items()),
+        *(f"--{name}={value}" for name, value in folders.items()),
+        *("--steps=1", "--rates", "1e-3", "--seeds", "0", "--kinds", *kinds),
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    blocks.main()
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())["runs"]
+    assert set(found) == {f"{kind}-1e-3-0" for kind in kinds}
+    for run in found.values():
+        assert run["loss_deployed"] == pytest.approx(run["loss"], abs=1e-3)
+    table = (tmp_path / "out" / "tiny.md").read_text().splitlines()
+    assert len(table) == 4 and "ternary projections" in table[3]
+    assert f"{found['lookup_glu-1e-3-0']['loss']:.4f}" in table[2]
+    assert (tmp_path / "out" / "tiny.png").stat().st_size > 1000
+    # --table trains nothing: a rate that was not trained stays out
+    monkeypatch.setattr(sys, "argv", [*argv, "--table", "--rates", "1e-3", "2e-3"])
+    monkeypatch.setattr(blocks.common, "finish", lambda *_: pytest.fail("trained"))
+    blocks.main()
+    again = (tmp_path / "out" / "tiny.md").read_text().splitlines()
+    assert len(again) == 4 and " / - |" in again[2]
+    shown = capsys.readouterr().out
+    assert table[2] in shown and again[2] in shown

@@ -26,6 +26,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "published weightless block": {"mlp": "weightless"},
     "LookupGLU, 4 units a feature": {"mlp": "lookup_glu"},
     "LookupGLU, 10 units a feature": {"mlp": "lookup_glu", "lookup_glu": {"hidden": 10}},
+    "LookupGLU, ternary projections in attention": {"mlp": "lookup_glu", "linear": "ternary"},
+    "none, ternary projections in attention": {"mlp": "none", "linear": "ternary"},
     "vector tables on thermometer bits": {
         "mlp": "weightless",
         "weightless": {"sum": "vector", "num_luts": 0.5},

@@ -27,10 +27,9 @@ from experiments.studies import common
 from quweit_jax.commands import cli
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.costs import count
-from quweit_jax.deploy.pack import packed_or_trained
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs
-from quweit_jax.training import files, loop, metrics, rundir, state
+from quweit_jax.training import files, metrics, rundir
 
 # kind -> (what the table calls it, what its config changes)
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -57,6 +56,10 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "lookup_glu_wide": (
         "LookupGLU, 10 units a feature",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 1280},
+    ),
+    "lookup_glu_ternary_attention": (
+        "LookupGLU, 4 units a feature, ternary projections in attention",
+        {"model.mlp": "lookup_glu", "model.linear": "ternary"},
     ),
     "one_bit_tables": (
         "one-bit tables behind ternary sums",
@@ -108,22 +111,6 @@ def config_of(args: Any, kind: str, rate: str, seed: int) -> Config:
 def run_of(args: Any, kind: str, rate: str, seed: int) -> Path:
     """A run's directory."""
     return args.runs / f"{kind}-{rate}-{seed}"
-
-
-def score(workdir: Path) -> dict[str, Any]:
-    """The last checkpoint on the whole validation split, as trained and as deployed."""
-    opened = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
-    parts, variables = opened.setup, jax.device_get(opened.variables)
-    step = state.make_eval_step(parts.model.apply)
-    trained = loop.evaluate(step, variables, parts, 0)
-    variables = packed_or_trained(parts.model, variables, parts.init_inputs)
-    deployed = loop.evaluate(step, variables, parts, 0)
-    return {
-        "loss": trained["loss"],
-        "loss_deployed": deployed["loss"],
-        "accuracy": trained["accuracy"],
-        "accuracy_deployed": deployed["accuracy"],
-    }
 
 
 def block_costs(config: Config, outputs: int) -> Costs:
@@ -205,7 +192,7 @@ class Study:
         if rate is None or known is None:
             return None
         if "loss_deployed" not in known:
-            self.note(kind, rate, seed, **score(run_of(self.args, kind, rate, seed)))
+            self.note(kind, rate, seed, **common.score(run_of(self.args, kind, rate, seed)))
             known = self.known(kind, rate, seed)
         return known
 

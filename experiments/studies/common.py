@@ -14,9 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from quweit_jax.commands import cli, train
 from quweit_jax.config import Config, load_file, set_value
-from quweit_jax.training import loop, metrics, rundir
+from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
+from quweit_jax.training import loop, metrics, rundir, state
 
 EXPERIMENTS = Path(__file__).parents[1]
 # {kind: {seed: what `score` found}}
@@ -70,6 +73,26 @@ def finish(config: Config, workdir: Path) -> Path:
     if not loop.fit(config, workdir, **sources).complete:
         raise SystemExit("stopped; the same command goes on")
     return workdir
+
+
+def score(workdir: Path) -> dict[str, Any]:
+    """The last checkpoint on the whole validation split, as trained and as deployed: 'loss',
+    'accuracy', both with '_deployed'; 'parameters', and 'bytes_deployed'.
+    """
+    opened = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
+    parts, variables = opened.setup, jax.device_get(opened.variables)
+    step = state.make_eval_step(parts.model.apply)
+    trained = loop.evaluate(step, variables, parts, 0)
+    packed = packed_or_trained(parts.model, variables, parts.init_inputs)
+    deployed = loop.evaluate(step, packed, parts, 0)
+    return {
+        "loss": trained["loss"],
+        "loss_deployed": deployed["loss"],
+        "accuracy": trained["accuracy"],
+        "accuracy_deployed": deployed["accuracy"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "bytes_deployed": stored_bytes(packed),
+    }
 
 
 def conduct(

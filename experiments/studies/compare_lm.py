@@ -22,29 +22,19 @@ from experiments.configs.compare_lm import KINDS
 from experiments.studies import common
 from quweit_jax.commands import cli
 from quweit_jax.data import pipeline
-from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
-from quweit_jax.training import loop, rundir, sharding, state
+from quweit_jax.training import rundir, sharding
 from quweit_jax.training.setup import assemble
 
 
 def score(workdir: Path, kind: str) -> dict[str, Any]:
-    """The last checkpoint's loss on the whole validation text, trained and deployed; parameters,
-    bytes as deployed.
-    """
-    opened = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
-    parts, variables = opened.setup, jax.device_get(opened.variables)
-    result: dict[str, Any] = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    """What `common.score` finds, 'loss' as deployed and 'loss_float' as trained."""
+    found = common.score(workdir)
+    return {
+        "parameters": found["parameters"],
+        "bytes_deployed": found["bytes_deployed"],
+        "loss_float": found["loss"],
+        "loss": found["loss_deployed"],
     }
-    result["loss_float"] = loop.evaluate(
-        state.make_eval_step(parts.model.apply), variables, parts, 0
-    )["loss"]
-    variables = packed_or_trained(parts.model, variables, parts.init_inputs)
-    result["bytes_deployed"] = stored_bytes(variables)
-    result["loss"] = loop.evaluate(state.make_eval_step(parts.model.apply), variables, parts, 0)[
-        "loss"
-    ]
-    return result
 
 
 def speeds(workdirs: dict[str, Path], rounds: int = 15) -> dict[str, float]:

@@ -33,12 +33,24 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     made.add_argument("--mlp", default="lookup_glu", choices=list(mlp.BLOCKS))
     made.add_argument("--share", type=float, default=0.1, help="of the dense run's steps, at most")
     made.add_argument("--fit", type=float, default=0.5, help="the part of them that fits mixers")
+    made.add_argument(
+        "--solve",
+        type=int,
+        default=0,
+        help="batches on which LookupGLUs are computed, each counted as a step",
+    )
     made.add_argument("--runs", type=Path, default=Path("runs/convert"))
     made.add_argument("--out", type=Path, default=EXPERIMENTS / "results")
     made.add_argument("--name", default="convert", help="of the files that are written")
     args = made.parse_args(rest, argparse.Namespace(overrides=overrides))
     if not 0 < args.share <= 1 or not 0 <= args.fit <= 1:
         raise InputError(f"--share, --fit: expected parts of 1, found {args.share} and {args.fit}.")
+    steps = rundir.read_config(args.dense).steps
+    if not 0 <= args.solve < steps * args.share:
+        raise InputError(
+            f"--solve: expected 0 to {int(steps * args.share) - 1} batches, fewer than the steps "
+            f"there are, found {args.solve}."
+        )
     return args
 
 
@@ -55,6 +67,10 @@ def configs(args: argparse.Namespace) -> dict[str, Config]:
             config.log_every = max(1, min(config.log_every, steps // 20))
             config.init_from = config.teacher = str(args.dense) if name == "converted" else ""
             config.distill.fit_steps = int(steps * args.fit) if name == "converted" else 0
+            if args.solve and name == "converted":
+                config.distill.solve_batches, config.distill.fit_steps = args.solve, 0
+                config.steps = steps - args.solve
+            config.model.lookup_glu.train_tables |= args.solve > 0
         for path, text in args.overrides.items():
             set_value(config, path, text)
         made[name] = config
@@ -62,12 +78,15 @@ def configs(args: argparse.Namespace) -> dict[str, Config]:
 
 
 def score(workdir: Path) -> dict[str, Any]:
-    """Steps, and the validation loss of the best checkpoint and its accuracy."""
+    """Steps and batches solved on, and the validation loss of the best checkpoint and its
+    accuracy.
+    """
     rows = metrics.evaluations(workdir)
     if not rows:
         raise InputError(f"--dense: {workdir} was never evaluated; let it train to its end.")
     best = min(rows, key=lambda row: row["loss"])
-    return {"steps": rows[-1]["step"], "loss": best["loss"], "accuracy": best["accuracy"]}
+    solved = rundir.read_config(workdir).distill.solve_batches
+    return {"steps": rows[-1]["step"] + solved, "loss": best["loss"], "accuracy": best["accuracy"]}
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +104,8 @@ def main(argv: list[str]) -> int:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n")
-    told = {"mlp": args.mlp, "share": args.share, "fit": args.fit, "results": results}
+    told = {name: getattr(args, name) for name in ("mlp", "share", "fit", "solve")}
+    told["results"] = results
     told["environment"] = rundir.describe_environment()["versions"]
     (args.out / f"{args.name}.json").write_text(json.dumps(told, indent=1) + "\n")
     print("\n".join(lines))

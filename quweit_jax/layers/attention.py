@@ -5,7 +5,6 @@ Dimensions: B batch, T tokens, C context (cache length), H heads, K width of a h
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -18,9 +17,11 @@ from jaxtyping import Bool, Float, Int
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.norms import Initializer, normal
+from quweit_jax.layers.ternary import BitLinear
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
 
 ATTENTIONS = ("auto", "xla", "cudnn")
+LINEARS = ("dense", "ternary")
 
 
 def pick_attention(implementation: str, dtype: DTypeLike) -> Literal["xla", "cudnn"]:
@@ -32,6 +33,17 @@ def pick_attention(implementation: str, dtype: DTypeLike) -> Literal["xla", "cud
         return implementation
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+
+
+def _projection(
+    attention: CausalSelfAttention | SelfAttention, features: int, init: Initializer, name: str
+) -> nn.Module:
+    """A projection inside of an attention, of the kind that its field `linear` names."""
+    check_choice("linear", attention.linear, LINEARS)
+    dtype = attention.dtype
+    if attention.linear == "ternary":
+        return BitLinear(features, init, dtype=dtype, name=name)
+    return nn.Dense(features, attention.use_bias, dtype, kernel_init=init, name=name)
 
 
 def rotate(
@@ -86,6 +98,7 @@ class CausalSelfAttention(nn.Module):
       num_kv_heads: fewer heads of keys and values, each shared by several of queries (0: as many).
         head_width: K (0: d / H).
       rotary: base of rotary position embeddings, 0 for none.
+      linear: both projections are 'dense', or 'ternary': a `BitLinear` each, without biases.
     """
 
     num_heads: int
@@ -99,6 +112,7 @@ class CausalSelfAttention(nn.Module):
     num_kv_heads: int = 0
     head_width: int = 0
     rotary: float = 0.0
+    linear: str = "dense"
 
     @nn.compact
     def __call__(
@@ -119,8 +133,7 @@ class CausalSelfAttention(nn.Module):
             self.num_kv_heads or self.num_heads,
             self.head_width or width // self.num_heads,
         )
-        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
-        qkv = dense((heads + 2 * kv_heads) * head, kernel_init=self.kernel_init, name="qkv")(x)
+        qkv = _projection(self, (heads + 2 * kv_heads) * head, self.kernel_init, "qkv")(x)
         q, k, v = jnp.split(qkv.reshape(batch, tokens, -1, head), [heads, heads + kv_heads], axis=2)
         if self.rotary:
             assert positions is not None
@@ -140,7 +153,7 @@ class CausalSelfAttention(nn.Module):
             mixed = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, is_causal=not decode, implementation=implementation
             )
-        out = dense(width, kernel_init=self.output_init, name="proj")(
+        out = _projection(self, width, self.output_init, "proj")(
             mixed.reshape(batch, tokens, heads * head)
         )
         return nn.Dropout(self.dropout, deterministic=not train)(out)
@@ -197,7 +210,7 @@ class SelfAttention(nn.Module):
     Args:
       num_heads: H. use_bias: biases of both projections. kernel_init, output_init: of the queries,
         keys and values, and of the output projection.
-      implementation: 'auto', 'xla' or 'cudnn', see `CausalSelfAttention`.
+      implementation, linear: see `CausalSelfAttention`.
     """
 
     num_heads: int
@@ -206,17 +219,17 @@ class SelfAttention(nn.Module):
     output_init: Initializer = normal(0.02)
     implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
+    linear: str = "dense"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
         """x (B, T, d) -> (B, T, d)."""
         batch, tokens, width = x.shape
-        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
-        qkv = dense(3 * width, kernel_init=self.kernel_init, name="qkv")(x)
+        qkv = _projection(self, 3 * width, self.kernel_init, "qkv")(x)
         q, k, v = jnp.split(qkv.reshape(batch, tokens, 3 * self.num_heads, -1), 3, axis=2)
         implementation = pick_attention(self.implementation, self.dtype)
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        return dense(width, kernel_init=self.output_init, name="proj")(
+        return _projection(self, width, self.output_init, "proj")(
             mixed.reshape(batch, tokens, width)
         )
 

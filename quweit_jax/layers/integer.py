@@ -179,10 +179,7 @@ class IntegerDense(Packable):
         if x.packed:
             kernel, bias = self.read("kernel", "bias")
             return Quantized(integer.matmul_units(x.ints, kernel) + bias)
-        kernel = self.param(
-            "kernel", self.kernel_init, (x.ints.shape[-1], self.features), jnp.float32
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel, bias = self.parameters(x.ints.shape[-1])
         kernel_int, kernel_scale = integer.quantize_weights(kernel)
         scale = kernel_scale * x.scale
         bias_int = integer.quantize_bias(bias, scale)
@@ -191,19 +188,29 @@ class IntegerDense(Packable):
         shadow = x.real @ integer.straight_through(kernel_int * kernel_scale, kernel) + bias
         return Quantized.of(out, scale, shadow)
 
-    def costs(self, call: Call) -> list[LayerCosts]:
-        """int8 times int8 into int32, an int32 bias. A quantizer that follows makes its results
-        smaller on the way to memory.
-        """
-        count, follows = call.size * self.features, call.following and call.following.layer
+    def parameters(self, width: int) -> tuple[Array, Array]:
+        """kernel (I, features) and bias (features,), float32."""
+        shape = (width, self.features)
+        return (
+            self.param("kernel", self.kernel_init, shape, jnp.float32),
+            self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32),
+        )
+
+    def moved(self, call: Call) -> int:
+        """Bytes of the results; a quantizer that follows makes them smaller on the way to memory."""
+        follows = call.following and call.following.layer
         out = follows.bits // 8 if isinstance(follows, ActivationQuantizer) else BYTES[INT]
-        weights = call.width * self.features
+        return call.rows * self.features * out
+
+    def costs(self, call: Call) -> list[LayerCosts]:
+        """int8 times int8 into int32, an int32 bias."""
+        count, weights = call.size * self.features, call.width * self.features
         row = call.row(
             call.kind,
             multiplications={"int8": count},
             additions={INT: count},
             stored={"int8": weights, INT: self.features * BYTES[INT]},
-            activations=call.size + call.rows * self.features * out,
+            activations=call.size + self.moved(call),
             parameters=weights + self.features,
         )
         return [row]

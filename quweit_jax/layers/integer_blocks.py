@@ -21,6 +21,7 @@ from quweit_jax.layers.integer import (
     ShiftGELU,
     Shiftmax,
 )
+from quweit_jax.layers.integer_ternary import IntegerTernary
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.weightless import WeightlessBlock, above
 from quweit_jax.ops import integer, packed_lut, sums, thermometer
@@ -62,20 +63,23 @@ class IntegerAttention(nn.Module):
     Args:
       num_heads: H. kernel_init, output_init: of the queries, keys and values, and of the output
         projection.
+      linear: both projections are 'dense' or 'ternary'.
     """
 
     num_heads: int
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     rounding: str = "exact"
+    linear: str = "dense"
 
     @nn.compact
     def __call__(self, x: Quantized, *, train: bool = False) -> Quantized:
         """x (B, T, d) at 8 bits -> (B, T, d) at 16 bits."""
         batch, tokens, width = x.ints.shape
         head = width // self.num_heads
+        project = IntegerTernary if self.linear == "ternary" else IntegerDense
         qkv = ActivationQuantizer(rounding=self.rounding, name="quant_qkv")(
-            IntegerDense(3 * width, self.kernel_init, name="qkv")(x), train=train
+            project(3 * width, self.kernel_init, name="qkv")(x), train=train
         )
         q, k, v = (
             qkv.map(lambda a, i=i: a.reshape(batch, tokens, 3, self.num_heads, head)[:, :, i])
@@ -89,7 +93,7 @@ class IntegerAttention(nn.Module):
         mixed = ActivationQuantizer(rounding=self.rounding, name="quant_mixed")(
             mixed.map(lambda a: a.reshape(batch, tokens, width)), train=train
         )
-        out = IntegerDense(width, self.output_init, name="proj")(mixed)
+        out = project(width, self.output_init, name="proj")(mixed)
         return ActivationQuantizer(RESIDUAL_BITS, self.rounding, name="quant_proj")(
             out, train=train
         )

@@ -29,7 +29,7 @@ from quweit_jax.ops.packed_glu import packed_glu
 
 SUMS = ("ternary", "vector", "int8")
 groups.declare("no_decay", "gates", "offsets")
-_INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
+INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
 
 
 class LookupGLU(Packable):
@@ -77,7 +77,7 @@ class LookupGLU(Packable):
         check_glu(self, "LookupGLU: ")
         if self.use_norm:
             x = nn.LayerNorm(1e-5, jnp.float32, use_bias=self.norm_bias, name="norm")(x)
-        x = _to_int8(x.astype(jnp.float32))
+        x = to_int8(x.astype(jnp.float32))
         if self.sum != "ternary":
             return self._bits(x)
         return self._packed(x) if self.is_packed else self._trained(x)
@@ -97,13 +97,17 @@ class LookupGLU(Packable):
             )
         return groups
 
+    def step(self, width: int) -> int:
+        """The distance of neighboring codes in whole numbers of the sums, for inputs of a width."""
+        return max(1, round(self.code_step * whole_numbers(width)))
+
     def _trained(self, x: Array) -> Array:
         width = x.shape[-1]
         mix, total, offsets, bias = self._parameters(width)
         tables, entries = self._tables(width)
         # An offset is a whole number of the sums' unit, and one that its integer type holds.
         largest = jnp.iinfo(_offset_type(width)).max
-        shift = offsets / _unit(width)
+        shift = offsets * whole_numbers(width)
         shift = straight_through(jnp.clip(jnp.round(shift), -largest, largest), shift)
         scale = ternary.quantize_weights(total)[1] / entries
         self._write_weights(mix, total, tables)
@@ -142,7 +146,7 @@ class LookupGLU(Packable):
         mix, offsets, tables, total, scale, bias = self.read(
             "mix", "offsets", "tables", "sum", "scale", "bias"
         )
-        step, x = self._step(x.shape[-1]), x.astype(jnp.int8)
+        step, x = self.step(x.shape[-1]), x.astype(jnp.int8)
         out = packed_glu(x, mix, offsets, tables, total, step=step, num_outputs=self.features)
         return (out.astype(jnp.float32) * scale + bias).astype(self.dtype)
 
@@ -168,7 +172,7 @@ class LookupGLU(Packable):
             dtype=self.dtype,
             name="luts",
         )
-        return tables(sums * _unit(width))
+        return tables(sums / whole_numbers(width))
 
     def _product(self, x: Array, kernel: Array) -> Array:
         """x (..., I), whole numbers, times the ternary weights of a float kernel (I, O), exact."""
@@ -177,12 +181,8 @@ class LookupGLU(Packable):
 
     def _gate(self, sums: Array, tables: Array, width: int) -> Array:
         """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
-        codes: Array = pair_table.codes(sums, self._step(width), self.code_bits)
+        codes: Array = pair_table.codes(sums, self.step(width), self.code_bits)
         return self._entries(codes, tables)
-
-    def _step(self, width: int) -> int:
-        """The distance of neighboring codes in the sums of a width."""
-        return max(1, round(self.code_step / _unit(width)))
 
     def _entries(self, codes: Array, tables: Array) -> Array:
         """Codes (..., 2 H) -> the entries that each unit's pair addresses, (..., H)."""
@@ -263,18 +263,18 @@ class LookupGLU(Packable):
         )
 
 
-def _to_int8(x: Array) -> Array:
+def to_int8(x: Array) -> Array:
     """Normalized values in whole numbers of 1 / 32, at most 127; no gradient beyond."""
-    scaled = x * _INPUT_SCALE
+    scaled = x * INPUT_SCALE
     limited = jnp.clip(scaled, -127, 127)
     return straight_through(jnp.round(limited), limited)
 
 
-def _unit(width: int) -> float:
-    """What one whole number of a ternary sum is worth, in standard deviations of such sums: two of
-    three weights are -1 or 1, and inputs have unit variance.
+def whole_numbers(width: int) -> float:
+    """How many whole numbers of a ternary sum make a standard deviation of such sums: two of three
+    weights are -1 or 1, and inputs have unit variance.
     """
-    return 1 / (_INPUT_SCALE * math.sqrt(2 * width / 3))
+    return INPUT_SCALE * math.sqrt(2 * width / 3)
 
 
 def _offset_type(width: int) -> str:

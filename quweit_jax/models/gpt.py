@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Integer
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
-from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
+from quweit_jax.layers.attention import ATTENTIONS, LINEARS, CausalSelfAttention, token_positions
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.mlp import GELUS
 from quweit_jax.layers.norms import normal
@@ -34,6 +34,7 @@ class GPTConfig(ChannelMixers, Depth):
     'dense+weightless'. mlp_init: standard deviation of the first kernel of an MLP or gated unit at
       the start, nanoGPT's 0.02; 0 for 1 / sqrt(d), which gives what it computes unit variance and
       trains better at small widths. epsilon: of the norms outside weightless blocks.
+    linear: attention's projections, 'dense' or 'ternary' (`layers.ternary.BitLinear`).
     """
 
     vocab_size: int
@@ -49,6 +50,7 @@ class GPTConfig(ChannelMixers, Depth):
     tie_embeddings: bool = True
     dtype: str = "float32"
     attention: str = "auto"
+    linear: str = "dense"
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "context", "layers", "heads", "width")
@@ -70,6 +72,7 @@ class GPTConfig(ChannelMixers, Depth):
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.gelu", self.gelu, GELUS)
         check_choice("model.attention", self.attention, ATTENTIONS)
+        check_choice("model.linear", self.linear, LINEARS)
         self.mlps()
 
     def mlps(self) -> tuple[str, ...]:
@@ -102,6 +105,7 @@ class GPTBlock(nn.Module):
             c.context,
             c.dropout,
             implementation=c.attention,
+            linear=c.linear,
             dtype=dtype,
             name="attention",
             **shared,

@@ -26,7 +26,7 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import groups, mlp
 from quweit_jax.layers import integer as layers
 from quweit_jax.layers import integer_blocks as blocks
-from quweit_jax.layers.attention import ATTENTIONS, SelfAttention
+from quweit_jax.layers.attention import ATTENTIONS, LINEARS, SelfAttention
 from quweit_jax.layers.costs import Call, layer_norm, residuals
 from quweit_jax.layers.drop_path import DropPath
 from quweit_jax.layers.integer import ActivationQuantizer, Quantized
@@ -73,6 +73,7 @@ class ViTConfig(ChannelMixers):
     pool: what the head reads, the 'cls' token or the 'mean' of the patches.
     drop_path: the share of examples whose last block's branches are left out in training, rising to
     it linearly with depth.
+    linear: attention's projections, 'dense' or 'ternary', see `layers.attention.SelfAttention`.
     """
 
     num_classes: int
@@ -88,6 +89,7 @@ class ViTConfig(ChannelMixers):
     remat: bool = False
     dtype: str = "float32"
     attention: str = "auto"
+    linear: str = "dense"
 
     def __post_init__(self):
         match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", self.variant)
@@ -122,6 +124,7 @@ class ViTConfig(ChannelMixers):
         check_choice("model.pool", self.pool, POOLS)
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
+        check_choice("model.linear", self.linear, LINEARS)
         self.mlps()
 
     def sizes(self) -> tuple[int, int, int]:
@@ -179,9 +182,8 @@ class ViTBlock(nn.Module):
         c, dtype, heads = self.config, jnp.dtype(self.config.dtype), self.config.sizes()[2]
         norm = functools.partial(nn.LayerNorm, dtype=dtype)
         drop = DropPath(self.drop_path, name="drop_path")
-        attention = SelfAttention(
-            heads, implementation=c.attention, dtype=dtype, name="attention", **c.initializers()
-        )
+        options = {"implementation": c.attention, "linear": c.linear, **c.initializers()}
+        attention = SelfAttention(heads, dtype=dtype, name="attention", **options)
         x = x + drop(attention(norm(name="attention_norm")(x)), train)
         mixer = mlp.make(
             self.mlp,
@@ -217,7 +219,9 @@ class IntegerViTBlock(nn.Module):
         )
         c = self.config
         shared = {"rounding": c.rounding, **c.initializers()}
-        y = blocks.IntegerAttention(c.sizes()[2], name="attention", **shared)(y, train=train)
+        y = blocks.IntegerAttention(c.sizes()[2], linear=c.linear, name="attention", **shared)(
+            y, train=train
+        )
         x = ActivationQuantizer(layers.RESIDUAL_BITS, self.config.rounding, name="quant_attention")(
             drop(y, train), x, train=train
         )

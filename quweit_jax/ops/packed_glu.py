@@ -72,7 +72,8 @@ def packed_glu(
     codes: Array = pair_table.codes(
         (sums - offsets.astype(jnp.int32)).astype(jnp.float32), step, code_bits
     )
-    read = pair_table.pair_lookup(*jnp.split(codes, 2, axis=-1), tables)
+    first, second = jnp.split(codes, 2, axis=-1)
+    read = pair_table.pair_lookup(first, second, tables)
     return packed_sums(read, total, num_outputs=num_outputs, implementation=inner)
 
 

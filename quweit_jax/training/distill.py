@@ -41,12 +41,15 @@ class DistillConfig:
       for none.
     fit_steps: the first steps, in which nothing but new channel mixers is trained, each to do what
       the teacher's does with the teacher's own hidden states; 0 for none.
+    solve_batches: the first batches, on which new LookupGLUs are computed before the first step,
+      see `training.solve`; 0 for none.
     """
 
     weight: float = 0.5
     temperature: float = 1.0
     blocks: float = 0.0
     fit_steps: int = 0
+    solve_batches: int = 0
 
     def __post_init__(self):
         if not 0 <= self.weight <= 1:
@@ -57,10 +60,11 @@ class DistillConfig:
             )
         if not 0 <= self.blocks < math.inf:
             raise InputError(f"distill.blocks: expected 0 or more, found {self.blocks}.")
-        if self.fit_steps < 0:
-            raise InputError(
-                f"distill.fit_steps: expected 0 (none) or more, found {self.fit_steps}."
-            )
+        for name in ("fit_steps", "solve_batches"):
+            if getattr(self, name) < 0:
+                raise InputError(
+                    f"distill.{name}: expected 0 (none) or more, found {getattr(self, name)}."
+                )
 
 
 SECTIONS["distill"] = lambda _: DistillConfig

@@ -21,7 +21,7 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, first_line
 from quweit_jax.models import stack
-from quweit_jax.training import distill, sharding, state
+from quweit_jax.training import distill, sharding, solve, state
 from quweit_jax.training.defaults import check_types
 from quweit_jax.training.distill import DistillConfig
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -37,7 +37,8 @@ _LOGIT_BYTES = 2**28
 _NEEDS_TEACHER = (
     "teacher: expected it to be read, as the train command does; give loop.fit "
     "teacher=quweit_jax.commands.train.teacher(config.teacher). Elsewhere go without it, by "
-    "--config.teacher= --config.distill.blocks=0 --config.distill.fit_steps=0."
+    "--config.teacher= --config.distill.blocks=0 --config.distill.fit_steps=0 "
+    "--config.distill.solve_batches=0."
 )
 
 
@@ -94,15 +95,17 @@ class Setup:
         self, initial: Callable[[Variables], Variables] | None = None
     ) -> state.TrainState:
         """A first state on the mesh; `initial` may replace its freshly drawn {'params': ...,
-        'wiring': ...} by others.
+        'wiring': ...} by others. Mixers that are to be solved for take the place of both.
         """
         fresh = self._state(state.init_state)
-        if initial is None:
+        if initial is not None:
+            given = initial(stack.unstacked(fresh.variables()))
+            if stack.is_scanned(self.model):
+                given = stack.stacked(given, self.model.config.mlps())  # type: ignore[attr-defined]
+            fresh = state.replace_variables(fresh, given)
+        if self.teacher is None or not self.distill_config.solve_batches:
             return fresh
-        given = initial(stack.unstacked(fresh.variables()))
-        if stack.is_scanned(self.model):
-            given = stack.stacked(given, self.model.config.mlps())  # type: ignore[attr-defined]
-        return state.replace_variables(fresh, given)
+        return state.replace_variables(fresh, solve.solved(self, fresh.variables()))
 
     def unscanned(self) -> Setup:
         """The same for variables that `models.stack.unstacked` gave: what reads a trained model."""
@@ -244,7 +247,7 @@ def _distill_config(config: Config) -> DistillConfig:
     """The section `distill`; InputError if it asks a teacher for something, and there is none."""
     values = config.distill.to_dict() if "distill" in config else {}
     made = from_mapping(DistillConfig, values, "distill")
-    asked = [name for name in ("blocks", "fit_steps") if getattr(made, name)]
+    asked = [name for name in ("blocks", "fit_steps", "solve_batches") if getattr(made, name)]
     if asked and not config.get("teacher"):
         raise InputError(
             f"distill.{asked[0]}: expected a teacher to learn from, found none; set "

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, first_line
-from quweit_jax.training import distill, sharding
+from quweit_jax.training import distill, sharding, solve
 
 if TYPE_CHECKING:
     from quweit_jax.training.setup import Setup
@@ -63,8 +63,10 @@ def check(teacher: Teacher, setup: Setup) -> None:
         ) from None
     if setup.distill_config.blocks:
         _check_blocks(teacher, setup)
-    if setup.distill_config.fit_steps:
+    if setup.distill_config.fit_steps or setup.distill_config.solve_batches:
         _check_mixers(teacher, setup)
+    if setup.distill_config.solve_batches:
+        solve.check(teacher, setup)
 
 
 def _check_outputs(teacher: Teacher, setup: Setup) -> None:
@@ -131,17 +133,18 @@ def _check_mixers(teacher: Teacher, setup: Setup) -> None:
     """Raises InputError unless there are new channel mixers, of floats, that correspond to the
     teacher's.
     """
+    where = "distill." + ("fit_steps" if setup.distill_config.fit_steps else "solve_batches")
     for who, model in (("student", setup.model), ("teacher", teacher.model)):
         if getattr(getattr(model, "config", None), "integer", False):
             raise InputError(
-                f"distill.fit_steps: expected models of floats, found an integer-only {who}; "
+                f"{where}: expected models of floats, found an integer-only {who}; "
                 "convert in floats, and fine-tune from that run with init_from."
             )
     variables = setup.abstract_state().variables()
     blocks = distill.new_mixers(variables["params"], teacher.variables["params"])
     if not blocks:
         raise InputError(
-            "distill.fit_steps: found no channel mixer that differs from the teacher's in the same "
+            f"{where}: found no channel mixer that differs from the teacher's in the same "
             "block; set --config.model.mlp, or leave it at 0."
         )
     reads = [
@@ -152,7 +155,7 @@ def _check_mixers(teacher: Teacher, setup: Setup) -> None:
         ours, theirs = (jax.tree.map(lambda x: x.shape, found[block]) for found in reads)
         if ours != theirs:
             raise InputError(
-                f"distill.fit_steps: {block}: expected channel mixers of one width, found "
+                f"{where}: {block}: expected channel mixers of one width, found "
                 f"{list(ours[0][1:])} and the teacher's {list(theirs[0][1:])}; use a teacher of "
                 "the same width, or leave it at 0."
             )

@@ -52,7 +52,10 @@ MODELS = {
     "gpt_lookup_glu_bits": GPT | {"mlp": "lookup_glu", "lookup_glu": {"sum": "int8"}},
     "gpt_lookup_glu_vectors": GPT
     | {"mlp": "lookup_glu+none", "lookup_glu": {"sum": "vector", "num_luts": 12}},
+    "gpt_ternary_attention": GPT | {"linear": "ternary", "mlp": "lookup_glu+none"},
     "vit": VIT,
+    "vit_ternary_attention": VIT | {"linear": "ternary"},
+    "ivit_ternary_attention": VIT | {"linear": "ternary", "integer": True, "mlp": "lookup_glu"},
     "vit_mean": VIT | {"pool": "mean", "mlp": "weightless", "weightless": SMALL},
     "vit_narrow": VIT | {"mlp": "none+dense", "mlp_ratio": 3},
     "ivit": VIT | {"integer": True},

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.layers.attention import CausalSelfAttention, pick_attention
 from quweit_jax.layers.mlp import MLP
+from quweit_jax.layers.ternary import BitLinear
 from tests.compiled import quick_jit
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 7, 12, 3
@@ -141,3 +143,33 @@ def test_norm_and_mlp_are_their_formulas(use_bias):
     expected = gelu @ weights["down"]["kernel"] + (weights["down"]["bias"] if use_bias else 0)
     assert weights["up"]["kernel"].shape == (WIDTH, 2 * WIDTH)
     np.testing.assert_allclose(mlp.apply({"params": weights}, x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ternary_projections_are_bit_linears_packed_and_decoded():
+    layer, x = attention(linear="ternary", use_bias=True), normal(BATCH, TOKENS, WIDTH)
+    params = jax.device_get(quick_jit(layer.init)(jax.random.key(0), x)["params"])
+    params = jax.tree.map(lambda p: p + np.float32(0.2) * normal(*p.shape, seed=1), params)
+    assert set(params["qkv"]) == {"kernel", "norm_scale"}
+    found = quick_jit(layer.apply)({"params": params}, x)
+    # the same attention between what two layers of the ternary language models compute
+    qkv = BitLinear(3 * WIDTH).apply({"params": params["qkv"]}, x)
+    q, k, v = (a.reshape(BATCH, TOKENS, HEADS, -1) for a in np.split(qkv, 3, axis=-1))
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+    expected = BitLinear(WIDTH).apply({"params": params["proj"]}, mixed)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    packed = pack(layer, {"params": params}, x)
+    np.testing.assert_allclose(quick_jit(layer.apply)(packed, x), found, atol=1e-4)
+    cache, parts = {}, []
+    for t in range(TOKENS):
+        part, cache = layer.apply(
+            {**packed, **cache}, x[:, t : t + 1], decode=True, mutable=["cache"]
+        )
+        parts.append(part)
+    np.testing.assert_allclose(np.concatenate(parts, 1), found, atol=1e-4)
+    grads = jax.grad(lambda p: jnp.square(layer.apply({"params": p}, x)).sum())(params)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_an_unknown_linear_is_named():
+    with pytest.raises(InputError, match="linear: expected"):
+        attention(linear="sparse").init(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))

@@ -51,6 +51,7 @@ def test_published_sizes(variant, parameters):
         {"pool": "mean"},
         {"mlp": "weightless+none"},
         {"dtype": "bfloat16"},
+        {"linear": "ternary"},
         {"remat": True, "mlp": "weightless"},
     ],
 )
@@ -155,9 +156,17 @@ def calibrated(model):
     return {**variables, **quick_jit(move)(variables, IMAGES)}
 
 
-@pytest.mark.parametrize("mlp, pool", [("dense", "cls"), ("weightless", "cls"), ("none", "mean")])
-def test_packed_integers_give_the_same_logits(mlp, pool):
-    model = build(mlp=mlp, pool=pool, integer=True, depth=1)
+FORMS = [
+    ("dense", "cls", "dense"),
+    ("weightless", "cls", "dense"),
+    ("none", "mean", "dense"),
+    ("none", "cls", "ternary"),
+]
+
+
+@pytest.mark.parametrize("mlp, pool, linear", FORMS)
+def test_packed_integers_give_the_same_logits(mlp, pool, linear):
+    model = build(mlp=mlp, pool=pool, linear=linear, integer=True, depth=1)
     variables = calibrated(model)
     expected = quick_jit(model.apply)(variables, IMAGES)
     packed = pack(model, variables, IMAGES)
@@ -223,9 +232,9 @@ FLOATS_ALLOWED = {
 }
 
 
-@pytest.mark.parametrize("mlp, pool", [("dense", "cls"), ("weightless", "cls"), ("none", "mean")])
-def test_nothing_but_integers_between_image_and_logits(mlp, pool):
-    model = build(mlp=mlp, pool=pool, integer=True, depth=2)
+@pytest.mark.parametrize("mlp, pool, linear", FORMS)
+def test_nothing_but_integers_between_image_and_logits(mlp, pool, linear):
+    model = build(mlp=mlp, pool=pool, linear=linear, integer=True, depth=2)
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
     packed = jax.eval_shape(lambda v: model.apply(v, IMAGES, mutable=["packed"])[1], variables)
     used = primitives(jax.make_jaxpr(model.apply)(packed, IMAGES).jaxpr)
@@ -233,6 +242,36 @@ def test_nothing_but_integers_between_image_and_logits(mlp, pool):
     assert set(floats) <= FLOATS_ALLOWED, set(floats) - FLOATS_ALLOWED
     assert floats.count("mul") == 1 and floats.count("div") == 1  # the head's scale; the image's
     assert sum(name == "dot_general" for name, _ in used) >= 9
+
+
+def test_ternary_integers_are_their_formula_and_train():
+    from quweit_jax.layers.integer import Quantized
+    from quweit_jax.layers.integer_ternary import IntegerTernary
+
+    draw, layer = np.random.default_rng(0), IntegerTernary(5)
+    ints = np.float32(draw.integers(-127, 128, (2, 3, 7)))
+    x = Quantized(ints, jnp.float32(0.02), ints * np.float32(0.02))
+    kernel = draw.normal(size=(7, 5)).astype(np.float32)
+    bias = draw.normal(size=5).astype(np.float32)
+    params = {"kernel": kernel, "bias": bias}
+    out, kept = layer.apply({"params": params}, x, mutable=["packed"])
+    mean = np.abs(kernel).mean(dtype=np.float64)
+    whole = np.clip(np.round(kernel / mean), -1, 1)
+    expected = ints @ whole + np.round(bias / (mean * 0.02))
+    np.testing.assert_array_equal(out.ints, expected)
+    np.testing.assert_allclose(out.real, expected * mean * 0.02, rtol=1e-5)
+    packed = layer.apply(kept, Quantized(ints.astype(np.int8)))
+    assert packed.ints.dtype == jnp.int32 and kept["packed"]["kernel"].dtype == jnp.uint8
+    np.testing.assert_array_equal(packed.ints, expected)
+
+    def loss(params):
+        return (layer.apply({"params": params}, x).real * upstream).sum()
+
+    upstream = draw.normal(size=(2, 3, 5)).astype(np.float32)
+    found = jax.grad(loss)(params)
+    by_hand = x.real.reshape(-1, 7).T @ upstream.reshape(-1, 5)  # straight through
+    np.testing.assert_allclose(found["kernel"], by_hand, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["bias"], upstream.sum((0, 1)), rtol=1e-5)
 
 
 def test_no_multiplication_inside_a_weightless_block():

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import jax.ffi
-import jaxlib
+import jaxlib.version
 
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("g++", "clang++")
@@ -91,7 +91,7 @@ def _made_of(compiler: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    facts = (jaxlib.__version__, _version(compiler), platform.machine(), *OPTIONS)
+    facts = (jaxlib.version.__version__, _version(compiler), platform.machine(), *OPTIONS)
     digest.update("\0".join(facts).encode())
     return digest.hexdigest()[:16]
 
