@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float, Int, Int8, Int32, Shaped
 
 from quweit_jax.errors import InputError
+from quweit_jax.ops.kernels.packed_sums import add_rows
 
 
 def vector_lookup(
@@ -83,10 +84,4 @@ def packed_vector_lookup(
 ) -> Int32[Array, "T d"]:
     """`vector_lookup` of int8 vectors, added in int32: one row read a table and token."""
     _check(bits, vectors)
-
-    def add(total: Array, table: tuple[Array, Array]) -> tuple[Array, None]:
-        address_T, vectors_Ad = table
-        return total + vectors_Ad[address_T].astype(jnp.int32), None
-
-    start = jnp.zeros((bits.shape[2], vectors.shape[2]), jnp.int32)
-    return jax.lax.scan(add, start, (addresses(bits), vectors))[0]
+    return add_rows(vectors, addresses(bits))
