@@ -174,6 +174,7 @@ CALLS = {
     "read_packed": (packed_lut.read_packed, (PACKED, jnp.zeros((7, 6), jnp.int32)), {}),
     "look_up": (packed_lut.look_up, (BITS.reshape(6, 5).T, WIRING, PACKED), {}),
     "pack_bits": (packed_lut.pack_bits, (BITS.reshape(6, 5).T,), {}),
+    "pack_above": (packed_lut.pack_above, (X.reshape(6, 5).T, jnp.zeros((1, 4))), {}),
     "look_up_words": (
         packed_lut.look_up_words,
         (packed_lut.pack_bits(BITS.reshape(6, 5).T), WIRING, PACKED),

@@ -37,6 +37,7 @@ def compile_step(config: Config, topology: str) -> dict[str, object]:
     import jax
     from jax.experimental import topologies
 
+    from quweit_jax.ops.kernels.choice import compiling_for
     from quweit_jax.training.setup import assemble
 
     try:
@@ -47,8 +48,9 @@ def compile_step(config: Config, topology: str) -> dict[str, object]:
             "libtpu, or give one such as v5e:2x4."
         ) from None
     setup = assemble(config, devices=devices)
-    state, since = setup.abstract_state(), time.monotonic()
-    lowered = setup.train_step(state).lower(state, setup.abstract_batch())  # type: ignore[attr-defined]
+    with compiling_for("tpu", portable=True):
+        state, since = setup.abstract_state(), time.monotonic()
+        lowered = setup.train_step(state).lower(state, setup.abstract_batch())  # type: ignore[attr-defined]
     compiled = lowered.compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return {

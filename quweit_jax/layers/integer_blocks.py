@@ -168,7 +168,7 @@ class IntegerWeightlessBlock(WeightlessBlock):
         flat = x.map(lambda a: a.reshape(-1, width).T)
         if x.packed:
             thresholds, vectors, bias = self.read("thresholds", "vectors", "bias")
-            bits = packed_lut.pack_bits(above(flat.ints, thresholds))
+            bits = packed_lut.pack_above(flat.ints, thresholds)
             # signed bits count twice; what makes them -1 and 1 is in the bias
             total = (
                 self._add(self._look_up_packed(bits, layers), vectors) << int(self.signed)

@@ -124,7 +124,7 @@ class WeightlessBlock(Packable):
         A block from which tables were pruned has an `offset`, int32 (d,), where its sums begin.
         """
         thresholds, vectors, scale, bias = self.read("thresholds", "vectors", "scale", "bias")
-        bits = packed_lut.pack_bits(above(x_DT.astype(jnp.float32), thresholds))
+        bits = packed_lut.pack_above(x_DT, thresholds)
         total = self._add(self._look_up_packed(bits, self._layers()), vectors, by_product=True)
         if self.signed:  # sum (2 bit - 1) v = 2 sum bit v - sum v
             total = 2 * total - self._per_feature(vectors.astype(jnp.int32)).sum(0)
@@ -148,9 +148,8 @@ class WeightlessBlock(Packable):
         *below, last = self._layers()
         if self.is_packed:
             thresholds, bias = self.read("thresholds", "bias")
-            bits_FT = above(x_DT.astype(jnp.float32), thresholds)
-            packed = self._look_up_packed(packed_lut.pack_bits(bits_FT), below)
-            bits_LT = packed.unpack() if below else bits_FT
+            bits = packed_lut.pack_above(x_DT, thresholds)
+            bits_LT = self._look_up_packed(bits, below).unpack()
         else:
             bits_FT, bias = self._encode(x_DT), self._bias()
             self.write(bias=bias)

@@ -104,8 +104,7 @@ class DWN(Packable):
 
     def _look_up_packed(self, features_FB: Array, thresholds: Array) -> Bits:
         """Packed layers, between which bits stay packed: features (F, B) -> bits (L, B)."""
-        above = features_FB[:, None, :] > thresholds[:, :, None]
-        bits = packed_lut.pack_bits(above.reshape(-1, features_FB.shape[1]))
+        bits = packed_lut.pack_above(features_FB, thresholds)
         self.show(thermometer=bits)
         for layer in self._luts():
             bits = layer.packed_bits(bits)

@@ -18,7 +18,7 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Int, Int8, Int32, Integer, Shaped, UInt8, UInt32
+from jaxtyping import Bool, Int, Int8, Int32, Integer, Real, Shaped, UInt8, UInt32
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.fusion import no_fusion
@@ -72,14 +72,45 @@ def pack_bits(bits_FT: Shaped[Array, "F T"]) -> Bits:
 
 
 def _pack(bits_FT: Array) -> Array:
-    features, tokens = bits_FT.shape
+    words = _words_of(bits_FT)
+    packed = words[:, 0].astype(jnp.uint32)
+    for k in range(1, WORD):
+        packed = packed | (words[:, k].astype(jnp.uint32) << k)
+    return packed
+
+
+def _words_of(x_FT: Array) -> Array:
+    """(F, T) as (F, 32, W): what of each token goes to which bit of which word."""
+    features, tokens = x_FT.shape
     words = -(-tokens // WORD)
     past_the_end: Any = words * WORD - tokens  # a number, or an expression in the name of one
-    padded = jnp.pad(bits_FT, ((0, 0), (0, past_the_end))).reshape(features, WORD, words)
-    packed = padded[:, 0].astype(jnp.uint32)
-    for k in range(1, WORD):
-        packed = packed | (padded[:, k].astype(jnp.uint32) << k)
-    return packed
+    return jnp.pad(x_FT, ((0, 0), (0, past_the_end))).reshape(features, WORD, words)
+
+
+def pack_above(x_DT: Real[Array, "D T"], thresholds: Real[Array, "#D z"]) -> Bits:
+    """Packed thermometer bits, `x > threshold`: x (D, T) and thresholds (D, z), or (1, z) for all
+    D, -> (D * z, T). Floats are compared in float32.
+    """
+    (width, tokens), steps = x_DT.shape, thresholds.shape[1]
+    if not (x_DT.size and steps):
+        return Bits(jnp.zeros((width * steps, -(-tokens // WORD)), jnp.uint32), tokens)
+    if not jnp.issubdtype(x_DT.dtype, jnp.floating):
+        return Bits(no_fusion(_compare, x_DT, thresholds), tokens)
+
+    def compare(pattern: Array, thresholds: Array) -> Array:
+        return _compare(jax.lax.bitcast_convert_type(pattern, jnp.float32), thresholds)
+
+    # what `no_fusion` branches on is a whole number
+    pattern = jax.lax.bitcast_convert_type(x_DT.astype(jnp.float32), jnp.int32)
+    return Bits(no_fusion(compare, pattern, thresholds), tokens)
+
+
+def _compare(x_DT: Array, thresholds: Array) -> Array:
+    words = _words_of(x_DT)[:, None]  # (D, 1, 32, W)
+    packed = jnp.uint32(0)
+    for k in range(WORD):
+        packed = packed | ((words[:, :, k] > thresholds[:, :, None]).astype(jnp.uint32) << k)
+    return packed.reshape(x_DT.shape[0] * thresholds.shape[1], words.shape[-1])
 
 
 def pack_tables(tables: Shaped[ArrayLike, "L A"]) -> UInt8[Array, "L bytes"]:

@@ -41,6 +41,29 @@ def test_bits_round_trip_through_words(features, tokens, dtype):
     np.testing.assert_array_equal(packed.unpack(), bits.astype(bool))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint8"])
+@pytest.mark.parametrize("width, tokens, steps, shared", [(3, 1, 2, False), (2, 70, 3, True)])
+def test_thermometer_bits_are_packed_as_they_are_made(width, tokens, steps, shared, dtype):
+    rng = np.random.default_rng(tokens)
+    x = jnp.asarray(rng.integers(0, 9, (width, tokens)), dtype)
+    thresholds = jnp.asarray(rng.integers(0, 9, (1 if shared else width, steps)), jnp.float32)
+    found = quick_jit(packed_lut.pack_above)(x, thresholds).unpack()
+    expected = np.asarray(x, np.float32)[:, None] > np.asarray(thresholds)[:, :, None]
+    np.testing.assert_array_equal(found, expected.reshape(-1, tokens))
+
+
+def test_a_number_that_is_none_is_above_nothing():
+    x = jnp.asarray([[np.nan, -np.inf, np.inf, 1.0]])
+    found = packed_lut.pack_above(x, jnp.zeros((1, 1))).unpack()
+    np.testing.assert_array_equal(found, [[False, False, True, True]])
+
+
+@pytest.mark.parametrize("width, tokens, steps", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
+def test_no_thermometer_bits(width, tokens, steps):
+    bits = packed_lut.pack_above(jnp.zeros((width, tokens)), jnp.zeros((width, steps)))
+    assert bits.unpack().shape == bits.shape == (width * steps, tokens)
+
+
 def look_up_case(n, inputs, luts, tokens):
     rng = np.random.default_rng(n)
     bits, wiring = rng.integers(0, 2, (inputs, tokens)), rng.integers(0, inputs, (luts, n))

@@ -162,7 +162,7 @@ def _table_grad_product(address_LT: Array, grad_LT: Array, entries: int) -> Arra
         column.astype(grad_LT.dtype),
         precision="highest",  # the gradients keep their 24 bits
     )
-    return added.reshape(-1, entries)
+    return added.reshape(address_LT.shape[0], entries)
 
 
 def _read_rest(differences_LR: Array, rest: Sequence[Array], like: Array) -> Array:
