@@ -146,6 +146,11 @@ def test_sums_beyond_16_bits():
     np.testing.assert_array_equal(found, np.full((5, 3), 300 * 127))
 
 
+def test_vectors_of_no_tokens_add_up_to_nothing():
+    found = vector_lut.packed_vector_lookup(jnp.zeros((17, 2, 0)), jnp.zeros((17, 4, 3), jnp.int8))
+    assert found.shape == (0, 3) and found.dtype == jnp.int32
+
+
 def test_a_number_of_tokens_that_is_only_a_name():
     bits, wiring, tables = look_up_case(3, 8, 20, 75)
     packed = packed_lut.pack_tables(tables)

@@ -135,7 +135,8 @@ def _table_grad_scatter(address_LT: Array, grad_LT: Array, entries: int) -> Arra
     tables = next((k for k in range(_SCATTERED, 7, -1) if num_luts % k == 0), num_luts)
     if tables == num_luts:
         return _scatter(address_LT, grad_LT, entries)
-    cut = tuple(x.reshape(-1, tables, x.shape[1]) for x in (address_LT, grad_LT))
+    parts = num_luts // tables
+    cut = tuple(x.reshape(parts, tables, x.shape[1]) for x in (address_LT, grad_LT))
     added = jax.lax.map(lambda some: _scatter(some[0], some[1], entries), cut)
     return added.reshape(num_luts, entries)
 

@@ -93,9 +93,10 @@ def add_rows(rows: Shaped[Array, "G S d"], chosen: Int32[Array, "G T"]) -> Int32
         return total + functools.reduce(jnp.add, read).astype(jnp.int32), None
 
     start = jnp.zeros((chosen.shape[1], rows.shape[2]), jnp.int32)
+    count = rows.shape[0] // _READS  # not -1: there may be no tokens
     passes = (
-        rows.reshape(-1, _READS, *rows.shape[1:]),
-        chosen.reshape(-1, _READS, chosen.shape[1]),
+        rows.reshape(count, _READS, *rows.shape[1:]),
+        chosen.reshape(count, _READS, chosen.shape[1]),
     )
     return jax.lax.scan(add, start, passes)[0]
 
