@@ -1,5 +1,5 @@
-"""lut_lookup against the textbook formulation, forward and backward: python
-benchmarks/lut_lookup.py
+"""lut_lookup against the textbook formulation, forward and backward, and packed look-ups against a
+read a token: taskset -c 0 python benchmarks/lut_lookup.py
 
 The textbook: tokens x tables gathers with a one-hot sum over all 2**n entries for every sample in
 the backward pass, as the EFD formula is written. Both compute the same values and gradients, which
@@ -8,12 +8,15 @@ is checked before anything is timed.
 
 from __future__ import annotations
 
+import statistics
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import roofline
 import timing
 
-from quweit_jax.ops import lut
+from quweit_jax.ops import lut, packed_lut
 from quweit_jax.ops.wiring import invert_wiring, random_wiring
 
 
@@ -68,6 +71,30 @@ def contender(function, bits, tables, grad_out):
     return lambda: jax.block_until_ready(compiled(bits, tables, grad_out))
 
 
+def packed_contenders(bits_FT, wiring, packed):
+    """Packed look-ups of booleans and of words."""
+
+    def call(function, *operands):
+        compiled = jax.jit(function).lower(*operands, wiring, packed).compile()
+        return lambda: jax.block_until_ready(compiled(*operands, wiring, packed))
+
+    words = packed_lut.pack_bits(bits_FT)
+    made = {
+        "a read a token": call(
+            lambda b, w, p: packed_lut.look_up(b, w, p, implementation="reference"), bits_FT
+        ),
+        "words, packed and unpacked": call(packed_lut.look_up, bits_FT),
+        "words, packed": call(
+            lambda b, w, p: packed_lut.look_up_words(packed_lut.pack_bits(b), w, p), bits_FT
+        ),
+        "words given": call(packed_lut.look_up_words, words),
+    }
+    expected = made["a read a token"]()
+    np.testing.assert_array_equal(made["words, packed and unpacked"](), expected)
+    np.testing.assert_array_equal(made["words given"]().unpack(), expected)
+    return made
+
+
 def main() -> None:
     parser = timing.parser(__doc__, rounds=7)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -87,6 +114,12 @@ def main() -> None:
         "lut_lookup, inverse given": contender(
             lambda b, t: lut.lut_lookup(b, wiring, t, inverse=inverse), bits, tables, grad_out
         ),
+        "lut_lookup, reference": contender(
+            lambda b, t: lut.lut_lookup(b, wiring, t, implementation="reference"),
+            bits,
+            tables,
+            grad_out,
+        ),
     }
     expected = contenders["textbook"]()
     for name, call in contenders.items():
@@ -94,15 +127,25 @@ def main() -> None:
             np.testing.assert_allclose(
                 np.asarray(ours), np.asarray(theirs), atol=2e-3, err_msg=name
             )
-    medians = timing.side_by_side(contenders, args.rounds, warmup=1)
-    lines = [
-        f"lut_lookup forward + backward, {args.tokens} tokens, F = {args.inputs}, L = {args.luts}, "
-        f"n = {args.lut_inputs}, {jax.default_backend()}",
-        timing.machine(),
-        timing.table(medians, "lut_lookup, inverse given"),
-    ]
+    trained = timing.samples(contenders | roofline.contenders(), args.rounds, warmup=1)
+    limits = roofline.rates({k: statistics.median(trained.pop(k)) for k in roofline.LIMITS})
+    packed = packed_contenders(bits.T.astype(bool), wiring, packed_lut.pack_tables(tables))
+    found = {
+        "forward + backward": (timing.summary(trained), "textbook"),
+        "packed": (timing.summary(timing.samples(packed, 3 * args.rounds)), "a read a token"),
+    }
+    size = (
+        f"{args.tokens} tokens, F = {args.inputs}, L = {args.luts}, n = {args.lut_inputs}, "
+        f"{jax.default_backend()}"
+    )
+    lines = [size, timing.machine(), timing.cores()]
+    for name, (summary, baseline) in found.items():
+        lines += ["", name, timing.spread_table(summary, baseline)]
+    lines += ["roofline: " + ", ".join(f"{k} {v:.1f}" for k, v in limits.items())]
     print("\n".join(lines))
     timing.write(args.out, lines)
+    facts = {"size": size, "machine": timing.machine(), "timed": timing.cores(), "roofline": limits}
+    timing.write_json(args.out, facts | {name: summary for name, (summary, _) in found.items()})
 
 
 if __name__ == "__main__":

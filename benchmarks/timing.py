@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+Summary = dict[str, dict[str, Any]]
 
 
 def parser(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
@@ -34,14 +38,66 @@ def side_by_side(
     contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 3
 ) -> dict[str, float]:
     """Median seconds of one call of each contender; a call returns only when its work is done."""
+    seconds = samples(contenders, rounds, warmup, time.perf_counter)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def samples(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """Seconds of every call of each contender, in turn; by default of this process's own work,
+    which a machine that is busy with something else disturbs little.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
         for name, call in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]]) -> Summary:
+    """Milliseconds of each contender: the median, and the quartiles around it."""
+    return {
+        name: {
+            "median_ms": 1e3 * statistics.median(values),
+            "quartiles_ms": [1e3 * q for q in statistics.quantiles(values, n=4)[::2]],
+        }
+        for name, values in seconds.items()
+    }
+
+
+def spread_table(summarized: Summary, baseline: str) -> str:
+    """One line a contender: median, quartiles, and how many times faster than the baseline."""
+    width, base = max(map(len, summarized)), summarized[baseline]["median_ms"]
+    lines = [f"{'':{width}}  median ms        quartiles   times faster than {baseline}"]
+    for name, found in summarized.items():
+        low, high = found["quartiles_ms"]
+        spread = f"{low:.2f} to {high:.2f}"
+        lines.append(
+            f"{name:{width}}  {found['median_ms']:9.3f}  {spread:>15}   "
+            f"{base / found['median_ms']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def write_json(out: Path | None, facts: dict[str, object]) -> None:
+    """Writes facts beside `out`, as .json, if it is given."""
+    if out:
+        out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def cores() -> str:
+    """On how many cores this process may run, and how it is timed: for the record."""
+    return (
+        f"process CPU time, contenders in turn in one process on {len(os.sched_getaffinity(0))} "
+        "core(s) of a machine that may be busy"
+    )
 
 
 def table(medians: dict[str, float], baseline: str) -> str:

@@ -175,6 +175,18 @@ CALLS = {
     "pack_tables": (packed_lut.pack_tables, (TABLES,), {}),
     "read_packed": (packed_lut.read_packed, (PACKED, jnp.zeros((7, 6), jnp.int32)), {}),
     "look_up": (packed_lut.look_up, (BITS.reshape(6, 5).T, WIRING, PACKED), {}),
+    "pack_bits": (packed_lut.pack_bits, (BITS.reshape(6, 5).T,), {}),
+    "pack_above": (packed_lut.pack_above, (X.reshape(6, 5).T, jnp.zeros((1, 4))), {}),
+    "look_up_words": (
+        packed_lut.look_up_words,
+        (packed_lut.pack_bits(BITS.reshape(6, 5).T), WIRING, PACKED),
+        {},
+    ),
+    "add_vectors packed": (
+        packed_lut.add_vectors,
+        (packed_lut.pack_bits(jnp.ones((7, 40), bool)), jnp.ones((7, 3), jnp.int8)),
+        {"by_product": True},
+    ),
     "add_vectors": (
         packed_lut.add_vectors,
         (jnp.ones((7, 6), bool), jnp.ones((7, 3), jnp.int8)),

@@ -69,7 +69,7 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
     devices = _devices(topology)
     setup = assemble(config, data=_data(config, outputs), devices=devices)
     state, since = setup.abstract_state(), time.monotonic()
-    with compiling_for("tpu"):
+    with compiling_for("tpu", portable=True):
         traced = setup.train_step(state).trace(state, setup.abstract_batch())  # type: ignore[attr-defined]
         lowered = traced.lower()
     try:

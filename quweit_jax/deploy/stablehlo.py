@@ -116,7 +116,7 @@ def to_program(
     check(variables, platforms)
     function = jax.jit(lambda x: apply(_inside(variables), x))
     abstract = _abstract(given.shape, given.dtype, jax.export.SymbolicScope(given.limits))
-    with compiling_for("cpu", portable=True):
+    with _traced_for(platforms):
         return jax.export.export(function, platforms=tuple(platforms))(abstract)
 
 
@@ -142,10 +142,18 @@ def to_step_program(
     state = jax.tree.map(
         lambda s: _abstract(s["shape"], s["dtype"], scope), state_shapes(model), is_leaf=_is_shape
     )
-    with compiling_for("cpu", portable=True):
+    with _traced_for(platforms):
         return jax.export.export(jax.jit(step), platforms=tuple(platforms))(
             _abstract(("b", 1), "int32", scope), state
         )
+
+
+def _traced_for(platforms: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """What is chosen by platform while a program is traced works on all of its platforms, in other
+    processes: on several that is what a CPU can do without native code.
+    """
+    one = {"cuda": "gpu", "rocm": "gpu"}.get(platforms[0], platforms[0])
+    return compiling_for(one if len(platforms) == 1 else "cpu", portable=True)
 
 
 def _inside(variables: Tree) -> Tree:

@@ -172,8 +172,11 @@ class IntegerWeightlessBlock(WeightlessBlock):
         flat = x.map(lambda a: a.reshape(-1, width).T)
         if x.packed:
             thresholds, vectors, bias = self.read("thresholds", "vectors", "bias")
-            bits_LT = self._look_up(above(flat.ints, thresholds), layers)
-            total = self._add(bits_LT, vectors) + bias
+            bits = packed_lut.pack_above(flat.ints, thresholds)
+            # signed bits count twice; what makes them -1 and 1 is in the bias
+            total = (
+                self._add(self._look_up_packed(bits, layers), vectors) << int(self.signed)
+            ) + bias
             return Quantized(total.reshape(*lead, self.features))
         real = self._thresholds(width)
         thresholds = integer.saturate(jnp.floor(jax.lax.stop_gradient(real) / x.scale))
@@ -209,21 +212,6 @@ class IntegerWeightlessBlock(WeightlessBlock):
                 bits_LT.T, vectors_int.astype(jnp.float32), jnp.zeros_like(scale)
             )
         return (1 + self.signed) * total + bias_int, scale
-
-    def _per_feature(self, vectors: Array) -> Array:
-        """Grouped vectors (L,) as (L / d, d); dense ones (L, d) as they are."""
-        return vectors if vectors.ndim == 2 else vectors.reshape(self.features, -1).T
-
-    def _add(self, bits_LT: Array, vectors: Array) -> Array:
-        """Adds what is selected, twice where bits are signed: bool (L, T), int8 (L, d) or (L,) ->
-        int32 (T, d).
-        """
-        if vectors.ndim == 2:
-            total = packed_lut.add_vectors(bits_LT, vectors)
-        else:
-            chosen = jnp.where(bits_LT, vectors[:, None].astype(jnp.int32), 0)
-            total = chosen.reshape(self.features, -1, chosen.shape[1]).sum(1, dtype=jnp.int32).T
-        return total << int(self.signed)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """8-bit integers compared, one-bit tables read, int8 vectors added in int32 (and doubled

@@ -24,6 +24,7 @@ from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import lut, packed_lut, sums, vector_lut
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 from quweit_jax.ops.integer import straight_through
+from quweit_jax.ops.packed_lut import Bits
 from quweit_jax.ops.wiring import (
     arange_wiring,
     invert_wiring,
@@ -142,17 +143,23 @@ class LUTLayer(Packable):
 
         The bits that come out are in the collection `intermediates`, if that is mutable.
         """
-        out_LT = self._packed(bits_FT) if self.is_packed else self._trained(bits_FT)
+        if not self.is_packed:
+            out_LT = self._trained(bits_FT)
+            if self.binary:
+                self.show(bits=out_LT)
+            return out_LT
         if self.binary:
-            self.show(bits=out_LT)
-        return out_LT
-
-    def _packed(self, bits_FT: Array) -> Array:
+            return self.packed_bits(packed_lut.pack_bits(bits_FT)).unpack()
         wiring, tables = self.read("wiring", "tables")
-        if self.binary:
-            return packed_lut.look_up(bits_FT, wiring, tables)
         wiring = wiring.astype(jnp.int32)
         return lut.lut_lookup_feature_major(bits_FT.astype(jnp.float32), wiring, tables)
+
+    def packed_bits(self, bits: Bits) -> Bits:
+        """The packed form of a layer of bits, for bits that stay packed: (F, T) -> (num_luts, T)."""
+        wiring, tables = self.read("wiring", "tables")
+        out = packed_lut.look_up_words(bits, wiring, tables)
+        self.show(bits=out)
+        return out
 
     def _trained(self, bits_FT: Array) -> Array:
         check_lookup(self, "LUTLayer: ")

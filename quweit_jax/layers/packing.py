@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from quweit_jax.ops.packed_lut import Bits
+
 
 class Packable(nn.Module):
     """A layer with a packed form: writes its constants with `write`, reads them with `read`."""
@@ -40,8 +42,9 @@ class Packable(nn.Module):
         """The constants of these names in the packed form."""
         return [jnp.asarray(self.get_variable("packed", name)) for name in names]
 
-    def show(self, **bits: Array) -> None:
-        """Puts bits into the collection `intermediates`, if that is mutable."""
-        if not self.is_initializing():
+    def show(self, **bits: Array | Bits) -> None:
+        """Puts bits, unpacked, into the collection `intermediates`, if that is mutable."""
+        if not self.is_initializing() and self.is_mutable_collection("intermediates"):
             for name, value in bits.items():
-                self.sow("intermediates", name, value)
+                unpacked = value.unpack() if isinstance(value, Bits) else value
+                self.sow("intermediates", name, unpacked)

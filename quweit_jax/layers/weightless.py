@@ -13,11 +13,10 @@ tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -34,9 +33,10 @@ from quweit_jax.layers.lookup import (
     check_shared,
 )
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import sums, thermometer
+from quweit_jax.ops import packed_lut, sums, thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS
+from quweit_jax.ops.packed_lut import Bits
 
 SUMS = ("dense", "grouped", "vector")
 groups.declare("thresholds", "thresholds")
@@ -124,30 +124,36 @@ class WeightlessBlock(Packable):
         A block from which tables were pruned has an `offset`, int32 (d,), where its sums begin.
         """
         thresholds, vectors, scale, bias = self.read("thresholds", "vectors", "scale", "bias")
-        bits_LT = self._look_up(above(x_DT.astype(jnp.float32), thresholds), self._layers())
-        bits_LT = bits_LT.astype(jnp.int8)
-        counted = 2 * bits_LT - 1 if self.signed else bits_LT
-        if vectors.ndim == 2:
-            contract = (((0,), (0,)), ((), ()))
-            total = jax.lax.dot_general(
-                counted, vectors, contract, preferred_element_type=jnp.int32
-            )
-        else:
-            products = counted.astype(jnp.int32) * vectors.astype(jnp.int32)[:, None]
-            total = products.reshape(self.features, -1, products.shape[1]).sum(1).T
+        bits = packed_lut.pack_above(x_DT, thresholds)
+        total = self._add(self._look_up_packed(bits, self._layers()), vectors, by_product=True)
+        if self.signed:  # sum (2 bit - 1) v = 2 sum bit v - sum v
+            total = 2 * total - self._per_feature(vectors.astype(jnp.int32)).sum(0)
         if self.has_variable("packed", "offset"):
             total = total + self.read("offset")[0]
         return (total * scale + bias).astype(self.dtype)
 
+    def _add(self, bits: Bits, vectors: Array, *, by_product: bool = False) -> Array:
+        """Adds what is selected: bits (L, T), int8 vectors (L, d) or (L,) -> int32 (T, d)."""
+        if vectors.ndim == 2:
+            return packed_lut.add_vectors(bits, vectors, by_product=by_product)
+        chosen = jnp.where(bits.unpack(), vectors[:, None].astype(jnp.int32), 0)
+        return chosen.reshape(self.features, -1, chosen.shape[1]).sum(1, dtype=jnp.int32).T
+
+    def _per_feature(self, vectors: Array) -> Array:
+        """Grouped vectors (L,) as (L / d, d); dense ones (L, d) as they are."""
+        return vectors if vectors.ndim == 2 else vectors.reshape(self.features, -1).T
+
     def _vector_tables(self, x_DT: Array) -> Array:
         """The block whose last layer gives vectors, in either form."""
+        *below, last = self._layers()
         if self.is_packed:
             thresholds, bias = self.read("thresholds", "bias")
-            bits_FT = above(x_DT.astype(jnp.float32), thresholds).astype(jnp.float32)
+            bits = packed_lut.pack_above(x_DT, thresholds)
+            bits_LT = self._look_up_packed(bits, below).unpack()
         else:
             bits_FT, bias = self._encode(x_DT), self._bias()
             self.write(bias=bias)
-        *below, last = self._layers()
+            bits_LT = self._look_up(bits_FT, below)
         tables = VectorLUTLayer(
             last,
             features=self.features,
@@ -155,7 +161,7 @@ class WeightlessBlock(Packable):
             name="vectors",
             **self._wiring(),
         )
-        out = tables.feature_major(self._look_up(bits_FT, below)) + bias
+        out = tables.feature_major(bits_LT) + bias
         return out.astype(self.dtype)
 
     def _wiring(self) -> dict[str, Any]:
@@ -180,8 +186,20 @@ class WeightlessBlock(Packable):
     def _look_up(self, bits_FT: Array, layers: Sequence[int]) -> Array:
         """Look-up layers, one after another: bits (F, T) -> (L, T)."""
         self.show(thermometer=bits_FT)
+        for layer in self._luts(layers):
+            bits_FT = layer.feature_major(bits_FT)
+        return bits_FT
+
+    def _look_up_packed(self, bits: Bits, layers: Sequence[int]) -> Bits:
+        """The same of packed layers, between which bits stay packed."""
+        self.show(thermometer=bits)
+        for layer in self._luts(layers):
+            bits = layer.packed_bits(bits)
+        return bits
+
+    def _luts(self, layers: Sequence[int]) -> Iterator[LUTLayer]:
         for i, num_luts in enumerate(layers):
-            bits_FT = LUTLayer(
+            yield LUTLayer(
                 num_luts,
                 **self._wiring(),
                 decay=self.decay,
@@ -190,8 +208,7 @@ class WeightlessBlock(Packable):
                 table_init=self.table_init,
                 table_scale=self.table_scale,
                 name=f"luts_{i}",
-            ).feature_major(bits_FT)
-        return bits_FT
+            )
 
     def _encode(self, x_DT: Array) -> Array:
         thresholds = self._thresholds(x_DT.shape[0])

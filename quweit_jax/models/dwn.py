@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import flax.linen as nn
 from jax import Array
@@ -15,9 +16,10 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer, check_shared
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import thermometer
+from quweit_jax.ops import packed_lut, thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
+from quweit_jax.ops.packed_lut import Bits
 
 REDUCTIONS = ("group_sum", "learnable")
 
@@ -89,19 +91,31 @@ class DWN(Packable):
         c = self.config
         features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
         thresholds = self._thresholds(features)
-        bits = thermometer.encode(features, thresholds).reshape(inputs.shape[0], -1)
-        self.show(thermometer=bits.T)
-        shared = {"lut_inputs": c.lut_inputs, "decay": c.decay, "alpha": c.alpha, "beta": c.beta}
-        for i, width in enumerate(c.num_luts):
-            first = (
-                {"mapping": c.mapping, "candidates": c.candidates, "tau": c.mapping_tau}
-                if i == 0
-                else {}
-            )
-            bits = LUTLayer(width, name=f"luts_{i}", **shared, **first)(bits)
+        if self.is_packed:
+            bits = self._look_up_packed(features.T, thresholds).unpack().T
+        else:
+            bits = thermometer.encode(features, thresholds).reshape(inputs.shape[0], -1)
+            self.show(thermometer=bits.T)
+            for layer in self._luts():
+                bits = layer(bits)
         if c.reduction == "group_sum":
             return GroupSum(c.num_classes, c.tau, name="reduction")(bits)
         return LearnableReduction(c.num_classes, c.lut_inputs, 1.0 / c.tau, name="reduction")(bits)
+
+    def _look_up_packed(self, features_FB: Array, thresholds: Array) -> Bits:
+        """Packed layers, between which bits stay packed: features (F, B) -> bits (L, B)."""
+        bits = packed_lut.pack_above(features_FB, thresholds)
+        self.show(thermometer=bits)
+        for layer in self._luts():
+            bits = layer.packed_bits(bits)
+        return bits
+
+    def _luts(self) -> Iterator[LUTLayer]:
+        c = self.config
+        shared = {"lut_inputs": c.lut_inputs, "decay": c.decay, "alpha": c.alpha, "beta": c.beta}
+        first = {"mapping": c.mapping, "candidates": c.candidates, "tau": c.mapping_tau}
+        for i, width in enumerate(c.num_luts):
+            yield LUTLayer(width, name=f"luts_{i}", **shared, **({} if i else first))
 
     def _thresholds(self, features: Array) -> Array:
         """The thermometer's (features or 1, z), fitted to the first inputs."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -26,12 +26,11 @@ from jaxtyping import Float, Float64, Int, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.ops.fusion import no_fusion
-from quweit_jax.ops.wiring import even_inverse
+from quweit_jax.ops.kernels import lut_reference, lut_xla
+from quweit_jax.ops.kernels.choice import anywhere, choose
 
 MAX_LUT_INPUTS = 8
 DECAYS = ("exponential", "harmonic")
-# Above this many inputs a select tree has more work than a gather has misses.
-_MAX_SELECT_INPUTS = 6
 
 
 class EFD(NamedTuple):
@@ -107,132 +106,41 @@ def finite_differences(tables: Float[Array, "L A"], weighting: EFD) -> Float[Arr
     return jnp.einsum("lra,ja->ljr", matrix, tables.astype(jnp.float32), precision="highest")
 
 
-def _select_tree(values: Sequence[Array], bits: Sequence[Array]) -> Array:
-    """values[address] where bits spell the address, the first the least significant."""
-    for bit in bits:
-        values = [jnp.where(bit, values[2 * i + 1], values[2 * i]) for i in range(len(values) // 2)]
-    return values[0]
+# implementation -> (what hinders it, its functions), the fastest first
+_OFFERED = {"xla": anywhere, "reference": anywhere}
+_FORMS: dict[str, ModuleType] = {"xla": lut_xla, "reference": lut_reference}
 
 
-def _address(bits_nLT: Array | Sequence[Array]) -> Array:
-    address = jnp.int32(0)
-    for l, bit in enumerate(bits_nLT):
-        address = address | (bit.astype(jnp.int32) << l)
-    return address
+class _How(NamedTuple):
+    """What of a look-up is no array."""
 
-
-def _read(tables_LA: Array, bits_nLT: Sequence[Array]) -> Array:
-    """tables[j, address[j, t]]: (L, T)."""
-    if len(bits_nLT) <= _MAX_SELECT_INPUTS:
-        columns = [tables_LA[:, a, None] for a in range(tables_LA.shape[1])]
-        return _select_tree(columns, bits_nLT)
-    return jnp.take_along_axis(tables_LA, _address(bits_nLT), axis=1, mode="clip")
-
-
-def _wire(bits_FT: Array, mapping_Ln: Array) -> Array:
-    """Follows the wiring: (n, L, T) booleans, a copy of whole rows."""
-    if not mapping_Ln.size:
-        return jnp.zeros((*mapping_Ln.shape[::-1], bits_FT.shape[1]), bits_FT.dtype)
-    return jnp.take(bits_FT, mapping_Ln.T, axis=0, mode="clip")
-
-
-def _unwire(
-    grads_nLT: Array, mapping_Ln: Array, inverse_FK: Array | None, num_inputs: int
-) -> Array:
-    """The transpose of `_wire`: (F, T). A gather through the inverse index if there is one, else a
-    scatter of rows.
-    """
-    slots = math.prod(mapping_Ln.shape)
-    grads_MT = grads_nLT.reshape(slots, grads_nLT.shape[-1])
-    if inverse_FK is None:
-        return _unwire_any(grads_MT, mapping_Ln, num_inputs)
-    # By the pigeonhole principle an inverse of exactly `slots` places has no empty one.
-    mode = "clip" if inverse_FK.size == slots else "fill"
-    total = jnp.zeros((num_inputs, grads_nLT.shape[-1]), grads_nLT.dtype)
-    for k in range(inverse_FK.shape[1]):
-        total = total + jnp.take(grads_MT, inverse_FK[:, k], axis=0, mode=mode, fill_value=0)
-    return total
-
-
-def _unwire_any(grads_MT: Array, mapping_Ln: Array, num_inputs: int) -> Array:
-    """Without an inverse: make one if every input is read about equally often, as random and arange
-    wirings do, else scatter.
-    """
-    reads, slots = mapping_Ln.T.reshape(-1), grads_MT.shape[0]
-
-    def scatter(grads_MT: Array) -> Array:
-        return jax.ops.segment_sum(grads_MT, reads, num_inputs)
-
-    if not slots or not num_inputs:
-        return jnp.zeros((num_inputs, grads_MT.shape[1]), grads_MT.dtype)
-    uses = jnp.zeros(num_inputs, jnp.int32).at[reads].add(1)
-    even = uses.max() <= -(-slots // num_inputs)
-    return jax.lax.cond(
-        even,
-        lambda g: _unwire(g[None], mapping_Ln, even_inverse(mapping_Ln, num_inputs), num_inputs),
-        scatter,
-        grads_MT,
-    )
-
-
-def _table_grad_scatter(address_LT: Array, grad_LT: Array, entries: int) -> Array:
-    num_luts = address_LT.shape[0]
-    flat = (address_LT + entries * jnp.arange(num_luts, dtype=jnp.int32)[:, None]).reshape(-1)
-    return jax.ops.segment_sum(grad_LT.reshape(-1), flat, num_luts * entries).reshape(
-        num_luts, entries
-    )
-
-
-def _table_grad_reduce(address_LT: Array, grad_LT: Array, entries: int) -> Array:
-    hit = address_LT[:, None, :] == jnp.arange(entries, dtype=jnp.int32)[None, :, None]
-    return jnp.where(hit, grad_LT[:, None, :], 0).sum(-1)
-
-
-def _table_grad(address_LT: Array, grad_LT: Array, entries: int) -> Array:
-    """Adds gradients to addressed entries, (L, A); a reduction where scatters serialize."""
-    return jax.lax.platform_dependent(
-        address_LT,
-        grad_LT,
-        cpu=functools.partial(_table_grad_scatter, entries=entries),
-        default=functools.partial(_table_grad_reduce, entries=entries),
-    )
+    weighting: EFD
+    implementation: str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _lookup(
-    bits_FT: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD
+    bits_FT: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, how: _How
 ) -> Array:
-    wired = _wire(bits_FT != 0, mapping_Ln)
-    return _read(tables_LA, [wired[l] for l in range(wired.shape[0])])
+    return _FORMS[how.implementation].forward(bits_FT != 0, mapping_Ln, tables_LA)
 
 
-def _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, weighting):
-    out = _lookup(bits_FT, mapping_Ln, inverse_FK, tables_LA, weighting)
+def _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, how):
+    out = _lookup(bits_FT, mapping_Ln, inverse_FK, tables_LA, how)
     # An empty array carries the bits' dtype, which is not a value JAX can save.
     return out, (bits_FT != 0, jnp.zeros((0,), bits_FT.dtype), mapping_Ln, inverse_FK, tables_LA)
 
 
-def _lookup_backward(weighting, saved, grad_LT):
+def _lookup_backward(how, saved, grad_LT):
     bits_FT, bits_like, mapping_Ln, inverse_FK, tables_LA = saved
-    wired = _wire(bits_FT, mapping_Ln)
-    slots = [wired[l] for l in range(wired.shape[0])]
+    form = _FORMS[how.implementation]
     grad_LT = grad_LT.astype(jnp.float32)
-    grad_tables = _table_grad(_address(slots), grad_LT, tables_LA.shape[1]).astype(tables_LA.dtype)
+    grad_tables = form.table_gradient(bits_FT, mapping_Ln, grad_LT).astype(tables_LA.dtype)
     if not jnp.issubdtype(bits_like.dtype, jnp.floating):
         return None, None, None, grad_tables
-    differences = finite_differences(tables_LA, weighting)
-    grads = [
-        grad_LT * _read_rest(differences[l], slots[:l] + slots[l + 1 :], grad_LT)
-        for l in range(len(slots))
-    ]
-    grad_bits = _unwire(jnp.stack(grads), mapping_Ln, inverse_FK, bits_FT.shape[0])
+    differences = finite_differences(tables_LA, how.weighting)
+    grad_bits = form.bit_gradient(bits_FT, mapping_Ln, inverse_FK, differences, grad_LT)
     return grad_bits.astype(bits_like.dtype), None, None, grad_tables
-
-
-def _read_rest(differences_LR: Array, rest: Sequence[Array], like: Array) -> Array:
-    if not rest:
-        return jnp.broadcast_to(differences_LR, like.shape)
-    return _read(differences_LR, rest)
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -247,6 +155,7 @@ def lut_lookup(
     alpha: float | None = None,
     beta: float | None = None,
     inverse: Int[ArrayLike, "F K"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*tokens L"]:
     """Reads every table at the address its input bits spell; the gradient is the extended finite
     difference.
@@ -266,47 +175,49 @@ def lut_lookup(
       beta: decay per unit of distance; 1/3 if None.
       inverse: (F, K) int from `wiring.invert_wiring`, optional: without it the gradient to the
         bits makes one anew each time, if the wiring is even, or scatters.
+      implementation: 'xla' or 'reference', see `ops.kernels`; None for the fastest.
 
     Returns:
       (..., L), the tables' dtype.
 
     Raises:
       InputError: shapes that do not fit, n > 8, or a mapping known at trace time that refers to an
-        input that isn't there.
+        input that isn't there, or an implementation that the platform lacks.
     """
     bits, mapping, tables = jnp.asarray(bits), _as_index(mapping), jnp.asarray(tables)
     weighting = check_lut_arguments(
         bits.shape[-1] if bits.ndim else None, mapping, tables, decay, alpha, beta
     )
+    how = _How(weighting, choose("lut_lookup", implementation, _OFFERED))
     tokens_TF = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
     inverse = None if inverse is None else jnp.asarray(inverse)
-    values: Array = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, weighting)
+    values: Array = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, how)
     return values.reshape(*bits.shape[:-1], tables.shape[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _lookup_tokens(
-    bits_TF: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, weighting: EFD
+    bits_TF: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, how: _How
 ) -> Array:
-    return _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting)[0]
+    return _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, how)[0]
 
 
-def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, weighting):
+def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, how):
     bits_FT = (bits_TF != 0).T
     values_LT: Array = no_fusion(
-        lambda b, m, t: _lookup(b, m, None, t, weighting), bits_FT, mapping_Ln, tables_LA
+        lambda b, m, t: _lookup(b, m, None, t, how), bits_FT, mapping_Ln, tables_LA
     )
     return values_LT.T, (bits_FT, jnp.zeros((0,), bits_TF.dtype), mapping_Ln, inverse_FK, tables_LA)
 
 
-def _lookup_tokens_backward(weighting, saved, grad_TL):
+def _lookup_tokens_backward(how, saved, grad_TL):
     bits_FT, bits_like, *operands = saved
 
     def backward(
         bits_FT: Array, grad_LT: Array, *operands: Array | None
     ) -> tuple[Array | None, Array]:
         grad_bits, _, _, grad_tables = _lookup_backward(
-            weighting, (bits_FT, bits_like, *operands), grad_LT
+            how, (bits_FT, bits_like, *operands), grad_LT
         )
         return grad_bits, grad_tables
 
@@ -326,13 +237,15 @@ def lut_lookup_feature_major(
     alpha: float | None = None,
     beta: float | None = None,
     inverse: Int[Array, "F K"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "L T"]:
     """`lut_lookup` for bits that are already (F, T), as they are inside a block: returns (L, T) and
     transposes nothing.
     """
     mapping = _as_index(mapping)
     weighting = check_lut_arguments(bits_FT.shape[0], mapping, tables, decay, alpha, beta)
-    return _lookup(bits_FT, jnp.asarray(mapping), inverse, tables, weighting)
+    how = _How(weighting, choose("lut_lookup", implementation, _OFFERED))
+    return _lookup(bits_FT, jnp.asarray(mapping), inverse, tables, how)
 
 
 def _as_index(mapping: ArrayLike) -> Array | np.ndarray:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, Int8, Int32, Shaped
 from quweit_jax.errors import InputError
 from quweit_jax.ops.kernels import choice
 from quweit_jax.ops.kernels.native import calls, library
+from quweit_jax.ops.kernels.packed_sums import add_rows
 
 
 def vector_lookup(
@@ -88,7 +89,8 @@ def packed_vector_lookup(
 ) -> Int32[Array, "T d"]:
     """`vector_lookup` of int8 vectors, added in int32: one row read a table and token.
 
-    implementation: None, 'native' (for tables of at most 8 bits) or 'reference'.
+    implementation: None, 'native' (for tables of at most 8 bits), 'xla' or 'reference', see
+      `ops.kernels`.
 
     Raises:
       InputError: the shapes do not belong together, or there is no such implementation here.
@@ -98,9 +100,16 @@ def packed_vector_lookup(
     def hindrance(at: str) -> str | None:
         return "needs tables of at most 8 bits" if bits.shape[1] > 8 else library.hindrance(at)
 
-    offered = {"native": choice.native(hindrance), "reference": choice.anywhere}
-    if choice.choose("packed_vector_lookup", implementation, offered) == "native":
+    offered = {
+        "native": choice.native(hindrance),
+        "xla": choice.anywhere,
+        "reference": choice.anywhere,
+    }
+    chosen = choice.choose("packed_vector_lookup", implementation, offered)
+    if chosen == "native":
         return calls.vector_sums(addresses(bits).astype(jnp.uint8).T, vectors)
+    if chosen == "xla":
+        return add_rows(vectors, addresses(bits))
 
     def add(total: Array, table: tuple[Array, Array]) -> tuple[Array, None]:
         address_T, vectors_Ad = table

@@ -21,6 +21,7 @@ from quweit_jax.config import to_dict
 from quweit_jax.deploy import generate, stablehlo
 from quweit_jax.deploy.pack import pack, stored_bytes
 from quweit_jax.errors import InputError
+from quweit_jax.ops.kernels import choice
 from quweit_jax.training import loop, rundir
 from tests.compiled import quick_jit
 
@@ -245,6 +246,22 @@ def test_what_is_not_used_stays_out():
     }
     program = stablehlo.to_program(lambda v, x: x @ v["used"], weights, given)
     assert 40_000 < len(program.serialize()) < 50_000
+
+
+@pytest.mark.parametrize(
+    "platforms, expected", [(("cpu", "tpu"), "cpu"), (("tpu",), "tpu"), (("cuda",), "gpu")]
+)
+def test_what_is_chosen_by_platform_works_wherever_the_program_does(platforms, expected):
+    seen = []
+
+    def apply(variables, x):
+        offered = {"native": choice.native(choice.anywhere), "xla": choice.anywhere}
+        seen.append((choice.platform(), choice.choose("f", None, offered)))
+        return x + variables["w"]
+
+    given = stablehlo.examples_input((3,))
+    stablehlo.to_program(apply, {"w": np.ones(3, np.float32)}, given, platforms)
+    assert seen == [(expected, "xla")]
 
 
 def test_attention_of_one_platform_stays_at_home():
