@@ -121,11 +121,17 @@ inline void ReadUnits(Level level, const Packed& mix, const Tokens& tokens, cons
     for (int m = 0; m < tokens.count; ++m) {
       const int32_t* of_token = sums + m * entry.columns * kLanes;
       addresses_of(of_token, of_token + count, tokens.sums[m], gate, unit, count, addresses);
-      for (size_t i = 0; i < count; ++i) {
-        int8_t* to = read.At((unit + i) / kInputs, m) + i % kInputs;
-        const size_t table = (unit + i) / (gate.units / gate.groups);
-        *to = gate.OneSmallTable() ? static_cast<int8_t>(addresses[i])
-                                   : gate.tables[table * side * side + addresses[i]];
+      for (size_t row = 0; row < count / kInputs; ++row) {
+        int8_t* to = read.At(unit / kInputs + row, m);
+        const int32_t* at = addresses + row * kInputs;
+        if (gate.OneSmallTable()) {
+          for (size_t i = 0; i < kInputs; ++i) to[i] = static_cast<int8_t>(at[i]);
+          continue;
+        }
+        for (size_t i = 0; i < kInputs; ++i) {
+          const size_t table = (unit + row * kInputs + i) / (gate.units / gate.groups);
+          to[i] = gate.tables[table * side * side + at[i]];
+        }
       }
     }
     unit += count;
