@@ -284,10 +284,11 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
         axes.text(1.0, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     names = [title(kind, measure == "accuracy") for kind in reversed(drawn)]
     axes.set_yticks(range(len(drawn)), names, fontsize=9)
-    unit = "accuracy" if measure == "accuracy" else "nats"
+    axes.set_ylim(-0.6, len(drawn) - 0.4)
+    unit = "" if measure == "accuracy" else ", nats"
     control = f"; without any: {found['none'][0]:.3f}" if "none" in found else ""
     axes.set_xlabel(
-        f"validation {measure} as deployed, {unit}; seeds pale, means dark{control}", fontsize=9
+        f"validation {measure} as deployed{unit}; seeds pale, means dark{control}", fontsize=9
     )
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
