@@ -33,6 +33,7 @@ from quweit_jax.ops import (
     recurrence,
     sums,
     ternary,
+    ternary_fit,
     thermometer,
     vector_lut,
     wiring,
@@ -108,6 +109,7 @@ WEIGHT = jax.random.normal(KEY, (5, 4))
 ONES_INT8 = jnp.ones((2, 3, 5), jnp.int8)
 WORDS_OF_5 = packed_ternary.pack_ternary(jnp.ones((5, 16), jnp.int8))
 WHOLE = jnp.round(8 * X)
+GRAM = np.eye(4)
 INTS = jnp.abs(WHOLE).astype(jnp.int32)
 WORDS = INTS.astype(jnp.uint32)
 SCALE = jnp.float32(0.1)
@@ -200,6 +202,11 @@ CALLS = {
     "gated_recurrence_step": (recurrence.gated_recurrence_step, (X[0], X[0], X[0]), {}),
     "quantize_activations": (ternary.quantize_activations, (X.astype(jnp.bfloat16),), {}),
     "quantize_weights": (ternary.quantize_weights, (WEIGHT,), {}),
+    "to_bytes": (ternary.to_bytes, (jnp.ones((8, 4), jnp.int8),), {}),
+    "from_bytes": (ternary.from_bytes, (jnp.ones((2, 4), jnp.uint8),), {}),
+    "fit_ternary": (ternary_fit.fit_ternary, (GRAM, GRAM, np.ones(4), GRAM), {}),
+    "best_scale": (ternary_fit.best_scale, (GRAM, GRAM, GRAM), {}),
+    "float_weights": (ternary_fit.float_weights, (GRAM, GRAM, 1.0), {}),
     "rms_norm": (ternary.rms_norm, (X.astype(jnp.bfloat16), jnp.ones(5)), {}),
     "mean_square": (ternary.mean_square, (X,), {}),
     "int_matmul": (ternary.int_matmul, (ONES_INT8, jnp.ones((5, 4), jnp.int8)), {}),

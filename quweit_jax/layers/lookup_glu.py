@@ -263,7 +263,7 @@ class LookupGLU(Packable):
         )
 
 
-def to_int8(x: Array) -> Array:
+def to_int8(x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens d"]:
     """Normalized values in whole numbers of 1 / 32, at most 127; no gradient beyond."""
     scaled = x * INPUT_SCALE
     limited = jnp.clip(scaled, -127, 127)

@@ -14,15 +14,16 @@ from typing import TypeVar
 
 import jax
 from jax import Array
+from jaxtyping import Int8, Shaped
 
 T = TypeVar("T")
+Place = Callable[[Shaped[Array, "B T d"]], Shaped[Array, "B T d"]]
+Gather = Callable[[Int8[Array, "I O"]], Int8[Array, "I O"]]
 _now = threading.local()
 
 
 @contextmanager
-def placing(
-    place: Callable[[Array], Array] | None, gather: Callable[[Array], Array] | None = None
-) -> Iterator[None]:
+def placing(place: Place | None, gather: Gather | None = None) -> Iterator[None]:
     """What is traced inside hands its activations (B, ...) over through `place`, and brings ternary
     weights, int8 (I, O), together by `gather`; None leaves that to the compiler.
     """
@@ -34,7 +35,7 @@ def placing(
         _now.place, _now.gather = before
 
 
-def weights() -> Callable[[Array], Array] | None:
+def weights() -> Gather | None:
     """How ternary weights that are divided over devices come together on each, if that is said."""
     return getattr(_now, "gather", None)
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Integer
+from jaxtyping import Float, Float32, Integer
 
 from quweit_jax.errors import InputError
 
@@ -34,8 +34,11 @@ class Pieces:
 
 
 def read_out(
-    head: Head, read: Callable[[Head, Array], Array], x: Array, pieces: Pieces | None
-) -> Array | dict[str, Array]:
+    head: Head,
+    read: Callable[[Head, Float[Array, "B T d"]], Float[Array, "B T V"]],
+    x: Float[Array, "B T d"],
+    pieces: Pieces | None,
+) -> Float32[Array, "B T V"] | dict[str, Float32[Array, ""]]:
     """read(head, x) in float32, (B, T, d) -> (B, T, V); with pieces, their sums.
 
     Raises:

@@ -153,7 +153,7 @@ class MatMulFree(nn.Module):
         train: bool = False,
         decode: bool = False,
         pieces: Pieces | None = None,
-    ) -> Float32[Array, "B T V"] | dict[str, Array]:
+    ) -> Float32[Array, "B T V"] | dict[str, Float32[Array, ""]]:
         """tokens (B, T) int, valid (B, T) bool: those that are not padding (None: all) -> logits
         (B, T, V) float32, or what `pieces` wants of them.
 

@@ -13,14 +13,13 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.placement import hand_over
@@ -56,13 +55,13 @@ class Depth:
 def run_blocks(
     make: Callable[[str, str], nn.Module],
     kinds: Sequence[str],
-    x: Array,
-    shared: Sequence[Any] = (),
-    own: Sequence[Array] = (),
+    x: Float[Array, "B T d"],
+    shared: Sequence[object] = (),
+    own: Sequence[Float[Array, "layers ..."]] = (),
     *,
     depth: Depth,
     decode: bool = False,
-) -> Array:
+) -> Float[Array, "B T d"]:
     """What the blocks make of x (B, T, d), one after another.
 
     Args:

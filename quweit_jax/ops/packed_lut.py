@@ -87,10 +87,13 @@ def _words_of(x_FT: Array) -> Array:
     return jnp.pad(x_FT, ((0, 0), (0, past_the_end))).reshape(features, WORD, words)
 
 
-def pack_above(x_DT: Real[Array, "D T"], thresholds: Real[Array, "#D z"]) -> Bits:
-    """Packed thermometer bits, `x > threshold`: x (D, T) and thresholds (D, z), or (1, z) for all
-    D, -> (D * z, T). Floats are compared in float32.
+def pack_above(
+    x_DT: Real[Array, "D T"], thresholds: Real[Array, "#D z"] | Real[Array, " z"]
+) -> Bits:
+    """Packed thermometer bits, `x > threshold`: x (D, T) and thresholds (D, z), or (1, z) or
+    (z,) for all D, -> (D * z, T). Floats are compared in float32.
     """
+    thresholds = thresholds[None] if thresholds.ndim == 1 else thresholds
     (width, tokens), steps = x_DT.shape, thresholds.shape[1]
     if not (x_DT.size and steps):
         return Bits(jnp.zeros((width * steps, -(-tokens // WORD)), jnp.uint32), tokens)

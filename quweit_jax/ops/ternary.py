@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Int8, Shaped, UInt8
 
 from quweit_jax.errors import InputError
 
-Gather = Callable[[Array], Array]
+Gather = Callable[[Int8[Array, "I O"]], Int8[Array, "I O"]]
 EPSILON = 1e-6
 _SMALLEST = 1e-5  # of a token's largest activation and of a matrix's mean weight, as published
 
@@ -55,7 +55,7 @@ def to_bytes(weights: Int8[Array, "I O"]) -> UInt8[Array, "I//4 O"]:
     return four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6
 
 
-def from_bytes(packed: UInt8[Array, "I//4 O"]) -> Int8[Array, "I O"]:
+def from_bytes(packed: UInt8[Array, "rows O"]) -> Int8[Array, "4*rows O"]:
     """The inverse of `to_bytes`."""
     shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
     codes = (packed[:, None, :] >> shifts) & 3

@@ -176,7 +176,7 @@ def test_the_integer_form_is_exact_and_without_floats():
     packed = pack(model, variables, x)
     np.testing.assert_allclose(quick_jit(model.apply)(packed, x), logits, atol=2e-3)
     held = packed["packed"]["block_0"]["mlp"]
-    assert {str(value.dtype) for value in held.values()} == {"uint8", "int8", "int32"}
+    assert {str(value.dtype) for value in held.values()} == {"uint32", "int8", "int32"}
     counted = of_model(model, x[:1])
     assert sum(counted.bytes_stored.values()) == stored_bytes(packed)
     assert counted.parameters == sum(a.size for a in jax.tree.leaves(variables["params"]))

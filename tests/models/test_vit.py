@@ -261,7 +261,7 @@ def test_ternary_integers_are_their_formula_and_train():
     np.testing.assert_array_equal(out.ints, expected)
     np.testing.assert_allclose(out.real, expected * mean * 0.02, rtol=1e-5)
     packed = layer.apply(kept, Quantized(ints.astype(np.int8)))
-    assert packed.ints.dtype == jnp.int32 and kept["packed"]["kernel"].dtype == jnp.uint8
+    assert packed.ints.dtype == jnp.int32 and kept["packed"]["kernel"].dtype == jnp.uint32
     np.testing.assert_array_equal(packed.ints, expected)
 
     def loss(params):
