@@ -37,7 +37,9 @@ def test_a_mesh_of_eight_gives_the_losses_of_one_device(tiny_config, tmp_path, m
     one = train_losses(tiny_config(values), tmp_path / "one")
     eight = train_losses(tiny_config(values | MESH), tmp_path / "eight")
     assert one.shape == (20,) and len(np.unique(one)) == 20
-    np.testing.assert_allclose(eight, one, atol=1e-4)
+    # Sums in another order: a bit at its threshold may fall the other way, and stay so.
+    np.testing.assert_allclose(eight, one, atol=1e-3 if mlp == "weightless" else 1e-4)
+    np.testing.assert_allclose(eight[:10], one[:10], atol=1e-5)
 
 
 @pytest.mark.parametrize(
