@@ -44,6 +44,14 @@ def assert_goes_on(workdir: Path, whole: Path, config: Any) -> None:
     assert [(r["step"], r["loss"]) for r in found] == [(r["step"], r["loss"]) for r in expected]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell's background jobs, and what they start, ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt(times: int = 1) -> None:
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
