@@ -34,3 +34,12 @@ def published_budget(config: Config, size: str) -> None:
     config.optimizer.warmup = 2000  # of tens of thousands of steps
     config.optimizer.weight_decay = 0.01  # little: hardly any text is read twice
     config.optimizer.beta2 = 0.95  # usual for language models of these sizes
+
+
+def published_classifier_rates(config: Config) -> None:
+    """Sets how plain weightless classifiers (DWN, arXiv 2410.11112) are trained."""
+    config.optimizer.learning_rate = 1e-2  # one rate for all, as the published classifiers have it
+    config.optimizer.tables_learning_rate = 1e-2
+    config.optimizer.scores_learning_rate = 1e-2
+    config.optimizer.warmup = 0  # nothing here is deep enough to need one
+    config.optimizer.clip = 0.0  # nor to clip gradients

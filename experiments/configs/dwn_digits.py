@@ -4,6 +4,7 @@
 Shortcuts: luts, lut_inputs, mapping, steps, seed, lr, tau, bits, thermometer, alpha.
 """
 
+from experiments.configs import published_classifier_rates
 from quweit_jax.config import parse_argument
 from quweit_jax.models.registry import defaults
 from quweit_jax.training.defaults import base_config, with_shortcuts
@@ -20,9 +21,5 @@ def get_config(argument: str | None = None):
     config.batch_size = 100  # a fourteenth of the training digits
     config.eval_every = 100  # four points a curve
     config.checkpoint_every = 200  # the run is short
-    config.optimizer.learning_rate = 1e-2  # one rate for all, as the published classifiers have it
-    config.optimizer.tables_learning_rate = 1e-2
-    config.optimizer.scores_learning_rate = 1e-2
-    config.optimizer.warmup = 0  # nothing here is deep enough to need one
-    config.optimizer.clip = 0.0  # nor to clip gradients
+    published_classifier_rates(config)
     return with_shortcuts(config, shortcuts)

@@ -1,11 +1,12 @@
 """A plain weightless classifier on MNIST, to become hardware:
 --config=experiments/configs/dwn_mnist.py[:692,2055,4082 or 500][,key=value,...]
 
-The variants are the tables in all: those of the published sizes, rounded to ten classes. Reads TFDS's
-prepared `mnist`; give data_dir=FOLDER. Shortcuts: luts, lut_inputs, mapping, steps, seed, lr, tau,
-bits, thermometer, alpha, data_dir.
+The variants are the tables in all: those of the published sizes, rounded to ten classes. Reads
+TFDS's prepared `mnist`; give data_dir=FOLDER. Shortcuts: luts, lut_inputs, mapping, steps, seed,
+lr, tau, bits, thermometer, alpha, data_dir.
 """
 
+from experiments.configs import published_classifier_rates
 from quweit_jax.config import parse_argument
 from quweit_jax.models.registry import defaults
 from quweit_jax.training.defaults import base_config, with_shortcuts
@@ -30,9 +31,5 @@ def get_config(argument: str | None = None):
     config.batch_size = 100
     config.eval_every = 1800
     config.checkpoint_every = 1800
-    config.optimizer.learning_rate = 1e-2  # one rate for all, as the published classifiers have it
-    config.optimizer.tables_learning_rate = 1e-2
-    config.optimizer.scores_learning_rate = 1e-2
-    config.optimizer.warmup = 0  # nothing here is deep enough to need one
-    config.optimizer.clip = 0.0  # nor to clip gradients
+    published_classifier_rates(config)
     return with_shortcuts(config, shortcuts)

@@ -39,8 +39,8 @@ def arguments(
 ) -> argparse.Namespace:
     """The options every study has, and `overrides`: --config.PATH=VALUE for all of its runs.
 
-    variant: the default; '' for a study without variants. kinds: those there are. default_kinds: those
-    of a study that names none; None: all. more: options of its own, for argparse.
+    variant: the default; '' for a study without variants. kinds: those there are. default_kinds:
+    those of a study that names none; None: all. more: options of its own, for argparse.
     """
     rest, overrides = cli.split_overrides(sys.argv[1:])
     made = argparse.ArgumentParser(

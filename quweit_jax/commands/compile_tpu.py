@@ -1,4 +1,4 @@
-"""python -m quweit_jax compile_tpu --config=experiments/configs/matmulfree.py:370m --topology=v5e:4x4"""
+"""python -m quweit_jax compile_tpu --config=experiments/configs/matmulfree.py:370m"""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from quweit_jax.commands import cli
 from quweit_jax.config import Config
 from quweit_jax.errors import InputError, RunError, first_line
 
-# Of a chip: clock in Hz, bfloat16 operations a second, bytes a second from its memory; as the
-# vendor publishes them (the clock is the rate over what the matrix units do a cycle).
+# Of a chip: clock in Hz and bfloat16 operations a second, as the vendor publishes the latter (the
+# clock is that rate over what the matrix units do a cycle).
 CHIPS = {
-    "v4": (1.05e9, 275e12, 1228e9),
-    "v5e": (1.5e9, 197e12, 819e9),
-    "v5p": (1.75e9, 459e12, 2765e9),
-    "v6e": (1.75e9, 918e12, 1640e9),
+    "v4": (1.05e9, 275e12),
+    "v5e": (1.5e9, 197e12),
+    "v5p": (1.75e9, 459e12),
+    "v6e": (1.75e9, 918e12),
 }
 _NO_ROOM = re.compile(r"\(([\d.]+[KMG]?)\) exceeds available HBM \(([\d.]+[KMG]?)\)")
 _ADVICE = (
@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     """Compiles a config's training step for TPUs that are not there, and says what a chip needs."""
     parser = cli.parser(
         "compile_tpu",
-        "Compiles a config's training step for a TPU topology ahead of time; no TPU and no data are "
-        "needed, but libtpu is (pip install libtpu).",
+        "Compiles a config's training step for a TPU topology ahead of time; no TPU and no data "
+        "are needed, but libtpu is (pip install libtpu).",
         "config",
         "json",
     )
@@ -69,8 +69,9 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
     devices = _devices(topology)
     setup = assemble(config, data=_data(config, outputs), devices=devices)
     state, since = setup.abstract_state(), time.monotonic()
+    step: Any = setup.train_step(state)
     with compiling_for("tpu", portable=True):
-        traced = setup.train_step(state).trace(state, setup.abstract_batch())  # type: ignore[attr-defined]
+        traced = step.trace(state, setup.abstract_batch())
         lowered = traced.lower()
     try:
         compiled = lowered.compile()
@@ -88,7 +89,7 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
         ) from None
     program, memory = reading.read_program(compiled.as_text()), compiled.memory_analysis()
     operations = reading.flops(traced.jaxpr) / len(devices)
-    clock, peak, _ = CHIPS.get(topology.partition(":")[0], (0.0, 0.0, 0.0))
+    clock, peak = CHIPS.get(topology.partition(":")[0], (0.0, 0.0))
     facts: dict[str, object] = {
         "topology": topology,
         "chips": len(devices),
@@ -120,8 +121,8 @@ def _devices(topology: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:
         raise InputError(
-            f"--topology: cannot compile for TPU topology '{topology}' ({first_line(error)}); pip install "
-            "libtpu, or give one such as v5e:2x4."
+            f"--topology: cannot compile for TPU topology '{topology}' ({first_line(error)}); "
+            "pip install libtpu, or give one such as v5e:2x4."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""python -m quweit_jax export --to=verilog|c --workdir=RUN [--out=FOLDER] [--verify] [--synthesize]"""
+"""python -m quweit_jax export --to=verilog|c --workdir=RUN: circuits and C of classifiers of tables."""
 
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
     """Raises InputError for options that the other forms have, and for values none can have."""
     given = [name for name, value in DEFAULTS.items() if getattr(args, name) not in (None, False)]
     if kind == "stablehlo":
-        given = [name for name in given if name in DEFAULTS]
         if given:
             raise InputError(f"--{given[0]}: expected --to=verilog or --to=c with it.")
         return

@@ -49,12 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if args.show:
         print("\n".join(point.line() for point in points))
         return 0
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--workdir: cannot make {root} ({error.strerror}); give a folder you can write to."
-        ) from None
+    files.make_workdir(root)
     # Two sweeps of the same points would each take the other's for failed.
     with files.exclusive(root), stopping.StopRequest() as stop:
         failed = run_points(

@@ -12,7 +12,7 @@ from quweit_jax.ops.counts import BYTES, INT, LayerCosts
 
 class IntegerTernary(IntegerDense):
     """An `IntegerDense` whose weights are -1, 0 and 1 times one scale (BitLinear's, arXiv
-    2406.02528), four a byte in packed form: additions of int8 into int32, no multiplication.
+    2406.02528), two bits each in packed form: additions of int8 into int32, no multiplication.
 
     It has the parameters of `IntegerDense`, and no norm of its own.
     """

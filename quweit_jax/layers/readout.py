@@ -24,8 +24,8 @@ Head = TypeVar("Head", bound=nn.Module)
 class Pieces:
     """What is wanted of the logits, which then never exist whole, in either pass.
 
-    count: equal pieces that the text is cut into. targets: (B, T). summed: (logits (B, T / count, V)
-      float32, targets (B, T / count)) -> sums by name, which are added over the pieces.
+    count: equal pieces that the text is cut into. targets: (B, T). summed: (logits (B, T / count,
+      V) float32, targets (B, T / count)) -> sums by name, which are added over the pieces.
     """
 
     count: int

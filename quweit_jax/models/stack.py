@@ -2,9 +2,9 @@
 
 Unscanned, the blocks are called block_0, block_1, ... Scanned (`scan_layers`), each run of blocks
 with the same kind of channel mixer is one module, called as its first block with an 's', whose
-variables have a leading axis, a layer each: 'blocks_0/mlp/up/kernel' is (layers, d, 4 d). The program
-is then as long as one block, whatever the depth. `stacked` and `unstacked` turn the variables of one
-into those of the other; whatever reads a trained model reads the unscanned one.
+variables have a leading axis, a layer each: 'blocks_0/mlp/up/kernel' is (layers, d, 4 d). The
+program is then as long as one block, whatever the depth. `stacked` and `unstacked` turn the
+variables of one into those of the other; whatever reads a trained model reads the unscanned one.
 """
 
 from __future__ import annotations

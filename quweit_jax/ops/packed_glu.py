@@ -46,8 +46,8 @@ def packed_glu(
     units, code_bits = offsets.shape[0] // 2, _code_bits(tables)
     if not units or units % max(1, tables.shape[0]):
         raise InputError(
-            f"packed_glu: {offsets.shape[0]} offsets are those of {units} units, which cannot share "
-            f"{tables.shape[0]} tables equally."
+            f"packed_glu: {offsets.shape[0]} offsets are those of {units} units, which cannot "
+            f"share {tables.shape[0]} tables equally."
         )
 
     def hindrance(at: str) -> str | None:
@@ -55,12 +55,7 @@ def packed_glu(
             return f"needs units in multiples of {_UNITS} and a step below {calls.MAX_STEP}"
         return library.hindrance(at)
 
-    offered = {
-        "native": choice.native(hindrance),
-        "xla": choice.anywhere,
-        "reference": choice.anywhere,
-    }
-    chosen = choice.choose("packed_glu", implementation, offered)
+    chosen = choice.choose("packed_glu", implementation, choice.with_native(hindrance))
     if chosen == "native" and x_int8.shape[-1]:
         _check(x_int8, mix, total, units, num_outputs)
         lead = x_int8.shape[:-1]

@@ -31,11 +31,7 @@ MAX_LANES = 128  # outputs of a tile
 _LANES = 16  # whose multiples tiles have
 # Of the weight of input 16 k + 4 j + b in its word: neighbors are in neighboring bytes.
 _SHIFTS = tuple(8 * b + 2 * j for j in range(4) for b in range(4))
-_IMPLEMENTATIONS = {
-    "native": choice.native(library.hindrance),
-    "xla": choice.anywhere,
-    "reference": choice.anywhere,
-}
+_OFFERED = choice.with_native(library.hindrance)
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -193,7 +189,7 @@ def packed_sums(
     num_inputs = x_int8.shape[-1]
     outputs = packed.shape[0] * packed.shape[2] if num_outputs is None else num_outputs
     check_packed("packed_matmul", packed, num_inputs, outputs)
-    chosen = choice.choose("packed_matmul", implementation, _IMPLEMENTATIONS)
+    chosen = choice.choose("packed_matmul", implementation, _OFFERED)
     lead = x_int8.shape[:-1]
     x = x_int8.reshape(math.prod(lead), num_inputs)
     if not num_inputs or not outputs:

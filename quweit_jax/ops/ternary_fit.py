@@ -1,5 +1,5 @@
-"""Ternary matrices by least squares: weights -1, 0 and 1 chosen together, so that later ones make up
-for what earlier ones miss, where rounding looks at each by itself.
+"""Ternary matrices by least squares: weights -1, 0 and 1 chosen together, so that later ones make
+up for what earlier ones miss, where rounding looks at each by itself.
 
 NumPy in double precision; nothing here is differentiated. The matrix only enters by its products
 with itself and with what is wanted, as in GPTQ (arXiv 2210.17323), whose one pass these repeated

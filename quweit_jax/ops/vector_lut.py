@@ -100,12 +100,7 @@ def packed_vector_lookup(
     def hindrance(at: str) -> str | None:
         return "needs tables of at most 8 bits" if bits.shape[1] > 8 else library.hindrance(at)
 
-    offered = {
-        "native": choice.native(hindrance),
-        "xla": choice.anywhere,
-        "reference": choice.anywhere,
-    }
-    chosen = choice.choose("packed_vector_lookup", implementation, offered)
+    chosen = choice.choose("packed_vector_lookup", implementation, choice.with_native(hindrance))
     if chosen == "native":
         return calls.vector_sums(addresses(bits).astype(jnp.uint8).T, vectors)
     if chosen == "xla":

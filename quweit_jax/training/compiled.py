@@ -1,5 +1,5 @@
-"""What a compiled program says of itself: the compiler's estimate of its time, and what devices send
-each other, loops counted as often as they run.
+"""What a compiled program says of itself: the compiler's estimate of its time, and what devices
+send each other, loops counted as often as they run.
 """
 
 from __future__ import annotations

@@ -59,6 +59,20 @@ def is_empty(folder: Path, besides: Collection[str] = ()) -> bool:
     return all(is_hidden(path.name) or path.name in besides for path in folder.iterdir())
 
 
+def make_workdir(folder: Path) -> None:
+    """Makes a folder, and those above it, if they are not there.
+
+    Raises:
+      InputError: that is not possible; calls it --workdir.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--workdir: cannot make {folder} ({error.strerror}); give a folder you can write to."
+        ) from None
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float = 20.0) -> Iterator[None]:
     """Keeps other processes of this machine out of a folder that exists, by a lock that ends with

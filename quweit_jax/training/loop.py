@@ -43,8 +43,8 @@ _NEEDS_INITIAL = (
 
 @dataclasses.dataclass
 class Result:
-    """How a run ended: its last step, whether that completes it, the state, the last evaluation, and
-    the name of the signal that asked this process to stop.
+    """How a run ended: its last step, whether that completes it, the state, the last evaluation,
+    and the name of the signal that asked this process to stop.
     """
 
     step: int

@@ -187,12 +187,7 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
     if jax.process_index():
         yield
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--workdir: cannot make {workdir} ({error.strerror}); give a folder you can write to."
-        ) from None
+    files.make_workdir(workdir)
     with files.exclusive(workdir):
         check_folder(workdir, setup.config)
         if changed := _data_changed(workdir, setup):

@@ -262,7 +262,8 @@ def _check_layout(setup: Setup) -> None:
     if (pieces := config.get("loss_pieces", 0)) > 1 and (context is None or context % pieces):
         what = f"a text has {context} tokens" if context else "only language models have texts"
         raise InputError(
-            f"loss_pieces: expected a number that divides a text, found {pieces}; {what}. 0 chooses."
+            f"loss_pieces: expected a number that divides a text, found {pieces}; {what}. "
+            "0 chooses."
         )
     if config.get("teacher") and stack.is_scanned(setup.model):
         raise InputError(

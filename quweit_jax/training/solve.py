@@ -1,5 +1,5 @@
-"""LookupGLUs that are computed from a teacher's dense MLPs, by least squares on a few batches, where
-they would be drawn and trained.
+"""LookupGLUs that are computed from a teacher's dense MLPs, by least squares on a few batches,
+where they would be drawn and trained.
 
 A unit of an MLP is GELU(w x). Its argument is had from two ternary sums, w = a (t1 + t2 / 3): nine
 evenly spaced weights from -4/3 a to 4/3 a. The sums' codes address one entry of a table, which is

@@ -66,6 +66,11 @@ def native(hindrance: Hindrance) -> Hindrance:
     return checked
 
 
+def with_native(hindrance: Hindrance) -> dict[str, Hindrance]:
+    """What a function offers that has native code, XLA's and a reference, the fastest first."""
+    return {"native": native(hindrance), "xla": anywhere, "reference": anywhere}
+
+
 def choose(function: str, asked: str | None, offered: Mapping[str, Hindrance]) -> str:
     """The implementation of a function to take.
 
