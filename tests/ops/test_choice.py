@@ -57,3 +57,13 @@ def test_a_compiled_function_is_traced_anew_for_another_platform():
         with compiling_for(platform):
             f(jnp.ones(()))
     assert seen == ["native", "pallas"]
+
+
+def test_nothing_is_asked_that_need_not_be_known():
+    """What hinders native code is known once it is compiled."""
+
+    def asked(_):
+        raise AssertionError("asked")
+
+    assert choose("f", "xla", {"native": asked, "xla": anywhere}) == "xla"
+    assert choose("f", None, {"xla": anywhere, "slow": asked}) == "xla"

@@ -84,18 +84,18 @@ def choose(function: str, asked: str | None, offered: Mapping[str, Hindrance]) -
       InputError: an unknown implementation, or one that the function or the platform lacks.
     """
     at = platform()
-    hindrances = {name: hindrance(at) for name, hindrance in offered.items()}
-    works = [name for name, hindrance in hindrances.items() if hindrance is None]
+    # Asking what hinders native code compiles it, so nothing is asked that need not be known.
     if asked is None:
-        chosen = works[0]
-    elif asked in works:
-        chosen = asked
+        chosen = next(name for name, hindrance in offered.items() if hindrance(at) is None)
     else:
-        why = hindrances.get(asked, "does not exist")
-        raise InputError(
-            f"{function}: implementation={asked!r} {why}; on this {at} there are "
-            f"{', '.join(works)}, and None for the fastest of them."
-        )
+        why = offered[asked](at) if asked in offered else "does not exist"
+        if why is not None:
+            works = [name for name, hindrance in offered.items() if hindrance(at) is None]
+            raise InputError(
+                f"{function}: implementation={asked!r} {why}; on this {at} there are "
+                f"{', '.join(works)}, and None for the fastest of them."
+            )
+        chosen = asked
     if (function, at, chosen) not in _told:
         _told.add((function, at, chosen))
         _log.info("%s on %s: %s", function, at, chosen)
