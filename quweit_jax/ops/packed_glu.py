@@ -62,14 +62,13 @@ def packed_glu(
         x = x_int8.reshape(math.prod(lead), x_int8.shape[-1])
         held = mix, offsets.astype(jnp.int32), tables, total
         return calls.glu_sums(x, *held, num_outputs, step).reshape(*lead, num_outputs)
-    inner = implementation if implementation == "reference" else None
-    sums = packed_sums(x_int8, mix, num_outputs=2 * units, implementation=inner)
+    sums = packed_sums(x_int8, mix, num_outputs=2 * units, implementation=implementation)
     codes: Array = pair_table.codes(
         (sums - offsets.astype(jnp.int32)).astype(jnp.float32), step, code_bits
     )
     first, second = jnp.split(codes, 2, axis=-1)
     read = pair_table.pair_lookup(first, second, tables)
-    return packed_sums(read, total, num_outputs=num_outputs, implementation=inner)
+    return packed_sums(read, total, num_outputs=num_outputs, implementation=implementation)
 
 
 def _code_bits(tables: Array) -> int:
