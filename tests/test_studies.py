@@ -113,13 +113,13 @@ def test_a_dense_run_is_converted_and_its_results_are_read_again(
     options = [f"--dense={dense}", f"--runs={runs}", f"--out={tmp_path}", "--share=0.4"]
     assert convert.main(options) == 0
     found = json.loads((tmp_path / "convert.json").read_text())["results"]
-    assert {name: row["steps"] for name, row in found.items()} == {
+    assert {name: row["steps"] for name, [row] in found.items()} == {
         "dense": 10,
         "converted": 4,
         "scratch": 4,
     }
-    assert found["converted"]["loss"] < found["scratch"]["loss"]
-    saved = json.loads((runs / "converted" / "config.json").read_text())
+    assert found["converted"][0]["loss"] < found["scratch"][0]["loss"]
+    saved = json.loads((runs / "dense-converted" / "config.json").read_text())
     assert saved["distill"]["fit_steps"] == 2 and saved["model"]["mlp"] == "lookup_glu"
     table = (tmp_path / "convert.md").read_text()
     monkeypatch.setattr(convert, "finish", lambda config, workdir: workdir)
@@ -128,6 +128,8 @@ def test_a_dense_run_is_converted_and_its_results_are_read_again(
         convert.main([*options, "--share=2"])
     with pytest.raises(InputError, match="--solve"):
         convert.main([*options, "--solve=4"])
+    with pytest.raises(InputError, match="different names"):
+        convert.main([*options, "--dense", str(dense), str(dense)])
 
 
 def test_what_a_conversion_solves_on_counts_among_its_steps(tmp_path, tiny_config, monkeypatch):
@@ -135,10 +137,14 @@ def test_what_a_conversion_solves_on_counts_among_its_steps(tmp_path, tiny_confi
     monkeypatch.setattr(
         convert.rundir, "read_config", lambda workdir: dense.copy_and_resolve_references()
     )
-    made = convert.configs(convert.arguments([f"--dense={tmp_path}", "--solve=3"]))
+    made = convert.configs(
+        convert.arguments([f"--dense={tmp_path}", "--solve=3", "--rate=1e-5"]), tmp_path
+    )
     assert (made["converted"].steps, made["converted"].distill.solve_batches) == (7, 3)
     assert made["converted"].distill.fit_steps == 0 and made["scratch"].steps == 10
     assert not made["scratch"].distill.solve_batches
+    rates = {name: config.optimizer.learning_rate for name, config in made.items()}
+    assert rates["converted"] == 1e-5 != rates["scratch"]
     assert all(config.model.lookup_glu.train_tables for config in made.values())
 
 

@@ -206,14 +206,6 @@ class Study:
         return block_costs(config, self.scores(kind)[0]["outputs"])
 
 
-def mean_and_error(values: list[float]) -> str:
-    """A mean and its standard error."""
-    if len(values) < 2:
-        return f"{values[0]:.4f}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.4f} ± {error:.4f}"
-
-
 def row(study: Study, kind: str, measure: str) -> list[str] | None:
     """A kind's row of the table, None if nothing of it is finished at its best rate."""
     args, rate = study.args, study.best_rate(kind)
@@ -223,9 +215,9 @@ def row(study: Study, kind: str, measure: str) -> list[str] | None:
     costs, tried = study.costs(kind), study.losses(kind)
     return [
         title(kind, measure == "accuracy"),
-        mean_and_error([s[measure] for s in scores]),
+        common.mean_and_error([s[measure] for s in scores]),
         ", ".join(f"{s[measure]:.4f}" for s in scores),
-        mean_and_error([s[f"{measure}_deployed"] for s in scores]),
+        common.mean_and_error([s[f"{measure}_deployed"] for s in scores]),
         rate,
         " / ".join(f"{tried[r]:.3f}" if r in tried else "-" for r in args.rates),
         f"{sum(costs.bytes_stored.values()):,}",

@@ -119,6 +119,14 @@ def conduct(
     return results
 
 
+def mean_and_error(values: list[float]) -> str:
+    """A mean and its standard error."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.4f} ± {error:.4f}"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
