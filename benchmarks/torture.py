@@ -124,7 +124,10 @@ def _scramble(path: Path, draw: random.Random) -> None:
 def _swap(path: Path, draw: random.Random) -> None:
     """Exchanges it with a file of the same name (of another checkpoint, say), else with any other."""
     folder = next((p.parent for p in path.parents if p.name == "checkpoints"), path.parent)
-    others = [p for p in folder.rglob("*") if p.is_file() and p != path]
+    others: list[Path] = []
+    while not others:  # a file that is alone in its folder: the folder above
+        others = [p for p in folder.rglob("*") if p.is_file() and p != path]
+        folder = folder.parent
     alike = [p for p in others if p.name == path.name] or others
     other = draw.choice(sorted(alike))
     mine, its = path.read_bytes(), other.read_bytes()
