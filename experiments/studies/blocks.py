@@ -25,7 +25,7 @@ import jax
 
 from experiments.studies import common
 from quweit_jax.commands import cli
-from quweit_jax.config import Config, load_file, set_value
+from quweit_jax.config import Config, flat, load_file, set_value
 from quweit_jax.costs import count
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs
@@ -48,6 +48,18 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "lookup_glu_640": (
         "LookupGLU, 5 units a feature",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 640},
+    ),
+    "lookup_glu_320": (
+        "LookupGLU, 2.5 units a feature",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 320},
+    ),
+    "lookup_glu_320_shift": (
+        "LookupGLU, 2.5 units a feature; token mixer of shifts",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 320, "model.gates": "shift"},
+    ),
+    "bitglu_shift": (
+        "ternary GLU (BitGLU); token mixer of shifts",
+        {"model.mlp": "bitglu", "model.gates": "shift"},
     ),
     "lookup_glu_trained": (
         "LookupGLU, 4 units a feature, trained table",
@@ -83,9 +95,16 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-# a ViT has no option for its start (it is unit variance), and no GPT computes in integers alone
-GPT_ALONE = ("dense_unit", "swiglu_unit")
-VIT_ALONE = ("dense_integer", "lookup_glu_integer")
+# for the default config
+DEFAULT = [k for k in KINDS if not k.endswith(("_integer", "_shift", "_320"))]
+
+
+def kinds_of(config: Config) -> list[str]:
+    """The kinds whose changes the config has keys for: a ViT has no option for its start (it is
+    unit variance), no GPT computes in integers alone, and gates are MatMul-free's.
+    """
+    known = flat(config)
+    return [kind for kind, (_, changes) in KINDS.items() if changes.keys() <= known.keys()]
 
 
 def title(kind: str, image: bool) -> str:
@@ -289,12 +308,10 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
 
 def check(args: Any) -> None:
     """Refuses kinds that the model of --config does not have, before anything is trained."""
-    vit = load_file(f"{common.EXPERIMENTS / 'configs' / args.config}").model.name == "vit"
-    wrong = [kind for kind in args.kinds if kind in (GPT_ALONE if vit else VIT_ALONE)]
-    if wrong:
+    there_are = kinds_of(load_file(f"{common.EXPERIMENTS / 'configs' / args.config}"))
+    if wrong := [kind for kind in args.kinds if kind not in there_are]:
         raise InputError(
-            f"--kinds: {', '.join(wrong)} {'start' if vit else 'compute'} as no model of "
-            f"{args.config} can; leave {'them' if len(wrong) > 1 else 'it'} out."
+            f"--kinds: {args.config} has no {', '.join(wrong)}; it has {', '.join(there_are)}."
         )
 
 
@@ -304,7 +321,7 @@ def main() -> None:
         __doc__,
         variant="",
         kinds=list(KINDS),
-        default_kinds=[kind for kind in KINDS if kind not in VIT_ALONE],
+        default_kinds=DEFAULT,
         seeds=[0, 1, 2],
         runs="blocks",
         name="blocks_tiny_shakespeare",

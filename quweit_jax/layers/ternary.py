@@ -16,17 +16,21 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
+from quweit_jax.errors import check_choice
 from quweit_jax.layers import groups, placement
 from quweit_jax.layers.costs import Call, activation, rms_norm
 from quweit_jax.layers.norms import Initializer, RMSNorm, normal
 from quweit_jax.layers.packing import Packable
 from quweit_jax.ops import packed_ternary, ternary
-from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
+from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.recurrence import gated_recurrence, gated_recurrence_step
+from quweit_jax.ops.shifts import round_to_shifts
 
 groups.declare("no_decay", "norm_scale")
 # As published: Xavier uniform with gain 2**-2.5.
 MIXER_INIT = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
+GATES = ("exact", "shift")
+_SLOWEST = -10  # the smallest power of two that a gate of shifts can be
 
 
 class BitLinear(Packable):
@@ -92,11 +96,15 @@ class MLGRU(nn.Module):
 
     Args:
       kernel_init: of all four projections. implementation: of `ops.recurrence.gated_recurrence`.
+      gates: 'exact' as published, or 'shift' (not published): what is forgotten, 1 - f, is rounded
+        to a power of two, so that h + (c - h) (1 - f) takes a shift, and silu(h), by which the
+        output gate is multiplied, to two binary digits, so that it takes two.
     """
 
     kernel_init: Initializer = MIXER_INIT
     epsilon: float = ternary.EPSILON
     implementation: str = "auto"
+    gates: str = "exact"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -115,8 +123,11 @@ class MLGRU(nn.Module):
         def linear(name: str) -> BitLinear:
             return BitLinear(x.shape[-1], self.kernel_init, self.epsilon, self.dtype, name=name)
 
+        check_choice("MLGRU: gates", self.gates, GATES)
         forget = jax.nn.sigmoid(linear("forget")(x).astype(jnp.float32))
         forget = lower_bound + (1 - lower_bound) * forget
+        if self.gates == "shift":
+            forget = 1 - round_to_shifts(1 - forget, smallest=_SLOWEST)
         candidate = jax.nn.silu(linear("input")(x).astype(jnp.float32)) * (1 - forget)
         if valid is not None:  # padding leaves the state as it is
             forget, candidate = (
@@ -129,7 +140,10 @@ class MLGRU(nn.Module):
             else gated_recurrence(forget, candidate, implementation=self.implementation)[0]
         )
         gate = RMSNorm(self.epsilon, name="gate_norm")(linear("gate")(x))
-        return linear("output")((gate * jax.nn.silu(states)).astype(self.dtype))
+        activated = jax.nn.silu(states)
+        if self.gates == "shift":
+            activated = round_to_shifts(activated, digits=2, smallest=_SLOWEST)
+        return linear("output")((gate * activated).astype(self.dtype))
 
     def _decode(self, forget: Array, candidate: Array) -> Array:
         state = self.variable("cache", "state", jnp.zeros, forget.shape[::2], jnp.float32)
@@ -150,13 +164,25 @@ class MLGRU(nn.Module):
 
         f = sigmoid(.) d functions; lower + (1 - lower) f: d multiplications, 2 d additions; c =
         silu(.) (1 - f): 2 d multiplications, d additions, d functions; the step: d and d; gate *
-        silu(h): 2 d multiplications and d functions.
+        silu(h): 2 d multiplications and d functions. With gates='shift' the exponent of 1 - f comes
+        from comparisons of its logit; the step is 2 d additions and d shifts, the output d and 2 d,
+        both silu are functions of one value (a float's shift is an
+        addition to its exponent).
         """
         n, held = call.size, call.width * BYTES[FLOAT]
+        if self.gates == "shift":
+            operations = Elementwise(
+                additions={FLOAT: 3 * n}, functions={FLOAT: 2 * n}, shifts={INT: 3 * n}
+            )
+            comparisons = (1 - _SLOWEST).bit_length() * n  # by halving the exponents left
+        else:
+            operations = Elementwise.of(FLOAT, 6 * n, 4 * n, functions=3 * n)
+            comparisons = 0
         recurrence = call.row(
             "recurrence",
             "recurrence",
-            elementwise=Elementwise.of(FLOAT, 6 * n, 4 * n, functions=3 * n),
+            elementwise=operations,
+            comparisons=comparisons,
             weights=held,  # the forget gate's bound
             state=2 * held,
             state_bytes=held,

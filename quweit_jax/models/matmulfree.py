@@ -23,7 +23,7 @@ from quweit_jax.layers import groups, mlp
 from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.norms import RMSNorm, normal
 from quweit_jax.layers.readout import Pieces, read_out
-from quweit_jax.layers.ternary import MLGRU, BitGLU, BitLinear
+from quweit_jax.layers.ternary import GATES, MLGRU, BitGLU, BitLinear
 from quweit_jax.models.options import (
     DTYPES,
     ChannelMixers,
@@ -48,7 +48,8 @@ class MatMulFreeConfig(ChannelMixers, Depth):
     own). context: tokens of a training example; the model itself has no limit. mlp: 'dense' (the
     GLU), 'weightless' or 'none' for every block, or one for each joined by '+'.
     hidden: width of the GLU's hidden layer (0: 8 d / 3, rounded up to 256). recurrence: how the
-    MLGRU runs over time, see `ops.recurrence`.
+    MLGRU runs over time, see `ops.recurrence`. gates: of the MLGRU, 'exact' or, not published,
+    'shift' (no products in the token mixer).
     """
 
     vocab_size: int
@@ -59,6 +60,7 @@ class MatMulFreeConfig(ChannelMixers, Depth):
     hidden: int = 0
     epsilon: float = 1e-6
     recurrence: str = "auto"
+    gates: str = "exact"
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -67,6 +69,7 @@ class MatMulFreeConfig(ChannelMixers, Depth):
         self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.recurrence", self.recurrence, IMPLEMENTATIONS)
+        check_choice("model.gates", self.gates, GATES)
         if not self.epsilon > 0:
             raise InputError(
                 f"model.epsilon: expected a small positive number, found {self.epsilon}."
@@ -114,7 +117,7 @@ class MatMulFreeBlock(nn.Module):
         """x (B, T, d), lower_bound (d,), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         shared: dict[str, Any] = {"epsilon": c.epsilon, "dtype": dtype}
-        mixer = MLGRU(implementation=c.recurrence, name="mixer", **shared)
+        mixer = MLGRU(implementation=c.recurrence, gates=c.gates, name="mixer", **shared)
         x = x + mixer(RMSNorm(name="mixer_norm", **shared)(x), lower_bound, valid, decode=decode)
         output_init = normal(0.02 / math.sqrt(2 * c.sizes()[1]))
         mixer = mlp.make(
