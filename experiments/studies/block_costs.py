@@ -27,6 +27,11 @@ MIXERS: dict[str, dict[str, Any]] = {
     "LookupGLU, 4 units a feature": {"mlp": "lookup_glu"},
     "LookupGLU, 10 units a feature": {"mlp": "lookup_glu", "lookup_glu": {"hidden": 10}},
     "LookupGLU, ternary projections in attention": {"mlp": "lookup_glu", "linear": "ternary"},
+    "LookupGLU, 2 units a feature, ternary projections in attention": {
+        "mlp": "lookup_glu",
+        "lookup_glu": {"hidden": 2},
+        "linear": "ternary",
+    },
     "none, ternary projections in attention": {"mlp": "none", "linear": "ternary"},
     "vector tables on thermometer bits": {
         "mlp": "weightless",
@@ -103,6 +108,8 @@ def main() -> None:
         "MatMul-free LM (BitGLU)": ternary,
         "MatMul-free LM with LookupGLU, 2.5 units a feature": ternary
         | {"mlp": "lookup_glu", "lookup_glu": {"hidden": 960}},
+        "the same, gates of shifts in the token mixer": ternary
+        | {"mlp": "lookup_glu", "lookup_glu": {"hidden": 960}, "gates": "shift"},
     }
     lines = ["One token of nanoGPT's character model, 65 characters, at a context of 256.", ""]
     lines += common.markdown(HEADER, rows("gpt_char.py:nanogpt", 65, {}, more))

@@ -73,6 +73,10 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "LookupGLU, 4 units a feature, ternary projections in attention",
         {"model.mlp": "lookup_glu", "model.linear": "ternary"},
     ),
+    "lookup_glu_256_ternary_attention": (
+        "LookupGLU, 2 units a feature, ternary projections in attention",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 256, "model.linear": "ternary"},
+    ),
     "one_bit_tables": (
         "one-bit tables behind ternary sums",
         {"model.mlp": "lookup_glu", "model.lookup_glu.sum": "int8", "model.lookup_glu.hidden": 800},
@@ -96,7 +100,9 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
 
 
 # for the default config
-DEFAULT = [k for k in KINDS if not k.endswith(("_integer", "_shift", "_320"))]
+DEFAULT = [
+    k for k in KINDS if not k.endswith(("_integer", "_shift", "_320", "_256_ternary_attention"))
+]
 
 
 def kinds_of(config: Config) -> list[str]:
