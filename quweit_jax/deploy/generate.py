@@ -24,7 +24,7 @@ _FLOAT = np.finfo(np.float32)
 _KNOWN = 16  # tokens before a piece that are decoded with it
 
 
-def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
+def check_sampling(temperature: float, top_k: int, max_tokens: int, top_p: float = 1.0) -> None:
     """Raises InputError for settings that cannot be sampled with."""
     if not temperature >= 0:
         raise InputError(
@@ -34,16 +34,23 @@ def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
         raise InputError(f"--top_k: expected 0 (all) or a number of tokens, found {top_k}.")
     if max_tokens < 0:
         raise InputError(f"--max_tokens: expected 0 or more, found {max_tokens}.")
+    if not 0 <= top_p <= 1:
+        raise InputError(f"top_p: expected a probability, 0 to 1 (all), found {top_p}.")
 
 
-def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> Array:
+def sample_logits(
+    key: Array, logits: Array, temperature: float, top_k: int, top_p: float = 1.0
+) -> Array:
     """One token id from logits (V,): among the top_k likeliest (0: all), at a temperature (0: the
     likeliest; infinite: each as often).
+
+    top_p: of these only the likeliest that are needed to reach this probability together, one at
+      least (nucleus sampling, arXiv 1904.09751, section 3.1).
 
     Raises:
       InputError: no logits, or settings that cannot be sampled with.
     """
-    check_sampling(temperature, top_k, 0)
+    check_sampling(temperature, top_k, 0, top_p)
     if logits.ndim != 1 or not logits.size:
         raise InputError(
             f"sample_logits: expected logits (V,) of one token, found {list(logits.shape)}."
@@ -60,7 +67,18 @@ def sample_logits(key: Array, logits: Array, temperature: float, top_k: int) -> 
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][-1]
         scaled = jnp.where(logits < smallest, -jnp.inf, scaled)
+    if top_p < 1:
+        scaled = _nucleus(scaled, top_p)
     return jax.random.categorical(key, scaled).astype(jnp.int32)
+
+
+def _nucleus(logits: Array, top_p: float) -> Array:
+    """Logits (V,) with -inf for all but the likeliest that reach top_p together."""
+    order = jnp.argsort(logits, descending=True)
+    probabilities = jax.nn.softmax(logits)[order]
+    before = jnp.cumsum(probabilities) - probabilities
+    kept = (before < top_p).at[0].set(True)
+    return jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,6 +132,7 @@ def generate_tokens(
     *,
     temperature: float = 0.8,
     top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
     end_of_text: int | None = None,
 ) -> Iterator[int]:
@@ -128,11 +147,11 @@ def generate_tokens(
       InputError: settings that cannot be sampled with, or a prompt that is empty, too long or of
         unknown tokens.
     """
-    check_sampling(temperature, top_k, max_tokens)
+    check_sampling(temperature, top_k, max_tokens, top_p)
     check_prompt(prompt, model.config.vocab_size, context_of(model))
     return itertools.takewhile(
         lambda token: token != end_of_text,
-        _generate(model, variables, prompt, max_tokens, temperature, top_k, seed),
+        _generate(model, variables, prompt, max_tokens, temperature, top_k, top_p, seed),
     )
 
 
@@ -168,13 +187,16 @@ def _generate(
     max_tokens: int,
     temperature: float,
     top_k: int,
+    top_p: float,
     seed: int,
 ) -> Iterator[int]:
     text, context = [int(t) for t in prompt], context_of(model)
     held = len(text)
     logits, cache = prefill(model, variables, np.asarray(text))
     key = jax.random.key(seed)
-    pick = jax.jit(functools.partial(sample_logits, temperature=temperature, top_k=top_k))
+    pick = jax.jit(
+        functools.partial(sample_logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    )
     for i in range(max_tokens):
         token = int(pick(jax.random.fold_in(key, i), logits))
         yield token

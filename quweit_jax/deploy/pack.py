@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import PyTree
@@ -29,7 +30,8 @@ def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
 
     Args:
       model: a Linen module, or one behind `nnx.bridge.ToNNX`. variables: {'params': ..., ...} or
-        the nnx.State of the latter; boxes around arrays, such as `nn.Partitioned`, are taken off.
+        the nnx.State of the latter, what `nnx.split` gives, or that module; boxes around arrays,
+        such as `nn.Partitioned`, are taken off.
       inputs: any that `model` can be applied to, such as one token or one image; only their shapes
         and dtypes matter.
 
@@ -39,9 +41,12 @@ def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
 
     Raises:
       InputError: no layer has a packed form, the activation ranges of an integer model were
-        never set, or the model is written in NNX itself.
+        never set, the model is written in NNX itself, or the variables are packed already or not
+        those of the model with such inputs.
     """
     model, variables = linen_form(model, variables)
+    if "packed" in variables:
+        raise InputError("pack: these variables are packed already; give them to model.apply.")
     ranges = flatten_dict(jax.device_get(variables.get("ranges", {})))
     unset = [p[:-1] for p in ranges if p[-1] == "min" and ranges[p] == ranges[(*p[:-1], "max")]]
     if unset:
@@ -51,7 +56,16 @@ def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
             "few steps, or calibrate the model with pretrained.calibrate(model, variables, "
             "batches)."
         )
-    packed = jax.jit(lambda v: constants(model, v, *inputs))(variables)
+    if not inputs:
+        raise InputError("pack: give what the model is applied to as well, such as one image.")
+    try:
+        packed = jax.jit(lambda v: constants(model, v, *inputs))(variables)
+    except FlaxError as error:
+        shapes = ", ".join(str(list(np.shape(each))) for each in inputs)
+        raise InputError(
+            f"pack: these variables ({', '.join(variables)}) are not those of this "
+            f"{type(model).__name__} with inputs {shapes}: {str(error).split(' (http')[0]}"
+        ) from error
     if not packed:
         raise InputError(
             "pack: this model has no look-up tables, no ternary layer and no integer layer, so "
@@ -66,7 +80,8 @@ def linen_form(model: Any, variables: Any) -> tuple[nn.Module, Tree]:
     """A Linen module and its variables, out of Flax's NNX and of boxes around arrays.
 
     Raises:
-      InputError: the model is no Linen module, nor one behind `nnx.bridge.ToNNX`.
+      InputError: the model is no Linen module, nor one behind `nnx.bridge.ToNNX`, or the variables
+        are no collections.
     """
     model = getattr(model, "to_nnx__module", model)
     if not isinstance(model, nn.Module):
@@ -74,18 +89,42 @@ def linen_form(model: Any, variables: Any) -> tuple[nn.Module, Tree]:
             "pack: expected a Linen module, or one behind nnx.bridge.ToNNX, found "
             f"{type(model).__name__}; its layers have no packed form."
         )
-    if isinstance(variables, dict):
-        return model, nn.unbox(variables)
     from flax import nnx  # not imported with flax.linen, and rarely needed
 
-    if not isinstance(variables, nnx.State):
-        return model, nn.unbox(dict(variables))
+    if isinstance(variables, nnx.Module):
+        variables = nnx.state(variables)
+    elif isinstance(variables, tuple | list):  # of nnx.split
+        states = [part for part in variables if isinstance(part, nnx.State)]
+        variables = nnx.merge_state(*states) if states else variables
+    if isinstance(variables, nnx.statelib.FlatState):
+        variables = nnx.from_flat_state(variables)
+    if isinstance(variables, nnx.State):
+        variables = _collections(variables)
+    if not isinstance(variables, Mapping) or not _are_collections(variables):
+        found = ", ".join(map(str, variables)) if isinstance(variables, Mapping) else None
+        raise InputError(
+            "pack: expected variables {'params': ..., ...} or an nnx.State, found "
+            f"{found or type(variables).__name__}; give all that model.init returned."
+        )
+    return model, nn.unbox(dict(variables))
+
+
+def _are_collections(variables: Mapping[str, PyTree]) -> bool:
+    """Whether these are collections of variables, and not what is in one of them."""
+    inner = all(isinstance(tree, Mapping) for tree in variables.values())
+    return inner and bool({"params", "packed"} & variables.keys())
+
+
+def _collections(state: Any) -> Tree:
+    """The nnx.State of a bridged module as {collection: {name: array}}."""
+    from flax import nnx
+
     found: dict[tuple[Any, ...], Any] = {}
-    for path, variable in nnx.to_flat_state(variables):
+    for path, variable in nnx.to_flat_state(state):
         if not isinstance(variable, nnx.RngState):  # the bridge's, no variable of the model
             collection = nnx.variable_name_from_type(type(variable))
             found[(collection, *path)] = variable[...]
-    return model, unflatten_dict(found)
+    return unflatten_dict(found)
 
 
 def packed_or_trained(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.deploy.generate import (
+    check_sampling,
     context_of,
     decode_step,
     empty_cache,
@@ -32,6 +34,28 @@ from quweit_jax.errors import InputError, require
 _SHORTEST, _LONGEST = 16, 512  # tokens read at a time
 _LOGITS = 2**25  # of all texts that are read at a time: 128 MB
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# Options of other ways of decoding, at the values at which they change nothing.
+_PLAIN: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "n": 1,
+    "best_of": 1,
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "no_repeat_ngram_size": 0,
+    "min_p": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "penalty_alpha": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_tokens": 0,
+    "guidance_scale": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +119,7 @@ class Scorer:
         *,
         temperature: float = 0.0,
         top_k: int = 0,
+        top_p: float = 1.0,
         seed: int = 0,
     ) -> str:
         """The text after a prompt, up to the first of the stop strings, left out; the likeliest at
@@ -110,7 +135,8 @@ class Scorer:
         if self.context is not None:
             tokens = tokens[-self.context :]
         text, end = "", self.tokenizer.end_of_text
-        how: Any = {"temperature": temperature, "top_k": top_k, "seed": seed, "end_of_text": end}
+        how: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        how["end_of_text"] = end
         found = generate_tokens(self.model, self.variables, tokens, max_tokens, **how)
         for piece in stream_text(self.tokenizer, found):
             text += piece
@@ -121,8 +147,8 @@ class Scorer:
 
     def _split(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
         """Tokens of both together, and how many of them, at the end, are the continuation's."""
-        # Spaces belong to the word after them: tokenizers cut there.
-        kept = context.rstrip(" ")
+        # White space belongs to the word after it: tokenizers cut there, and so does the harness.
+        kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
         whole = self.tokenizer.encode(kept + continuation)
         before = self.tokenizer.encode(kept) if kept else whole[:0]
@@ -144,12 +170,14 @@ class Scorer:
         return np.asarray(whole, np.int32), scored
 
     def _windows(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Pieces that score every token once; all but the first see one token of the one before."""
+        """Pieces that score every token once, as the harness cuts them: all but the first see one
+        token of the one before, the last as many more as the model reads.
+        """
         size = self.context or max(1, len(tokens))
         whole = np.concatenate([[self.start_token()], tokens]).astype(np.int32)
         for begin in range(0, len(tokens), size):
-            piece = whole[begin : begin + size + 1]
-            yield piece, len(piece) - 1
+            end = min(begin + size, len(tokens))
+            yield whole[max(0, end - size) : end + 1], end - begin
 
     def _score(self, rows: Sequence[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, bool]]:
         """(log-probabilities of the last `scored` tokens, whether each is the likeliest) of every
@@ -232,8 +260,11 @@ def _scores(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 def _stops(until: Any) -> list[str]:
     """One stop string, a sequence of them or None, as a list; empty ones and None are left out."""
-    given = [until] if isinstance(until, str) or until is None else until
-    if not isinstance(given, Iterable) or not all(isinstance(s, str | None) for s in given):
+    given = (
+        [until] if isinstance(until, str | Mapping) or not isinstance(until, Iterable) else until
+    )
+    given = list(given)
+    if not all(isinstance(stop, str | None) for stop in given):
         raise InputError(
             f"until: expected a string, a list of strings or nothing, found {until!r}; quote "
             "numbers in a task's generation_kwargs."
@@ -241,17 +272,21 @@ def _stops(until: Any) -> list[str]:
     return [stop for stop in given if stop]
 
 
-def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def generation_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """A task's generation_kwargs as `Scorer.generate_until` takes them, normalized as
     lm-evaluation-harness does.
 
     Of several names of the length the first counts: max_gen_toks, max_new_tokens, max_tokens,
     max_completion_tokens; without one it is 256. do_sample false means temperature 0; without a
-    temperature it is 0.
+    temperature it is 0. What is not known here is named in a warning and left out, unless it
+    changes what is decoded.
 
     Raises:
-      InputError: a value that means nothing, by name.
+      InputError: a value that means nothing, or another way of decoding, such as beams, by name.
     """
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise InputError(f"generation_kwargs: expected names and values, found {options!r}.")
 
     def number(key: str, default: float, kind: type[int] | type[float]) -> Any:
         value = options.get(key)
@@ -266,14 +301,41 @@ def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
             )
         return found
 
+    if (sampled := options.get("do_sample")) not in (None, True, False):
+        raise InputError(f"do_sample: expected true or false, found {sampled!r}.")
+    _check_decoding(options)
     length = next((key for key in _LENGTHS if options.get(key) is not None), _LENGTHS[0])
-    sampled = options.get("do_sample") is not False
-    return {
+    found = {
         "stops": _stops(options.get("until")),
         "max_tokens": number(length, 256, int),
-        "temperature": number("temperature", 0, float) if sampled else 0.0,
+        "temperature": 0.0 if sampled in (False,) else number("temperature", 0, float),
         "top_k": number("top_k", 0, int),
+        "top_p": number("top_p", 1, float),
     }
+    check_sampling(found["temperature"], found["top_k"], found["max_tokens"], found["top_p"])
+    return found
+
+
+def _check_decoding(options: Mapping[str, Any]) -> None:
+    """Raises InputError for options that ask for another way of decoding than there is; warns of
+    unknown ones.
+    """
+    known = {*_LENGTHS, *_PLAIN, "until", "do_sample", "temperature", "top_k", "top_p"}
+    given = {key: value for key, value in options.items() if value is not None}
+    other = [
+        f"{key}={given[key]!r}" for key in _PLAIN if given.get(key, _PLAIN[key]) != _PLAIN[key]
+    ]
+    if "max_length" in given:
+        other.append("max_length, which counts the prompt, too (give max_gen_toks)")
+    if other:
+        raise InputError(
+            f"generation_kwargs: expected sampling or the likeliest token, found {', '.join(other)}"
+            "; leave it out of the task, or evaluate with a program that has it."
+        )
+    if unknown := sorted(map(str, given.keys() - known)):
+        warnings.warn(
+            f"generation_kwargs: {', '.join(unknown)}: unknown, and left out.", stacklevel=4
+        )
 
 
 def evaluate_tasks(
@@ -302,11 +364,11 @@ def evaluate_tasks(
             return scorer.rolling_log_likelihoods([request.args[0] for request in requests])
 
         def generate_until(self, requests, disable_tqdm=False):
-            found = []
-            for i, (prompt, options) in enumerate(request.args for request in requests):
-                options = generation_options(options)
-                found.append(scorer.generate_until(prompt, seed=i, **options))
-            return found
+            asked = [(r.args[0], generation_options(r.args[1])) for r in requests]
+            return [
+                scorer.generate_until(prompt, seed=i, **options)
+                for i, (prompt, options) in enumerate(asked)
+            ]
 
     folders = [task for task in tasks if os.path.isdir(task)]
     names = [task for task in tasks if task not in folders]

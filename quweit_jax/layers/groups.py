@@ -5,6 +5,7 @@ A parameter that nobody declares is a matrix ('decay') or a vector or scalar ('n
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,18 @@ declare("no_decay", "bias", "scale")
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """A parameter's name: the end of its path in a tree, without lists and Flax's boxes."""
+    """A parameter's name: the end of its path in a tree, without lists and Flax's boxes; of flat
+    dicts, with keys such as 'a/b', 'a.b' or ('a', 'b'), the end of the key.
+    """
     for key in reversed(path):
         boxed = isinstance(key, GetAttrKey) and key.name in _BOXES
-        if not boxed and not isinstance(key, SequenceKey | FlattenedIndexKey):
-            return str(key.key if isinstance(key, DictKey) else getattr(key, "name", key))
+        if boxed or isinstance(key, SequenceKey | FlattenedIndexKey):
+            continue
+        name = key.key if isinstance(key, DictKey) else getattr(key, "name", key)
+        parts = name if isinstance(name, tuple) else [name]
+        for part in reversed(parts):
+            if not isinstance(part, int):  # a place in one of NNX's lists
+                return re.split(r"[/.]", str(part))[-1]
     return ""
 
 

@@ -54,6 +54,7 @@ POOLS = ("cls", "mean")
 # (C, d), do, as in nanoGPT.
 groups.declare("no_decay", "cls_token")
 groups.declare("no_decay", "position_embedding", rank=3)
+groups.declare("no_decay", "position_embedding", rank=4)  # of models under vmap
 # Kernels start at the scale their number of inputs asks for: DeiT's 0.02 for all, made for wide
 # models and long training, keeps small ones from learning for hundreds of steps. The outputs of
 # residual branches start smaller, so that their sum has the branches' scale.

@@ -10,12 +10,12 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import KeyPath
+from jax.tree_util import FlattenedIndexKey, KeyPath
 from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError, check_choice
-from quweit_jax.layers.groups import group_of
+from quweit_jax.layers.groups import group_of, name_of
 from quweit_jax.models import registry  # noqa: F401 - models declare groups of their own
 from quweit_jax.ops import sums
 
@@ -97,7 +97,8 @@ def groups_of(params: PyTree) -> PyTree:
     with Flax's boxes around the arrays.
 
     Raises:
-      InputError: there is something that cannot be trained, such as whole numbers or random keys.
+      InputError: there is something that cannot be trained, such as whole numbers or random keys,
+        or a tree without names, such as NNX's flat states.
     """
 
     def group(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
@@ -107,6 +108,12 @@ def groups_of(params: PyTree) -> PyTree:
                 f"optimizer: expected parameters of real numbers, found {dtype} at "
                 f"{jax.tree_util.keystr(path)}; give variables['params'] alone, of NNX "
                 "nnx.state(model, nnx.Param)."
+            )
+        if any(isinstance(key, FlattenedIndexKey) for key in path) and not name_of(path):
+            raise InputError(
+                f"optimizer: expected parameters with names, found a {type(params).__name__} with "
+                "numbers alone, of which none can be told to be a table; give the nnx.State, or a "
+                "dict."
             )
         return group_of(path, leaf)
 

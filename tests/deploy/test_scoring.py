@@ -12,6 +12,7 @@ import pytest
 from quweit_jax import models
 from quweit_jax.data import tokenizers
 from quweit_jax.deploy import score
+from quweit_jax.deploy.generate import sample_logits
 from quweit_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -86,14 +87,23 @@ def test_greedy_continuations_are_known_as_such(scorer):
 
 
 def test_rolling_scores_every_token_once(scorer):
+    """As the harness does: every window but the first is as long as the model reads."""
     text = TEXT * 2
     tokens = np.concatenate([TOKENIZER.encode("\n"), TOKENIZER.encode(text)])
     size = scorer.context or len(tokens)
-    expected = sum(
-        plain(scorer, tokens[i : i + size + 1], 1)[0] for i in range(0, len(tokens) - 1, size)
-    )
+    expected = 0.0
+    for begin in range(0, len(tokens) - 1, size):
+        end = min(begin + size, len(tokens) - 1)
+        seen = tokens[max(0, end - size) : end + 1]
+        expected += plain(scorer, seen, len(seen) - (end - begin))[0]
     values = scorer.rolling_log_likelihoods([text, "", "a"])
     assert values[0] == pytest.approx(expected, rel=1e-4) and values[1] == 0 and values[2] < 0
+
+
+def test_white_space_before_a_continuation_belongs_to_it(scorer):
+    for between in ("\n", " \n ", " "):
+        found = scorer.log_likelihoods([("the fox" + between, "jumps")])
+        assert found == scorer.log_likelihoods([("the fox", between + "jumps")])
 
 
 def test_long_texts_are_read_in_windows_that_carry_the_state(monkeypatch):
@@ -118,8 +128,8 @@ def test_long_texts_are_read_in_windows_that_carry_the_state(monkeypatch):
         found = scorer.rolling_log_likelihoods(texts)
         np.testing.assert_allclose(found, expected, rtol=1e-4)
         assert read and all(shape[0] == 3 and shape[1] <= 33 for shape in read)
-        pairs = scorer.log_likelihoods([(TEXT * 3, " brown")])  # one text is one row
-        tokens = TOKENIZER.encode(TEXT * 3 + " brown")
+        pairs = scorer.log_likelihoods([(TEXT * 3 + "the", " brown")])  # one row
+        tokens = TOKENIZER.encode(TEXT * 3 + "the brown")
         assert pairs[0][0] == pytest.approx(plain(scorer, tokens, len(tokens) - 6)[0], abs=1e-3)
         assert read[-1][0] == 1
 
@@ -182,6 +192,10 @@ def test_a_stop_alone_is_one_string_and_not_its_letters(scorer):
         ({"temperature": 0.7, "do_sample": False}, {"temperature": 0.0}),
         ({"do_sample": True, "temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}),
         ({"do_sample": True}, {"temperature": 0.0}),
+        ({"do_sample": 0, "temperature": 0.5}, {"temperature": 0.0}),
+        ({"temperature": 1, "top_p": 0.95, "num_beams": 1}, {"temperature": 1.0, "top_p": 0.95}),
+        ({"repetition_penalty": 1.0, "min_p": None}, {"top_p": 1.0}),
+        (None, {"stops": [], "max_tokens": 256}),
     ],
     ids=str,
 )
@@ -199,12 +213,42 @@ def test_generation_options_are_the_harnesss(given, expected):
         {"max_tokens": True},
         {"temperature": float("nan")},
         {"top_k": -2},
+        {"until": {"a": 1}},
+        {"until": b"a"},
+        {"until": [["a"]]},
+        {"do_sample": "False"},
+        {"top_p": 1.5},
+        {"max_length": 100},
+        {"num_beams": 10},
+        {"repetition_penalty": 1.3, "temperature": 1.0},
+        {"min_new_tokens": 4},
     ],
     ids=str,
 )
 def test_wrong_generation_options_are_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         score.generation_options(wrong)
+
+
+def test_options_of_generation_that_are_not_known_are_named():
+    with pytest.warns(UserWarning, match="use_cache"):
+        found = score.generation_options({"until": "a", "use_cache": True})
+    assert found["stops"] == ["a"]
+    with pytest.raises(InputError, match="generation_kwargs"):
+        score.generation_options(["until"])
+
+
+def test_a_nucleus_is_the_likeliest_that_reach_its_probability():
+    logits = jnp.log(jnp.asarray([0.1, 0.5, 0.05, 0.3, 0.05]))
+    keys = jax.random.split(jax.random.key(0), 300)
+
+    def drawn(top_p, top_k=0):
+        draw = jax.vmap(lambda key: sample_logits(key, logits, 1.0, top_k, top_p))
+        return set(np.asarray(jax.jit(draw)(keys)).tolist())
+
+    assert drawn(0.0) == drawn(0.45) == {1} and drawn(0.75) == {1, 3}
+    assert drawn(0.85) == {0, 1, 3} and drawn(1.0) == set(range(5))
+    assert drawn(0.6, top_k=2) == {1}  # 0.5 of 0.8
 
 
 def test_sampling_is_what_was_asked_for(scorer):

@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze
+from flax.traverse_util import flatten_dict
 
 from quweit_jax import models
 from quweit_jax.deploy.pack import pack
@@ -182,6 +184,8 @@ def trees():
         "boxes": boxed(plain),
         "nnx": nnx.state(behind, nnx.Param),
         "pure": nnx.to_pure_dict(nnx.state(behind, nnx.Param)),
+        "flat": flatten_dict(plain),
+        "flat, one string": flatten_dict(plain, sep="/"),
         "scanned": stacked,
         "boxes of scanned": boxed(stacked),
         "lists": {"tables": [jnp.full((2, 4), 0.5), jnp.full((2, 4), -0.5)], "bias": jnp.ones(3)},
@@ -230,6 +234,55 @@ def test_nnx_trains_and_packs():
     with pytest.raises(InputError, match="found Linear"):
         linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
         pack(linear, nnx.state(linear), jnp.ones((1, 2)))
+
+
+def test_tables_in_lists_of_nnx_are_found_and_flat_states_refused():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.tables = nnx.List([nnx.Param(jnp.full((2, 4), 0.5)) for _ in range(2)])
+
+    state = nnx.state(Net(), nnx.Param)
+    assert jax.tree.leaves(groups_of(state)) == ["tables"] * 2
+    with pytest.raises(InputError, match="FlatState"):
+        groups_of(nnx.to_flat_state(state))
+
+
+def test_models_under_vmap_have_the_groups_of_one():
+    model = models.build({"name": "vit", "variant": "mu/8"}, 10)
+    many = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)))["params"])
+    params = jax.eval_shape(many, jax.random.split(jax.random.key(0), 2))
+    found = groups_of(params)
+    assert {found["position_embedding"], found["cls_token"], found["head"]["bias"]} == {"no_decay"}
+    assert found["head"]["kernel"] == "decay"
+
+
+def test_packing_takes_variables_in_every_form():
+    behind = nnx.bridge.ToNNX(BLOCK, rngs=nnx.Rngs(0)).lazy_init(X)
+    state = nnx.state(behind)
+    expected = pack(BLOCK, state, X)
+    for given in (behind, nnx.split(behind), nnx.to_flat_state(state)):
+        found = pack(behind, given, X)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pack(BLOCK, freeze(BLOCK.init(jax.random.key(0), X)), X)
+
+
+def test_packing_says_what_is_not_the_models():
+    variables = BLOCK.init(jax.random.key(0), X)
+    behind = nnx.bridge.ToNNX(BLOCK, rngs=nnx.Rngs(0)).lazy_init(X)
+    for given in (
+        {},
+        None,
+        variables["params"],
+        nnx.to_pure_dict(nnx.state(behind)),
+        nnx.state(behind, nnx.Param),
+        {"params": variables["params"]},
+        pack(BLOCK, variables, X),
+    ):
+        with pytest.raises(InputError, match="pack: "):
+            pack(BLOCK, given, X)
+    for inputs in ((), (X[:, :4],)):
+        with pytest.raises(InputError, match="pack: "):
+            pack(BLOCK, variables, *inputs)
 
 
 def test_boxed_and_stacked_variables_pack():
