@@ -2,6 +2,7 @@
 paths.
 """
 
+import io
 import json
 
 import pytest
@@ -86,6 +87,45 @@ def test_generate_streams_the_same_text_for_the_same_seed(trained, capsys, tiny_
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith(prompt) and len(texts[0]) == 46
+
+
+def test_generate_continues_many_prompts_as_each_alone(trained, capsys, tiny_text, tmp_path):
+    lines = [tiny_text.read_text()[:3], tiny_text.read_text()[3:9]]
+    assert not any("\n" in line for line in lines)
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
+    common = ["--workdir=runs/x", "--max_tokens=12", "--top_k=5", "--seed=4"]
+    options = [f"--prompts={tmp_path / 'prompts.txt'}", "--samples=2", "--json"]
+    assert generate.main([*common, *options]) == 0
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(p, s) for p in lines for s in (4, 5)]
+    assert "a second; packed" in said.err and "48 tokens" in said.err
+    assert generate.main([*common, f"--prompt={lines[1]}"]) == 0
+    alone = capsys.readouterr().out
+    assert alone == lines[1] + rows[2]["text"] + "\n"
+    stop = rows[2]["text"][5:7]
+    assert generate.main([*common, f"--prompt={lines[1]}", f"--stop={stop}", "--no-packed"]) == 0
+    cut = capsys.readouterr()
+    assert cut.out == (alone[: len(lines[1]) + rows[2]["text"].index(stop)] + "\n")
+    assert "not packed" in cut.err
+
+
+def test_prompts_that_cannot_be_are_named(trained, monkeypatch, capsys):
+    run = ["--workdir=runs/x", "--max_tokens=3"]
+    for options, said in (
+        (["--prompt=a", "--prompts=x"], "both"),
+        (["--prompts=nothing-there"], "--prompts"),
+        (["--prompt="], "at least one character"),
+        (["--samples=0"], "--samples"),
+        (["--top_p=2"], "--top_p"),
+        (["--min_p=-1"], "--min_p"),
+        (["--repetition_penalty=0"], "--repetition_penalty"),
+    ):
+        with pytest.raises(InputError, match=said):
+            generate.main([*run, *options])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"to")))
+    assert generate.main([*run, "--prompt=-"]) == 0
+    assert capsys.readouterr().out.startswith("to")
 
 
 @pytest.mark.parametrize(

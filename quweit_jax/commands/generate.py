@@ -1,57 +1,190 @@
-"""python -m quweit_jax generate --workdir=runs/x --prompt="To be" [--temperature=0.8] [--packed]"""
+"""python -m quweit_jax generate --workdir=runs/x --prompt="To be" [--temperature=0.8]"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
+from quweit_jax.reading import clean_text, decode_text, read_bytes
 
 
 def main(argv: Sequence[str]) -> int:
-    """Continues a prompt with a trained language model, streaming to the terminal."""
-    description = "Continues a prompt with a trained language model."
-    parser = cli.parser("generate", description, "workdir", "step", "packed")
-    add = parser.add_argument
-    add("--prompt", default="\n", help="the text to continue (default: a new line)")
-    add("--max_tokens", type=int, default=300, help="how many tokens to add")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as trained")
-    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens only (0: all)")
-    add("--seed", type=int, default=0, help="the same seed gives the same text")
-    args, overrides = cli.parse(parser, argv)
-    from quweit_jax.deploy.generate import check_sampling, generate_tokens, stream_text
-    from quweit_jax.deploy.pack import pack
-    from quweit_jax.reading import clean_text
+    """Continues prompts with a trained language model; a single one streams to the terminal. Speed is
+    told on standard error.
+    """
+    args, overrides = cli.parse(_parser(), argv)
+    from quweit_jax.deploy.pack import pack, packed_or_trained
+    from quweit_jax.deploy.sampling import Sampling
     from quweit_jax.training import rundir
 
-    check_sampling(args.temperature, args.top_k, args.max_tokens)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    if args.samples < 1:
+        raise InputError(f"--samples: expected 1 or more, found {args.samples}.")
+    prompts = _prompts(args)
     opened = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
-    model, variables, tokenizer = opened.setup.model, opened.variables, opened.setup.tokenizer
+    setup, tokenizer = opened.setup, opened.setup.tokenizer
     if tokenizer is None:
         raise InputError(
             f"--workdir: {args.workdir} is a run of a classifier, which generates no text."
         )
-    text = clean_text(args.prompt)  # as the texts it was trained on
-    prompt = tokenizer.encode(text)
-    if not len(prompt):
-        raise InputError("--prompt: expected at least one character, found none.")
-    if args.packed:
-        variables = pack(model, variables, opened.setup.init_inputs)
-    tokens = generate_tokens(
-        model,
-        variables,
-        prompt,
-        args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-        end_of_text=tokenizer.end_of_text,
-    )
-    sys.stdout.write(text)
-    for piece in stream_text(tokenizer, tokens, prompt):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print()
+    variables = opened.variables
+    if args.packed is not False:
+        form = pack if args.packed else packed_or_trained
+        variables = form(setup.model, variables, setup.init_inputs)
+    texts = [prompt for prompt in prompts for _ in range(args.samples)]
+    seeds = [args.seed + i for _ in prompts for i in range(args.samples)]
+    work = _Work(args, setup.model, variables, tokenizer, sampling, texts, seeds)
+    work.stream() if len(texts) == 1 and not args.json else work.whole()
+    work.tell_speed()
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(
+        "generate", "Continues prompts with a trained language model.", "workdir", "step", "json"
+    )
+    add = parser.add_argument
+    add(
+        "--prompt",
+        action="append",
+        help="the text to continue (default: a new line); several times for a batch; - reads it from "
+        "standard input",
+    )
+    add("--prompts", help="a file with a prompt a line; - is standard input")
+    add("--samples", type=int, default=1, help="texts for each prompt, with seeds of their own")
+    add("--max_tokens", type=int, default=300, help="how many tokens to add")
+    add("--stop", action="append", default=[], help="end before this text; may be given again")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as trained")
+    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens only (0: all)")
+    add("--top_p", type=float, default=1.0, help="... that have this probability together (1: all)")
+    add("--min_p", type=float, default=0.0, help="... this many times as likely as the likeliest")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: against what was said")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="as deployed: 1-bit tables, ternary weights at 2 bits (default: where the model has such "
+        "a form)",
+    )
+    return parser
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts, as texts of the training data are read.
+
+    Raises:
+      InputError: one is empty, or a file that cannot be read.
+    """
+    if args.prompts and args.prompt:
+        raise InputError("--prompt, --prompts: give one of them, found both.")
+    if args.prompts:
+        given = [line for line in _read("--prompts", args.prompts).splitlines() if line]
+    else:
+        given = [_read("--prompt", p) if p == "-" else clean_text(p) for p in args.prompt or ["\n"]]
+    if not given or not all(given):
+        where = "--prompts" if args.prompts else "--prompt"
+        raise InputError(f"{where}: expected at least one character, found none.")
+    return given
+
+
+def _read(option: str, path: str) -> str:
+    if path == "-":
+        return decode_text(sys.stdin.buffer.read(), f"{option}: standard input")
+    return decode_text(read_bytes(Path(path), option), f"{option}: {path}")
+
+
+class _Work:
+    """Prompts that are continued, and how long it takes."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: Any,
+        variables: Any,
+        tokenizer: Any,
+        sampling: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+    ):
+        self.args, self.model, self.variables, self.tokenizer = args, model, variables, tokenizer
+        self.sampling, self.prompts, self.seeds = sampling, prompts, seeds
+        self.ids: list[np.ndarray] = [tokenizer.encode(prompt) for prompt in prompts]
+        self.times: list[float] = []
+        self.made = 0
+
+    def stream(self) -> None:
+        """The one text, as it comes."""
+        from quweit_jax.deploy.generate import cut_at, stream_text
+
+        sys.stdout.write(self.prompts[0])
+        tokens = (row[0] for row in self._rows() if row[0] is not None)
+        for piece in cut_at(stream_text(self.tokenizer, tokens, self.ids[0]), self.args.stop):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+
+    def whole(self) -> None:
+        """Each text when all are done."""
+        found: list[list[int]] = [[] for _ in self.prompts]
+        for row in self._rows(found):
+            for tokens, token in zip(found, row):
+                tokens += [token] if token is not None else []
+        for number, (prompt, seed) in enumerate(zip(self.prompts, self.seeds)):
+            text = self._text(number, found[number])
+            if self.args.json:
+                said = {"prompt": prompt, "text": text, "seed": seed, "tokens": len(found[number])}
+                print(json.dumps(said))
+            else:
+                print(f"=== {number + 1} of {len(self.prompts)}, seed {seed}\n{prompt}{text}")
+
+    def _text(self, number: int, tokens: Sequence[int]) -> str:
+        from quweit_jax.deploy.generate import cut_at, stream_text
+
+        pieces = stream_text(self.tokenizer, iter(tokens), self.ids[number])
+        return "".join(cut_at(pieces, self.args.stop))
+
+    def _rows(self, found: Sequence[Sequence[int]] = ()) -> Iterator[list[int | None]]:
+        """New tokens a row, timed. found: where they are collected, if stops are to end rows."""
+        from quweit_jax.deploy.generate import generate_batch
+
+        def ends(number: int, tokens: Sequence[int]) -> bool:
+            text = self.tokenizer.decode(list(tokens))
+            return any(stop in text for stop in self.args.stop if stop)
+
+        self.times = [time.perf_counter()]
+        for row in generate_batch(
+            self.model,
+            self.variables,
+            self.ids,
+            self.args.max_tokens,
+            sampling=self.sampling,
+            seeds=self.seeds,
+            end_of_text=self.tokenizer.end_of_text,
+            ends=ends if self.args.stop and found else None,
+        ):
+            self.times.append(time.perf_counter())
+            self.made += sum(token is not None for token in row)
+            yield row
+
+    def tell_speed(self) -> None:
+        """Time to the first token and tokens a second after it, on standard error."""
+        if len(self.times) < 2:
+            return
+        begun, first, last = self.times[0], self.times[1], self.times[-1]
+        form = "packed" if "packed" in self.variables else "not packed"
+        said = f"first token after {first - begun:.2f} s (with compiling); {self.made} tokens"
+        if len(self.times) > 2:
+            rest = self.made * (1 - 1 / (len(self.times) - 1))
+            said += f", {rest / (last - first):,.1f} a second"
+        print(f"{said}; {form}", file=sys.stderr)

@@ -217,6 +217,5 @@ def sample(result: Result, variables: dict[str, PyTree]) -> str:
     setup, config, tokenizer = result.setup.unscanned(), result.setup.config, result.setup.tokenizer
     assert tokenizer is not None
     prompt = np.asarray(setup.data.validation[0]["inputs"][:16])
-    given = {"temperature": 0.8, "seed": config.seed}
-    tokens = generate_tokens(setup.model, variables, prompt, config.sample_tokens, **given)
+    tokens = generate_tokens(setup.model, variables, prompt, config.sample_tokens, seed=config.seed)
     return tokenizer.decode(prompt) + "".join(stream_text(tokenizer, tokens, prompt))

@@ -1,13 +1,14 @@
-"""Sampling from a language model with a key-value cache, one token at a time.
+"""Generation from a language model with a key-value cache or a state, one token at a time.
 
-Dimensions: B batch (1 here), T tokens, V vocabulary, C context.
+Dimensions: B batch, T tokens, V vocabulary, C context.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,68 +18,18 @@ from jax import Array
 from jaxtyping import PyTree
 
 from quweit_jax.data.tokenizers import Tokenizer
+from quweit_jax.deploy.sampling import Sampling, pick_batch
 from quweit_jax.errors import InputError
 
-_LONGEST = 512  # tokens of a prompt that are read at a time
-_FLOAT = np.finfo(np.float32)
+_PIECE, _LONGEST = 16, 256  # tokens of a prompt that are read at a time
 _KNOWN = 16  # tokens before a piece that are decoded with it
-
-
-def check_sampling(temperature: float, top_k: int, max_tokens: int, top_p: float = 1.0) -> None:
-    """Raises InputError for settings that cannot be sampled with."""
-    if not temperature >= 0:
-        raise InputError(
-            f"--temperature: expected 0 (always the likeliest) or more, found {temperature}."
-        )
-    if top_k < 0:
-        raise InputError(f"--top_k: expected 0 (all) or a number of tokens, found {top_k}.")
-    if max_tokens < 0:
-        raise InputError(f"--max_tokens: expected 0 or more, found {max_tokens}.")
-    if not 0 <= top_p <= 1:
-        raise InputError(f"top_p: expected a probability, 0 to 1 (all), found {top_p}.")
 
 
 def sample_logits(
     key: Array, logits: Array, temperature: float, top_k: int, top_p: float = 1.0
 ) -> Array:
-    """One token id from logits (V,): among the top_k likeliest (0: all), at a temperature (0: the
-    likeliest; infinite: each as often).
-
-    top_p: of these only the likeliest that are needed to reach this probability together, one at
-      least (nucleus sampling, arXiv 1904.09751, section 3.1).
-
-    Raises:
-      InputError: no logits, or settings that cannot be sampled with.
-    """
-    check_sampling(temperature, top_k, 0, top_p)
-    if logits.ndim != 1 or not logits.size:
-        raise InputError(
-            f"sample_logits: expected logits (V,) of one token, found {list(logits.shape)}."
-        )
-    least, most = (float(limit) for limit in (_FLOAT.tiny, _FLOAT.max))
-    if temperature < least:  # what float32 would divide by as by 0
-        return jnp.argmax(logits).astype(jnp.int32)
-    logits = logits.astype(jnp.float32)
-    largest = logits.max()
-    # below 0 by as much, so that no quotient is too large; the equal ones, also infinite, are at 0
-    below = jnp.where(logits == largest, 0.0, logits - largest)
-    scaled = below / temperature if temperature <= most else jnp.zeros_like(below)
-    scaled = jnp.where(below == -jnp.inf, -jnp.inf, scaled)
-    if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][-1]
-        scaled = jnp.where(logits < smallest, -jnp.inf, scaled)
-    if top_p < 1:
-        scaled = _nucleus(scaled, top_p)
-    return jax.random.categorical(key, scaled).astype(jnp.int32)
-
-
-def _nucleus(logits: Array, top_p: float) -> Array:
-    """Logits (V,) with -inf for all but the likeliest that reach top_p together."""
-    order = jnp.argsort(logits, descending=True)
-    probabilities = jax.nn.softmax(logits)[order]
-    before = jnp.cumsum(probabilities) - probabilities
-    kept = (before < top_p).at[0].set(True)
-    return jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
+    """One token id (int32) from logits (V,), see `Sampling`."""
+    return Sampling(temperature, top_k, top_p).pick(key, logits)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,20 +59,38 @@ def empty_cache(model: nn.Module, batch: int = 1) -> PyTree:
 
 
 def prefill(
-    model: nn.Module, variables: dict[str, PyTree], tokens: np.ndarray
-) -> tuple[Array, PyTree]:
-    """Reads a prompt (T,) in pieces of powers of two (few shapes to compile), none so long that its
-    logits take much memory: (logits of the last token (V,), cache).
+    model: nn.Module, variables: dict[str, PyTree], prompts: Sequence[np.ndarray]
+) -> tuple[Array, PyTree, int]:
+    """Reads prompts (T,), each of its own length: (logits of their last tokens (B, V), the cache,
+    the places of it that are taken).
+
+    They are read in pieces of few sizes, so that a prompt of another length compiles nothing; the
+    first piece is padded on the left where the context has room for that.
     """
-    cache, start, logits = empty_cache(model), 0, None
-    while start < len(tokens):
-        size = min(_LONGEST, 1 << ((len(tokens) - start).bit_length() - 1))
-        logits, cache = decode_step(
-            model, variables, cache, jnp.asarray(tokens[None, start : start + size], jnp.int32)
-        )
+    longest, context = max(map(len, prompts)), context_of(model)
+    sizes = _pieces(longest, context)
+    total = sum(sizes)
+    tokens = np.zeros((len(prompts), total), np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, total - len(prompt) :], valid[row, total - len(prompt) :] = prompt, True
+    cache, start, logits = empty_cache(model, len(prompts)), 0, None
+    for size in sizes:
+        part = slice(start, start + size)
+        logits, cache = decode_step(model, variables, cache, tokens[:, part], valid[:, part])
         start += size
     assert logits is not None
-    return logits[0, -1], cache
+    return logits[:, -1], cache, total
+
+
+def _pieces(longest: int, context: int | None) -> list[int]:
+    """The sizes in which a prompt is read, at least as many tokens as it has."""
+    whole, rest = divmod(longest, _PIECE)
+    # with room for some tokens more, or the next ones would find the cache full at once
+    fits = context is None or (whole + 2) * _PIECE <= context
+    first = ([_PIECE] if fits else [1] * rest) if rest else []
+    long, short = divmod(whole * _PIECE, _LONGEST)
+    return first + [_LONGEST] * long + [_PIECE] * (short // _PIECE)
 
 
 def generate_tokens(
@@ -130,29 +99,73 @@ def generate_tokens(
     prompt: np.ndarray,
     max_tokens: int,
     *,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int = 0,
     end_of_text: int | None = None,
+    **settings: Any,
 ) -> Iterator[int]:
     """Yields up to `max_tokens` new token ids after a prompt (T,) of at least one; variables may be
-    packed.
+    packed. See `generate_batch`; `settings` are those of `Sampling`: temperature, top_k, ...
+    """
+    rows = generate_batch(
+        model,
+        variables,
+        [prompt],
+        max_tokens,
+        sampling=Sampling(**settings),
+        seeds=[seed],
+        end_of_text=end_of_text,
+    )
+    return (token for (token,) in rows if token is not None)
 
-    Stops before `end_of_text`, the tokenizer's token of that meaning, if there is one. When the
-    context is full, the newer half of it is read again into an empty cache and generation goes on
-    behind that; a model that carries a state has no limit.
+
+def generate_batch(
+    model: nn.Module,
+    variables: dict[str, PyTree],
+    prompts: Sequence[np.ndarray],
+    max_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] = (),
+    end_of_text: int | None = None,
+    ends: Callable[[int, Sequence[int]], bool] | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields a new token id for each prompt (T,), up to `max_tokens` times; None for a row that has
+    ended. Each row gets the tokens that it would get alone, but for what rounding changes.
+
+    A row ends before `end_of_text`, the tokenizer's token of that meaning, if there is one. Where a
+    row's context is full, the newer half of it is read again into an empty cache and generation goes
+    on behind that; a model that carries a state has no limit.
+
+    Args:
+      sampling: None for the defaults. seeds: one a prompt; none: 0, 1, ...
+      ends: (row, its new tokens) -> whether it has said enough, asked after each token.
 
     Raises:
-      InputError: settings that cannot be sampled with, or a prompt that is empty, too long or of
-        unknown tokens.
+      InputError: a prompt that is empty, too long or of unknown tokens, or a count that cannot be.
     """
-    check_sampling(temperature, top_k, max_tokens, top_p)
-    check_prompt(prompt, model.config.vocab_size, context_of(model))
-    return itertools.takewhile(
-        lambda token: token != end_of_text,
-        _generate(model, variables, prompt, max_tokens, temperature, top_k, top_p, seed),
-    )
+    if max_tokens < 0:
+        raise InputError(f"--max_tokens: expected 0 or more, found {max_tokens}.")
+    seeds = seeds or range(len(prompts))
+    if not prompts or len(seeds) != len(prompts):
+        raise InputError(
+            f"generate: expected prompts and a seed for each, found {len(prompts)} prompts and "
+            f"{len(seeds)} seeds."
+        )
+    for prompt in prompts:
+        check_prompt(prompt, model.config.vocab_size, context_of(model))
+    rows = [_Row([int(t) for t in prompt], len(prompt), len(prompt)) for prompt in prompts]
+    sampling = sampling or Sampling()
+    return _generate(model, variables, rows, max_tokens, sampling, seeds, end_of_text, ends)
+
+
+@dataclasses.dataclass
+class _Row:
+    """text: prompt and new tokens. held: of the newest tokens, how many the cache has."""
+
+    text: list[int]
+    held: int
+    prompt: int
+    alive: bool = True
 
 
 def context_of(model: nn.Module) -> int | None:
@@ -183,30 +196,78 @@ def check_prompt(prompt: np.ndarray, vocab_size: int, context: int | None) -> No
 def _generate(
     model: nn.Module,
     variables: dict[str, PyTree],
-    prompt: np.ndarray,
+    rows: list[_Row],
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-) -> Iterator[int]:
-    text, context = [int(t) for t in prompt], context_of(model)
-    held = len(text)
-    logits, cache = prefill(model, variables, np.asarray(text))
-    key = jax.random.key(seed)
-    pick = jax.jit(
-        functools.partial(sample_logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    )
+    sampling: Sampling,
+    seeds: Sequence[int],
+    end_of_text: int | None,
+    ends: Callable[[int, Sequence[int]], bool] | None,
+) -> Iterator[list[int | None]]:
+    context, taken = context_of(model), 0
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    seen = _seen(rows, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+    logits, cache = None, None
     for i in range(max_tokens):
-        token = int(pick(jax.random.fold_in(key, i), logits))
-        yield token
-        text.append(token)
-        if context is not None and held == context:
-            held = max(1, context // 2)
-            logits, cache = prefill(model, variables, np.asarray(text[-held:]))
+        if logits is None:
+            held = [np.asarray(row.text[-row.held :]) for row in rows]
+            logits, cache, taken = prefill(model, variables, held)
+        picked = pick_batch(sampling, keys, i, logits, seen)
+        tokens: list[int] = np.asarray(picked).tolist()
+        for row, token in zip(rows, tokens):
+            row.alive &= token != end_of_text
+            row.text += [token] * row.alive
+        if not any(row.alive for row in rows):
+            return
+        yield [token if row.alive else None for row, token in zip(rows, tokens)]
+        for number, row in enumerate(rows):
+            row.alive &= ends is None or not ends(number, row.text[row.prompt :])
+        if not any(row.alive for row in rows):
+            return
+        if seen is not None:
+            seen = seen.at[jnp.arange(len(rows)), picked].set(True)
+        for row in rows:  # what it has said last is not in the cache yet
+            row.held = row.held + row.alive
+            if context is not None and row.held > context:
+                row.held = max(1, context // 2)
+        if taken == context:
+            logits = None
         else:
-            out, cache = decode_step(model, variables, cache, jnp.asarray([[token]], jnp.int32))
-            logits, held = out[0, -1], held + 1
+            valid = np.asarray([[row.alive] for row in rows])
+            out, cache = decode_step(model, variables, cache, picked[:, None], valid)
+            logits, taken = out[:, -1], taken + 1
+
+
+def _seen(rows: Sequence[_Row], vocab_size: int) -> Array:
+    """Which tokens each text has, bool (B, V)."""
+    seen = np.zeros((len(rows), vocab_size), bool)
+    for row, text in zip(seen, rows):
+        row[text.text] = True
+    return jnp.asarray(seen)
+
+
+def cut_at(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pieces of a text up to the first of the stop strings, which is left out; what could be the
+    beginning of one is held back until it is known. Empty stops don't count.
+    """
+    stops, held = [stop for stop in stops if stop], ""
+    for piece in pieces:
+        held += piece
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
+            held = held[: min(found)]
+            break
+        begun = max((_overlap(held, stop) for stop in stops), default=0)
+        if begun < len(held):
+            yield held[: len(held) - begun]
+            held = held[len(held) - begun :]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of a text that a stop begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 def stream_text(

@@ -22,18 +22,20 @@ from jaxtyping import PyTree
 
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.deploy.generate import (
-    check_sampling,
     context_of,
+    cut_at,
     decode_step,
     empty_cache,
     generate_tokens,
     stream_text,
 )
+from quweit_jax.deploy.sampling import Sampling
 from quweit_jax.errors import InputError, require
 
 _SHORTEST, _LONGEST = 16, 512  # tokens read at a time
 _LOGITS = 2**25  # of all texts that are read at a time: 128 MB
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SETTINGS = tuple(field.name for field in dataclasses.fields(Sampling))
 # Options of other ways of decoding, at the values at which they change nothing.
 _PLAIN: dict[str, Any] = {
     "num_beams": 1,
@@ -41,12 +43,10 @@ _PLAIN: dict[str, Any] = {
     "num_return_sequences": 1,
     "n": 1,
     "best_of": 1,
-    "repetition_penalty": 1,
     "encoder_repetition_penalty": 1,
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "no_repeat_ngram_size": 0,
-    "min_p": 0,
     "typical_p": 1,
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
@@ -118,14 +118,13 @@ class Scorer:
         max_tokens: int,
         *,
         temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int = 0,
+        **settings: Any,
     ) -> str:
         """The text after a prompt, up to the first of the stop strings, left out; the likeliest at
         temperature 0.
 
-        stops: one string, several or none; empty ones don't count.
+        stops: one string, several or none; empty ones don't count. settings: others of `Sampling`.
 
         Raises:
           InputError: a stop that is no string, or settings that cannot be sampled with.
@@ -134,16 +133,17 @@ class Scorer:
         tokens = self.tokenizer.encode(prompt) if prompt else np.asarray([self.start_token()])
         if self.context is not None:
             tokens = tokens[-self.context :]
-        text, end = "", self.tokenizer.end_of_text
-        how: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        how["end_of_text"] = end
-        found = generate_tokens(self.model, self.variables, tokens, max_tokens, **how)
-        for piece in stream_text(self.tokenizer, found):
-            text += piece
-            stopped = [text.index(stop) for stop in stops if stop in text]
-            if stopped:
-                return text[: min(stopped)]
-        return text
+        found = generate_tokens(
+            self.model,
+            self.variables,
+            tokens,
+            max_tokens,
+            seed=seed,
+            end_of_text=self.tokenizer.end_of_text,
+            temperature=temperature,
+            **settings,
+        )
+        return "".join(cut_at(stream_text(self.tokenizer, found), stops))
 
     def _split(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
         """Tokens of both together, and how many of them, at the end, are the continuation's."""
@@ -269,7 +269,7 @@ def _stops(until: Any) -> list[str]:
             f"until: expected a string, a list of strings or nothing, found {until!r}; quote "
             "numbers in a task's generation_kwargs."
         )
-    return [stop for stop in given if stop]
+    return [stop for stop in given if isinstance(stop, str) and stop]
 
 
 def generation_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -311,8 +311,10 @@ def generation_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         "temperature": 0.0 if sampled in (False,) else number("temperature", 0, float),
         "top_k": number("top_k", 0, int),
         "top_p": number("top_p", 1, float),
+        "min_p": number("min_p", 0, float),
+        "repetition_penalty": number("repetition_penalty", 1, float),
     }
-    check_sampling(found["temperature"], found["top_k"], found["max_tokens"], found["top_p"])
+    Sampling(**{name: found[name] for name in _SETTINGS})
     return found
 
 
@@ -320,7 +322,7 @@ def _check_decoding(options: Mapping[str, Any]) -> None:
     """Raises InputError for options that ask for another way of decoding than there is; warns of
     unknown ones.
     """
-    known = {*_LENGTHS, *_PLAIN, "until", "do_sample", "temperature", "top_k", "top_p"}
+    known = {*_LENGTHS, *_PLAIN, *_SETTINGS, "until", "do_sample"}
     given = {key: value for key, value in options.items() if value is not None}
     other = [
         f"{key}={given[key]!r}" for key in _PLAIN if given.get(key, _PLAIN[key]) != _PLAIN[key]

@@ -120,7 +120,6 @@ def _text(summary: RunSummary, opened: rundir.OpenRun) -> None:
         packed_or_trained(setup.model, opened.variables, setup.init_inputs),
         prompt,
         _TOKENS,
-        temperature=0.8,
         seed=setup.config.seed,
     )
     written = "".join(stream_text(tokenizer, tokens, prompt))

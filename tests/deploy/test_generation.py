@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quweit_jax import models
 from quweit_jax.data import tokenizers
 from quweit_jax.deploy import generate
+from quweit_jax.deploy.sampling import Sampling
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
@@ -78,9 +80,97 @@ def test_greedy_with_cache_is_greedy_without(variables, logits_of, length):
 @pytest.mark.parametrize("length", range(1, CONTEXT + 1))
 def test_prefill_in_pieces(variables, logits_of, length):
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, length)
-    logits, cache = generate.prefill(MODEL, variables, prompt)
+    (logits,), cache, taken = generate.prefill(MODEL, variables, [prompt])
     np.testing.assert_allclose(logits, logits_of(prompt), rtol=1e-4, atol=1e-3)
+    assert length <= taken <= CONTEXT
     assert cache["positions"].tolist() == [length]
+
+
+@pytest.mark.parametrize("length", [1, 15, 17, 33, 40])
+def test_prompts_padded_to_a_piece_change_nothing(length):
+    """A context of two pieces and a half, filled once and a half."""
+    sizes = {"context": 40, "layers": 1, "heads": 1, "width": 8, "mlp": "dense"}
+    model = GPT(GPTConfig(VOCABULARY, tie_embeddings=False, **sizes))
+    start = quick_jit(model.init)(jax.random.key(2), np.zeros((1, 1), np.int32))
+    large = jax.tree.map(lambda p: 20 * p if p.ndim > 1 else p, start)
+    apply = quick_jit(model.apply)
+
+    def logits_of(tokens):
+        padded = np.zeros((1, 40), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(apply(large, padded))[0, len(tokens) - 1]
+
+    prompt = np.random.default_rng(length).integers(0, VOCABULARY, length)
+    found = list(generate.generate_tokens(model, large, prompt, 60, temperature=0))
+    text, window = list(prompt), list(prompt)
+    for token in found:  # the likeliest, but for what rounding decides
+        logits = logits_of(window)
+        assert logits[token] >= logits.max() - 1e-3 * np.ptp(logits)
+        text.append(token)
+        window = [*window, token] if len(window) < 40 else text[-20:]
+    assert len(found) == 60 and len(set(found)) > 1
+
+
+def test_each_row_of_a_batch_is_what_it_is_alone(variables):
+    """Of other lengths, past the context several times, one ending early."""
+    draw = np.random.default_rng(5)
+    prompts = [draw.integers(0, VOCABULARY, n) for n in (1, CONTEXT, 5, CONTEXT - 2)]
+    count, how = 2 * CONTEXT + 3, {"temperature": 1.2, "top_k": 4}
+    alone = [
+        list(generate.generate_tokens(MODEL, variables, prompt, count, seed=seed, **how))
+        for seed, prompt in enumerate(prompts)
+    ]
+    rows = list(
+        generate.generate_batch(
+            MODEL,
+            variables,
+            prompts,
+            count,
+            sampling=Sampling(**how),
+            ends=lambda number, tokens: number == 2 and len(tokens) == 7,
+        )
+    )
+    found = [[token for token in column if token is not None] for column in zip(*rows)]
+    assert found[2] == alone[2][:7]
+    assert [found[i] for i in (0, 1, 3)] == [alone[i] for i in (0, 1, 3)]
+
+
+def test_a_prompt_of_another_length_compiles_nothing():
+    model = models.build({"name": "matmulfree", "width": 8, "layers": 1, "context": 8}, 11)
+    variables = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))
+    run = functools.partial(generate.generate_tokens, model, variables, max_tokens=3)
+    list(run(np.arange(3) % 11))
+    compiled = generate.decode_step._cache_size()
+    for length in (1, 7, 16, 40, 100):
+        list(run(np.arange(length) % 11))
+    assert generate.decode_step._cache_size() == compiled
+
+
+def test_text_is_cut_at_the_first_stop():
+    pieces = ["a", "bc", "ab", "d", "ab", "e"]
+    for stops, expected in (
+        (["abd"], "abc"),
+        (["abe", "bca"], "a"),
+        ([], "abcabdabe"),
+        (["", "x"], "abcabdabe"),
+        (["abex"], "abcabdabe"),
+        (["e"], "abcabdab"),
+    ):
+        assert "".join(generate.cut_at(iter(pieces), stops)) == expected
+    # what may begin a stop is held back, and no longer
+    assert list(generate.cut_at(iter(pieces), ["abd"])) == ["abc"]
+
+
+def test_a_penalty_lowers_what_was_said_and_min_p_drops_the_unlikely():
+    logits = jnp.asarray([2.0, 1.9, -1.0, 0.5])
+    greedy = Sampling(0.0, repetition_penalty=1.5)
+    assert int(greedy.pick(jax.random.key(0), logits)) == 0
+    assert int(greedy.pick(jax.random.key(0), logits, jnp.asarray([1, 0, 0, 0], bool))) == 1
+    keys = jax.random.split(jax.random.key(0), 300)
+    drawn = jax.vmap(lambda key: Sampling(1.0, min_p=0.5).pick(key, logits))(keys)
+    assert set(np.asarray(drawn).tolist()) == {0, 1}
+    drawn = jax.vmap(lambda key: Sampling(1.0, min_p=0.2).pick(key, logits))(keys)
+    assert set(np.asarray(drawn).tolist()) == {0, 1, 3}
 
 
 def test_same_seed_same_text(variables):
