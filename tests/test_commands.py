@@ -9,6 +9,7 @@ import pytest
 
 from quweit_jax.commands import evaluate, generate, train
 from quweit_jax.config import flat, load_file
+from quweit_jax.errors import InputError
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
