@@ -55,18 +55,19 @@ def sample_logits(
         raise InputError(
             f"sample_logits: expected logits (V,) of one token, found {list(logits.shape)}."
         )
+    logits = logits.astype(jnp.float32)
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)  # the likeliest is a number
     least, most = (float(limit) for limit in (_FLOAT.tiny, _FLOAT.max))
     if temperature < least:  # what float32 would divide by as by 0
         return jnp.argmax(logits).astype(jnp.int32)
-    logits = logits.astype(jnp.float32)
     largest = logits.max()
     # below 0 by as much, so that no quotient is too large; the equal ones, also infinite, are at 0
     below = jnp.where(logits == largest, 0.0, logits - largest)
     scaled = below / temperature if temperature <= most else jnp.zeros_like(below)
     scaled = jnp.where(below == -jnp.inf, -jnp.inf, scaled)
     if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][-1]
-        scaled = jnp.where(logits < smallest, -jnp.inf, scaled)
+        kept = jax.lax.top_k(logits, top_k)[1]  # of equal ones the first
+        scaled = jnp.full_like(scaled, -jnp.inf).at[kept].set(scaled[kept])
     if top_p < 1:
         scaled = _nucleus(scaled, top_p)
     return jax.random.categorical(key, scaled).astype(jnp.int32)
