@@ -71,6 +71,7 @@ class Sampling:
                 f"Sampling.pick: expected logits (V,) of one token, found {list(logits.shape)}."
             )
         logits = logits.astype(jnp.float32)
+        logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)  # the likeliest is a number
         if seen is not None and self.repetition_penalty != 1:
             lower = jnp.where(logits > 0, 1 / self.repetition_penalty, self.repetition_penalty)
             logits = jnp.where(seen, logits * lower, logits)
@@ -87,8 +88,8 @@ class Sampling:
         scaled = below / self.temperature if finite else jnp.zeros_like(below)
         scaled = jnp.where(below == -jnp.inf, -jnp.inf, scaled)
         if 0 < self.top_k < logits.shape[-1]:
-            smallest = jax.lax.top_k(logits, self.top_k)[0][-1]
-            scaled = jnp.where(logits < smallest, -jnp.inf, scaled)
+            kept = jax.lax.top_k(logits, self.top_k)[1]  # of equal ones the first
+            scaled = jnp.full_like(scaled, -jnp.inf).at[kept].set(scaled[kept])
         if self.top_p < 1:
             scaled = _nucleus(scaled, self.top_p)
         if self.min_p > 0:  # the likeliest is at 0

@@ -260,10 +260,8 @@ def _scores(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 def _stops(until: Any) -> list[str]:
     """One stop string, a sequence of them or None, as a list; empty ones and None are left out."""
-    given = (
-        [until] if isinstance(until, str | Mapping) or not isinstance(until, Iterable) else until
-    )
-    given = list(given)
+    single = isinstance(until, str | Mapping) or not isinstance(until, Iterable)
+    given: list[Any] = [until] if single else list(until)
     if not all(isinstance(stop, str | None) for stop in given):
         raise InputError(
             f"until: expected a string, a list of strings or nothing, found {until!r}; quote "

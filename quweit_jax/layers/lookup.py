@@ -85,6 +85,8 @@ def check_shared(what: str, tables: int, outputs: int, otherwise: str = "") -> N
     """Raises InputError unless tables can be shared equally by outputs; names the two nearest
     numbers that can. otherwise: what else helps.
     """
+    if outputs < 1:
+        raise InputError(f"{what}: expected at least one output, found {outputs}.")
     if tables % outputs:
         below = tables // outputs * outputs
         nearest = f"{below} or {below + outputs}" if below else f"{outputs}"
@@ -357,7 +359,20 @@ class LearnableReduction(Packable):
     lut: dict[str, Any] | None = None
 
     def widths(self, num_inputs: int) -> list[int]:
-        """The layers' widths from the bottom to the top."""
+        """The layers' widths from the bottom to the top.
+
+        Raises:
+          InputError: no outputs, or tables of one input, with which no layer is narrower.
+        """
+        if self.num_outputs < 1 or (self.lut_inputs < 2 and self.num_outputs < num_inputs):
+            raise InputError(
+                "LearnableReduction: expected at least 1 output and tables of 2 inputs or more, "
+                f"which make layers narrower, found {self.num_outputs} and {self.lut_inputs}."
+            )
+        if not 0 < self.tau < math.inf:
+            raise InputError(
+                f"LearnableReduction: tau must be positive and finite, found {self.tau}."
+            )
         widths = [self.num_outputs]
         while widths[0] * self.lut_inputs < num_inputs:
             widths.insert(0, widths[0] * self.lut_inputs)

@@ -32,6 +32,12 @@ groups.declare("no_decay", "gates", "offsets")
 INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
 
 
+def _nearest_divisors(units: int, groups: int) -> str:
+    fit = [count for count in range(1, units + 1) if units % count == 0]
+    below, above = [d for d in fit if d < groups], [d for d in fit if d > groups]
+    return " or ".join(map(str, below[-1:] + above[:1]))
+
+
 class LookupGLU(Packable):
     """LayerNorm -> int8 -> ternary sums -> codes -> a table read by two codes -> ternary sum.
 
@@ -93,7 +99,7 @@ class LookupGLU(Packable):
         if units % groups:
             raise InputError(
                 f"LookupGLU: table_groups: {units} units cannot share {groups} tables equally; use "
-                f"a divisor of {units}."
+                f"a divisor of {units}, such as {_nearest_divisors(units, groups)}."
             )
         return groups
 

@@ -71,9 +71,10 @@ def dyadic(
     full = quotient > jnp.uint32(INT32_MAX)  # rounded up to the next power of two
     quotient, exponent = jnp.where(full, quotient >> 1, quotient), exponent + full
     shift = _MANTISSA_BITS - exponent
-    quotient = jnp.where(
-        (scale_in == 0) | (shift > 63), 0, jnp.where(shift < 0, INT32_MAX, quotient)
-    ).astype(jnp.int32)
+    endless = jnp.isinf(scale_in) | (scale_out == 0)
+    shift = jnp.where(endless, -1, shift)
+    none = (scale_in == 0) | (shift > 63) | jnp.isinf(scale_out)
+    quotient = jnp.where(none, 0, jnp.where(shift < 0, INT32_MAX, quotient)).astype(jnp.int32)
     return jnp.where((scale_in < 0) != (scale_out < 0), -quotient, quotient), jnp.clip(
         shift, 0, 63
     ).astype(jnp.int32)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Int32, Real, Shaped
 
@@ -34,6 +35,7 @@ GELU_SHIFTS = 23
 GELU_BITS = 8
 GELU_SLOPE = 1.702
 _SMALLEST_SCALE = 1e-8
+_FAR = 2**30  # further from 0 than anything an exponential tells apart
 DIVIDEND = 2.0**31  # the published 2**31 - 1, which is this in the float32 it is computed in
 
 
@@ -61,6 +63,8 @@ def symmetric_scale(
     """The scale of a symmetric quantizer over [low, high]: max(-low, high) / (2**(bits-1) - 1),
     float32, not below 1e-8.
     """
+    _check_bits("symmetric_scale", bits)
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
     return jnp.maximum(jnp.maximum(-low, high) / (2 ** (bits - 1) - 1), _SMALLEST_SCALE)
 
 
@@ -68,8 +72,14 @@ def quantize(
     x: Float[Array, "*shape"], scale: Float[Array, "*#shape"], bits: int
 ) -> Int32[Array, "*shape"]:
     """Returns round(x / scale) clamped to `bits`-bit integers, ties to even: int32."""
+    _check_bits("quantize", bits)
     limit = 2 ** (bits - 1)
     return jnp.clip(jnp.round(x / scale), -limit, limit - 1).astype(jnp.int32)
+
+
+def _check_bits(where: str, bits: int) -> None:
+    if not 2 <= bits <= 32:
+        raise InputError(f"{where}: expected numbers of 2 to 32 bits, found {bits}.")
 
 
 def quantize_weights(
@@ -104,15 +114,27 @@ def matmul_units(
     `einsum_units`.
 
     Raises:
-      InputError: integers, and more inputs than int32 is sure to hold the sum of, 132,104.
+      InputError: integers, and more inputs than int32 is sure to hold the sum of, 132,104 (66,311 of
+        uint8), or wider ones (where known) that need more than 8 bits.
     """
     if is_integer(x):
-        _check_inputs(weight_int.shape[0], 8)
+        _check_inputs(weight_int.shape[0], 8, 255 if x.dtype == jnp.uint8 else 128)
+        _check_8_bits(x)
     return einsum_units("...i,io->...o", x, weight_int)
 
 
-def _check_inputs(inputs: int, bits: int) -> None:
-    limit = int64.INT32_MAX // (2**7 * max(1, 2 ** (bits - 1) - 1))
+def _check_8_bits(x: Array) -> None:
+    """Of integers that could be wider, where they are known."""
+    wide = x.dtype.itemsize > 1 and not isinstance(x, Tracer) and x.size
+    if wide and not bool((x >= -128).all() & (x <= 127).all()):
+        raise InputError(
+            f"int_linear: expected whole numbers of 8 bits, found {x.min()} to {x.max()}; "
+            "requantize them."
+        )
+
+
+def _check_inputs(inputs: int, bits: int, largest: int = 2**7) -> None:
+    limit = int64.INT32_MAX // (largest * max(1, 2 ** (bits - 1) - 1))
     if inputs > limit:
         raise InputError(
             f"int_linear: expected at most {limit:,} inputs, whose products with {bits}-bit "
@@ -143,7 +165,7 @@ def shift_exp(
     """Computes exp(x * scale) times `inverse` * 2**shifts, by shifts and one division.
 
     Args:
-      x: whole numbers, int32 or float32; what lies below -shifts * inverse counts as that.
+      x: whole numbers, integers or float32; what lies below -shifts * inverse counts as that.
       inverse: `inverse_scale(scale)`. shifts: m, the number of halvings kept.
 
     Returns:
@@ -157,6 +179,7 @@ def shift_exp(
 
 
 def _shift_exp_int(x: Array, inverse: Array, shifts: Array | int) -> Array:
+    x = jnp.clip(x.astype(jnp.int32), -_FAR, _FAR)  # the sum below fits; beyond it nothing changes
     x = x + (x >> 1) - (x >> 4)
     x = jnp.maximum(x, -shifts * inverse)
     # x = -halvings * inverse + rest with -inverse < rest <= 0; where x > 0 (exp of a negative
@@ -193,8 +216,9 @@ def power_of_two(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def inverse_scale(scale: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Returns -floor(-1 / scale), the integer that stands for 1: int32, at most 2**24."""
-    return jnp.minimum(-jnp.floor(-1.0 / jax.lax.stop_gradient(scale)), 2.0**24).astype(jnp.int32)
+    """Returns -floor(-1 / scale), the integer that stands for 1: int32, from 1 to 2**24."""
+    inverse = -jnp.floor(-1.0 / jax.lax.stop_gradient(scale))
+    return jnp.clip(inverse, 1.0, 2.0**24).astype(jnp.int32)
 
 
 def published_grid(
@@ -215,8 +239,11 @@ def shiftmax_units(
     """Shiftmax of whole numbers (..., d), with the constant `inverse` of `inverse_scale`: whole
     numbers in units of 2**-(bits-1).
     """
+    _check_bits("shiftmax", bits)
+    if is_integer(x):
+        x = x.astype(jnp.int32)
     if not x.size:
-        return x.astype(jnp.int32) if is_integer(x) else x
+        return x
     if is_integer(x):
         return no_fusion(functools.partial(_shiftmax, bits=bits), x, inverse)
     return _shiftmax(x, inverse, bits)
@@ -224,7 +251,7 @@ def shiftmax_units(
 
 def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     inverse = jnp.minimum(inverse, 2**15)
-    exponentials = shift_exp(x - x.max(-1, keepdims=True), inverse, SOFTMAX_SHIFTS)
+    exponentials = shift_exp(_below_the_largest(x), inverse, SOFTMAX_SHIFTS)
     if not is_integer(x):
         total = jnp.minimum(exponentials.sum(-1, keepdims=True), DIVIDEND)
         return jnp.floor(exponentials * jnp.floor(DIVIDEND / total) / 2.0 ** (32 - bits))
@@ -241,21 +268,44 @@ def shift_gelu_units(
 ) -> Real[Array, "*tokens d"]:
     """ShiftGELU of whole numbers (..., d); `inverse` is `inverse_scale(1.702 * scale)`. Whole
     numbers in units of scale * 2**-7.
+
+    Raises:
+      InputError: integers (where known) of 2**24 or more, whose products int32 does not hold; while
+        it is traced they count as the next below.
     """
+    if is_integer(x):
+        x = _within_24_bits(x.astype(jnp.int32))
     if not x.size:
-        return x.astype(jnp.int32) if is_integer(x) else x
+        return x
     return no_fusion(_shift_gelu, x, inverse) if is_integer(x) else _shift_gelu(x, inverse)
 
 
 def _shift_gelu(x: Array, inverse: Array) -> Array:
     top = x.max(-1, keepdims=True)
     shifts = jnp.minimum(GELU_SHIFTS, 31 - _bit_length(inverse))
-    numerator, other = shift_exp(x - top, inverse, shifts), shift_exp(-top, inverse, shifts)
+    numerator = shift_exp(_below_the_largest(x), inverse, shifts)
+    other = shift_exp(-top, inverse, shifts)
     if not is_integer(x):
         total = jnp.minimum(numerator + other, DIVIDEND)
         return x * jnp.floor(numerator * jnp.floor(DIVIDEND / total) / 2.0 ** (32 - GELU_BITS))
     total = jnp.clip(numerator + other, 1, int64.INT32_MAX)
     return x * ((numerator * (jnp.uint32(DIVIDEND) // total)) >> (32 - GELU_BITS)).astype(jnp.int32)
+
+
+def _below_the_largest(x: Array) -> Array:
+    """x less the largest of its row; of integers the difference may not fit int32, and is far."""
+    difference = x - x.max(-1, keepdims=True)
+    return jnp.where(difference > 0, -_FAR, difference) if is_integer(x) else difference
+
+
+def _within_24_bits(x: Array) -> Array:
+    limit = 2**24
+    if not isinstance(x, Tracer) and x.size and bool((x >= limit).any() | (x <= -limit).any()):
+        raise InputError(
+            "shift_gelu: expected whole numbers below 2**24, whose products with 8-bit numbers fit "
+            f"int32, found {x.min()} to {x.max()}; requantize them."
+        )
+    return jnp.clip(x, 1 - limit, limit - 1)
 
 
 def gelu_shadow(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -313,6 +363,7 @@ def _requantize(branches: list[Sequence[Array]], bits: int) -> Array:
 
 def clamp(x_int: Real[Array, "*shape"], bits: int) -> Real[Array, "*shape"]:
     """Clips whole numbers to the range of `bits`-bit integers."""
+    _check_bits("clamp", bits)
     return jnp.clip(x_int, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, Int32, Real
 
 from quweit_jax.errors import InputError
@@ -66,8 +67,18 @@ def layer_norm_units(
 ) -> Real[Array, "*tokens d"]:
     """I-LayerNorm of whole numbers (..., d), |x| < 2**16, with `layer_norm_constants`: whole
     numbers (..., d).
+
+    Raises:
+      InputError: more than 16,384 features, or integers (where known) of 2**16 or more.
     """
     _check_norm_width(x.shape[-1])
+    if is_integer(x) and not isinstance(x, Tracer) and x.size and x.dtype.itemsize > 1:
+        x = x.astype(jnp.int32)
+        if bool((x >= 2**16).any() | (x <= -(2**16)).any()):
+            raise InputError(
+                "int_layer_norm: expected whole numbers below 2**16, the sum of whose squares is "
+                f"exact, found {x.min()} to {x.max()}; requantize them."
+            )
     if not is_integer(x):
         centered = x - jnp.round(x.mean(-1, keepdims=True))
         root = jnp.maximum(

@@ -51,6 +51,9 @@ def efd_weighting(
     (exponential); harmonic is 1 / (h + 1), times alpha if given.
     """
     check_choice("lut_lookup: decay", decay, DECAYS)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"lut_lookup: expected a finite {name}, found {value}.")
     if decay == "harmonic":
         if beta is not None:
             raise InputError(

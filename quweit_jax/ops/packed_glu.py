@@ -43,6 +43,11 @@ def packed_glu(
     Raises:
       InputError: the shapes don't belong together, or there is no such implementation here.
     """
+    if x_int8.dtype != jnp.int8 or tables.dtype != jnp.int8:
+        raise InputError(
+            f"packed_glu: expected activations and tables in int8, found {x_int8.dtype} and "
+            f"{tables.dtype}."
+        )
     units, code_bits = offsets.shape[0] // 2, _code_bits(tables)
     if not units or units % max(1, tables.shape[0]):
         raise InputError(

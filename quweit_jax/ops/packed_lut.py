@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int, Int8, Int32, Integer, Real, Shaped, UInt8, UInt32
@@ -119,7 +120,13 @@ def _compare(x_DT: Array, thresholds: Array) -> Array:
 def pack_tables(tables: Shaped[ArrayLike, "L A"]) -> UInt8[Array, "L bytes"]:
     """Packs the signs of tables (L, A), 8 entries a byte, entry 0 in the lowest bit: uint8 (L,
     ceil(A / 8)).
+
+    Raises:
+      InputError: A is no power of two.
     """
+    shape = np.shape(tables)
+    if len(shape) != 2 or shape[1] < 1 or shape[1] & (shape[1] - 1):
+        raise InputError(f"pack_tables: expected tables (L, 2**n), found {list(shape)}.")
     return jnp.packbits(jnp.asarray(tables) > 0, axis=1, bitorder="little")
 
 

@@ -72,15 +72,18 @@ def pack_ternary(w_int: Int[AnyArray, "I O"]) -> UInt32[AnyArray, "tiles rows la
         )
     xp = _numpy_of(w_int)
     if isinstance(w_int, Tracer):
-        w_int = jnp.clip(w_int, -1, 1)
-    elif w_int.size and not xp.isin(w_int, xp.asarray((-1, 0, 1), w_int.dtype)).all():
+        signed = w_int.astype(jnp.promote_types(w_int.dtype, jnp.uint8))
+        w_int = jnp.clip(signed, 0 if jnp.issubdtype(signed.dtype, jnp.unsignedinteger) else -1, 1)
+    elif w_int.size and not ((w_int == 0) | (w_int == 1) | ((w_int < 0) & (w_int == -1))).all():
         raise InputError(
             f"pack_ternary: expected weights of -1, 0 and 1, found {w_int.min()} to {w_int.max()}; "
             "quantize_weights makes them."
         )
     tiles, rows, lanes = packed_shape(*w_int.shape)
     spare = (rows * WEIGHTS_PER_WORD - w_int.shape[0], tiles * lanes - w_int.shape[1])
-    codes = xp.pad((w_int + 1).astype(xp.uint8), [(0, n) for n in spare], constant_values=1)
+    codes = xp.pad(
+        (w_int.astype(xp.int8) + 1).astype(xp.uint8), [(0, n) for n in spare], constant_values=1
+    )
     codes = codes.reshape(rows, WEIGHTS_PER_WORD, tiles, lanes)
     words = xp.zeros((rows, tiles, lanes), xp.uint32)
     for i, shift in enumerate(_SHIFTS):
@@ -185,6 +188,11 @@ def packed_sums(
         raise InputError(
             "packed_matmul: expected words (tiles, inputs / 16, lanes), found "
             f"{list(packed.shape)}."
+        )
+    if x_int8.dtype != jnp.int8:
+        raise InputError(
+            f"packed_matmul: expected activations in int8, found {x_int8.dtype}; "
+            "quantize_activations makes them."
         )
     num_inputs = x_int8.shape[-1]
     outputs = packed.shape[0] * packed.shape[2] if num_outputs is None else num_outputs

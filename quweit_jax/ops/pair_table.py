@@ -46,7 +46,13 @@ def codes(sums: Float[Array, "*shape"], step: int, code_bits: int) -> Float[Arra
 
     Args:
       sums: whole numbers below 2**23.
+
+    Raises:
+      InputError: a step that is not positive, or a number of bits that codes cannot have.
     """
+    if not step > 0:
+        raise InputError(f"codes: expected a positive step, found {step}.")
+    check_code_bits(code_bits, "codes: ")
     return _codes_forward(sums, step, code_bits)[0]
 
 
@@ -71,6 +77,8 @@ def silu_gate(code_bits: int, step: float) -> Float[np.ndarray, "C C"]:
     units begin with (`entry_scale` tells the scale of its int8 form).
     """
     check_code_bits(code_bits, "silu_gate: ")
+    if not 0 < step < 2.0**40:
+        raise InputError(f"silu_gate: expected a positive step, below 2**40, found {step}.")
     half = 2 ** (code_bits - 1)
     a = step * np.arange(-half, half, dtype=np.float64)
     return ((2 * a / (1 + np.exp(-2 * a)))[:, None] * a[None, :]).astype(np.float32)
@@ -78,9 +86,10 @@ def silu_gate(code_bits: int, step: float) -> Float[np.ndarray, "C C"]:
 
 def entry_scale(table: Float[np.ndarray, "C C"]) -> float:
     """The power of two that a table's entries are multiplied with before they are rounded to int8:
-    the largest one with which all fit.
+    the largest one with which all fit; 1 for a table of zeros.
     """
-    return float(2.0 ** np.floor(np.log2(_LARGEST / np.abs(table).max())))
+    largest = np.abs(table).max(initial=0.0)
+    return float(2.0 ** np.floor(np.log2(_LARGEST / largest))) if largest else 1.0
 
 
 def round_entries(tables: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -6,34 +6,59 @@ Dimensions: L bits, d outputs, n inputs a table.
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int8, Shaped
 
 from quweit_jax.errors import InputError
+from quweit_jax.ops.int64 import INT32_MAX
 
 
-def _wide(dtype: Any) -> Any:
-    """In what numbers of a dtype are summed: whole ones in 32 bits or more, so that none wraps."""
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.int32)
+def _summable(vectors: ArrayLike) -> Array:
+    """Vectors (L, ...) as they are summed over L: real ones as they are, whole ones in int32.
+
+    Raises:
+      InputError: int32 cannot hold the sum of whole ones: for their number, or (of 32 bits and
+        more, where they are known) for their values.
+    """
+    if jnp.issubdtype(jnp.result_type(vectors), jnp.inexact):
+        return jnp.asarray(vectors)
+    known = None if isinstance(vectors, Tracer) else np.asarray(vectors)
+    dtype = np.dtype(jnp.result_type(vectors) if known is None else known.dtype)
+    length, largest = np.shape(vectors)[:1], 1
+    if dtype.itemsize < 4 and dtype.kind in "iu":
+        largest = max(-int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    total = largest * (length[0] if length else 1)
+    if dtype.itemsize >= 4 and known is not None and known.size:
+        total = np.abs(known.astype(np.float64)).sum(0).max()
+    if total > INT32_MAX:
+        raise InputError(
+            f"conditional_sum: expected whole vectors whose sums int32 holds, at most {INT32_MAX:,}, "
+            f"found {dtype}{list(np.shape(vectors))} with sums of up to {int(total):,}; give floats."
+        )
+    return jnp.asarray(vectors).astype(jnp.int32)
 
 
 def _real(x: ArrayLike) -> Array:
-    """Floating numbers as they are, whole ones in float32."""
+    """Numbers in float32 at least, which has room for their sums."""
     x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def group_sum(
     bits: Shaped[ArrayLike, "*tokens L"], num_groups: int, *, tau: float = 1.0
 ) -> Float[Array, "*tokens groups"]:
     """Sums contiguous groups of bits (zero-padded to a whole number of groups) and divides by tau:
-    (..., L) -> (..., num_groups).
+    (..., L) -> (..., num_groups), float32 of whole numbers, else in the bits' dtype.
+
+    Raises:
+      InputError: no groups, or a tau that nothing can be divided by.
     """
     bits = jnp.asarray(bits)
     if num_groups < 1 or bits.ndim < 1:
@@ -41,14 +66,16 @@ def group_sum(
             f"group_sum: expected bits (..., L) and num_groups >= 1, found {list(bits.shape)} and "
             f"{num_groups}."
         )
-    if not tau > 0:
-        raise InputError(f"group_sum: tau is a temperature and must be positive, found {tau}.")
+    if not float(np.finfo(np.float32).tiny) <= tau < math.inf:
+        raise InputError(
+            f"group_sum: tau is a temperature and must be positive and finite, found {tau}."
+        )
     size = -(-bits.shape[-1] // num_groups)
     padded = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, size * num_groups - bits.shape[-1])])
-    dtype = bits.dtype if jnp.issubdtype(bits.dtype, jnp.floating) else jnp.float32
-    return padded.reshape(*bits.shape[:-1], num_groups, size).sum(-1, dtype=dtype) / jnp.asarray(
-        tau, dtype
-    )
+    wide = jnp.promote_types(bits.dtype, jnp.float32)
+    dtype = bits.dtype if jnp.issubdtype(bits.dtype, jnp.floating) else wide
+    total = padded.reshape(*bits.shape[:-1], num_groups, size).sum(-1, dtype=wide)
+    return (total / tau).astype(dtype)
 
 
 def conditional_sum(
@@ -66,10 +93,12 @@ def conditional_sum(
       bias: (d,); may be None for dense vectors.
 
     Returns:
-      (..., d) in the vectors' dtype; of whole numbers in int32.
+      (..., d) in the vectors' dtype; of whole numbers in int32, with a real bias in its dtype.
+
+    Raises:
+      InputError: shapes that do not fit, or whole vectors whose sums int32 may not hold.
     """
-    bits, vectors = jnp.asarray(bits), jnp.asarray(vectors)
-    vectors = vectors.astype(_wide(vectors.dtype))
+    bits, vectors = jnp.asarray(bits), _summable(vectors)
     if bits.ndim < 1 or vectors.ndim not in (1, 2) or bits.shape[-1] != vectors.shape[0]:
         raise InputError(
             "conditional_sum: expected bits (..., L) with vectors (L, d), or (L,) for the grouped "
@@ -98,20 +127,23 @@ def conditional_sum(
             )
         each = vectors.shape[0] // bias.shape[0]
         total = (bits * vectors).reshape(*bits.shape[:-1], bias.shape[0], each).sum(-1)
-    return total if bias is None else total + bias.astype(vectors.dtype)
+    if bias is None:
+        return total
+    whole = jnp.issubdtype(total.dtype, jnp.integer) and jnp.issubdtype(bias.dtype, jnp.inexact)
+    return total + (bias if whole else bias.astype(total.dtype))
 
 
 def conditional_sum_feature_major(
     bits_LT: Shaped[Array, "L T"], vectors: Float[Array, "L d"]
 ) -> Float[Array, "T d"]:
     """The dense `conditional_sum` without bias for bits that are (L, T): returns (T, d)."""
-    vectors = vectors.astype(_wide(vectors.dtype))
+    vectors = _summable(vectors)
     return jnp.einsum("lt,ld->td", bits_LT.astype(vectors.dtype), vectors)
 
 
 def walsh_hadamard(tables: Float[Array, "*L A"]) -> Float[Array, "*L A"]:
     """Walsh-Hadamard coefficients `2**-n sum_a tables[..., a] (-1)**popcount(a & s)`: same shape;
-    bit l of s means input l takes part. Tables of whole numbers give float32.
+    bit l of s means input l takes part. Tables of whole numbers and half precision give float32.
 
     Raises:
       InputError: tables that are not (..., 2**n).
@@ -165,16 +197,18 @@ def fake_quantize_int8(
     """Rounds to the values int8 can hold with one scale per slice over `axis` (max|x| / 127);
     straight-through gradient.
     """
-    x = _real(x)
-    quantized, scale = quantize_int8(x, axis)
-    return x + jax.lax.stop_gradient(quantized.astype(x.dtype) * scale - x)
+    x = jnp.asarray(x)
+    real = _real(x)
+    quantized, scale = quantize_int8(real, axis)
+    fake = real + jax.lax.stop_gradient(quantized.astype(real.dtype) * scale - real)
+    return fake.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else fake
 
 
 def quantize_int8(
     x: Float[Array, "*shape"], axis: int | tuple[int, ...]
 ) -> tuple[Int8[Array, "*shape"], Float[Array, "..."]]:
-    """Symmetric int8: (int8 values, scales in x's dtype with `axis` kept as size 1); an all-zero
-    slice has scale 1 / 127.
+    """Symmetric int8: (int8 values, scales with `axis` kept as size 1, float32 of half precision,
+    which has too few steps for them, else in x's dtype); an all-zero slice has scale 1 / 127.
     """
     x = _real(x)
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)

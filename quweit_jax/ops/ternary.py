@@ -16,12 +16,14 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, Float32, Int8, Shaped, UInt8
 
 from quweit_jax.errors import InputError
 
 Gather = Callable[[Int8[Array, "I O"]], Int8[Array, "I O"]]
 EPSILON = 1e-6
+_MOST_INPUTS = (2**31 - 1) // 2**14  # of products of two int8 numbers
 _SMALLEST = 1e-5  # of a token's largest activation and of a matrix's mean weight, as published
 
 
@@ -51,6 +53,10 @@ def to_bytes(weights: Int8[Array, "I O"]) -> UInt8[Array, "I//4 O"]:
     """Ternary weights -1, 0, 1 (I, O), I a multiple of 4, four a byte, for their way between
     devices; `packed_ternary` has the form that is computed with.
     """
+    if weights.shape[0] % 4:
+        raise InputError(
+            f"to_bytes: expected inputs in multiples of 4, found {weights.shape[0]}; add zeros."
+        )
     four = (weights + 1).astype(jnp.uint8).reshape(-1, 4, weights.shape[1])
     return four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6
 
@@ -149,12 +155,23 @@ _inverse_rms.defvjp(_inverse_rms_forward, _inverse_rms_backward)
 def int_matmul(
     x_int: Int8[Array, "*tokens I"], weight_int: Int8[Array, "I O"]
 ) -> Float32[Array, "*tokens O"]:
-    """Multiplies int8 (..., I) by int8 (I, O) into float32 (..., O), exactly: int8 products where
-    units take them, float32 ones on a CPU.
+    """Multiplies int8 (..., I) by ternary int8 (I, O) into float32 (..., O), exactly: int8 products
+    where units take them, float32 ones on a CPU.
 
     float32 is exact there as no partial sum of ternary weights exceeds 128 I, below 2**24 for I <
-    131,072.
+    131,072. Other weights, where they are known, are multiplied as integers and rounded once.
+
+    Raises:
+      InputError: other weights, and more inputs than int32 is sure to hold the sum of, 131,071.
     """
+    inputs, ternary = weight_int.shape[0], True
+    if not isinstance(weight_int, Tracer) and weight_int.size:
+        ternary = bool((weight_int >= -1).all() & (weight_int <= 1).all())
+    if not ternary and inputs > _MOST_INPUTS:
+        raise InputError(
+            f"int_matmul: expected at most {_MOST_INPUTS:,} inputs of weights beyond -1, 0 and 1, "
+            f"whose sums int32 is sure to hold, found {inputs:,}; split the matrix."
+        )
     dims = (((x_int.ndim - 1,), (0,)), ((), ()))
 
     def in_int8(x: Array, w: Array) -> Array:
@@ -164,7 +181,10 @@ def int_matmul(
         return jax.lax.dot_general(x.astype(jnp.float32), w.astype(jnp.float32), dims)
 
     return jax.lax.platform_dependent(
-        x_int, weight_int, cpu=in_float32 if x_int.shape[-1] < 2**17 else in_int8, default=in_int8
+        x_int,
+        weight_int,
+        cpu=in_float32 if ternary and inputs < 2**17 else in_int8,
+        default=in_int8,
     )
 
 

@@ -40,6 +40,11 @@ def fit_ternary(
       InputError: the shapes do not belong together.
     """
     _check(gram, cross, scale, start)
+    if not all(np.isfinite(each).all() for each in (gram, cross, start)) or not (scale > 0).all():
+        raise InputError(
+            "fit_ternary: expected finite products and positive scales, found others; do the "
+            "activations overflow?"
+        )
     weights = np.clip(np.round(start), -1, 1)
     answered, squares = gram @ weights, np.diag(gram)
     order = [i for i in np.argsort(-squares, kind="stable") if squares[i] > 0]

@@ -6,10 +6,12 @@ Dimensions: N examples to fit on, F features, z thresholds a feature.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.scipy.special import ndtri
@@ -24,14 +26,32 @@ WINDOWS = ("triangular", "boxcar")
 
 
 def _fit_input(name: str, x: ArrayLike, num_bits: int, per_feature: bool) -> Array:
-    x = jnp.asarray(x)
+    x = _floating(x)
     if x.ndim != 2 or x.shape[0] == 0 or (x.size == 0 and not per_feature):
         raise InputError(f"{name}: expected at least one example, x (N, F), found {list(x.shape)}.")
     if num_bits < 1:
         raise InputError(f"{name}: expected num_bits >= 1, found {num_bits}.")
     # Half precision has neither the range nor the steps for thresholds: bfloat16 has 128 numbers
     # from 0.5 to 1.
+    if not isinstance(x, Tracer) and bool(jnp.isnan(x).any()):
+        raise InputError(
+            f"{name}: expected numbers, found some that are none (NaN); clean the data."
+        )
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _floating(x: ArrayLike) -> Array:
+    """An array, 64-bit whole numbers of the host in float32: JAX would drop their upper bits.
+
+    Raises:
+      InputError: complex numbers, which have no order.
+    """
+    if not isinstance(x, jax.Array) and np.asarray(x).dtype.kind in "iu":
+        x = np.asarray(x).astype(np.float32)
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise InputError(f"thermometer: expected real numbers, found {x.dtype}.")
+    return x
 
 
 def _finite(name: str, thresholds: Array) -> Array:
@@ -130,7 +150,7 @@ def encode(
     """`x > threshold`, strictly: x (..., F) and thresholds (F, z), (1, z) or (z,) give (..., F, z)
     in x's dtype (float32 if x is not floating).
     """
-    x, thresholds = jnp.asarray(x), jnp.asarray(thresholds)
+    x, thresholds = _floating(x), jnp.asarray(thresholds)
     _check_thresholds("encode", x, thresholds)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     return (x[..., None] > thresholds).astype(dtype)
@@ -161,9 +181,9 @@ def encode_ste(
         shape, window = window, 1.0
     check_choice("encode_ste: shape", shape, WINDOWS)
     _check_thresholds("encode_ste", x, thresholds)
-    if not window > 0:
+    if not float(np.finfo(np.float32).tiny) <= window < math.inf:
         raise InputError(
-            f"encode_ste: window is a half-width and must be positive, found {window}."
+            f"encode_ste: window is a half-width and must be positive and finite, found {window}."
         )
     return step_ste(x[..., None], thresholds, float(window), shape)
 

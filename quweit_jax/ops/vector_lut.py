@@ -96,6 +96,11 @@ def packed_vector_lookup(
       InputError: the shapes do not belong together, or there is no such implementation here.
     """
     _check(bits, vectors)
+    if vectors.dtype != jnp.int8:
+        raise InputError(
+            f"packed_vector_lookup: expected vectors in int8, found {vectors.dtype}; "
+            "sums.quantize_int8 makes them."
+        )
 
     def hindrance(at: str) -> str | None:
         return "needs tables of at most 8 bits" if bits.shape[1] > 8 else library.hindrance(at)

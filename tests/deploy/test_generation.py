@@ -290,3 +290,11 @@ def test_what_cannot_be_sampled_is_named():
     ):
         with pytest.raises(InputError, match=message):
             generate.sample_logits(jax.random.key(0), logits, *options)
+
+
+def test_of_equal_logits_only_the_first_k_are_drawn():
+    keys = jax.random.split(jax.random.key(0), 100)
+    for logits, kept in (([1.0] * 6, {0, 1}), ([jnp.nan, 0.0, 1.0, jnp.nan], {1, 2})):
+        draw = jax.vmap(lambda key: generate.sample_logits(key, jnp.asarray(logits), jnp.inf, 2))  # noqa: B023
+        assert set(np.asarray(draw(keys)).tolist()) == kept
+    assert generate.sample_logits(keys[0], jnp.asarray([0.0, jnp.nan, 1.0]), 0.0, 0) == 2

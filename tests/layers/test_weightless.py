@@ -306,6 +306,13 @@ def test_group_sum():
             r"WeightlessBlock: num_luts must be a positive number.*found \(8, 0\)",
         ),
         (
+            WeightlessBlock(0, num_luts=10, sum="grouped"),
+            "grouped sum: expected at least one output, found 0",
+        ),
+        (LearnableReduction(0), "LearnableReduction: expected at least 1 output"),
+        (LearnableReduction(2, 1), "LearnableReduction: .* found 2 and 1"),
+        (LearnableReduction(2, 2, tau=0.0), "LearnableReduction: tau"),
+        (
             WeightlessBlock(4, num_luts=10, sum="grouped"),
             r"num_luts of the last layer of a grouped sum: .*use 8 or 12, or sum='dense'",
         ),

@@ -108,6 +108,8 @@ def test_build():
         ({"num_luts": (5, 0)}, r"model\.num_luts: .*found \(5, 0\)"),
         ({"num_luts": (30, 47)}, r"model\.num_luts: .*use 40 or 50"),
         ({"num_luts": 4}, r"model\.num_luts: .*use 10, or"),
+        *(({"tau": tau}, r"model\.tau: ") for tau in (0.0, -1.0, float("nan"), float("inf"))),
+        ({"lut_inputs": 1, "reduction": "learnable"}, r"model\.lut_inputs: expected 2 or more"),
         ({"luts": 5}, r"model: unknown key 'luts'\. Did you mean 'num_luts'\?"),
     ],
 )
