@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging as standard_logging
 import os
+import platform
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +32,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_Plain())
+    keep_compiled()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A letter that a terminal cannot write does not end the work.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -53,6 +57,36 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         where = f": {shown(error.filename)}" * (error.filename is not None)
         print(f"error: {why(error)}{where}; mend that, and try again", file=sys.stderr)
         sys.exit(1)
+
+
+def keep_compiled() -> None:
+    """Lets JAX, which is not imported yet, keep compiled programs in the user's cache folder, for
+    this process and those it starts: `$XDG_CACHE_HOME/quweit_jax`, by default
+    `~/.cache/quweit_jax`.
+
+    Where JAX_COMPILATION_CACHE_DIR is set, that is the folder; empty, or with
+    JAX_ENABLE_COMPILATION_CACHE=false, nothing is kept.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    above = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(above, "quweit_jax", f"compiled-{_processor()}")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError:  # a home that is not there, or cannot be written to
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+
+
+def _processor() -> str:
+    """A name that differs for processors of other instructions: programs compiled for one may not
+    run on another, and one home folder may serve both.
+    """
+    told = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        told += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{zlib.crc32(told.encode()):08x}"
 
 
 class _Plain(standard_logging.Formatter):

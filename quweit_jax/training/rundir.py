@@ -22,7 +22,7 @@ from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from quweit_jax.models import stack
 from quweit_jax.reading import read_json
-from quweit_jax.training import checksums, defaults, files, metrics, sharding
+from quweit_jax.training import checksums, defaults, files, metrics, sharding, starts
 from quweit_jax.training.checkpoints import Checkpoints, check_path
 from quweit_jax.training.setup import Setup, assemble
 
@@ -32,6 +32,8 @@ MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "eval_batch_si
     "keep",
     "prefetch",
     "sample_tokens",
+    "track",
+    "profile_steps",
 )
 MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.tokenizer_path") + (
     "data.download",
@@ -199,9 +201,11 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
         yield
 
 
-def write_files(workdir: Path, setup: Setup) -> None:
-    """Writes config.json, tokenizer.json and environment.json of a claimed folder (process 0
-    only).
+def write_files(workdir: Path, setup: Setup, step: int = 0) -> None:
+    """Writes config.json, tokenizer.json and environment.json, which keeps a line of each start, of
+    a claimed folder (process 0 only).
+
+    step: where the run goes on.
     """
     if jax.process_index():
         return
@@ -210,12 +214,15 @@ def write_files(workdir: Path, setup: Setup) -> None:
     files.replace_json(workdir / "config.json", to_dict(setup.config))
     if setup.tokenizer is not None and not (workdir / "tokenizer.json").exists():
         files.replace_json(workdir / "tokenizer.json", setup.tokenizer.to_json())
-    environment = describe_environment() | {"data_fingerprint": setup.data.fingerprint}
+    described = describe_environment()
+    environment = described | {"data_fingerprint": setup.data.fingerprint}
     if setup.data.validation_fingerprint:
         environment["validation_fingerprint"] = setup.data.validation_fingerprint
     if setup.teacher is not None:
         environment["teacher_fingerprint"] = setup.teacher.fingerprint
-    files.replace_json(workdir / "environment.json", environment)
+    path = workdir / "environment.json"
+    environment["starts"] = [*starts.earlier(path), starts.entry(step, described)]
+    files.replace_json(path, environment)
 
 
 def describe_environment() -> dict[str, object]:

@@ -21,7 +21,7 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, first_line
 from quweit_jax.models import stack
-from quweit_jax.training import distill, sharding, solve, state
+from quweit_jax.training import distill, profiling, sharding, solve, state, tracking
 from quweit_jax.training.defaults import check_types
 from quweit_jax.training.distill import DistillConfig
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -296,6 +296,8 @@ def check_numbers(config: Config) -> None:
             if config[name] < least:
                 expected = f"at least {least}" if least else "0 or more"
                 raise InputError(f"{name}: expected {expected}, found {config[name]}.")
+    tracking.check(config)
+    profiling.parse(config.get("profile_steps", ""))
     if not 0 <= config.seed < 2**32:
         raise InputError(
             f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}."
