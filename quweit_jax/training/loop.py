@@ -77,6 +77,7 @@ def fit(
     initial: Initial | None = None,
     teacher: Teacher | None = None,
     announce: Callable[[Setup], None] | None = None,
+    mesh: sharding.MeshConfig | None = None,
 ) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
     `workdir` ends.
@@ -88,6 +89,7 @@ def fit(
       teacher: read anew for every start (see `quweit_jax.commands.train.teacher`); needed where
         `config.teacher` names one.
       announce: called once nothing is left to refuse, before the first step.
+      mesh: of these devices, instead of the config's, which stays the run's.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
@@ -100,7 +102,7 @@ def fit(
         rundir.check_folder(workdir, config)
         tokenizer = rundir.read_tokenizer(workdir)
     tracking.check(config, installed=True)
-    setup = assemble(config, tokenizer).with_teacher(teacher)
+    setup = assemble(config, tokenizer, mesh=mesh).with_teacher(teacher)
     with (
         _told(workdir),
         rundir.claimed(workdir, setup),

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -88,8 +88,8 @@ def open_run(
     config, given = read_config(workdir), dict(overrides or {})
     for path, text in given.items():
         set_value(config, path, text)
-    _fit_mesh(config, [key.removeprefix("mesh.") for key in given if key.startswith("mesh.")])
-    setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False)
+    mesh = mesh_here(config, given)
+    setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False, mesh=mesh)
     with Checkpoints(workdir, read_only=True) as saved:
         wanted = saved.best_step() if step is None else step
         if wanted is None:
@@ -107,11 +107,15 @@ def open_run(
     return OpenRun(setup.unscanned(), variables, wanted, damaged, changed)
 
 
-def _fit_mesh(config: Config, given: list[str]) -> None:
-    """How the training's devices were laid out belongs to them, not to the model."""
+def mesh_here(config: Config, overrides: Collection[str] = ()) -> sharding.MeshConfig:
+    """A saved run's mesh, as far as these devices allow: how those that trained it were laid out
+    belongs to them, not to the model.
+
+    overrides: config paths that a person has set; those of the mesh stay as they are.
+    """
     mesh = from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
-    with config.unlocked():
-        config.mesh.update(dataclasses.asdict(sharding.mesh_for_reading(mesh, given)))
+    given = [key.removeprefix("mesh.") for key in overrides if key.startswith("mesh.")]
+    return sharding.mesh_for_reading(mesh, given)
 
 
 def _data_changed(workdir: Path, setup: Setup) -> str:
