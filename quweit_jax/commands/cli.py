@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,7 +41,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(main(sys.argv[1:]) or 0)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        status = 2 if isinstance(error, InputError) else 1
+        _leave(error, status)
+        sys.exit(status)
     except ModuleNotFoundError as error:  # of a room that needs an extra
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -49,6 +52,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted; the same command begins again, or goes on", file=sys.stderr)
+        _leave(KeyboardInterrupt(), INTERRUPTED)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,7 +60,18 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except OSError as error:  # a disk or a folder that fails where nothing better can be said
         where = f": {shown(error.filename)}" * (error.filename is not None)
         print(f"error: {why(error)}{where}; mend that, and try again", file=sys.stderr)
+        _leave(error, 1)
         sys.exit(1)
+    except Exception as error:  # a mistake of ours
+        traceback.print_exc()
+        _leave(error, 1)
+        sys.exit(1)
+
+
+def _leave(error: BaseException, status: int) -> None:
+    """Ends this process at once if it is one of several and alone in what is wrong."""
+    if hosts := sys.modules.get("quweit_jax.training.hosts"):
+        hosts.leave(error, status)
 
 
 def keep_compiled() -> None:
@@ -185,9 +200,10 @@ def join_processes() -> None:
     """`jax.distributed` when launched on several processes.
 
     By environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on a TPU pod or
-    under a launcher JAX knows, JAX_DISTRIBUTED=1 lets it find them itself.
+    under a launcher JAX knows, JAX_DISTRIBUTED=1 lets it find them itself. QUWEIT_HEARTBEAT_TIMEOUT
+    is the time, in seconds, after which a process that is not heard of counts as dead.
     """
-    import jax
+    from quweit_jax.training import hosts
 
     if "JAX_NUM_PROCESSES" in os.environ:
         missing = [v for v in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if v not in os.environ]
@@ -208,6 +224,6 @@ def join_processes() -> None:
                 f"JAX_PROCESS_ID: expected 0 to {count - 1}, as JAX_NUM_PROCESSES is {count}, "
                 f"found {number}."
             )
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+        hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
     elif os.environ.get("JAX_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+        hosts.join()

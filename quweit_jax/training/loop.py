@@ -19,7 +19,7 @@ import numpy as np
 from quweit_jax.config import Config
 from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError, RunError
-from quweit_jax.training import checksums, metrics, rundir, sharding, state, tracking
+from quweit_jax.training import checksums, hosts, metrics, rundir, sharding, state, tracking
 from quweit_jax.training.checkpoints import Checkpoints
 from quweit_jax.training.log import Log
 from quweit_jax.training.profiling import Profile
@@ -98,16 +98,18 @@ def fit(
     workdir = Path(workdir).absolute()
     if config.get("init_from") and initial is None and not rundir.has_checkpoints(workdir):
         raise InputError(_NEEDS_INITIAL)
-    with _told(workdir):
+    with _told(workdir), hosts.together():
         rundir.check_folder(workdir, config)
         tokenizer = rundir.read_tokenizer(workdir)
-    tracking.check(config, installed=True)
-    setup = assemble(config, tokenizer, mesh=mesh).with_teacher(teacher)
-    with (
-        _told(workdir),
-        rundir.claimed(workdir, setup),
-        Checkpoints(workdir, config.keep) as checkpoints,
-    ):
+        tracking.check(config, installed=True)
+        setup = assemble(config, tokenizer, mesh=mesh).with_teacher(teacher)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_told(workdir))
+        stack.enter_context(hosts.connected())
+        with hosts.together():
+            stack.enter_context(rundir.claimed(workdir, setup))
+        hosts.check_shared(workdir)
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.keep))
         begun = _begin(setup, checkpoints, workdir, initial)
         if announce is not None:
             announce(setup)

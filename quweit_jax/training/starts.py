@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import quweit_jax
 from quweit_jax.errors import InputError
 from quweit_jax.reading import read_json
 
@@ -18,12 +17,12 @@ def git_commit() -> str | None:
     """The commit of this package's source, with '-dirty' where it was changed since; None where it
     is no part of a git repository, or git is not there.
     """
-    package = Path(quweit_jax.__file__).parent
+    file = Path(__file__)
 
     def git(*arguments: str) -> str:
         # A repository that an installed package only happens to lie in does not track it.
         return subprocess.run(
-            ["git", "-C", str(package), *arguments],
+            ["git", "-C", str(file.parent), *arguments],
             capture_output=True,
             text=True,
             timeout=10,
@@ -32,7 +31,7 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")
+        git("ls-files", "--error-unmatch", file.name)
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None

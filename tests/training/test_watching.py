@@ -159,7 +159,7 @@ def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
     found = starts.git_commit()
     assert found is None or len(found.removesuffix("-dirty")) == 40
     starts.subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setattr(starts.quweit_jax, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(starts, "__file__", str(tmp_path / "starts.py"))
     assert starts.git_commit() is None
 
 
