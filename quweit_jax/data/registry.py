@@ -24,8 +24,10 @@ _MODULES = ("text", "tfds", "image_sources")
 class DataConfig(ImageConfig):
     """What to read; of images, how (see ImageConfig).
 
-    source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; .txt and .jsonl files),
+    source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; see `text.document_folder`),
     'tfds' (name, data_dir), 'digits' or 'image_folder' (path).
+    text_column: of JSON lines, Parquet files and sets that Hugging Face's `datasets` saved, the key
+      or column that holds the text.
     limit_bytes: of python_stdlib and text_file, 0 for all; of documents, what a 'bpe' tokenizer is
       trained on, 0 for 20 MB.
     validation_fraction: the end of a text, or the share of an image folder, without splits of its
@@ -45,6 +47,7 @@ class DataConfig(ImageConfig):
     name: str = ""
     data_dir: str | None = None
     path: str = ""
+    text_column: str = "text"
     limit_bytes: int = 2_000_000
     validation_fraction: float = 0.1
     validation_split: str = ""
