@@ -84,7 +84,9 @@ def keep_compiled() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    above = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    above = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(above):  # as `ops.kernels.native`, which would import JAX
+        above = os.path.expanduser("~/.cache")
     folder = os.path.join(above, "quweit_jax", f"compiled-{_processor()}")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)

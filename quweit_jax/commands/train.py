@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from quweit_jax.commands import cli
 from quweit_jax.config import load_file, set_value
 from quweit_jax.errors import InputError
+from quweit_jax.reading import check_local
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -136,6 +137,7 @@ def teacher(path: str) -> Teacher | None:
 
 
 def _check_exists(key: str, place: Path) -> None:
+    check_local(place, key, "copy it to a folder first")
     if not os.path.exists(place):  # of any name, also one too long for a system
         raise InputError(
             f"{key}: nothing at {place}; give a run directory, a folder with a published "

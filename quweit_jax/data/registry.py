@@ -15,6 +15,7 @@ from quweit_jax.data.augment import check_number
 from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.images import Example, ImageConfig
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.reading import check_local
 
 # The modules whose sources are known; a new source is one more function in one of them.
 _MODULES = ("text", "tfds", "image_sources")
@@ -64,6 +65,9 @@ class DataConfig(ImageConfig):
         check_choice("data.source", self.source, names())
         check_number("data.limit_bytes", self.limit_bytes, 0, whole=True)
         check_number("data.validation_tokens", self.validation_tokens, 2, whole=True)
+        for key in ("path", "data_dir", "tokenizer_path"):
+            advice = "mount it, or copy it to a folder"
+            check_local(getattr(self, key) or "", f"data.{key}", advice)
         if not 0 < self.validation_fraction < 1:
             raise InputError(
                 "data.validation_fraction: expected a share between 0 and 1, found "
