@@ -13,12 +13,13 @@ from types import ModuleType
 EXTRAS = {
     **dict.fromkeys(("filelock", "flatbuffers", "grain", "matplotlib", "orbax", "tqdm"), "train"),
     **dict.fromkeys(
-        ("array_record", "PIL", "sklearn", "tensorflow_datasets", "tokenizers"), "data"
+        ("array_record", "PIL", "pyarrow", "sklearn", "tensorflow_datasets", "tokenizers"), "data"
     ),
     **dict.fromkeys(("jinja2", "scipy"), "report"),
     **dict.fromkeys(("safetensors", "torch"), "pretrained"),
     "tensorboardX": "tensorboard",
     "tensorflow": "prepare",
+    "wandb": "wandb",
     "lm_eval": "harness",
     "libtpu": "tpu",
 }

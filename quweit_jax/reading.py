@@ -30,6 +30,9 @@ _CLUTTER = ("lost+found", "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN"
     "@eaDir",
     "@Recycle",
 )
+_SCHEMES = [
+    f"{name}:" for name in ("gs", "s3", "az", "hf", "abfs", "file", "hdfs", "http", "https")
+]
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # with which UTF-32 begins too, or almost
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _CONTROLS = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})
@@ -71,6 +74,16 @@ def place(path: str) -> Path:
     `Path`, it has an answer for every name.
     """
     return Path(os.path.expanduser(path))
+
+
+def check_local(path: Path | str, what: str, advice: str) -> None:
+    """Raises InputError, `advice` at its end, for what is the address of a store and no path of a
+    file system, such as gs://bucket/run.
+    """
+    if scheme := next((part for part in Path(path).parts if part in _SCHEMES), None):
+        raise InputError(
+            f"{what}: expected a file or folder of this machine, found {scheme}//...; {advice}."
+        )
 
 
 def why(error: OSError) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging as standard_logging
 import os
+import platform
 import signal
 import sys
+import traceback
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +33,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_Plain())
+    keep_compiled()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A letter that a terminal cannot write does not end the work.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -36,7 +41,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(main(sys.argv[1:]) or 0)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        status = 2 if isinstance(error, InputError) else 1
+        _leave(error, status)
+        sys.exit(status)
     except ModuleNotFoundError as error:  # of a room that needs an extra
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -45,6 +52,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted; the same command begins again, or goes on", file=sys.stderr)
+        _leave(KeyboardInterrupt(), INTERRUPTED)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +60,50 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except OSError as error:  # a disk or a folder that fails where nothing better can be said
         where = f": {shown(error.filename)}" * (error.filename is not None)
         print(f"error: {why(error)}{where}; mend that, and try again", file=sys.stderr)
+        _leave(error, 1)
         sys.exit(1)
+    except Exception as error:  # a mistake of ours
+        traceback.print_exc()
+        _leave(error, 1)
+        sys.exit(1)
+
+
+def _leave(error: BaseException, status: int) -> None:
+    """Ends this process at once if it is one of several and alone in what is wrong."""
+    if hosts := sys.modules.get("quweit_jax.training.hosts"):
+        hosts.leave(error, status)
+
+
+def keep_compiled() -> None:
+    """Lets JAX, which is not imported yet, keep compiled programs in the user's cache folder, for
+    this process and those it starts: `$XDG_CACHE_HOME/quweit_jax`, by default
+    `~/.cache/quweit_jax`.
+
+    Where JAX_COMPILATION_CACHE_DIR is set, that is the folder; empty, or with
+    JAX_ENABLE_COMPILATION_CACHE=false, nothing is kept.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    above = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(above):  # as `ops.kernels.native`, which would import JAX
+        above = os.path.expanduser("~/.cache")
+    folder = os.path.join(above, "quweit_jax", f"compiled-{_processor()}")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError:  # a home that is not there, or cannot be written to
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+
+
+def _processor() -> str:
+    """A name that differs for processors of other instructions: programs compiled for one may not
+    run on another, and one home folder may serve both.
+    """
+    told = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        told += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{zlib.crc32(told.encode()):08x}"
 
 
 class _Plain(standard_logging.Formatter):
@@ -151,9 +202,10 @@ def join_processes() -> None:
     """`jax.distributed` when launched on several processes.
 
     By environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on a TPU pod or
-    under a launcher JAX knows, JAX_DISTRIBUTED=1 lets it find them itself.
+    under a launcher JAX knows, JAX_DISTRIBUTED=1 lets it find them itself. QUWEIT_HEARTBEAT_TIMEOUT
+    is the time, in seconds, after which a process that is not heard of counts as dead.
     """
-    import jax
+    from quweit_jax.training import hosts
 
     if "JAX_NUM_PROCESSES" in os.environ:
         missing = [v for v in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if v not in os.environ]
@@ -174,6 +226,6 @@ def join_processes() -> None:
                 f"JAX_PROCESS_ID: expected 0 to {count - 1}, as JAX_NUM_PROCESSES is {count}, "
                 f"found {number}."
             )
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+        hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
     elif os.environ.get("JAX_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+        hosts.join()

@@ -14,14 +14,6 @@ from quweit_jax.commands import cli
 from quweit_jax.config import Config
 from quweit_jax.errors import InputError, RunError, first_line
 
-# Of a chip: clock in Hz and bfloat16 operations a second, as the vendor publishes the latter (the
-# clock is that rate over what the matrix units do a cycle).
-CHIPS = {
-    "v4": (1.05e9, 275e12),
-    "v5e": (1.5e9, 197e12),
-    "v5p": (1.75e9, 459e12),
-    "v6e": (1.75e9, 918e12),
-}
 _NO_ROOM = re.compile(r"\(([\d.]+[KMG]?)\) exceeds available HBM \(([\d.]+[KMG]?)\)")
 _ADVICE = (
     "--config.model.remat=true, --config.model.scan_layers=true, a smaller --config.batch_size or "
@@ -64,6 +56,7 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
 
     from quweit_jax.ops.kernels.choice import compiling_for
     from quweit_jax.training import compiled as reading
+    from quweit_jax.training.chips import CHIPS
     from quweit_jax.training.setup import assemble
 
     devices = _devices(topology)
@@ -89,7 +82,7 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
         ) from None
     program, memory = reading.read_program(compiled.as_text()), compiled.memory_analysis()
     operations = reading.flops(traced.jaxpr) / len(devices)
-    clock, peak = CHIPS.get(topology.partition(":")[0], (0.0, 0.0))
+    chip = CHIPS.get(topology.partition(":")[0])
     facts: dict[str, object] = {
         "topology": topology,
         "chips": len(devices),
@@ -104,12 +97,12 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
     }
     for kind, size in program.collectives.items():
         facts[f"{kind.replace('-', '_')}_bytes_per_chip"] = size
-    if program.cycles and clock:
-        seconds = program.cycles / clock
+    if program.cycles and chip is not None and chip.clock:
+        seconds = program.cycles / chip.clock
         facts |= {
             "estimated_cycles": program.cycles,
             "estimated_seconds": seconds,
-            "share_of_peak": operations / seconds / peak,
+            "share_of_peak": operations / seconds / chip.peak,
         }
     return facts
 

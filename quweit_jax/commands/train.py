@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quweit_jax.commands import cli
-from quweit_jax.config import Config, load_file, set_value
+from quweit_jax.config import load_file, set_value
 from quweit_jax.errors import InputError
+from quweit_jax.reading import check_local
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
     from quweit_jax.training.loop import Result
+    from quweit_jax.training.setup import Setup
     from quweit_jax.training.teacher import Teacher
 
 
@@ -53,13 +55,16 @@ def main(argv: Sequence[str]) -> int:
     cli.join_processes()
     begin = initial(config.get("init_from") or "", workdir)
     source = teacher(config.get("teacher") or "")
+    # How the devices of earlier starts were laid out is no question for those that are here now.
+    mesh = None if args.config else rundir.mesh_here(config, overrides)
     result = loop.fit(
         config,
         workdir,
         progress={"auto": None, "on": True, "off": False}[args.progress],
         initial=begin,
         teacher=source,
-        announce=lambda setup: announce(setup.config, workdir),
+        announce=lambda setup: announce(setup, workdir),
+        mesh=mesh,
     )
     summarize(result, workdir)
     # What a shell would have done after this, `train && report`, it does not do after Ctrl-C.
@@ -132,6 +137,7 @@ def teacher(path: str) -> Teacher | None:
 
 
 def _check_exists(key: str, place: Path) -> None:
+    check_local(place, key, "copy it to a folder first")
     if not os.path.exists(place):  # of any name, also one too long for a system
         raise InputError(
             f"{key}: nothing at {place}; give a run directory, a folder with a published "
@@ -143,14 +149,15 @@ def _is_run(place: Path) -> bool:
     return os.path.isfile(place / "environment.json")
 
 
-def announce(config: Config, workdir: Path) -> None:
-    """Says in one line what is about to happen."""
+def announce(setup: Setup, workdir: Path) -> None:
+    """Says in one line what is about to happen, and in another which devices stay idle."""
     import jax
 
     from quweit_jax.training import checksums
 
     if jax.process_index():
         return
+    config = setup.config
     data, mlp = config.data, f", mlp {config.model.mlp}" if "mlp" in config.model else ""
     mlp += ", integer-only" if config.model.get("integer") else ""
     mlp += f", with {config.teacher} as its teacher" if config.get("teacher") else ""
@@ -159,10 +166,18 @@ def announce(config: Config, workdir: Path) -> None:
     there = f", where step {saved[-1]} is saved" if saved else ""
     print(
         f"training {config.model.name}{mlp} on {name}: {config.steps} steps of "
-        f"{config.batch_size}, {jax.device_count()} {jax.default_backend()} device(s), into "
+        f"{config.batch_size}, {setup.mesh.size} {jax.default_backend()} device(s), into "
         f"{workdir}{there}",
         flush=True,
     )
+    if idle := jax.device_count() - setup.mesh.size:
+        shape = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)
+        at_a_time = config.batch_size // config.grad_accum
+        print(
+            f"{idle} of {jax.device_count()} devices stay idle: {at_a_time} examples at a time are "
+            f"divided over {shape or 1}; another --config.batch_size or --config.mesh.* uses more",
+            flush=True,
+        )
 
 
 def summarize(result: Result, workdir: Path) -> None:

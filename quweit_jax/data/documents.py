@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
+from quweit_jax.data.shards import ShardedDocuments
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, needed
 
@@ -34,7 +35,7 @@ VALIDATION_FOLDERS = ("validation", "val", "test")
 # What a tokenizer is trained on where data.limit_bytes sets no limit; more text hardly changes its
 # pieces.
 _TOKENIZER_BYTES = 20_000_000
-_FINGERPRINTED = 4
+FINGERPRINTED = 4  # documents
 
 Window = dict[str, np.ndarray]
 
@@ -63,17 +64,24 @@ class DocumentSplits:
     held out.
     """
 
-    train: DocumentSource
-    validation: DocumentSource | None
+    train: DocumentSource | ShardedDocuments
+    validation: DocumentSource | ShardedDocuments | None
 
 
-def first_text(source: DocumentSource, limit_bytes: int) -> str:
+def texts(source: DocumentSource | ShardedDocuments) -> Iterator[str]:
+    """All documents, in their order."""
+    if isinstance(source, ShardedDocuments):
+        return source.texts()
+    return (source.read(index) for index in range(len(source)))
+
+
+def first_text(source: DocumentSource | ShardedDocuments, limit_bytes: int) -> str:
     """The first documents, a line end between them, up to `limit_bytes` bytes (0: 20 MB); to train
     a tokenizer on.
     """
     pieces, left = [], limit_bytes or _TOKENIZER_BYTES
-    for index in range(len(source)):
-        pieces.append(source.read(index).encode("utf-8")[:left].decode("utf-8", errors="ignore"))
+    for text in texts(source):
+        pieces.append(text.encode("utf-8")[:left].decode("utf-8", errors="ignore"))
         left -= len(pieces[-1].encode("utf-8")) + 1
         if left <= 0:
             break
@@ -102,16 +110,18 @@ def separator(tokenizer: Tokenizer) -> np.ndarray:
 def held_out(
     splits: DocumentSplits, tokenizer: Tokenizer, limit: int, fraction: float
 ) -> tuple[np.ndarray, int]:
-    """Encodes what to validate on: (`limit` tokens, or all there are; the number of documents left
-    to train on).
+    """Encodes what to validate on: (`limit` tokens, or all there are; the number of documents, or of
+    files that are read from their beginning, left to train on).
 
     Without a validation split these are the documents at the end of the training split, from the
-    last one back, until they hold `limit` tokens or are the `fraction` of all.
+    last one back, until they hold `limit` tokens or are the `fraction` of all; of files, the last.
     """
     number, source = (
         len(splits.train),
         splits.train if splits.validation is None else splits.validation,
     )
+    if isinstance(source, ShardedDocuments):
+        return _held_out_file(source, tokenizer, limit, splits.validation is None, number)
     order = range(len(source))
     if splits.validation is None:
         if number < 2:
@@ -129,6 +139,32 @@ def held_out(
     return np.concatenate(pieces)[:limit], number - (
         len(pieces) if splits.validation is None else 0
     )
+
+
+def _held_out_file(
+    source: ShardedDocuments, tokenizer: Tokenizer, limit: int, of_training: bool, number: int
+) -> tuple[np.ndarray, int]:
+    """`held_out` of files: the first tokens of the validation files or of the last training one."""
+    if of_training and len(source) < 2:
+        raise InputError(
+            f"data.path: expected a folder 'validation' beside 'train', or two or more files in "
+            f"{source.place}, of which the last is held out, found one; split it, or add some."
+        )
+    begin, pieces, total = separator(tokenizer), [np.zeros(0, np.int32)], 0
+    for text in source.documents(len(source) - 1) if of_training else source.texts():
+        pieces.append(np.concatenate([begin, tokenizer.encode(text)]))
+        total += len(pieces[-1])
+        if total >= limit:
+            break
+    return np.concatenate(pieces)[:limit], number - of_training
+
+
+def piece(tokenizer: Tokenizer, begin: np.ndarray, text: str) -> Window:
+    """The part of a stream that is a document: inputs (separator and document), targets (the same,
+    one token later).
+    """
+    tokens = np.concatenate([begin, tokenizer.encode(text), begin[:1]])
+    return {"inputs": tokens[:-1], "targets": tokens[1:]}
 
 
 class PackedDocuments(Sequence):
@@ -168,23 +204,14 @@ class PackedDocuments(Sequence):
         }
 
     def piece(self, index: int) -> Window:
-        """The part of a stream that is document `index`: inputs (separator and document), targets
-        (the same, one token later).
-        """
-        tokens = np.concatenate(
-            [
-                self._separator,
-                self.tokenizer.encode(self.source.read(int(index))),
-                self._separator[:1],
-            ]
-        )
-        return {"inputs": tokens[:-1], "targets": tokens[1:]}
+        """The part of a stream that is document `index`; see `piece`."""
+        return piece(self.tokenizer, self._separator, self.source.read(int(index)))
 
     def content(self) -> bytes:
         """What tells these documents, as this tokenizer reads them, from others, without reading
         them all.
         """
-        first = [self.source.read(index) for index in range(min(len(self), _FINGERPRINTED))]
+        first = [self.source.read(index) for index in range(min(len(self), FINGERPRINTED))]
         return json.dumps(
             [len(self), self.source.identity(), self.tokenizer.to_json(), first], sort_keys=True
         ).encode()

@@ -18,6 +18,8 @@ from quweit_jax.data import documents, registry, tokenizers
 from quweit_jax.data.documents import DocumentSplits, PackedDocuments
 from quweit_jax.data.images import Example, ImageExamples
 from quweit_jax.data.registry import DataConfig, LabelledSplits
+from quweit_jax.data.shards import ShardedDocuments
+from quweit_jax.data.streams import StreamedDocuments
 from quweit_jax.errors import InputError, needed
 
 with needed("for data"):
@@ -171,7 +173,11 @@ def _documents(
     held_out, count = documents.held_out(
         splits, tokenizer, config.validation_tokens, config.validation_fraction
     )
-    train = PackedDocuments(splits.train, tokenizer, context, count, config.threads)
+    if isinstance(splits.train, ShardedDocuments):
+        source = splits.train.part(slice(count))
+        train = StreamedDocuments(source, tokenizer, context, config.threads)
+    else:
+        train = PackedDocuments(splits.train, tokenizer, context, count, config.threads)
     validation = TokenWindows(
         held_out, context, f"validation text ({(splits.validation or splits.train).place})"
     )
@@ -231,7 +237,7 @@ def train_batches(
         )
     if not len(examples):
         raise InputError("data: the training split is empty.")
-    if isinstance(examples, PackedDocuments):
+    if isinstance(examples, PackedDocuments | StreamedDocuments):
         return examples.batches(batch_size, seed, process_index, process_count, prefetch)
     number = len(examples)
 

@@ -15,6 +15,7 @@ from quweit_jax.data.augment import check_number
 from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.images import Example, ImageConfig
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.reading import check_local
 
 # The modules whose sources are known; a new source is one more function in one of them.
 _MODULES = ("text", "tfds", "image_sources")
@@ -24,8 +25,10 @@ _MODULES = ("text", "tfds", "image_sources")
 class DataConfig(ImageConfig):
     """What to read; of images, how (see ImageConfig).
 
-    source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; .txt and .jsonl files),
+    source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; see `text.document_folder`),
     'tfds' (name, data_dir), 'digits' or 'image_folder' (path).
+    text_column: of JSON lines, Parquet files and sets that Hugging Face's `datasets` saved, the key
+      or column that holds the text.
     limit_bytes: of python_stdlib and text_file, 0 for all; of documents, what a 'bpe' tokenizer is
       trained on, 0 for 20 MB.
     validation_fraction: the end of a text, or the share of an image folder, without splits of its
@@ -45,6 +48,7 @@ class DataConfig(ImageConfig):
     name: str = ""
     data_dir: str | None = None
     path: str = ""
+    text_column: str = "text"
     limit_bytes: int = 2_000_000
     validation_fraction: float = 0.1
     validation_split: str = ""
@@ -61,6 +65,9 @@ class DataConfig(ImageConfig):
         check_choice("data.source", self.source, names())
         check_number("data.limit_bytes", self.limit_bytes, 0, whole=True)
         check_number("data.validation_tokens", self.validation_tokens, 2, whole=True)
+        for key in ("path", "data_dir", "tokenizer_path"):
+            advice = "mount it, or copy it to a folder"
+            check_local(getattr(self, key) or "", f"data.{key}", advice)
         if not 0 < self.validation_fraction < 1:
             raise InputError(
                 "data.validation_fraction: expected a share between 0 and 1, found "

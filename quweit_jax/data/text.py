@@ -5,29 +5,34 @@ from __future__ import annotations
 import io
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from quweit_jax.data.documents import VALIDATION_FOLDERS, DocumentSplits
+from quweit_jax.data.documents import VALIDATION_FOLDERS, DocumentSource, DocumentSplits
 from quweit_jax.data.registry import DataConfig, source
+from quweit_jax.data.shards import (
+    STREAMED,
+    ArrowDocuments,
+    ShardedDocuments,
+    is_saved_set,
+    parse_line,
+)
 from quweit_jax.errors import InputError
 from quweit_jax.reading import (
     check_encoding,
-    clean_text,
     decode_text,
     list_folder,
     open_regular,
-    parse_json,
     place,
     shown,
     walk,
     why,
 )
 
-_SUFFIXES = (".txt", ".jsonl")
+_SUFFIXES = (".txt", ".jsonl", *STREAMED)
 
 
 @source("python_stdlib")
@@ -96,32 +101,24 @@ def _cut(text: str, limit_bytes: int) -> str:
 
 
 class FolderDocuments:
-    """A folder's .txt files (a document each) and .jsonl files (a document a line, {"text": ...}),
+    """A folder's .txt files (a document each) and .jsonl files (a document a line, {column: text}),
     in the order of their paths.
+
+    names: the files, by their paths below the folder.
 
     Raises:
       InputError: there are none, or one cannot be read; a line is not JSON with a text (when it is
         read).
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, names: Sequence[str], column: str = "text"):
         self.place, self._root = str(root), root
-        self._names = []
-        for name, is_file in walk(root, _SUFFIXES, "data.path"):
-            if not is_file:
-                raise InputError(
-                    f"data.path: expected a file at {shown(root / name)}, found a pipe, a device "
-                    "or a link to nothing; take it away."
-                )
-            self._names.append(name)
+        self._names, self._column = names, column
         found = [_documents_of(root / name) for name in self._names]
         self._sizes, self._starts = [size for size, _ in found], [starts for _, starts in found]
         self._ends = np.cumsum([len(starts) for starts in self._starts])
         if not len(self):
-            raise InputError(
-                f"data.path: expected documents (files ending in {' or '.join(_SUFFIXES)}) in "
-                f"{shown(root)}, found none; check the folder."
-            )
+            raise _no_documents(root)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -138,23 +135,41 @@ class FolderDocuments:
                 data = file.read() if is_text else file.readline()
         except OSError as error:
             raise _unreadable(path, error) from None
-        text = decode_text(data, f"data.path: {shown(path)}")
         if is_text:
-            return text
-        try:
-            document = parse_json(text)["text"]
-            if isinstance(document, str):
-                return clean_text(document)
-            raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f'data.path: expected {{"text": "..."}} at byte {start} of {shown(path)}, found '
-                f"{text.strip()[:60]!r}; mend that line."
-            ) from None
+            return decode_text(data, f"data.path: {shown(path)}")
+        return parse_line(data, self._column, f"byte {start} of {shown(path)}")
 
     def identity(self) -> str:
         """See DocumentSource."""
         return "\n".join(f"{name} {size}" for name, size in zip(self._names, self._sizes))
+
+
+def _no_documents(root: Path) -> InputError:
+    return InputError(
+        f"data.path: expected documents (files ending in {', '.join(_SUFFIXES)}) in {shown(root)}, "
+        "found none; check the folder."
+    )
+
+
+def _folder(root: Path, column: str) -> DocumentSource | ShardedDocuments:
+    """What a folder holds: a set that `datasets` saved, files that are read at random, or, if one of
+    them cannot be, files that are read from their beginning.
+    """
+    if is_saved_set(root):
+        return ArrowDocuments(root, column)
+    names = []
+    for name, is_file in walk(root, _SUFFIXES, "data.path"):
+        if not is_file:
+            raise InputError(
+                f"data.path: expected a file at {shown(root / name)}, found a pipe, a device "
+                "or a link to nothing; take it away."
+            )
+        names.append(name)
+    if not names:
+        raise _no_documents(root)
+    if any(name.endswith(STREAMED) for name in names):
+        return ShardedDocuments(root, names, column)
+    return FolderDocuments(root, names, column)
 
 
 def _documents_of(path: Path) -> tuple[int, np.ndarray]:
@@ -189,9 +204,12 @@ def _line_starts(file: BinaryIO) -> Iterator[int]:
 @source("document_folder")
 def document_folder(config: DataConfig) -> DocumentSplits:
     """Documents of a folder: FOLDER/train beside FOLDER/validation (or val, or test), or FOLDER
-    alone.
+    alone. In each: .txt files (a document each); JSON lines (.jsonl, .jsonl.gz, .json.gz,
+    .jsonl.zst, .json.zst) and .parquet, a document a line or row; or what Hugging Face's `datasets`
+    saved to disk.
     """
     path, validation = config.path, config.validation_split
+    column = config.text_column
     root = place(path)
     if not path or not os.path.isdir(root):
         raise InputError(
@@ -204,7 +222,7 @@ def document_folder(config: DataConfig) -> DocumentSplits:
                 f"data.validation_split: {root} has no folder 'train' beside '{validation}'; give "
                 "it one, or leave the split out."
             )
-        return DocumentSplits(FolderDocuments(root), None)
+        return DocumentSplits(_folder(root, column), None)
     beside = [
         name
         for name in ([validation] if validation else VALIDATION_FOLDERS)
@@ -215,6 +233,5 @@ def document_folder(config: DataConfig) -> DocumentSplits:
             f"data.validation_split: no folder '{validation}' in {root}; leave it out for "
             f"{', '.join(VALIDATION_FOLDERS)}."
         )
-    return DocumentSplits(
-        FolderDocuments(root / "train"), FolderDocuments(root / beside[0]) if beside else None
-    )
+    held_out = _folder(root / beside[0], column) if beside else None
+    return DocumentSplits(_folder(root / "train", column), held_out)

@@ -40,7 +40,7 @@ from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, nearest, require
 from quweit_jax.ops.counts import stored_bytes
 from quweit_jax.ops.kernels.choice import compiling_for
-from quweit_jax.reading import shown, why
+from quweit_jax.reading import check_local, shown, why
 
 Tree: TypeAlias = dict[str, PyTree]  # variables, or a state
 Json: TypeAlias = dict[str, Any]
@@ -208,6 +208,7 @@ def check(variables: Tree, platforms: Sequence[str]) -> None:
 
 def check_target(out: Path, overwrite: bool = False) -> None:
     """Raises InputError unless a program and its description can be written to `out` safely."""
+    check_local(out, "--out", "write it here, and copy it")
     if out.suffix == ".json" or not out.name or os.path.isdir(out):
         raise InputError(
             "--out: expected a file such as model.stablehlo (its description becomes model.json), "

@@ -15,6 +15,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError, RunError, first_line, needed
+from quweit_jax.reading import check_local
 from quweit_jax.training import checksums, files
 from quweit_jax.training.sharding import path_name
 
@@ -28,9 +29,6 @@ Leaves = dict[str, tuple[tuple[int, ...], np.dtype]]
 # Orbax looks for its files by patterns that begin with the whole path, so these would make it find
 # none there, or those of another folder; by a path with a backslash it reads nothing either.
 _PATTERNS = "*?[\\"
-_SCHEMES = [
-    f"{name}:" for name in ("gs", "s3", "az", "hf", "abfs", "file", "hdfs", "http", "https")
-]
 
 
 def check_path(folder: Path, what: str = "--workdir", *, reading: bool = False) -> None:
@@ -49,11 +47,7 @@ def check_path(folder: Path, what: str = "--workdir", *, reading: bool = False) 
         path.encode()
     except UnicodeEncodeError:
         bad.append("bytes that are no UTF-8")
-    if scheme := next((part for part in folder.parts if part in _SCHEMES), None):
-        raise InputError(
-            f"{what}: expected a folder of this machine, found {scheme}//...; train in a local one "
-            "or one that is mounted, and copy it."
-        )
+    check_local(folder, what, "train in a local one or one that is mounted, and copy it")
     if bad:
         raise InputError(
             f"{what}: checkpoints cannot be {'read' if reading else 'saved'} in {path!r}, for its "

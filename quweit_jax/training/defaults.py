@@ -60,6 +60,8 @@ def base_config() -> Config:
         "keep": 2,  # checkpoints that stay, besides the best
         "prefetch": 4,  # batches made ahead
         "sample_tokens": 200,  # tokens of a language model's sample at the end; 0: none
+        "track": "",  # where metrics go besides the run directory: wandb
+        "profile_steps": "",  # the first and the last step to trace, such as 10:15
         "init_from": "",  # a run directory or a published checkpoint to begin from
         "teacher": "",  # a run directory or a published checkpoint to learn from
         "data": dataclasses.asdict(DataConfig()),  # what to read

@@ -9,29 +9,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from quweit_jax.config import Config
 from quweit_jax.data import pipeline
-from quweit_jax.errors import InputError, RunError, needed
-from quweit_jax.training import checksums, metrics, rundir, sharding, state
+from quweit_jax.errors import InputError, RunError
+from quweit_jax.training import checksums, hosts, metrics, rundir, sharding, state, tracking
 from quweit_jax.training.checkpoints import Checkpoints
-from quweit_jax.training.optimizers import make_schedule
+from quweit_jax.training.log import Log
+from quweit_jax.training.profiling import Profile
 from quweit_jax.training.setup import Setup, Variables, assemble
 from quweit_jax.training.stopping import StopRequest, agree
 from quweit_jax.training.teacher import Teacher
-
-with needed("to train"):
-    from tqdm import tqdm
 
 Initial = Callable[[Variables], Variables]
 _Begun = tuple[state.TrainState, Mapping[str, Any], int]
@@ -53,137 +47,6 @@ class Result:
     setup: Setup
     validation: dict[str, float] | None
     signal: str | None = None
-
-
-class Log:
-    """The rows of metrics.jsonl and what is said meanwhile; the mean of the losses since the last
-    row, and the seconds, are carried along by checkpoints (`state`).
-
-    progress: show a bar; None: on a terminal; False: say nothing at all.
-    """
-
-    def __init__(
-        self,
-        setup: Setup,
-        workdir: Path,
-        start: int,
-        saved: Mapping[str, Any],
-        progress: bool | None,
-    ):
-        self.config, self.start, self.last_good = setup.config, start, start
-        leader, rates = jax.process_index() == 0, setup.optimizer_config
-        self.writer = metrics.MetricsWriter(workdir, start) if leader else metrics.NoMetrics()
-        self.schedule: optax.Schedule = make_schedule(
-            rates, rates.learning_rate, setup.config.steps, rates.min_ratio
-        )
-        self.pending: list[list[float]] = saved.get("pending", [])
-        self.seconds: float = saved.get("seconds", 0.0)
-        self.since = time.monotonic()
-        self.speak = leader and progress is not False
-        self.units = self.config.batch_size
-        self.units *= self.config.model.context if setup.tokenizer is not None else 1
-        self._running: tuple[int, Mapping[str, jax.Array]] | None = None
-        self.bar = None
-        if leader and (sys.stderr.isatty() if progress is None else progress):
-            self.bar = tqdm(
-                total=self.config.steps * self.units,
-                initial=start * self.units,
-                unit="tok" if setup.tokenizer is not None else "ex",
-                unit_scale=True,
-                dynamic_ncols=True,
-                smoothing=0.05,
-                desc="train",
-            )
-
-    def close(self) -> None:
-        """Ends the bar and closes the files."""
-        if self.bar is not None:
-            self.bar.close()
-        self.writer.close()
-
-    def elapsed(self) -> float:
-        """Seconds of training so far, over all resumes."""
-        return self.seconds + time.monotonic() - self.since
-
-    def train_step(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        """Notes that a step was started, and reads the metrics of the one before."""
-        self.read()
-        self._running = step, values
-        if self.bar is not None:
-            self.bar.update(self.units)
-
-    def read(self) -> None:
-        """Waits for the last step and notes its metrics; RunError if they are not finite."""
-        if self._running is None:
-            return
-        (step, running), self._running = self._running, None
-        values = {name: float(value) for name, value in running.items()}
-        self._check_finite(step, values)
-        self.pending.append([values["loss"], values["accuracy"]])
-        if step % self.config.log_every == 0:
-            loss, accuracy = map(float, np.mean(np.asarray(self.pending, np.float64), axis=0))
-            self.pending = []
-            row = {"step": step, "split": "train", "loss": loss, "accuracy": accuracy}
-            row |= {"grad_norm": values["grad_norm"]}
-            row |= {name: v for name, v in values.items() if name.startswith("distill/")}
-            row |= {
-                "learning_rate": float(np.asarray(self.schedule(step - 1))),
-                "seconds": self.elapsed(),
-            }
-            self.writer.write(row)
-            if self.bar is not None:
-                self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-
-    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if not bad:
-            return
-        groups = ", ".join(k.split("/")[1] for k in bad if k.startswith("grad_norm/"))
-        updates = ", ".join(k.split("/")[1] for k in bad if k.startswith("update_norm/"))
-        where = "gradients are still finite"
-        if groups:
-            where = f"gradients are not finite in the parameter group(s) {groups}"
-        elif updates:
-            where += f", but the optimizer's update is not in the parameter group(s) {updates}"
-        raise RunError(
-            f"step {step}: the loss is {values['loss']}; {where}. {self._kept()}. "
-            "Try a smaller --config.optimizer.learning_rate or more --config.optimizer.clip, in a "
-            "new --workdir."
-        )
-
-    def _kept(self) -> str:
-        kept = "there was no checkpoint yet"
-        if self.last_good:
-            kept = f"the last good checkpoint, of step {self.last_good}, is kept"
-        return f"Nothing of it was saved; {kept}"
-
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Notes an evaluation; where there is no bar (output into a file) also says how far the run
-        is. RunError if the loss is not finite.
-        """
-        loss, steps = values["loss"], self.config.steps
-        if not math.isfinite(loss):
-            raise RunError(
-                f"step {step}: the validation loss is {loss}. {self._kept()}; try a smaller "
-                "--config.optimizer.learning_rate in a new --workdir."
-            )
-        row = {"step": step, "split": "validation", "loss": loss, "accuracy": values["accuracy"]}
-        self.writer.write(row | {"seconds": self.elapsed()})
-        if self.speak and self.bar is None:
-            done, left = step - self.start, ""
-            if done and step < steps:
-                seconds = (time.monotonic() - self.since) / done * (steps - step)
-                left = f", about {seconds:.0f} s left"
-            print(
-                f"step {step} of {steps}: validation loss {loss:.4f}, {self.elapsed():.0f} s{left}",
-                flush=True,
-            )
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on with the same rows, which are on disk after this."""
-        self.read()
-        self.writer.sync()
-        return {"pending": self.pending, "seconds": self.elapsed()}
 
 
 def evaluate(
@@ -214,6 +77,7 @@ def fit(
     initial: Initial | None = None,
     teacher: Teacher | None = None,
     announce: Callable[[Setup], None] | None = None,
+    mesh: sharding.MeshConfig | None = None,
 ) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
     `workdir` ends.
@@ -225,6 +89,7 @@ def fit(
       teacher: read anew for every start (see `quweit_jax.commands.train.teacher`); needed where
         `config.teacher` names one.
       announce: called once nothing is left to refuse, before the first step.
+      mesh: of these devices, instead of the config's, which stays the run's.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
@@ -233,15 +98,18 @@ def fit(
     workdir = Path(workdir).absolute()
     if config.get("init_from") and initial is None and not rundir.has_checkpoints(workdir):
         raise InputError(_NEEDS_INITIAL)
-    with _told(workdir):
+    with _told(workdir), hosts.together():
         rundir.check_folder(workdir, config)
         tokenizer = rundir.read_tokenizer(workdir)
-    setup = assemble(config, tokenizer).with_teacher(teacher)
-    with (
-        _told(workdir),
-        rundir.claimed(workdir, setup),
-        Checkpoints(workdir, config.keep) as checkpoints,
-    ):
+        tracking.check(config, installed=True)
+        setup = assemble(config, tokenizer, mesh=mesh).with_teacher(teacher)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_told(workdir))
+        stack.enter_context(hosts.connected())
+        with hosts.together():
+            stack.enter_context(rundir.claimed(workdir, setup))
+        hosts.check_shared(workdir)
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.keep))
         begun = _begin(setup, checkpoints, workdir, initial)
         if announce is not None:
             announce(setup)
@@ -271,7 +139,7 @@ def _train(
 ) -> Result:
     config, where = setup.config, sharding.batch_sharding(setup.mesh)
     current, saved, start = begun
-    rundir.write_files(workdir, setup)
+    rundir.write_files(workdir, setup, start)
     batches = pipeline.train_batches(
         setup.data.train,
         config.batch_size,
@@ -281,39 +149,49 @@ def _train(
     )
     if "data" in saved:
         batches.set_state(saved["data"])
-    train_step, fit_steps = setup.train_step(current), setup.distill_config.fit_steps
-    fit_step = setup.train_step(current, fitting=True) if fit_steps else train_step
     taught = [] if setup.teacher is None else [setup.teacher.variables]
-    eval_step = state.make_eval_step(
-        setup.model.apply, setup.mesh, setup.loss_pieces(setup.eval_batch_size)
-    )
     validation, step = saved.get("validation"), start
     with (
         contextlib.closing(Log(setup, workdir, start, saved, progress)) as log,
+        Profile(config.get("profile_steps", ""), workdir) as profile,
         StopRequest() as stop,
     ):
+        meter, fit_steps = log.meter, setup.distill_config.fit_steps
+        train_step = meter.compiles(setup.train_step(current))
+        fit_step = train_step
+        if fit_steps:
+            fit_step = meter.compiles(setup.train_step(current, fitting=True))
+        pieces = setup.loss_pieces(setup.eval_batch_size)
+        eval_step = meter.compiles(state.make_eval_step(setup.model.apply, setup.mesh, pieces))
         if start == config.steps and agree(not log.writer.has_evaluation(start)):
             # It was stopped there, or its rows were lost: nothing else would say that it is done.
             validation = evaluate(eval_step, current.variables(), setup, config.eval_batches)
             log.validation(start, validation)
         for step in range(start + 1, config.steps + 1):
             move = fit_step if step <= fit_steps else train_step
-            current, values = move(current, sharding.put_batch(next(batches), where), *taught)
+            with meter.waiting():
+                batch = next(batches)
+            with profile.step(step):
+                current, values = move(current, sharding.put_batch(batch, where), *taught)
             log.train_step(step, values)
+            profile.after(step, values)
             if on_step is not None:
                 on_step(step)
             score, last = None, step == config.steps
             if step % config.eval_every == 0 or last:
                 log.read()
-                validation = evaluate(eval_step, current.variables(), setup, config.eval_batches)
-                score = validation["loss"]
-                log.validation(step, validation)
+                with meter.pausing():
+                    now = current.variables()
+                    validation = evaluate(eval_step, now, setup, config.eval_batches)
+                    score = validation["loss"]
+                    log.validation(step, validation)
             stopping = stop.agreed(step, config.log_every)
             if step % config.checkpoint_every == 0 or last or stopping:
                 noted = log.state()
-                place = {"data": _joined_state(batches), "validation": validation}
-                checkpoints.save(step, current, place | noted, score)
-                log.last_good = step
+                with meter.pausing():
+                    place = {"data": _joined_state(batches), "validation": validation}
+                    checkpoints.save(step, current, place | noted, score)
+                    log.last_good = step
             if stopping:
                 break
         checkpoints.wait()

@@ -1,6 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard if it is installed, the progress bar, and the
-loss plot.
-"""
+"""What a run writes down: metrics.jsonl, trackers beside it, and the loss plot."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from absl import logging
 
 from quweit_jax.reading import is_number, is_whole, parse_json, read_bytes
 from quweit_jax.training import files
+from quweit_jax.training.tracking import Tracker
 
 Row = dict[str, Any]
 
@@ -67,11 +66,11 @@ def evaluations(workdir: Path) -> list[Row]:
 
 
 class MetricsWriter:
-    """Appends rows {"step", "split", ...} to metrics.jsonl; opening it drops every row after
-    `step`, so a resume repeats none.
+    """Appends rows {"step", "split", ...} to metrics.jsonl, and gives them to the trackers; opening
+    it drops every row after `step`, so a resume repeats none.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, trackers: Sequence[Tracker] = ()):
         self.path = workdir / "metrics.jsonl"
         rows, bad = read_lines(self.path)
         if bad:
@@ -79,7 +78,7 @@ class MetricsWriter:
         kept = [row for row in rows if row["step"] <= step]
         files.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(workdir)
+        self._trackers = trackers
 
     def has_evaluation(self, step: int) -> bool:
         """Whether there is a row of an evaluation at a step."""
@@ -89,10 +88,8 @@ class MetricsWriter:
         """One line, at once; floats at full precision."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in row.items():
-                if key not in ("step", "split") and isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{row['split']}/{key}", value, row["step"])
+        for tracker in self._trackers:
+            tracker.write(row)
 
     def sync(self) -> None:
         """Forces the rows to disk: call before a checkpoint that counts on them.
@@ -107,16 +104,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def _tensorboard(workdir: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
-    except ImportError:
-        return None
-    return SummaryWriter(str(workdir / "tensorboard"))
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class NoMetrics(MetricsWriter):

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from quweit_jax.models import stack
 from quweit_jax.reading import read_json
-from quweit_jax.training import checksums, defaults, files, metrics, sharding
+from quweit_jax.training import checksums, defaults, files, metrics, sharding, starts
 from quweit_jax.training.checkpoints import Checkpoints, check_path
 from quweit_jax.training.setup import Setup, assemble
 
@@ -32,6 +32,8 @@ MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "eval_batch_si
     "keep",
     "prefetch",
     "sample_tokens",
+    "track",
+    "profile_steps",
 )
 MAY_CHANGE_UNDER = ("mesh.", "data.data_dir", "data.path", "data.tokenizer_path") + (
     "data.download",
@@ -86,8 +88,8 @@ def open_run(
     config, given = read_config(workdir), dict(overrides or {})
     for path, text in given.items():
         set_value(config, path, text)
-    _fit_mesh(config, [key.removeprefix("mesh.") for key in given if key.startswith("mesh.")])
-    setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False)
+    mesh = mesh_here(config, given)
+    setup = assemble(config, read_tokenizer(workdir), read_data=data, training=False, mesh=mesh)
     with Checkpoints(workdir, read_only=True) as saved:
         wanted = saved.best_step() if step is None else step
         if wanted is None:
@@ -105,11 +107,15 @@ def open_run(
     return OpenRun(setup.unscanned(), variables, wanted, damaged, changed)
 
 
-def _fit_mesh(config: Config, given: list[str]) -> None:
-    """How the training's devices were laid out belongs to them, not to the model."""
+def mesh_here(config: Config, overrides: Collection[str] = ()) -> sharding.MeshConfig:
+    """A saved run's mesh, as far as these devices allow: how those that trained it were laid out
+    belongs to them, not to the model.
+
+    overrides: config paths that a person has set; those of the mesh stay as they are.
+    """
     mesh = from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
-    with config.unlocked():
-        config.mesh.update(dataclasses.asdict(sharding.mesh_for_reading(mesh, given)))
+    given = [key.removeprefix("mesh.") for key in overrides if key.startswith("mesh.")]
+    return sharding.mesh_for_reading(mesh, given)
 
 
 def _data_changed(workdir: Path, setup: Setup) -> str:
@@ -199,9 +205,11 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
         yield
 
 
-def write_files(workdir: Path, setup: Setup) -> None:
-    """Writes config.json, tokenizer.json and environment.json of a claimed folder (process 0
-    only).
+def write_files(workdir: Path, setup: Setup, step: int = 0) -> None:
+    """Writes config.json, tokenizer.json and environment.json, which keeps a line of each start, of
+    a claimed folder (process 0 only).
+
+    step: where the run goes on.
     """
     if jax.process_index():
         return
@@ -210,12 +218,15 @@ def write_files(workdir: Path, setup: Setup) -> None:
     files.replace_json(workdir / "config.json", to_dict(setup.config))
     if setup.tokenizer is not None and not (workdir / "tokenizer.json").exists():
         files.replace_json(workdir / "tokenizer.json", setup.tokenizer.to_json())
-    environment = describe_environment() | {"data_fingerprint": setup.data.fingerprint}
+    described = describe_environment()
+    environment = described | {"data_fingerprint": setup.data.fingerprint}
     if setup.data.validation_fingerprint:
         environment["validation_fingerprint"] = setup.data.validation_fingerprint
     if setup.teacher is not None:
         environment["teacher_fingerprint"] = setup.teacher.fingerprint
-    files.replace_json(workdir / "environment.json", environment)
+    path = workdir / "environment.json"
+    environment["starts"] = [*starts.earlier(path), starts.entry(step, described)]
+    files.replace_json(path, environment)
 
 
 def describe_environment() -> dict[str, object]:

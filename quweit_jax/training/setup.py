@@ -21,7 +21,7 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, first_line
 from quweit_jax.models import stack
-from quweit_jax.training import distill, sharding, solve, state
+from quweit_jax.training import distill, profiling, sharding, solve, state, tracking
 from quweit_jax.training.defaults import check_types
 from quweit_jax.training.distill import DistillConfig
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -190,6 +190,7 @@ def assemble(
     data: Dataset | None = None,
     training: bool = True,
     devices: Sequence[object] | None = None,
+    mesh: sharding.MeshConfig | None = None,
 ) -> Setup:
     """Makes what a config describes; every mistake in it shows here, before any work.
 
@@ -197,7 +198,8 @@ def assemble(
       tokenizer: a trained run's. read_data: False leaves the corpus of such a run unread.
       data: instead of what the config names. training: False leaves the training batch unchecked,
         which need not divide over the devices on which a trained run is read back.
-      devices: others than this process's, to compile for.
+      devices: others than this process's, to compile for, all of which the batch has to divide.
+      mesh: instead of the config's, which stays the run's.
 
     Raises:
       InputError: a value is wrong, or the data cannot be read or don't fit the model.
@@ -205,8 +207,10 @@ def assemble(
     check_numbers(config)
     optimizer_config = from_mapping(OptimizerConfig, config.optimizer.to_dict(), "optimizer")
     distill_config = _distill_config(config)
-    mesh_config = from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
-    mesh = sharding.make_mesh(mesh_config, devices)
+    mesh_config = mesh or from_mapping(sharding.MeshConfig, config.mesh.to_dict(), "mesh")
+    at_a_time = config.batch_size // config.grad_accum
+    fits = at_a_time if training and devices is None else 0
+    made_mesh = sharding.make_mesh(mesh_config, devices, fits)
     if config.batch_size % config.grad_accum:
         raise InputError(
             f"grad_accum: batch_size {config.batch_size} cannot be cut into {config.grad_accum} "
@@ -214,7 +218,7 @@ def assemble(
         )
     if training:
         what = "batch_size / grad_accum" if config.grad_accum > 1 else "batch_size"
-        sharding.check_batch(config.batch_size // config.grad_accum, mesh, what)
+        sharding.check_batch(at_a_time, made_mesh, what)
     model_config = config.model.to_dict()
     models.build(model_config, 1)  # a wrong model key shows before the data is read
     data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
@@ -234,7 +238,7 @@ def assemble(
         models.build(model_config, data.outputs),
         optimizer_config,
         make_optimizer(optimizer_config, config.steps),
-        mesh,
+        made_mesh,
         data_config,
         distill_config,
     )
@@ -296,6 +300,8 @@ def check_numbers(config: Config) -> None:
             if config[name] < least:
                 expected = f"at least {least}" if least else "0 or more"
                 raise InputError(f"{name}: expected {expected}, found {config[name]}.")
+    tracking.check(config)
+    profiling.parse(config.get("profile_steps", ""))
     if not 0 <= config.seed < 2**32:
         raise InputError(
             f"seed: expected a whole number from 0 to {2**32 - 1}, found {config.seed}."

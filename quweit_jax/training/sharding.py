@@ -12,6 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,14 +68,27 @@ class MeshConfig:
 SECTIONS["mesh"] = lambda _: MeshConfig
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[object] | None = None) -> Mesh:
-    """The mesh over all devices (or the first of them, if the sizes are given and need fewer)."""
+def make_mesh(
+    config: MeshConfig, devices: Sequence[Any] | None = None, batch_size: int = 0
+) -> Mesh:
+    """The mesh over all devices (or the first of them, if the sizes are given and need fewer).
+
+    batch_size: an axis of -1 takes as many of the devices as divide so many examples; 0: all.
+
+    Raises:
+      InputError: the sizes need more devices than there are.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
-    if -1 in sizes:
+    if free := -1 in sizes:
         known = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+        at = sizes.index(-1)
+        sizes[at] = max(1, len(devices) // known)
+        shards = known // max(1, config.tensor) if AXES[at] != "tensor" else 0
+        sizes[at] = _dividing(sizes[at], known, batch_size, shards)
     needed = math.prod(sizes)
+    if free and needed < len(devices):
+        devices = _first_of_each_process(devices, needed)
     if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
         raise InputError(
             f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))} needs {needed} devices, "
@@ -83,8 +97,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[object] | None = None) -> Me
     return Mesh(np.asarray(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def _dividing(most: int, others: int, batch_size: int, shards: int) -> int:
+    """The largest size of an axis, up to `most`, with which the mesh divides a batch and takes as
+    many devices of every process; `most` if there is none.
+
+    others: devices beside this axis. shards: parts of the batch beside it, 0: it divides none.
+    """
+    for size in range(most, 0, -1) if batch_size and shards else ():
+        if batch_size % (size * shards) == 0 and size * others % jax.process_count() == 0:
+            return size
+    return most
+
+
+def _first_of_each_process(devices: Sequence[Any], count: int) -> list[Any]:
+    """So many devices, equally many of each process where that is possible."""
+    own: dict[int, list[Any]] = {}
+    for device in devices:
+        own.setdefault(device.process_index, []).append(device)
+    return [device for found in own.values() for device in found[: max(1, count // len(own))]]
+
+
 def mesh_for_reading(config: MeshConfig, given: Collection[str] = ()) -> MeshConfig:
-    """The mesh on which a saved run is read back: its own where the devices suffice, else the
+    """The mesh on which a saved run is read back, or goes on: its own where the devices suffice, else the
     largest shares of its axes that divide the devices; sizes in `given` stay as they are.
     """
     try:

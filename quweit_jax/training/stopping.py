@@ -11,10 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from quweit_jax.training import hosts
+
 
 class StopRequest:
     """A context manager that notes SIGTERM and SIGINT, and says so at once, for saving may take a
     while; a second one ends the program at once.
+
+    Where there are several processes, JAX notes SIGTERM, which is how schedulers give notice.
     """
 
     def __init__(self):
@@ -22,7 +26,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        ours = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+        for number in ours:
             try:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread: a notebook's own business
@@ -42,12 +47,16 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, step: int, every: int) -> bool:
-        """Whether to stop now; several processes decide together, every few steps.
-
-        JAX's own preemption notice needs several processes and knows no interrupt from a terminal.
+        """Whether to stop now, after a step; several processes decide together: within a few steps
+        of a SIGTERM to any of them, and every few steps about an interrupt from a terminal.
         """
         if jax.process_count() == 1:
             return self.signal is not None
+        if hosts.preempted(step):
+            self.signal = "SIGTERM"
+            if jax.process_index() == 0:
+                print(f"SIGTERM: all processes save step {step}", file=sys.stderr, flush=True)
+            return True
         return not step % every and agree(self.signal is not None)
 
 

@@ -483,7 +483,7 @@ def test_errors(sets, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         InputError,
-        match=r"data\.path: expected documents \(files ending in \.txt or \.jsonl\) in .*empty, found none",
+        match=r"data\.path: expected documents \(files ending in \.txt, \.jsonl, .*\) in .*empty, found none",
     ):
         document_folder(DataConfig(path=str(tmp_path / "empty")))
     with pytest.raises(

@@ -9,12 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from quweit_jax.training import loop, metrics
-from tests.conftest import REPOSITORY, read_checkpoint
+from tests.conftest import REPOSITORY, read_checkpoint, write_text
 
 VALUES = {"model.layers": 1, "mesh.data": 2, "log_every": 1, "checkpoint_every": 10}
 
@@ -25,25 +26,47 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(arguments: list[str], workdir: Path, count: int) -> list[subprocess.Popen]:
-    """A training command on each of `count` processes of one CPU device."""
+def start(
+    arguments: list[str],
+    workdir: Path,
+    count: int,
+    apart: bool = False,
+    folders: Sequence[Path] = (REPOSITORY, REPOSITORY),
+) -> list[subprocess.Popen]:
+    """A training command on each of `count` processes of one CPU device.
+
+    apart: each with a folder of its own in place of `workdir`. folders: where each is started.
+    """
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_NUM_CPU_DEVICES": "1",
     }
-    command = [sys.executable, "-m", "quweit_jax.train", *arguments, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "quweit_jax.train", *arguments]
+    workdirs = [workdir / str(i) if apart else workdir for i in range(count)]
     return [
         subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=os.environ | shared | {"JAX_PROCESS_ID": str(i)},
+            [*command, f"--workdir={workdirs[i]}"],
+            cwd=folders[i],
+            env=os.environ | shared | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(count)
     ]
+
+
+def wait_for_rows(workdir: Path, processes: list[subprocess.Popen]) -> None:
+    """Until the first row is written, or a process has ended."""
+    rows = workdir / "metrics.jsonl"
+    while not (rows.exists() and rows.stat().st_size) and all(
+        process.poll() is None for process in processes
+    ):
+        try:
+            processes[0].wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def losses(workdir: Path) -> dict[tuple[int, str], float]:
@@ -92,20 +115,55 @@ def test_processes_stop_together(tiny_arguments, tmp_path):
         tmp_path / "run",
         2,
     )
-    rows = tmp_path / "run" / "metrics.jsonl"
-    while not (rows.exists() and rows.stat().st_size) and all(
-        process.poll() is None for process in processes
-    ):
-        try:
-            processes[0].wait(0.05)
-        except subprocess.TimeoutExpired:
-            continue
+    wait_for_rows(tmp_path / "run", processes)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "SIGTERM: all processes save step" in outputs[0][1], (
+        "JAX's notice, not that of log_every"
+    )
     step = read_checkpoint(tmp_path / "run")["step"]
     assert 1 <= step < 100_000
     assert (
         f"stopped at step {step} of 100000, saved. To go on: python -m quweit_jax.train --workdir="
         in outputs[0][0]
     )
+
+
+def test_folders_that_are_not_shared_are_told_by_every_process(tiny_arguments, tmp_path):
+    processes = start(tiny_arguments(VALUES), tmp_path, 2, apart=True)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    said = [
+        next(line for line in text.splitlines() if line.startswith("error: "))
+        for _, text in outputs
+    ]
+    assert said[0].replace(f"{tmp_path}/0", f"{tmp_path}/1") == said[1]
+    assert said[0].startswith("error: --workdir: process 1 of 2 does not see at ")
+    assert not (tmp_path / "1").exists()
+    assert [path.name for path in (tmp_path / "0").iterdir()] in ([], [".lock"])
+
+
+def test_what_one_process_lacks_ends_all(tiny_arguments, tmp_path):
+    """The second one's data are missing; the first one's folder is left as it is."""
+    (tmp_path / "here").mkdir()
+    write_text(tmp_path / "here" / "text.txt")
+    values = VALUES | {"data.path": "text.txt"}
+    processes = start(
+        tiny_arguments(values), tmp_path / "run", 2, folders=(tmp_path / "here", tmp_path)
+    )
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert all("error: data.path: no file at text.txt" in text for _, text in outputs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_is_killed_ends_the_other(tiny_arguments, tmp_path):
+    values = VALUES | {"steps": 100_000, "checkpoint_every": 100_000, "eval_every": 100_000}
+    processes = start(tiny_arguments(values), tmp_path / "run", 2)
+    wait_for_rows(tmp_path / "run", processes)
+    processes[1].kill()
+    _, said = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1, said
+    assert "error: another process of this run has died" in said and "Traceback" not in said
+    processes[1].communicate()

@@ -145,6 +145,17 @@ def test_a_path_in_which_nothing_could_be_saved_is_refused(tiny_config, tmp_path
     assert not [p for p in tmp_path.iterdir() if p.name != experiment.name]
 
 
+def test_addresses_of_stores_are_refused_before_any_work(tiny_arguments, run, tmp_path):
+    for key in ("data.path", "data.data_dir", "data.tokenizer_path", "init_from", "teacher"):
+        new = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'new'}"]
+        with pytest.raises(InputError, match=rf"^{key}: expected a file or folder of this machine"):
+            train.main([*new, f"--config.{key}=gs://bucket/there"])
+    for to in ("stablehlo", "c"):
+        with pytest.raises(InputError, match=r"^--out: expected .* found s3://"):
+            export.main([f"--workdir={run}", f"--to={to}", "--out=s3://bucket/model.stablehlo"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_run_that_was_moved_is_read_wherever_that_can_be(run, tmp_path, capsys):
     """From a folder of any name but one with a backslash, which is named."""
     moved = tmp_path / "lr=[0.1] * ?" / "run"

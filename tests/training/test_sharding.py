@@ -4,14 +4,20 @@ first moment.
 
 from __future__ import annotations
 
+import json
+import signal
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from quweit_jax.commands import train
+from quweit_jax.config import load_module
 from quweit_jax.errors import InputError
-from quweit_jax.training import loop, metrics, sharding, state
+from quweit_jax.training import loop, metrics, rundir, sharding, state
 from quweit_jax.training.setup import assemble
+from tests.conftest import REPOSITORY
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.fsdp_size_limit": 256}
 
@@ -145,3 +151,83 @@ def test_rules():
         match=r"params/odd \[7, 9\] is above mesh.fsdp_size_limit = 10 but no dimension divides by fsdp = 2",
     ):
         sharding.spec_for("params/odd", (7, 9), mesh, 10)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "count", "expected"),
+    [
+        ({}, 12, 8, (6, 1, 1)),
+        ({}, 12, 5, (4, 1, 1)),
+        ({}, 7, 6, (1, 1, 1)),
+        ({"data": 1, "fsdp": -1}, 256, 7, (1, 4, 1)),
+        ({"fsdp": 2}, 12, 8, (3, 2, 1)),
+        ({"tensor": 4}, 3, 8, (1, 1, 4)),
+        ({"data": 1, "tensor": -1}, 3, 7, (1, 1, 7)),
+        ({}, 0, 7, (7, 1, 1)),
+    ],
+)
+def test_a_free_axis_takes_what_the_batch_allows(mesh, batch, count, expected):
+    made = sharding.make_mesh(sharding.MeshConfig(**mesh), jax.devices()[:count], batch)
+    assert tuple(made.shape.values()) == expected
+    assert list(made.devices.flat) == jax.devices()[: made.size]
+
+
+def test_every_variant_has_a_mesh_on_one_to_eight_devices():
+    """`make train` and each variant by itself, without an option."""
+    found = 0
+    for file in sorted((REPOSITORY / "experiments" / "configs").glob("[!_]*.py")):
+        module, _ = load_module(str(file))
+        for variant in getattr(module, "VARIANTS", None) or [None]:
+            config = module.get_config(variant)
+            mesh = sharding.MeshConfig(**config.mesh.to_dict())
+            batch = config.batch_size // config.grad_accum
+            for count in range(1, 9):
+                made = sharding.make_mesh(mesh, jax.devices()[:count], batch)
+                sharding.check_batch(batch, made)
+                # No fewer than half of the devices work, should the batch divide at all.
+                assert made.size >= min(count / 2, batch)
+            found += 1
+    assert found > 15
+
+
+def test_a_run_goes_on_on_eight_two_one_and_four_devices(tiny_config, tmp_path, capsys):
+    """Its losses are those of a run that was left alone."""
+    values = {"model.layers": 1, "model.mlp": "dense", "log_every": 1, "steps": 8} | {
+        "eval_every": 8,
+        "checkpoint_every": 2,
+    }
+    alone = train_losses(tiny_config(values), tmp_path / "alone")
+    for count, last in zip((8, 2, 1, 4), (2, 4, 6, 8)):
+        config = tiny_config(values | {"mesh.data": -1})
+
+        def stop(step, last=last):
+            if step == last:
+                signal.raise_signal(signal.SIGTERM)
+
+        here = sharding.MeshConfig(data=count)
+        setups = []
+        given = {"on_step": stop, "mesh": here, "announce": setups.append, "progress": False}
+        assert loop.fit(config, tmp_path / "run", **given).step == last
+        assert setups[0].mesh.size == count
+    train.announce(setups[0], tmp_path / "run")
+    assert "4 of 8 devices stay idle: 8 examples at a time are divided over data 4" in (
+        capsys.readouterr().out
+    )
+    losses = metrics.curve(metrics.read_rows(tmp_path / "run" / "metrics.jsonl"), "train")[1]
+    np.testing.assert_allclose(losses, alone, atol=1e-5)
+    assert rundir.read_config(tmp_path / "run").mesh.data == -1, "the run's own mesh is kept"
+
+
+def test_a_mesh_that_is_too_large_here_keeps_no_run_from_going_on(tiny_arguments, tmp_path):
+    """Without --config the saved mesh is a wish; what a person gives is not."""
+    small = {"model.layers": 1, "model.mlp": "none", "steps": 2, "eval_every": 2} | {
+        "checkpoint_every": 2
+    }
+    where = f"--workdir={tmp_path / 'run'}"
+    assert train.main([*tiny_arguments(small), where]) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved["mesh"] |= {"data": 16, "fsdp": 4}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    assert train.main([where, "--config.steps=4"]) == 0
+    with pytest.raises(InputError, match="mesh: data=16 x fsdp=1"):
+        train.main([where, "--config.steps=6", "--config.mesh.data=16", "--config.mesh.fsdp=1"])

@@ -17,6 +17,7 @@ from quweit_jax.deploy.hardware import benches, c_source, vectors, verilog
 from quweit_jax.deploy.hardware.circuit import Circuit
 from quweit_jax.deploy.hardware.description import Fit
 from quweit_jax.errors import InputError
+from quweit_jax.reading import check_local
 
 KINDS = ("verilog", "c")
 NAME = "dwn"  # of the top level and of the C functions
@@ -41,6 +42,7 @@ class Export:
 
 def check_target(out: Path, overwrite: bool = False) -> None:
     """Raises InputError unless `out` is a new or an empty folder, or may be written over."""
+    check_local(out, "--out", "write it here, and copy it")
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"--out: expected a folder, found the file {out}; give another name.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
