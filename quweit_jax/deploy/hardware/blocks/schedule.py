@@ -17,7 +17,7 @@ from quweit_jax.deploy.hardware.blocks.description import Block, GLUBlock, Table
 from quweit_jax.errors import InputError
 from quweit_jax.layers.integer import ACTIVATION_BITS
 
-SHORTEST = 4  # cycles that a result takes to be read
+SHORTEST = 8  # cycles from result to result, so that few lanes do
 _AROUND = 7  # cycles before the first sum, and behind the last bit of a multiplier
 _WORD = 1 << (ACTIVATION_BITS - 1)  # no word nor entry is larger
 
