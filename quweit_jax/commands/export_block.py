@@ -55,7 +55,8 @@ def run(
     print(
         f"block {number}, {found[number]}, of {block.features} features; exact on "
         f"{len(recorded.x):,} tokens of {len(images):,} validation images"
-        + f"; there are {', '.join(others)}, too (--block)" * bool(others)
+        + f"; there are {', '.join(others)}, too (--block)"
+        * bool(others)
     )
     if kind == "verilog":
         schedule = made.schedule

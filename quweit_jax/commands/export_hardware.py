@@ -87,9 +87,7 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
     others += ["word"] * (kind == "verilog" and args.word is not None)
     others += ["synthesize"] * (kind == "c" and args.synthesize)
     others += [
-        name
-        for name in ("pipeline", "parallel")
-        if kind == "c" and getattr(args, name) is not None
+        name for name in ("pipeline", "parallel") if kind == "c" and getattr(args, name) is not None
     ]
     if others:
         raise InputError(f"--{others[0]}: does not go with --to={kind}; leave it out.")

@@ -243,7 +243,14 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
     }
     layer_one = LAYER_ONE.format(wire_type=facts["wire_type"])
     functions = facts | calls | {"last": names[len(c.layers)]}
-    return _TYPES.format(**facts) + "\n".join(data) + "\n" + layer_one + "\n" + _FUNCTIONS.format(**functions)
+    return (
+        _TYPES.format(**facts)
+        + "\n".join(data)
+        + "\n"
+        + layer_one
+        + "\n"
+        + _FUNCTIONS.format(**functions)
+    )
 
 
 def layer_arrays(number: int, layer: Layer, wire_type: str) -> list[str]:

@@ -39,7 +39,9 @@ def record(model: nn.Module, packed: Tree, images: np.ndarray, block: int) -> To
     apply = jax.jit(lambda part: _recorded(model, packed, part, block))
     parts = [apply(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
     x, residual, y = (
-        np.concatenate([np.asarray(part[k], np.int64).reshape(-1, part[k].shape[-1]) for part in parts])
+        np.concatenate(
+            [np.asarray(part[k], np.int64).reshape(-1, part[k].shape[-1]) for part in parts]
+        )
         for k in range(3)
     )
     return Tokens(x, residual, y, len(x))

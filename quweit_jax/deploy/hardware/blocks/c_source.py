@@ -229,10 +229,5 @@ def _tables(block: TableBlock, name: str) -> tuple[list[str], str]:
 def bench(features: int, count: int, name: str) -> str:
     """The bench for `count` golden tokens, to be run where the vectors lie."""
     return _BENCH.format(
-        name=name,
-        passed=PASSED,
-        count=count,
-        features=features,
-        inputs=INPUTS,
-        expected=EXPECTED,
+        name=name, passed=PASSED, count=count, features=features, inputs=INPUTS, expected=EXPECTED
     )

@@ -52,7 +52,9 @@ class Branch:
         """Multipliers (d,) that have one shift in common, and that shift."""
         used = self.multiplier > 0
         shift = int(self.shift[used].max(initial=0))
-        found = [int(m) << (shift - int(s)) if m else 0 for m, s in zip(self.multiplier, self.shift)]
+        found = [
+            int(m) << (shift - int(s)) if m else 0 for m, s in zip(self.multiplier, self.shift)
+        ]
         spare = shift
         for value in found:
             spare = min(spare, (value & -value).bit_length() - 1) if value else spare
@@ -201,9 +203,7 @@ def from_packed(model: Any, packed: Tree, images: np.ndarray, block: int) -> Blo
     tables = find_blocks(model, packed, images)[f"{place}/mlp"]
     vectors = np.asarray(held["vectors"], np.int8)
     signed = bool(model.config.weightless.signed)
-    return TableBlock(
-        _encoder(held, tables.tables, tables.wiring), vectors, signed, bias, branches
-    )
+    return TableBlock(_encoder(held, tables.tables, tables.wiring), vectors, signed, bias, branches)
 
 
 def _branch(requantizer: Mapping[str, Any], name: str, features: int) -> Branch:

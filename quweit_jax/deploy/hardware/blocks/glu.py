@@ -9,7 +9,6 @@ Dimensions: d features, H units, of which `parallel` are made a cycle.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,34 +17,18 @@ from quweit_jax.deploy.hardware.blocks.description import GLUBlock
 from quweit_jax.deploy.hardware.blocks.parts import (
     Levels,
     Memory,
+    Parts,
+    accumulators,
     constant,
     index_bits,
     instance,
     module,
     trees,
 )
-from quweit_jax.deploy.hardware.blocks.schedule import (
-    Schedule,
-    glu_registers,
-    levels,
-    signed_bits,
-)
+from quweit_jax.deploy.hardware.blocks.schedule import Schedule, glu_registers, levels, signed_bits
 from quweit_jax.layers.integer import ACTIVATION_BITS
 
 _BITS = ACTIVATION_BITS  # of a word and of an entry
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a kind of block adds to the top level. what: the first line of the source. modules: text
-    of its modules, names: theirs. lines: of the top level.
-    """
-
-    what: str
-    modules: list[str]
-    names: tuple[str, ...]
-    memories: list[Memory]
-    lines: list[str]
 
 
 def parts(block: GLUBlock, schedule: Schedule, pipeline: int, name: str) -> Parts:
@@ -135,9 +118,10 @@ class _GLU:
         d, steps = self.block.features, Levels(self.pipeline)
         lines = self.memories["mix"].lines("row", "weights")
         terms = {}
-        for i, value in enumerate(self._values()):
-            terms[f"s_{i}"] = [self._term(f"x_{k}", "weights", i * d + k, lines, f"t_{i}_{k}")
-                               for k in range(d)]
+        for i in range(len(self._values())):
+            terms[f"s_{i}"] = [
+                self._term(f"x_{k}", "weights", i * d + k, lines, f"t_{i}_{k}") for k in range(d)
+            ]
         sums = trees(steps, terms, _BITS, self.depth)
         lines += steps.lines
         lines += [f"assign {v} = {s};" for v, s in zip(self._values(), sums)]
@@ -167,7 +151,10 @@ class _GLU:
             part = f"constants[{place + self.offset_bits - 1}:{place}]"
             now.append((steps.add(f"a_{i}", width, f"{value} - $signed({part})"), []))
         groups = [
-            [f"constants[{i * (each + self.group_bits) + each + b}]" for b in range(self.group_bits)]
+            [
+                f"constants[{i * (each + self.group_bits) + each + b}]"
+                for b in range(self.group_bits)
+            ]
             for i in range(self.schedule.parallel)
         ]
         groups = self._carried(steps, groups, 0)
@@ -230,15 +217,16 @@ class _GLU:
         bits, memory, lines = self.block.code_bits, self.memories["gate"], []
         ports = ["input clk"]
         for i in range(self.schedule.parallel):
-            ports += [f"input [{bits - 1}:0] code_{2 * i}", f"input [{bits - 1}:0] code_{2 * i + 1}"]
+            ports += [
+                f"input [{bits - 1}:0] code_{2 * i}",
+                f"input [{bits - 1}:0] code_{2 * i + 1}",
+            ]
             group = f"group_{i}, " if self.group_bits else ""
             address = f"{{{group}code_{2 * i}, code_{2 * i + 1}}}"
             lines += memory.lines(address, f"read_{i}", f"_{i}")
             lines.append(f"assign entry_{i} = read_{i};")
         ports += self._group_ports("input")
-        ports += [
-            f"output signed [{_BITS - 1}:0] entry_{i}" for i in range(self.schedule.parallel)
-        ]
+        ports += [f"output signed [{_BITS - 1}:0] entry_{i}" for i in range(self.schedule.parallel)]
         return module(f"{self.name}_gate", ports, lines)
 
     def _sum(self) -> str:
@@ -280,9 +268,7 @@ class _GLU:
             f"{self.name}_mix", "mix", [("clk", "clk"), ("row", "row"), *words, *sums]
         )
         lines += instance(
-            f"{self.name}_codes",
-            "codes",
-            [("clk", "clk"), ("row", delayed[tree]), *sums, *codes],
+            f"{self.name}_codes", "codes", [("clk", "clk"), ("row", delayed[tree]), *sums, *codes]
         )
         lines += instance(f"{self.name}_gate", "gate", [("clk", "clk"), *codes, *entries])
         control = [
@@ -296,18 +282,3 @@ class _GLU:
             "sum_up",
             [*control, ("row", delayed[every + 1]), *entries, ("sum", "sum")],
         )
-
-
-def accumulators(terms: Sequence[Sequence[str]], begin: Sequence[int], bits: int) -> list[str]:
-    """Lines of a sum a feature that `clear` begins, `add` adds its terms to, and `shift` moves down
-    by one; `sum` is the first.
-    """
-    features = len(terms)
-    lines = [f"reg signed [{bits - 1}:0] sum_{i};" for i in range(features)]
-    lines += ["assign sum = sum_0;", "always @(posedge clk)", "  if (clear) begin"]
-    lines += [f"    sum_{i} <= {constant(value, bits)};" for i, value in enumerate(begin)]
-    lines += ["  end else if (add) begin"]
-    lines += [f"    sum_{i} <= sum_{i} + {' + '.join(own)};" for i, own in enumerate(terms)]
-    lines += ["  end else if (shift) begin"]
-    lines += [f"    sum_{i} <= sum_{i + 1};" for i in range(features - 1)]
-    return [*lines, "  end"]

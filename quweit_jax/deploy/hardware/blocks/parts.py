@@ -31,7 +31,9 @@ def module(name: str, ports: Sequence[str], body: Sequence[str]) -> str:
 
 def instance(kind: str, name: str, wires: Sequence[tuple[str, str]]) -> list[str]:
     """Lines of an instance; wires: (port, what it is connected to)."""
-    ends = [f"  .{port}({wire}){',' * (i < len(wires) - 1)}" for i, (port, wire) in enumerate(wires)]
+    ends = [
+        f"  .{port}({wire}){',' * (i < len(wires) - 1)}" for i, (port, wire) in enumerate(wires)
+    ]
     return [f"{kind} {name} (", *ends, ");"]
 
 
@@ -69,6 +71,19 @@ class Memory:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a kind of block adds to the top level. what: the first line of the source. modules: text
+    of its modules, names: theirs. lines: of the top level.
+    """
+
+    what: str
+    modules: list[str]
+    names: tuple[str, ...]
+    memories: list[Memory]
+    lines: list[str]
+
+
 class Levels:
     """Lines of levels of logic with a register after every so many of them (0: none)."""
 
@@ -95,9 +110,7 @@ class Levels:
             self._clocked = []
 
 
-def trees(
-    levels: Levels, terms: dict[str, Sequence[str]], bits: int, depth: int
-) -> list[str]:
+def trees(levels: Levels, terms: dict[str, Sequence[str]], bits: int, depth: int) -> list[str]:
     """Trees of additions side by side, all of the same depth; the names of the sums."""
     now = {name: list(own) for name, own in terms.items()}
     for level in range(depth):
@@ -109,6 +122,21 @@ def trees(
             ]
         levels.end()
     return [own[0] for own in now.values()]
+
+
+def accumulators(terms: Sequence[Sequence[str]], begin: Sequence[int], bits: int) -> list[str]:
+    """Lines of a sum a feature that `clear` begins, `add` adds its terms to, and `shift` moves down
+    by one; `sum` is the first.
+    """
+    features = len(terms)
+    lines = [f"reg signed [{bits - 1}:0] sum_{i};" for i in range(features)]
+    lines += ["assign sum = sum_0;", "always @(posedge clk)", "  if (clear) begin"]
+    lines += [f"    sum_{i} <= {constant(value, bits)};" for i, value in enumerate(begin)]
+    lines += ["  end else if (add) begin"]
+    lines += [f"    sum_{i} <= sum_{i} + {' + '.join(own)};" for i, own in enumerate(terms)]
+    lines += ["  end else if (shift) begin"]
+    lines += [f"    sum_{i} <= sum_{i + 1};" for i in range(features - 1)]
+    return [*lines, "  end"]
 
 
 def requantizer(name: str, schedule: Schedule) -> tuple[str, list[Memory]]:
@@ -184,7 +212,9 @@ def _lane(name: str, schedule: Schedule) -> str:
     ]
     ours, our_bits = _product("a", "sum", schedule.sum_bits, bits, schedule.shifts[0])
     stream, stream_bits = _product("b", "stream", RESIDUAL_BITS, bits, schedule.shifts[1])
-    wide = max(min(max(our_bits, stream_bits), BRANCH_LIMIT.bit_length() + 1) + 1, RESIDUAL_BITS + 1)
+    wide = max(
+        min(max(our_bits, stream_bits), BRANCH_LIMIT.bit_length() + 1) + 1, RESIDUAL_BITS + 1
+    )
     high = (1 << (RESIDUAL_BITS - 1)) - 1
     low = -high - 1
     joined = [
@@ -210,9 +240,7 @@ def _lane(name: str, schedule: Schedule) -> str:
     return module(f"{name}_lane", ports, [*left, *ours, *stream, *joined])
 
 
-def _product(
-    name: str, source: str, width: int, bits: int, shift: int
-) -> tuple[list[str], int]:
+def _product(name: str, source: str, width: int, bits: int, shift: int) -> tuple[list[str], int]:
     """Lines that multiply, shift and round half to even, and the bits of the result."""
     total = max(width + bits, shift + 2)
     result = total - shift + 1

@@ -17,7 +17,8 @@ from quweit_jax.deploy.hardware.blocks.description import Block, GLUBlock, Table
 from quweit_jax.errors import InputError
 from quweit_jax.layers.integer import ACTIVATION_BITS
 
-SHORTEST = 8  # cycles from result to result, so that few lanes do
+_FEWEST = 4  # cycles from result to result: so long what a result is made of takes to be read
+_USUAL = 8  # with more, fewer lanes do
 _AROUND = 7  # cycles before the first sum, and behind the last bit of a multiplier
 _WORD = 1 << (ACTIVATION_BITS - 1)  # no word nor entry is larger
 
@@ -95,10 +96,14 @@ def plan(block: Block, parallel: int = 1, pipeline: int = 1) -> Schedule:
             + " A grouped sum makes one feature at a time." * grouped
         )
     rows = 0 if grouped else -(-terms // parallel)
-    depth = glu_registers(block, pipeline)[1] + 2 if isinstance(block, GLUBlock) else int(not grouped)
+    depth = (
+        glu_registers(block, pipeline)[1] + 2 if isinstance(block, GLUBlock) else int(not grouped)
+    )
     (ours, shift), (stream, stream_shift) = (branch.aligned() for branch in block.branches)
     bits = max(1, *(m.bit_length() for m in (*ours, *stream)))
-    every = min(max(SHORTEST, -(-rows // block.features)), bits + 1)
+    # a lane may not be asked for a token's first result before it is done with the last one's
+    longest = min(bits + 1, block.features + 3 + rows + depth)
+    every = max(_FEWEST, min(max(_USUAL, -(-rows // block.features)), longest))
     return Schedule(
         parallel,
         rows,
@@ -107,8 +112,8 @@ def plan(block: Block, parallel: int = 1, pipeline: int = 1) -> Schedule:
         (ours, stream),
         (shift, stream_shift),
         bits,
-        max(SHORTEST, every),
-        -(-(bits + 1) // max(SHORTEST, every)),
+        every,
+        -(-(bits + 1) // every),
         block.features,
     )
 
@@ -121,5 +126,3 @@ def _sum_bits(block: Block) -> int:
     terms = len(block.vectors) // (1 if block.vectors.ndim == 2 else block.features)
     most = bias + (_WORD * terms << int(block.signed))
     return signed_bits(-most, most)
-
-

@@ -5,9 +5,17 @@ feature as their results are due.
 
 from __future__ import annotations
 
+import numpy as np
+
 from quweit_jax.deploy.hardware.blocks.description import TableBlock
-from quweit_jax.deploy.hardware.blocks.glu import Parts, accumulators
-from quweit_jax.deploy.hardware.blocks.parts import Memory, index_bits, instance, module
+from quweit_jax.deploy.hardware.blocks.parts import (
+    Memory,
+    Parts,
+    accumulators,
+    index_bits,
+    instance,
+    module,
+)
 from quweit_jax.deploy.hardware.blocks.schedule import Schedule
 from quweit_jax.deploy.hardware.circuit import lookups
 from quweit_jax.deploy.hardware.verilog import Modules
@@ -32,7 +40,9 @@ def parts(block: TableBlock, schedule: Schedule, pipeline: int, name: str) -> Pa
         wires += [("step", "running"), ("add", f"went[{schedule.depth - 1}]"), ("row", "row")]
     else:
         wires += [("row", "place")]
-    joined = f"wire [{len(bits) - 1}:0] found = {{{', '.join(map(printed.outside, reversed(bits)))}}};"
+    joined = (
+        f"wire [{len(bits) - 1}:0] found = {{{', '.join(map(printed.outside, reversed(bits)))}}};"
+    )
     lines = [*(line[2:] for line in printed.instances()), joined]
     lines += instance(f"{name}_sum", "sum_up", [*wires, ("found", "found"), ("sum", "sum")])
     names = tuple(m for m in ("encoder", "tables") if printed.has(m))
@@ -69,18 +79,17 @@ def _term(bit: str, place: int, signed: bool) -> str:
 def _dense(block: TableBlock, schedule: Schedule, name: str) -> tuple[Memory, str]:
     tables, d = block.vectors.shape
     u, bits = schedule.parallel, schedule.sum_bits
-    padded = [[int(v) for v in vector] for vector in block.vectors]
-    padded += [[0] * d] * (schedule.rows * u - tables)
-    rows = [_row(sum(padded[i : i + u], [])) for i in range(0, len(padded), u)]
+    padded = np.zeros((schedule.rows, u * d), np.int64)
+    padded.reshape(-1)[: tables * d] = block.vectors.reshape(-1)
+    rows = [_row(row.tolist()) for row in padded]
     memory = Memory("vectors", rows, _BITS * d * u)
-    kept = "held >> " + str(u)
     lines = [
         *memory.lines("row", "vectors"),
         f"reg [{tables - 1}:0] held;",
         f"reg [{u - 1}:0] bits;",
         "always @(posedge clk) begin",
         "  if (load) held <= found;",
-        f"  else if (step) held <= {kept};",
+        f"  else if (step) held <= held >> {u};",
         f"  bits <= held[{u - 1}:0];",
         "end",
         "wire clear = load;",
@@ -120,9 +129,7 @@ def _grouped(block: TableBlock, schedule: Schedule, name: str) -> tuple[Memory, 
     ]
     terms = []
     for j in range(each):
-        lines.append(
-            f"wire signed [{_BITS}:0] t_{j} = {_term(f'held[{j}]', j, block.signed)};"
-        )
+        lines.append(f"wire signed [{_BITS}:0] t_{j} = {_term(f'held[{j}]', j, block.signed)};")
         terms.append(f"t_{j}")
     lines += [
         f"reg signed [{bits - 1}:0] total;",
