@@ -38,9 +38,7 @@ def run(
     from quweit_jax.deploy.hardware.blocks import activations, description, folder, verilog
 
     model = opened.setup.model
-    found = description.choices(model)
-    number = next(iter(found)) if options["block"] is None else options["block"]
-    description.check_block(model, number)
+    found, number = description.choices(model), chosen(model, options["block"])
     block = description.from_packed(model, packed, opened.setup.init_inputs, number)
     made = verilog.build(block, options["parallel"], options["pipeline"])
     images = _images(opened, options["examples"])
@@ -66,6 +64,20 @@ def run(
             f"{made.memory_bits:,} bits of read-only memory"
         )
     return made
+
+
+def chosen(model: object, number: int | None) -> int:
+    """The block that is asked for, or the first that can be exported.
+
+    Raises:
+      InputError: see `description.check_block`.
+    """
+    from quweit_jax.deploy.hardware.blocks import description
+
+    first = next(iter(description.choices(model)))
+    number = first if number is None else number
+    description.check_block(model, number)
+    return number
 
 
 def _images(opened: OpenRun, count: int) -> Any:

@@ -101,7 +101,6 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """
     from quweit_jax.commands import export_block
     from quweit_jax.deploy.hardware import circuit, description, folder
-    from quweit_jax.deploy.hardware.blocks.description import choices
     from quweit_jax.deploy.hardware.blocks.verilog import NAME as BLOCK_NAME
     from quweit_jax.deploy.pack import pack
     from quweit_jax.models.dwn import DWN
@@ -123,7 +122,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     blocks = not isinstance(setup.model, DWN)
     export_block.check_options(vars(args), blocks)
     if blocks:
-        choices(setup.model)  # says so before anything is packed
+        export_block.chosen(setup.model, options["block"])  # says so before anything is packed
     packed = pack(setup.model, opened.variables, setup.init_inputs)
     if blocks:
         made = export_block.run(

@@ -175,7 +175,7 @@ def test_what_is_no_circuit_is_said():
     grouped = blocks.tables(1, True)
     with pytest.raises(InputError, match="one feature at a time"):
         schedule.plan(grouped, 2)
-    with pytest.raises(InputError, match="^--pipeline"):
+    with pytest.raises(InputError, match=r"^--pipeline"):
         schedule.plan(grouped, 1, -1)
 
 
