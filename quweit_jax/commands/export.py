@@ -17,7 +17,7 @@ FORMS = ("stablehlo", "verilog", "c")
 
 def main(argv: Sequence[str]) -> int:
     """Writes a trained run as one StableHLO file that plain JAX runs without this project, or a
-    classifier made of tables as Verilog or C.
+    classifier made of tables or a transformer's block as Verilog or C.
     """
     args, overrides = cli.parse(_parser(), argv)
     check_choice("--to", args.to, FORMS)
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "export",
         "Writes a trained run as one StableHLO file, weights inside, and a description beside it; "
-        "or a classifier made of tables as a folder of Verilog or C.",
+        "or a classifier made of tables, or a block of an integer-only transformer, as a folder of "
+        "Verilog or C.",
         *("workdir", "step", "packed"),
     )
     parser.add_argument(

@@ -1,4 +1,6 @@
-"""python -m quweit_jax export --to=verilog|c --workdir=RUN: circuits and C of classifiers of tables."""
+"""python -m quweit_jax export --to=verilog|c --workdir=RUN: circuits and C of classifiers of tables
+and of blocks of integer-only transformers (`commands.export_block`).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,8 @@ DEFAULTS = {
     "pipeline": 1,
     "examples": 200,
     "word": 64,
+    "block": None,
+    "parallel": 1,
     "verify": False,
     "synthesize": False,
 }
@@ -40,14 +44,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline",
         type=int,
-        help="registers after every so many stages; 0 for none (default: 1; verilog)",
+        help="registers after every so many stages, of a block's sums after every so many levels; "
+        "0 for none (default: 1; verilog)",
     )
     group.add_argument(
         "--examples",
         type=int,
-        help="validation examples among the golden vectors; 0 for all (default: 200)",
+        help="validation examples, or a block's tokens, among the golden vectors; 0 for all "
+        "(default: 200)",
     )
     group.add_argument("--word", type=int, help="examples at a time in C: 32 or 64 (default: 64)")
+    group.add_argument(
+        "--block",
+        type=int,
+        help="of an integer-only transformer the block whose channel mixer is exported (default: "
+        "the first that can be)",
+    )
+    group.add_argument(
+        "--parallel",
+        type=int,
+        help="units of a LookupGLU, or vectors of a conditional sum, made or added a cycle "
+        "(default: 1; verilog)",
+    )
     group.add_argument(
         "--verify",
         action="store_true",
@@ -68,7 +86,9 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
     others = [name for name in ("packed", "step_function", "platforms") if getattr(args, name)]
     others += ["word"] * (kind == "verilog" and args.word is not None)
     others += ["synthesize"] * (kind == "c" and args.synthesize)
-    others += ["pipeline"] * (kind == "c" and args.pipeline is not None)
+    others += [
+        name for name in ("pipeline", "parallel") if kind == "c" and getattr(args, name) is not None
+    ]
     if others:
         raise InputError(f"--{others[0]}: does not go with --to={kind}; leave it out.")
     if args.examples is not None and args.examples < 0:
@@ -76,9 +96,14 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
-    """Writes a trained classifier of tables as Verilog or C, checks and synthesizes it as asked."""
+    """Writes a trained classifier of tables, or a block of an integer-only transformer, as Verilog
+    or C, checks and synthesizes it as asked.
+    """
+    from quweit_jax.commands import export_block
     from quweit_jax.deploy.hardware import circuit, description, folder
+    from quweit_jax.deploy.hardware.blocks.verilog import NAME as BLOCK_NAME
     from quweit_jax.deploy.pack import pack
+    from quweit_jax.models.dwn import DWN
     from quweit_jax.training import rundir
 
     options = {
@@ -91,10 +116,23 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     setup = opened.setup
     if setup.tokenizer is not None:
         raise InputError(
-            f"--to: expected a classifier made of tables (model dwn), found {args.workdir}, a "
-            "language model; export that as StableHLO."
+            "--to: expected a classifier made of tables (model dwn) or an integer-only ViT, found "
+            f"{args.workdir}, a language model; export that as StableHLO."
         )
+    blocks = not isinstance(setup.model, DWN)
+    export_block.check_options(vars(args), blocks)
+    if blocks:
+        export_block.chosen(setup.model, options["block"])  # says so before anything is packed
     packed = pack(setup.model, opened.variables, setup.init_inputs)
+    if blocks:
+        made = export_block.run(
+            opened, packed, out, args.to, options, _about(opened), args.overwrite
+        )
+        if options["verify"]:
+            _verify(out, args.to, BLOCK_NAME)
+        if options["synthesize"]:
+            export_block.synthesize(made)
+        return 0
     classifier, fit = description.from_packed(
         setup.model, packed, _inputs(setup.data.train), options["input_bits"]
     )
@@ -108,7 +146,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     print(f"wrote {out}: {', '.join(names)}")
     print("\n".join(_lines(made, fit, agreed)))
     if options["verify"]:
-        _verify(out, args.to)
+        _verify(out, args.to, folder.NAME)
     if options["synthesize"]:
         _synthesize(made)
     return 0
@@ -167,10 +205,10 @@ def _lines(made: Circuit, fit: Any, agreed: Mapping[str, int]) -> Sequence[str]:
     )
 
 
-def _verify(out: Path, kind: str) -> None:
+def _verify(out: Path, kind: str, name: str) -> None:
     from quweit_jax.deploy.hardware import tools
 
-    verdicts = tools.verify(out, kind)
+    verdicts = tools.verify(out, kind, name=name)
     for verdict in verdicts:
         print(f"{verdict.tool}: {verdict.text}")
     tools.check(verdicts)

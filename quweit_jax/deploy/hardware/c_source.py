@@ -37,7 +37,7 @@ void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score);
 
 """
 
-_FUNCTIONS = """
+LAYER_ONE = """
 static unsigned entry(const uint8_t *table, unsigned address) {{
   return (unsigned)(table[address >> 3] >> (address & 7u)) & 1u;
 }}
@@ -51,8 +51,9 @@ static void layer_one(const {wire_type} *wiring, const uint8_t *tables, unsigned
     out[j] = (uint8_t)entry(tables + j * bytes, address);
   }}
 }}
+"""
 
-int {name}_one(const {word_type} *x, unsigned *score) {{
+_FUNCTIONS = """int {name}_one(const {word_type} *x, unsigned *score) {{
   uint8_t a[WIDEST], b[WIDEST];
   uint32_t counts[CLASSES];
   int best = 0;
@@ -212,7 +213,7 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         "bits": scaling.bits,
         "word": word,
         "word_type": word_type(scaling.bits, scaling.signed),
-        "wire_type": _unsigned(max(widths)),
+        "wire_type": unsigned(max(widths)),
         "comparators": len(c.feature),
         "widest": max(widths),
         "score_bits": c.score_bits,
@@ -220,16 +221,16 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         "most_inputs": max(inputs),
     }
     data = [
-        _array("feature", _unsigned(len(ports) + 1), [places.get(int(f), 0) for f in c.feature]),
-        _array("threshold", "int32_t", c.threshold),
+        array("feature", unsigned(len(ports) + 1), [places.get(int(f), 0) for f in c.feature]),
+        array("threshold", "int32_t", c.threshold),
         *(
             line
             for i, layer in enumerate(c.layers)
-            for line in _layer(i, layer, facts["wire_type"])
+            for line in layer_arrays(i, layer, facts["wire_type"])
         ),
         f"#define VOTES {len(c.group)}",
-        _array("group", _unsigned(c.classes), c.group),
-        _array("offset", "uint32_t", c.offset),
+        array("group", unsigned(c.classes), c.group),
+        array("offset", "uint32_t", c.offset),
     ]
     names = ["a", "b"] * len(c.layers)
     calls = {
@@ -240,24 +241,34 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         )
         for how in ("one", "many")
     }
+    layer_one = LAYER_ONE.format(wire_type=facts["wire_type"])
     functions = facts | calls | {"last": names[len(c.layers)]}
-    return _TYPES.format(**facts) + "\n".join(data) + "\n" + _FUNCTIONS.format(**functions)
+    return (
+        _TYPES.format(**facts)
+        + "\n".join(data)
+        + "\n"
+        + layer_one
+        + "\n"
+        + _FUNCTIONS.format(**functions)
+    )
 
 
-def _layer(number: int, layer: Layer, wire_type: str) -> list[str]:
+def layer_arrays(number: int, layer: Layer, wire_type: str) -> list[str]:
+    """Definitions of a layer's wiring and tables."""
     tables = np.packbits(layer.tables, axis=1, bitorder="little").reshape(-1)
     return [
-        _array(f"wiring_{number}", wire_type, layer.wiring.reshape(-1)),
-        _array(f"tables_{number}", "uint8_t", tables),
+        array(f"wiring_{number}", wire_type, layer.wiring.reshape(-1)),
+        array(f"tables_{number}", "uint8_t", tables),
     ]
 
 
-def _unsigned(values: int) -> str:
+def unsigned(values: int) -> str:
     """The smallest unsigned type for 0 to values - 1."""
     return next(f"uint{size}_t" for size in (8, 16, 32) if values <= 1 << size)
 
 
-def _array(name: str, kind: str, values: Sequence[int] | np.ndarray) -> str:
+def array(name: str, kind: str, values: Sequence[int] | np.ndarray) -> str:
+    """A constant array's definition."""
     numbers = [str(int(v)) for v in values]
     rows = [", ".join(numbers[i : i + 20]) for i in range(0, len(numbers), 20)]
     body = ",\n  ".join(rows)

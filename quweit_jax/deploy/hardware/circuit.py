@@ -68,16 +68,7 @@ def build(classifier: Classifier, pipeline: int = 0) -> Circuit:
     if pipeline < 0:
         raise InputError(f"--pipeline: expected 0 or more stages, found {pipeline}.")
     made = _Builder(classifier, pipeline)
-    bits = made.end("encoder", made.encode())
-    for i, layer in enumerate(classifier.layers):
-        found = [
-            made.network.table(
-                entries, [bits[w] for w in wiring], "tables", f"layer {i}, table {j}"
-            )
-            for j, (entries, wiring) in enumerate(zip(layer.tables, layer.wiring))
-        ]
-        bits = made.end("tables", found, f"layer {i}")
-    decision, score = made.largest(made.count(bits))
+    decision, score = made.largest(made.count(made.look_up()))
     decision, score = made.finish([decision, score])
     return Circuit(
         classifier,
@@ -87,6 +78,15 @@ def build(classifier: Classifier, pipeline: int = 0) -> Circuit:
         made.latency,
         tuple(made.stages),
     )
+
+
+def lookups(classifier: Classifier) -> tuple[Network, list[int]]:
+    """The comparators and tables of a classifier alone, without registers, and the bits of its last
+    layer.
+    """
+    made = _Builder(classifier, 0)
+    bits = made.look_up()
+    return made.network, bits
 
 
 def _padded(bits: Sequence[int], width: int) -> list[int]:
@@ -133,6 +133,19 @@ class _Builder:
             return groups
         self.latency += 1
         return [[self.network.register(bit, "reduction") for bit in group] for group in groups]
+
+    def look_up(self) -> list[int]:
+        """The bits of the last layer of tables."""
+        bits = self.end("encoder", self.encode())
+        for i, layer in enumerate(self.classifier.layers):
+            found = [
+                self.network.table(
+                    entries, [bits[w] for w in wiring], "tables", f"layer {i}, table {j}"
+                )
+                for j, (entries, wiring) in enumerate(zip(layer.tables, layer.wiring))
+            ]
+            bits = self.end("tables", found, f"layer {i}")
+        return bits
 
     def encode(self) -> list[int]:
         """The bit of each comparator."""

@@ -130,11 +130,11 @@ class Fit:
 def evaluate(classifier: Classifier, words: np.ndarray) -> Outputs:
     """The classifier's outputs for words (N, F), bit for bit."""
     bits = words[:, classifier.feature] > classifier.threshold
-    return _decide(classifier, _look_up(classifier.layers, bits))
+    return _decide(classifier, look_up(classifier.layers, bits))
 
 
-def _look_up(layers: tuple[Layer, ...], bits: np.ndarray) -> np.ndarray:
-    """Bits (N, C) through all layers: bool (N, L)."""
+def look_up(layers: tuple[Layer, ...], bits: np.ndarray) -> np.ndarray:
+    """Bits of comparators (N, C) through all layers: bool (N, L)."""
     widest = max(layer.wiring.size for layer in layers)
     size, found = max(1, _AT_ONCE // max(1, widest)), []
     for start in range(0, max(1, len(bits)), size):
@@ -251,7 +251,7 @@ class _Wired:
         """The packed model's decisions on the training inputs."""
         encoded = (self.inputs[:, :, None] > self.thresholds).reshape(len(self.inputs), -1)
         layers = tuple(Layer(t, w) for t, w in zip(self.block.tables, self.block.wiring))
-        return _decide(classifier, _look_up(layers, encoded)).decision
+        return _decide(classifier, look_up(layers, encoded)).decision
 
     def _quantized(self, bits: int) -> tuple[Classifier, int]:
         """The classifier with words of so many bits, and how many wired training bits that

@@ -64,6 +64,15 @@ def write(export: Export, out: Path, *, overwrite: bool = False) -> list[str]:
         **_sources(export),
         "README.md": readme(export),
     }
+    return write_files(files, out)
+
+
+def write_files(files: Mapping[str, str], out: Path) -> list[str]:
+    """Writes texts by name into a folder, which is made; their names.
+
+    Raises:
+      InputError: nothing can be written there.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

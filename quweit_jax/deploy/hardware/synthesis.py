@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +63,35 @@ def synthesize(circuit: Circuit) -> Report:
     Raises:
       InputError: yosys isn't installed. RunError: it fails, or leaves cells unmapped.
     """
+    tool = yosys()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "circuit.v").write_text(as_cells(verilog(circuit, NAME)), encoding="utf-8")
+        found = {size: _modules(_run(tool, folder, size)) for size in SIZES}
+    return Report(version(tool), found)
+
+
+def yosys() -> str:
+    """The command that runs yosys; InputError where there is none."""
     tool = tools.installed("yosys")
     if tool is None:
         raise InputError(
             f"--synthesize: expected yosys, found none; install it ({tools.PACKAGES['yosys']})."
         )
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        (folder / "circuit.v").write_text(_as_cells(verilog(circuit, NAME)), encoding="utf-8")
-        found = {size: _modules(_run(tool, folder, size)) for size in SIZES}
-        version = subprocess.run([tool, "-V"], capture_output=True, text=True).stdout
-    return Report(" ".join(version.split()[:2]), found)
+    return tool
 
 
-def _as_cells(text: str) -> str:
-    """The same circuit with each table as yosys's own cell, so that it stays one."""
-    text = text[: text.rindex("// A table of 2**N")]
+def version(tool: str) -> str:
+    """A yosys's name and version."""
+    said = subprocess.run([tool, "-V"], capture_output=True, text=True).stdout
+    return " ".join(said.split()[:2])
+
+
+def as_cells(text: str, name: str = NAME) -> str:
+    """The same source with each table as yosys's own cell, so that it stays one."""
+    text = re.sub(r"// A table of 2\*\*N.*?endmodule\n", "", text, flags=re.DOTALL)
     for old, new in (
-        (f"  {NAME}_lookup #(.N(", "  \\$lut #(.WIDTH("),
+        (f"  {name}_lookup #(.N(", "  \\$lut #(.WIDTH("),
         (".TABLE(", ".LUT("),
         ("(.i({", "(.A({"),
         (".o(", ".Y("),
@@ -91,11 +102,21 @@ def _as_cells(text: str) -> str:
 
 def _run(tool: str, folder: Path, size: int) -> dict[str, Any]:
     """The netlist, as yosys writes it."""
-    script, out = folder / f"lut{size}.ys", folder / f"lut{size}.json"
-    names = {"file": "circuit.v", "top": NAME, "out": out.name}
-    script.write_text(_SCRIPT.format(cut=_CUT[size], size=size, **names), encoding="utf-8")
+    names = {"file": "circuit.v", "top": NAME, "out": f"lut{size}.json"}
+    script = _SCRIPT.format(cut=_CUT[size], size=size, **names)
+    return netlist(tool, folder, script, names["out"])
+
+
+def netlist(tool: str, folder: Path, script: str, name: str) -> dict[str, Any]:
+    """What a script of yosys, run in a folder, writes into the file `name` there.
+
+    Raises:
+      RunError: it fails.
+    """
+    out = folder / name
+    out.with_suffix(".ys").write_text(script, encoding="utf-8")
     said = subprocess.run(
-        [tool, "-q", "-s", script.name], cwd=folder, capture_output=True, text=True
+        [tool, "-q", "-s", out.with_suffix(".ys").name], cwd=folder, capture_output=True, text=True
     )
     if said.returncode or not out.exists():
         raise RunError(f"--synthesize: {tool} failed: {(said.stdout + said.stderr)[-1500:]}")
@@ -127,17 +148,23 @@ def _count(name: str, cells: Mapping[str, Any], modules: Mapping[str, Any]) -> S
 
 def _depth(tables: list[Any]) -> int:
     """The longest chain of tables."""
-    makers = {cell["connections"]["Y"][0]: cell["connections"]["A"] for cell in tables}
+    makers = {cell["connections"]["Y"][0]: (cell["connections"]["A"], 1) for cell in tables}
+    return longest(makers)
+
+
+def longest(makers: Mapping[Any, tuple[Sequence[Any], int]]) -> int:
+    """The longest way through logic. makers: of each bit, what it is made of and what that adds."""
     depths: dict[object, int] = {}
     for root in makers:
         stack = [root]
         while stack:
             bit = stack[-1]
-            inputs = [source for source in makers[bit] if source in makers]
+            sources, own = makers[bit]
+            inputs = [source for source in sources if source in makers]
             if waiting := [source for source in inputs if source not in depths]:
                 stack += waiting
                 continue
-            depths[bit] = 1 + max((depths[source] for source in inputs), default=0)
+            depths[bit] = own + max((depths[source] for source in inputs), default=0)
             stack.pop()
     return max(depths.values(), default=0)
 

@@ -24,16 +24,17 @@ PACKAGES = {
 _STRICT = "-std=c99 -O1 -Wall -Wextra -Werror -fsanitize=undefined"
 # What is undefined ends the bench; by a trap, clang needs no library for that.
 _STOPS = {"gcc": "-fno-sanitize-recover", "clang": "-fsanitize-trap=undefined"}
-# What checks an exported folder of each kind, by tool: shell commands, run in a copy of it.
+# What checks an exported folder of each kind, by tool: shell commands, run in a copy of it; {name} is
+# the top level's.
 CHECKS = {
     "verilog": {
-        "iverilog": f"iverilog -g2001 -o bench bench.v {NAME}.v && vvp -n bench",
+        "iverilog": "iverilog -g2001 -o bench bench.v {name}.v && vvp -n bench",
         "verilator": "verilator --cc --exe --build -Wno-fatal -CFLAGS -O1 -MAKEFLAGS "
-        f"'OPT_FAST=-O1 OPT_SLOW=-O0' --top-module {NAME} {NAME}.v bench.cpp && "
-        f"obj_dir/V{NAME}",
+        "'OPT_FAST=-O1 OPT_SLOW=-O0' --top-module {name} {name}.v bench.cpp && "
+        "obj_dir/V{name}",
     },
     "c": {
-        compiler: f"{compiler} {_STRICT} {stops} -o bench bench.c {NAME}.c && ./bench"
+        compiler: f"{compiler} {_STRICT} {stops} -o bench bench.c {{name}}.c && ./bench"
         for compiler, stops in _STOPS.items()
     },
 }
@@ -55,11 +56,13 @@ def installed(tool: str) -> str | None:
     return found and Path(found).name
 
 
-def verify(folder: Path, kind: str, tools: Sequence[str] | None = None) -> list[Verdict]:
+def verify(
+    folder: Path, kind: str, tools: Sequence[str] | None = None, name: str = NAME
+) -> list[Verdict]:
     """Runs the benches of an exported folder by every tool that is installed, on copies of it.
 
     Args:
-      kind: 'verilog' or 'c'. tools: some of CHECKS[kind]; None for all.
+      kind: 'verilog' or 'c'. tools: some of CHECKS[kind]; None for all. name: of the top level.
 
     Raises:
       InputError: none of them is installed; names what installs them.
@@ -70,7 +73,7 @@ def verify(folder: Path, kind: str, tools: Sequence[str] | None = None) -> list[
         raise InputError(
             f"--verify: expected one of {', '.join(checks)}, found none. Install one ({every})."
         )
-    return [_run(folder, tool, command) for tool, command in checks.items()]
+    return [_run(folder, tool, command.format(name=name)) for tool, command in checks.items()]
 
 
 def _run(folder: Path, tool: str, command: str) -> Verdict:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quweit_jax.deploy.hardware.circuit import MODULES, Circuit
-from quweit_jax.deploy.hardware.network import Node
+from quweit_jax.deploy.hardware.network import Network, Node
 
 LOOKUP = "lookup"  # the module of a table, behind the circuit's name
 _HEADER = """// {name}: {classes} classes from {ports} words of {bits} bits, {sign}.
@@ -46,36 +46,49 @@ def words(circuit: Circuit, name: str = "dwn") -> list[str]:
     ]
 
 
-class _Printer:
-    """Prints the signals that the outputs need."""
+class Modules:
+    """Prints the modules of a network, those signals that the outputs need, and how a top level
+    holds them, where the bits of a word x_3 are x_3[0], x_3[1], ...
+    """
 
-    def __init__(self, circuit: Circuit, name: str):
-        self.circuit, self.name = circuit, name
-        self.nodes = circuit.network.nodes
-        self.signals = circuit.network.used(circuit.outputs)
+    def __init__(self, network: Network, outputs: Sequence[int], name: str):
+        self.name = name
+        self.nodes = network.nodes
+        self.signals = network.used(outputs)
         self.readers: dict[int, set[str]] = {signal: set() for signal in self.signals}
         for signal in self.signals:
             for source in self.nodes[signal].inputs:
                 self.readers[source].add(self.nodes[signal].module)
-        for signal in circuit.outputs:
+        for signal in outputs:
             self.readers[signal].add("")
 
-    def text(self) -> str:
-        c, scaling = self.circuit.classifier, self.circuit.classifier.scaling
-        edges = self.circuit.latency
-        header = _HEADER.format(
-            name=self.name,
-            classes=c.classes,
-            ports=len(self.circuit.ports()),
-            bits=scaling.bits,
-            sign="two's complement" if scaling.signed else "unsigned",
-            low=scaling.low,
-            high=scaling.high,
-            latency=f"{edges} edges of clk" if edges else "none, all is combinational",
-        )
-        modules = [self._module(module) for module in MODULES if self._own(module)]
-        lookup = _LOOKUP.format(name=f"{self.name}_{LOOKUP}")
-        return "\n".join([header + self._top(), *modules]) + lookup
+    def modules(self) -> list[str]:
+        """The text of each module that has something in it, and of a table's."""
+        found = [self._module(module) for module in MODULES if self._own(module)]
+        return [*found, _LOOKUP.format(name=f"{self.name}_{LOOKUP}")]
+
+    def instances(self) -> list[str]:
+        """Lines of the top level: the wires between the modules, and the modules."""
+        lines = [
+            f"  wire {self._name(s)};"
+            for s in self.signals
+            if self.nodes[s].module and self.readers[s] - {self.nodes[s].module}
+        ]
+        for module in MODULES:
+            if self._own(module):
+                lines += self._instance(module)
+        return lines
+
+    def has(self, module: str) -> bool:
+        """Whether there is anything in a module."""
+        return bool(self._own(module))
+
+    def outside(self, signal: int) -> str:
+        """A signal as the top level calls it."""
+        node = self.nodes[signal]
+        if node.kind == "input":
+            return "x_{1}[{2}]".format(*node.name.split("_"))
+        return node.name
 
     def _own(self, module: str) -> list[int]:
         return [s for s in self.signals if self.nodes[s].module == module]
@@ -122,21 +135,48 @@ class _Printer:
             f"(.i({{{wires}}}), .o({node.name}));  // {node.note}"
         )
 
+    def _instance(self, module: str) -> list[str]:
+        inputs, outputs = self._interface(module)
+        clocked = any(self.nodes[s].kind == "register" for s in self._own(module))
+        wires = [".clk(clk)"] * clocked
+        wires += [f".{self._name(s)}({self.outside(s)})" for s in (*inputs, *outputs)]
+        return [
+            f"  {self.name}_{module} {module} (",
+            *(f"    {wire}{',' * (i < len(wires) - 1)}" for i, wire in enumerate(wires)),
+            "  );",
+        ]
+
+
+class _Printer(Modules):
+    """Prints a classifier's circuit."""
+
+    def __init__(self, circuit: Circuit, name: str):
+        super().__init__(circuit.network, circuit.outputs, name)
+        self.circuit = circuit
+
+    def text(self) -> str:
+        c, scaling = self.circuit.classifier, self.circuit.classifier.scaling
+        edges = self.circuit.latency
+        header = _HEADER.format(
+            name=self.name,
+            classes=c.classes,
+            ports=len(self.circuit.ports()),
+            bits=scaling.bits,
+            sign="two's complement" if scaling.signed else "unsigned",
+            low=scaling.low,
+            high=scaling.high,
+            latency=f"{edges} edges of clk" if edges else "none, all is combinational",
+        )
+        *modules, lookup = self.modules()
+        return "\n".join([header + self._top(), *modules]) + lookup
+
     def _top(self) -> str:
         ports = words(self.circuit)
         lines = [f"module {self.name} ("]
         lines += [f"  {port}{',' * (i < len(ports) - 1)}" for i, port in enumerate(ports)]
-        lines += [");", *self._valid()]
-        lines += [
-            f"  wire {self._name(s)};"
-            for s in self.signals
-            if self.nodes[s].module and self.readers[s] - {self.nodes[s].module}
-        ]
-        for module in MODULES:
-            if self._own(module):
-                lines += self._instance(module)
+        lines += [");", *self._valid(), *self.instances()]
         for port, bits in (("decision", self.circuit.decision), ("score", self.circuit.score)):
-            wires = ", ".join(self._outside(s) for s in reversed(bits))
+            wires = ", ".join(self.outside(s) for s in reversed(bits))
             lines.append(f"  assign {port} = {{{wires}}};")
         return "\n".join([*lines, "endmodule", ""])
 
@@ -153,21 +193,3 @@ class _Printer:
             "  end",
             f"  assign valid_out = valid[{latency - 1}];",
         )
-
-    def _outside(self, signal: int) -> str:
-        """A signal as the top level calls it."""
-        node = self.nodes[signal]
-        if node.kind == "input":
-            return "x_{1}[{2}]".format(*node.name.split("_"))
-        return node.name
-
-    def _instance(self, module: str) -> list[str]:
-        inputs, outputs = self._interface(module)
-        clocked = any(self.nodes[s].kind == "register" for s in self._own(module))
-        wires = [".clk(clk)"] * clocked
-        wires += [f".{self._name(s)}({self._outside(s)})" for s in (*inputs, *outputs)]
-        return [
-            f"  {self.name}_{module} {module} (",
-            *(f"    {wire}{',' * (i < len(wires) - 1)}" for i, wire in enumerate(wires)),
-            "  );",
-        ]

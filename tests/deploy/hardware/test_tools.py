@@ -165,7 +165,7 @@ def test_a_fault_in_the_drawing_is_caught(tmp_path, digits, fault, monkeypatch):
 def test_golden_vectors_have_ties_and_let_every_class_win(digits):
     classifier, words = digits
     bits = words[:, classifier.feature] > classifier.threshold
-    last = description._look_up(classifier.layers, bits)
+    last = description.look_up(classifier.layers, bits)
     counts = np.stack([last[:, classifier.group == k].sum(1) for k in range(10)], 1)
     tied = (counts == counts.max(1, keepdims=True)).sum(1) > 1
     assert tied.sum() >= 25

@@ -1,0 +1,154 @@
+"""The C file of a trained classifier of tables against its packed form in JAX, on one core.
+
+taskset -c 0 python benchmarks/hardware_c.py --workdir=RUN [--rounds=15] [--images=10000]
+    [--compiler=gcc] [--out=FILE]
+
+Both classify the same validation images in one process, in turn: the packed model from float32
+images, as it takes them, and the C functions from words (what input_scaling.json makes of images;
+making them is timed by itself). Decisions are compared first; with any difference the status is 1.
+Beside that, the size of the compiled file, and of files of the sizes of published classifiers, whose
+tables are drawn and not trained: a size does not depend on what is in them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import timing
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from quweit_jax.data.pipeline import eval_batches
+from quweit_jax.deploy.hardware import c_source, circuit, description
+from quweit_jax.deploy.hardware.description import Classifier
+from quweit_jax.deploy.pack import pack
+from quweit_jax.models.dwn import DWN, DWNConfig
+from quweit_jax.training import rundir
+
+PUBLISHED = (690, 2050, 4080, 4600)  # tables; arXiv 2410.11112
+WORD = 64
+
+
+def compiled(classifier: Classifier, place: Path, flags: str, compiler: str) -> Path:
+    """The classifier's C file, compiled."""
+    ports = circuit.build(classifier).ports()
+    (place / "dwn.c").write_text(c_source.source(classifier, ports, "dwn", WORD))
+    out = place / ("dwn.so" if "-shared" in flags else "dwn.o")
+    subprocess.run(
+        [compiler, "-std=c99", *flags.split(), "-o", out, "dwn.c"], cwd=place, check=True
+    )
+    return out
+
+
+def size(classifier: Classifier, compiler: str) -> int:
+    """Bytes of code and constants, by `size`."""
+    with tempfile.TemporaryDirectory() as place:
+        made = compiled(classifier, Path(place), "-Os -c", compiler)
+        said = subprocess.run(["size", made], capture_output=True, text=True, check=True).stdout
+    text, data, bss = (int(field) for field in said.splitlines()[1].split()[:3])
+    return text + data + bss
+
+
+def drawn(tables: int, inputs: np.ndarray) -> Classifier:
+    """A classifier of a published size that is not trained."""
+    config = DWNConfig(10, (tables,), 6, thermometer="uniform", thermometer_bits=3)
+    model = DWN(config)
+    packed = pack(model, jax.device_get(model.init(jax.random.key(0), inputs[:64])), inputs[:64])
+    return description.from_packed(model, packed, inputs, 4)[0]
+
+
+def images(examples: Any, limit: int = 0) -> np.ndarray:
+    """Inputs (N, ...) float32 of a split."""
+    batches = eval_batches(examples, 250, -(-limit // 250) if limit else 0)
+    return np.concatenate([batch["inputs"][batch["weights"] > 0] for batch in batches])
+
+
+def main() -> int:
+    parser = timing.parser(__doc__, rounds=15)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--compiler", default="gcc")
+    args = parser.parse_args()
+    opened = rundir.open_run(args.workdir, None, {})
+    setup = opened.setup
+    packed = pack(setup.model, opened.variables, setup.init_inputs)
+    training = images(setup.data.train)
+    classifier, _ = description.from_packed(setup.model, packed, training)
+    ports, scaling = circuit.build(classifier).ports(), classifier.scaling
+    shown = images(setup.data.validation)[: args.images]
+    count, padded = len(shown), -(-len(shown) // WORD) * WORD
+    flat = shown.reshape(count, -1)[:, ports]
+    kind = np.dtype(c_source.word_type(scaling.bits, scaling.signed).removesuffix("_t"))
+    words = np.zeros((padded, len(ports)), kind)
+    words[:count] = scaling.words(flat)
+    decision, score = (np.zeros(padded, np.uint32) for _ in range(2))
+    one_of = np.zeros(count, np.int64)
+    with tempfile.TemporaryDirectory() as place:
+        made = compiled(classifier, Path(place), "-O2 -shared -fPIC", args.compiler)
+        library = ctypes.CDLL(str(made))
+    given, chosen, counted = (a.ctypes.data for a in (words, decision, score))
+    row = words.strides[0]
+
+    def many() -> None:
+        for start in range(0, padded, WORD):
+            library.dwn_many(
+                ctypes.c_void_p(given + start * row),
+                ctypes.c_void_p(chosen + 4 * start),
+                ctypes.c_void_p(counted + 4 * start),
+            )
+
+    def one() -> None:
+        for i in range(count):
+            one_of[i] = library.dwn_one(
+                ctypes.c_void_p(given + i * row), ctypes.c_void_p(counted + 4 * i)
+            )
+
+    apply = jax.jit(lambda x: setup.model.apply(packed, x).argmax(-1))
+    on_device = jax.device_put(shown)
+
+    def in_jax() -> np.ndarray:
+        return np.asarray(apply(on_device))
+
+    expected = in_jax()
+    many()
+    one()
+    differ = int((decision[:count] != expected).sum() + (one_of != expected).sum())
+    base = "packed, JAX"
+    contenders = {
+        base: in_jax,
+        f"C, {WORD} at a time": many,
+        "C, one at a time": one,
+        "words of images, NumPy": lambda: scaling.words(flat),
+    }
+    found = timing.summary(timing.samples(contenders, args.rounds))
+    sizes = {
+        str(tables): size(drawn(tables, training[:2000]), args.compiler) for tables in PUBLISHED
+    }
+    own = size(classifier, args.compiler)
+    lines = [
+        timing.machine(),
+        timing.cores(),
+        f"{count:,} validation images, {sum(len(l.tables) for l in classifier.layers):,} tables, "
+        f"{len(classifier.feature):,} comparators, words of {scaling.bits} bits: {differ} decisions "
+        f"of {2 * count:,} differ from the packed model's; {args.compiler} -O2",
+        timing.spread_table(found, base),
+        f"compiled with -Os, code and constants: {own:,} bytes",
+        "of the published sizes, tables of 6 inputs, 3 thresholds a pixel: "
+        + ", ".join(f"{int(n):,} tables {bytes_:,}" for n, bytes_ in sizes.items()),
+    ]
+    print("\n".join(lines))
+    timing.write(args.out, lines)
+    facts = {"images": count, "different": differ, "times": found, "bytes": own, "published": sizes}
+    timing.write_json(args.out, {"machine": timing.machine(), **facts})
+    return int(differ > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
