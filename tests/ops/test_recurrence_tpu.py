@@ -13,7 +13,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.ops.kernels import choice
 from quweit_jax.ops.recurrence import gated_recurrence
 from tests.ops.test_recurrence import case, loop, run
-from tests.ops.tpu import DRAWS, compiled_for_tpu, shape
+from tests.ops.tpu import DRAWS
 
 
 def check(steps, batch, features, dtype="float32"):
@@ -93,9 +93,3 @@ def test_refused_where_it_is_not():
         gated_recurrence(x, x, implementation="pallas")
     with choice.interpreted(), jax.enable_x64(True), pytest.raises(InputError, match="float64"):
         gated_recurrence(x.astype("float64"), x, implementation="pallas")
-
-
-def test_compiles_for_a_tpu():
-    x = shape(2, 64, 256)
-    text = compiled_for_tpu(jax.value_and_grad(loss, argnums=(0, 1, 2)), x, x, shape(2, 256))
-    assert "recurrence_forward" in text and "recurrence_backward" in text
