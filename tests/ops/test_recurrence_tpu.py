@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -13,7 +13,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.ops.kernels import choice
 from quweit_jax.ops.recurrence import gated_recurrence
 from tests.ops.test_recurrence import case, loop, run
-from tests.ops.tpu import DRAWS
+from tests.ops.tpu import drawn
 
 
 def check(steps, batch, features, dtype="float32"):
@@ -30,7 +30,7 @@ def check(steps, batch, features, dtype="float32"):
         np.testing.assert_allclose(np.asarray(one, np.float64), expected, atol=atol, rtol=0)
 
 
-@settings(deadline=None, max_examples=DRAWS, derandomize=True)
+@drawn
 @given(st.integers(1, 40), st.integers(1, 3), st.sampled_from([1, 3, 130]), st.sampled_from("fb"))
 def test_values_final_states_and_gradients(steps, batch, features, dtype):
     check(steps, batch, features, {"f": "float32", "b": "bfloat16"}[dtype])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -73,6 +75,28 @@ def call(
     return run
 
 
+def each(count: int) -> Callable[[Callable[[Any], None]], None]:
+    """A decorator that calls a function of 0, 1, ..., written out when it is compiled; a loop, quick
+    to compile, when kernels are interpreted.
+    """
+
+    def run(body: Callable[[Any], None]) -> None:
+        if choice.is_interpreted():
+            pl.loop(0, count)(body)
+        else:
+            for i in range(count):
+                body(i)
+
+    return run
+
+
+def added(count: int, term: Callable[[Any], Array]) -> Array:
+    """term(0) + term(1) + ..., written out as `each` does."""
+    if choice.is_interpreted():
+        return jax.lax.fori_loop(1, count, lambda i, total: total + term(i), term(0))
+    return functools.reduce(jnp.add, map(term, range(count)))
+
+
 def over_devices(
     function: Callable[..., Any],
     division: choice.Division | None,
@@ -89,7 +113,7 @@ def over_devices(
     """
     if division is None:
         return function
-    divides = length % division.parts == 0
+    divides = _divides(division, length)
 
     def spec(axis: int | None) -> P:
         return P() if axis is None or not divides else P(*[None] * axis, division.axes)
@@ -101,3 +125,16 @@ def over_devices(
         out_specs=jax.tree.map(spec, out_axes, is_leaf=lambda axis: axis is None),
         check_vma=False,
     )
+
+
+def total(
+    x: Shaped[Array, "..."], division: choice.Division | None, length: int
+) -> Shaped[Array, "..."]:
+    """In a function of `over_devices`: the sum over devices of what each made of its part."""
+    if division is None or not _divides(division, length):
+        return x
+    return jax.lax.psum(x, division.axes)
+
+
+def _divides(division: choice.Division, length: int) -> bool:
+    return length % division.parts == 0
