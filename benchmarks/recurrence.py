@@ -27,7 +27,7 @@ def contenders(steps: int, batch: int, features: int, backward: bool):
     return {
         implementation: make(implementation)
         for implementation in IMPLEMENTATIONS
-        if implementation != "auto"
+        if implementation not in ("auto", "pallas")
     }
 
 

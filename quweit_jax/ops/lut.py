@@ -14,9 +14,10 @@ from __future__ import annotations
 import functools
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -27,7 +28,7 @@ from jaxtyping import Float, Float64, Int, Shaped
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.ops.fusion import no_fusion
 from quweit_jax.ops.kernels import lut_reference, lut_xla
-from quweit_jax.ops.kernels.choice import anywhere, choose
+from quweit_jax.ops.kernels.choice import Division, Hindrance, anywhere, choose, division, platform
 
 MAX_LUT_INPUTS = 8
 DECAYS = ("exponential", "harmonic")
@@ -109,8 +110,6 @@ def finite_differences(tables: Float[Array, "L A"], weighting: EFD) -> Float[Arr
     return jnp.einsum("lra,ja->ljr", matrix, tables.astype(jnp.float32), precision="highest")
 
 
-# implementation -> (what hinders it, its functions), the fastest first
-_OFFERED = {"xla": anywhere, "reference": anywhere}
 _FORMS: dict[str, ModuleType] = {"xla": lut_xla, "reference": lut_reference}
 
 
@@ -119,30 +118,72 @@ class _How(NamedTuple):
 
     weighting: EFD
     implementation: str
+    division: Division | None
+
+
+def _choose(asked: str | None, weighting: EFD, sizes: tuple[Any, Any, int]) -> _How:
+    """How to look up F bits of T tokens in L tables, sizes (F, T, L)."""
+    offered: dict[str, Hindrance] = dict.fromkeys(_FORMS, anywhere)
+    if asked == "pallas" or (asked is None and platform() == "tpu"):
+        known = not any(map(jax.export.is_symbolic_dim, sizes))
+        kernels = _kernels()
+        if asked or (known and kernels.is_worth(*sizes[1:])):
+            offered = {"pallas": kernels.hindrance(sizes[0], known)} | offered
+    chosen = choose("lut_lookup", asked, offered)
+    if chosen != "pallas":
+        return _How(weighting, chosen, None)
+    return _How(weighting, chosen if all(sizes) else "xla", division())
+
+
+def _kernels() -> ModuleType:
+    from quweit_jax.ops.kernels import lut_pallas  # importing Pallas takes half a second
+
+    return lut_pallas
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _lookup(
     bits_FT: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, how: _How
 ) -> Array:
-    return _FORMS[how.implementation].forward(bits_FT != 0, mapping_Ln, tables_LA)
+    return _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, how)[0]
 
 
 def _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, how):
-    out = _lookup(bits_FT, mapping_Ln, inverse_FK, tables_LA, how)
-    # An empty array carries the bits' dtype, which is not a value JAX can save.
-    return out, (bits_FT != 0, jnp.zeros((0,), bits_FT.dtype), mapping_Ln, inverse_FK, tables_LA)
+    if how.implementation == "pallas":
+        out, kept = _kernels().forward(bits_FT, mapping_Ln, tables_LA, how.division)
+    else:
+        kept = bits_FT != 0
+        out = _FORMS[how.implementation].forward(kept, mapping_Ln, tables_LA)
+    # An empty array carries the number of bits and their dtype, which are no values JAX can save.
+    return out, (
+        kept,
+        jnp.zeros((bits_FT.shape[0], 0), bits_FT.dtype),
+        mapping_Ln,
+        inverse_FK,
+        tables_LA,
+    )
 
 
 def _lookup_backward(how, saved, grad_LT):
-    bits_FT, bits_like, mapping_Ln, inverse_FK, tables_LA = saved
-    form = _FORMS[how.implementation]
+    kept, bits_like, mapping_Ln, inverse_FK, tables_LA = saved
     grad_LT = grad_LT.astype(jnp.float32)
-    grad_tables = form.table_gradient(bits_FT, mapping_Ln, grad_LT).astype(tables_LA.dtype)
+    pallas = how.implementation == "pallas"
+    if pallas:
+        grad_tables = _kernels().table_gradient(kept, mapping_Ln, grad_LT, how.division)
+    else:
+        grad_tables = _FORMS[how.implementation].table_gradient(kept, mapping_Ln, grad_LT)
+    grad_tables = grad_tables.astype(tables_LA.dtype)
     if not jnp.issubdtype(bits_like.dtype, jnp.floating):
         return None, None, None, grad_tables
     differences = finite_differences(tables_LA, how.weighting)
-    grad_bits = form.bit_gradient(bits_FT, mapping_Ln, inverse_FK, differences, grad_LT)
+    if pallas:
+        grad_bits = _kernels().bit_gradient(
+            kept, mapping_Ln, differences, grad_LT, bits_like.shape[0], how.division
+        )
+    else:
+        grad_bits = _FORMS[how.implementation].bit_gradient(
+            kept, mapping_Ln, inverse_FK, differences, grad_LT
+        )
     return grad_bits.astype(bits_like.dtype), None, None, grad_tables
 
 
@@ -178,7 +219,8 @@ def lut_lookup(
       beta: decay per unit of distance; 1/3 if None.
       inverse: (F, K) int from `wiring.invert_wiring`, optional: without it the gradient to the
         bits makes one anew each time, if the wiring is even, or scatters.
-      implementation: 'xla' or 'reference', see `ops.kernels`; None for the fastest.
+      implementation: 'xla', 'pallas' (kernels for TPUs) or 'reference', see `ops.kernels`; None
+        for the fastest.
 
     Returns:
       (..., L), the tables' dtype.
@@ -191,10 +233,13 @@ def lut_lookup(
     weighting = check_lut_arguments(
         bits.shape[-1] if bits.ndim else None, mapping, tables, decay, alpha, beta
     )
-    how = _How(weighting, choose("lut_lookup", implementation, _OFFERED))
     tokens_TF = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
+    how = _choose(implementation, weighting, (*tokens_TF.shape[::-1], tables.shape[0]))
     inverse = None if inverse is None else jnp.asarray(inverse)
-    values: Array = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, how)
+    if how.implementation == "pallas":
+        values: Array = _lookup(tokens_TF.T, jnp.asarray(mapping), inverse, tables, how).T
+    else:
+        values = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, how)
     return values.reshape(*bits.shape[:-1], tables.shape[0])
 
 
@@ -210,7 +255,8 @@ def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, how):
     values_LT: Array = no_fusion(
         lambda b, m, t: _lookup(b, m, None, t, how), bits_FT, mapping_Ln, tables_LA
     )
-    return values_LT.T, (bits_FT, jnp.zeros((0,), bits_TF.dtype), mapping_Ln, inverse_FK, tables_LA)
+    like = jnp.zeros((bits_TF.shape[1], 0), bits_TF.dtype)
+    return values_LT.T, (bits_FT, like, mapping_Ln, inverse_FK, tables_LA)
 
 
 def _lookup_tokens_backward(how, saved, grad_TL):
@@ -247,7 +293,7 @@ def lut_lookup_feature_major(
     """
     mapping = _as_index(mapping)
     weighting = check_lut_arguments(bits_FT.shape[0], mapping, tables, decay, alpha, beta)
-    how = _How(weighting, choose("lut_lookup", implementation, _OFFERED))
+    how = _choose(implementation, weighting, (*bits_FT.shape, tables.shape[0]))
     return _lookup(bits_FT, jnp.asarray(mapping), inverse, tables, how)
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -22,8 +23,9 @@ from jax import Array
 from jaxtyping import Float
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.ops.kernels import choice
 
-IMPLEMENTATIONS = ("auto", "sequential", "associative", "chunked")
+IMPLEMENTATIONS = ("auto", "sequential", "associative", "chunked", "pallas")
 # See benchmarks/recurrence.py and its results.
 _SHORT = 16
 # Steps of a chunk where T is only a name, as in an exported program.
@@ -43,8 +45,8 @@ def gated_recurrence(
       forget_gate, candidate: (B, T, D) floating, T may be 0. initial_state: (B, D), h before the
         first step; None for zeros.
       implementation: 'sequential' (a loop over time), 'associative' (a parallel prefix sum),
-        'chunked' (chunks of about sqrt(T) steps side by side, then a loop over chunks) or 'auto',
-        by platform and length.
+        'chunked' (chunks of about sqrt(T) steps side by side, then a loop over chunks), 'pallas' (a
+        kernel for TPUs, float32) or 'auto', by platform and length.
 
     Returns:
       (states (B, T, D) in candidate's dtype, final_state (B, D) float32), exact in the sense that
@@ -52,7 +54,8 @@ def gated_recurrence(
       inputs), and all arguments have exact gradients.
 
     Raises:
-      InputError: shapes that don't belong together, or an unknown implementation.
+      InputError: shapes that don't belong together, or an unknown implementation, or one that the
+        platform or the dtype lacks.
     """
     check_choice("gated_recurrence: implementation", implementation, IMPLEMENTATIONS)
     if forget_gate.ndim != 3 or forget_gate.shape != candidate.shape:
@@ -75,9 +78,11 @@ def gated_recurrence(
     )
     if candidate.shape[1] == 0:
         return candidate, start
-    states: Array = _recurrence(
-        forget_gate.astype(exact), candidate.astype(exact), start, implementation
-    )
+    implementation = _choose(implementation, candidate.shape, exact)
+    if not candidate.size:
+        implementation = "sequential"
+    how = _How(implementation, choice.division() if implementation == "pallas" else None)
+    states: Array = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, how)
     return states.astype(candidate.dtype), states[:, -1]
 
 
@@ -102,26 +107,61 @@ def pick_implementation(
     return "sequential" if platform == "cpu" or short else "chunked"
 
 
+class _How(NamedTuple):
+    """What of a recurrence is no array."""
+
+    implementation: str
+    division: choice.Division | None
+
+
+def _choose(asked: str, shape: tuple[Any, ...], dtype: Any) -> str:
+    """What was asked for, if it is there; of 'auto' what is decided when it is traced."""
+    symbolic = any(map(jax.export.is_symbolic_dim, shape))
+    if asked != "pallas" and (asked != "auto" or symbolic or shape[1] <= _SHORT):
+        return asked
+    fits_tpu = choice.kernels_for("tpu")
+
+    def hindrance(at: str) -> str | None:
+        if dtype != jnp.float32:
+            return f"computes in float32, not {jnp.dtype(dtype).name}"
+        if symbolic:
+            return "needs sizes that are numbers"
+        return fits_tpu(at)
+
+    offered = {"pallas": hindrance} | dict.fromkeys(("auto", *_FORMS), choice.anywhere)
+    return choice.choose("gated_recurrence", None if asked == "auto" else asked, offered)
+
+
+def _kernel() -> ModuleType:
+    from quweit_jax.ops.kernels.tpu import recurrence  # importing Pallas takes half a second
+
+    return recurrence
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _recurrence(forget_gate: Array, candidate: Array, start: Array, implementation: str) -> Array:
-    return _FORMS[implementation](forget_gate, candidate, start)
+def _recurrence(forget_gate: Array, candidate: Array, start: Array, how: _How) -> Array:
+    if how.implementation == "pallas":
+        return _kernel().forward(forget_gate, candidate, start, how.division)
+    return _FORMS[how.implementation](forget_gate, candidate, start)
 
 
 def _forward(
-    forget_gate: Array, candidate: Array, start: Array, implementation: str
+    forget_gate: Array, candidate: Array, start: Array, how: _How
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    states = _FORMS[implementation](forget_gate, candidate, start)
+    states = _recurrence(forget_gate, candidate, start, how)
     return states, (forget_gate, states, start)
 
 
 def _backward(
-    implementation: str, kept: tuple[Array, Array, Array], gradient: Array
+    how: _How, kept: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array]:
     # d_t = gradient_t + f_{t+1} d_{t+1}: the recurrence from the end, with the gates one step
     # later.
     forget_gate, states, start = kept
+    if how.implementation == "pallas":
+        return _kernel().backward(forget_gate, states, start, gradient, how.division)
     gates = jnp.concatenate([forget_gate[:, 1:], jnp.zeros_like(forget_gate[:, :1])], 1)
-    towards = _FORMS[implementation](gates[:, ::-1], gradient[:, ::-1], jnp.zeros_like(start))[
+    towards = _FORMS[how.implementation](gates[:, ::-1], gradient[:, ::-1], jnp.zeros_like(start))[
         :, ::-1
     ]
     before = jnp.concatenate([start[:, None], states[:, :-1]], 1)

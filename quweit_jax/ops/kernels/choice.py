@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from quweit_jax.errors import InputError
 
@@ -21,6 +24,23 @@ _told: set[tuple[str, str, str]] = set()
 _target = jax.make_user_context(default_value="")
 # What is traced here leaves this process (an exported program): nothing compiled into it is there.
 _portable = jax.make_user_context(default_value=False)
+# Kernels of Pallas are interpreted, on any platform.
+_interpreted = jax.make_user_context(default_value=False)
+
+
+class Division(NamedTuple):
+    """How a program's tokens are divided over devices."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        """The number of parts."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+
+_division = jax.make_user_context(default_value=None)
 
 
 @contextmanager
@@ -33,6 +53,40 @@ def compiling_for(platform: str, *, portable: bool = False) -> Iterator[None]:
     """
     with _target(platform), _portable(portable):
         yield
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Pallas kernels work on every platform, interpreted: slow, for tests."""
+    with _interpreted(True):
+        yield
+
+
+def is_interpreted() -> bool:
+    """Whether Pallas kernels are interpreted."""
+    return bool(_interpreted.value)
+
+
+@contextmanager
+def divided(mesh: Mesh, *axes: str) -> Iterator[None]:
+    """What is traced is compiled for the devices of a mesh, whose `axes` divide the tokens: the
+    compiler cannot divide kernels itself.
+    """
+    with _division(Division(mesh, axes)):
+        yield
+
+
+def division() -> Division | None:
+    """How kernels are divided over devices; None where there is one device, or where the program
+    divides itself (`jax.shard_map`).
+    """
+    told = _division.value
+    return None if told is None or told.mesh.size == 1 or _inside_shard_map() else told
+
+
+def _inside_shard_map() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def platform() -> str:
@@ -64,6 +118,26 @@ def native(hindrance: Hindrance) -> Hindrance:
         return hindrance(at)
 
     return checked
+
+
+def kernels_for(*platforms: str) -> Hindrance:
+    """The hindrance of Pallas kernels for some platforms: others, and several devices between which
+    nothing says how to divide them.
+    """
+
+    def hindrance(at: str) -> str | None:
+        if _interpreted.value:
+            return None
+        if at not in platforms:
+            return f"needs a {' or '.join(platforms)}"
+        if _division.value is None and jax.device_count() > 1 and not _inside_shard_map():
+            return (
+                f"cannot be divided over {jax.device_count()} devices by the compiler (call it "
+                "inside jax.shard_map)"
+            )
+        return None
+
+    return hindrance
 
 
 def with_native(hindrance: Hindrance) -> dict[str, Hindrance]:
