@@ -19,6 +19,7 @@ EXTRAS = {
     **dict.fromkeys(("safetensors", "torch"), "pretrained"),
     "tensorboardX": "tensorboard",
     "tensorflow": "prepare",
+    "submitit": "slurm",
     "wandb": "wandb",
     "lm_eval": "harness",
     "libtpu": "tpu",

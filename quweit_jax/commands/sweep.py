@@ -1,4 +1,4 @@
-"""python -m quweit_jax sweep --config=experiments/configs/compare_lm.py:cpu --workdir=runs/sweep [--print]
+"""python -m quweit_jax sweep --config=experiments/configs/compare_lm.py:cpu --workdir=runs/sweep
 
 What is known of a point of a sweep is what its run directory holds, so a sweep that was interrupted
 goes on by being started again.
@@ -46,19 +46,24 @@ def main(argv: Sequence[str]) -> int:
     if root.exists() and not root.is_dir():
         raise InputError(f"--workdir: {root} is a file; give a folder.")
     points = enumerate_points(args.config, root, overrides)
-    if args.show:
+    if args.launcher == "print":
         print("\n".join(point.line() for point in points))
         return 0
+    if args.slurm and args.launcher != "slurm":
+        raise InputError("--slurm: expected --launcher=slurm beside it; add that, or leave it out.")
+    jobs = None
+    if args.launcher == "slurm":
+        from quweit_jax.commands import slurm
+
+        jobs = slurm.executor(root, args.slurm, args.workers)
     files.make_workdir(root)
     # Two sweeps of the same points would each take the other's for failed.
     with files.exclusive(root), stopping.StopRequest() as stop:
-        failed = run_points(
-            points,
-            root,
-            args.workers,
-            lambda text: print(text, flush=True),
-            lambda: stop.signal is not None,
-        )
+        watched = (lambda text: print(text, flush=True), lambda: stop.signal is not None)
+        if jobs is not None:
+            failed = slurm.run_points(points, root, jobs, *watched)
+        else:
+            failed = run_points(points, root, args.workers, *watched)
     print(write_table(points, failed, root), end="")
     finished = sum(result_of(point)["state"] == "finished" for point in points)
     print(f"{finished} of {len(points)} points finished; the table is {root / 'sweep.md'}")
@@ -87,10 +92,25 @@ def _parser() -> argparse.ArgumentParser:
         help="points trained at a time; with several GPUs each has one (default: 1)",
     )
     parser.add_argument(
+        "--launcher",
+        choices=["local", "print", "slurm"],
+        default="local",
+        help="local: here; print: only print one command a line, for a cluster's launcher; slurm: "
+        "as jobs of SLURM's, queued again when they are ended early (needs submitit)",
+    )
+    parser.add_argument(
         "--print",
-        action="store_true",
-        dest="show",
-        help="only print one command a line, for a cluster's launcher",
+        action="store_const",
+        const="print",
+        dest="launcher",
+        help="the same as --launcher=print",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what a job may use, such as timeout_min=600, gpus_per_node=1, slurm_partition=gpu",
     )
     parser.epilog = "--config.PATH=VALUE sets any key of the config, for every point."
     return parser
@@ -257,7 +277,7 @@ def run_points(
                 result = result_of(point)
                 if process.returncode or (result["state"] != "finished" and not stopped()):
                     log = root / "logs" / f"{point.name}.txt"
-                    failed[point.name] = _last_line(log, process.returncode)
+                    failed[point.name] = last_line(log, process.returncode)
                     say(f"failed: {point.name}: {failed[point.name]}")
                 elif result["state"] == "finished":
                     rest = (time.monotonic() - begun) / done * (len(left) + len(running))
@@ -308,7 +328,7 @@ def _end_with_us() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _last_line(log: Path, status: int) -> str:
+def last_line(log: Path, status: object) -> str:
     """What a run said last; its status too where that is no error: it may have had no room to say
     one.
     """
