@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -299,12 +300,12 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
         axes.plot([mean], [place], "D", color=color, markersize=7)
         text = f"  {size / 1000:.0f} KB"
         axes.text(1.0, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-    names = [title(kind, measure == "accuracy") for kind in reversed(drawn)]
+    names = [textwrap.fill(title(kind, measure == "accuracy"), 34) for kind in reversed(drawn)]
     axes.set_yticks(range(len(drawn)), names, fontsize=9)
     axes.set_ylim(-0.6, len(drawn) - 0.4)
     unit = "" if measure == "accuracy" else ", nats"
     control = f"; without any: {found['none'][0]:.3f}" if "none" in found else ""
-    axes.set_xlabel(
+    figure.supxlabel(
         f"validation {measure} as deployed{unit}; seeds pale, means dark{control}", fontsize=9
     )
     axes.grid(axis="x", alpha=0.3)
