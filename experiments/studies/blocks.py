@@ -54,6 +54,14 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "LookupGLU, 2.5 units a feature",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 320},
     ),
+    "lookup_glu_320_5bit": (
+        "LookupGLU, 2.5 units a feature, codes of 5 bits",
+        {
+            "model.mlp": "lookup_glu",
+            "model.lookup_glu.hidden": 320,
+            "model.lookup_glu.code_bits": 5,
+        },
+    ),
     "lookup_glu_320_shift": (
         "LookupGLU, 2.5 units a feature; token mixer of shifts",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 320, "model.gates": "shift"},
@@ -102,7 +110,9 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
 
 # for the default config
 DEFAULT = [
-    k for k in KINDS if not k.endswith(("_integer", "_shift", "_320", "_256_ternary_attention"))
+    k
+    for k in KINDS
+    if not k.endswith(("_integer", "_shift", "_320", "_5bit", "_256_ternary_attention"))
 ]
 
 

@@ -96,9 +96,9 @@ class MLGRU(nn.Module):
 
     Args:
       kernel_init: of all four projections. implementation: of `ops.recurrence.gated_recurrence`.
-      gates: 'exact' as published, or 'shift' (not published): what is forgotten, 1 - f, is rounded
-        to a power of two, so that h + (c - h) (1 - f) takes a shift, and silu(h), by which the
-        output gate is multiplied, to two binary digits, so that it takes two.
+      gates: 'exact' as published, or 'shift' (not published): what is forgotten, 1 - f, and silu(h),
+        by which the output gate is multiplied, are rounded to two binary digits, so that each
+        product takes two shifts and an addition.
     """
 
     kernel_init: Initializer = MIXER_INIT
@@ -127,7 +127,7 @@ class MLGRU(nn.Module):
         forget = jax.nn.sigmoid(linear("forget")(x).astype(jnp.float32))
         forget = lower_bound + (1 - lower_bound) * forget
         if self.gates == "shift":
-            forget = 1 - round_to_shifts(1 - forget, smallest=_SLOWEST)
+            forget = 1 - round_to_shifts(1 - forget, digits=2, smallest=_SLOWEST)
         candidate = jax.nn.silu(linear("input")(x).astype(jnp.float32)) * (1 - forget)
         if valid is not None:  # padding leaves the state as it is
             forget, candidate = (
@@ -165,16 +165,16 @@ class MLGRU(nn.Module):
         f = sigmoid(.) d functions; lower + (1 - lower) f: d multiplications, 2 d additions; c =
         silu(.) (1 - f): 2 d multiplications, d additions, d functions; the step: d and d; gate *
         silu(h): 2 d multiplications and d functions. With gates='shift' the exponent of 1 - f comes
-        from comparisons of its logit; the step is 2 d additions and d shifts, the output d and 2 d,
+        from comparisons of its logit; the step is 3 d additions and 2 d shifts, the output d and 2 d,
         both silu are functions of one value (a float's shift is an
         addition to its exponent).
         """
         n, held = call.size, call.width * BYTES[FLOAT]
         if self.gates == "shift":
             operations = Elementwise(
-                additions={FLOAT: 3 * n}, functions={FLOAT: 2 * n}, shifts={INT: 3 * n}
+                additions={FLOAT: 4 * n}, functions={FLOAT: 2 * n}, shifts={INT: 4 * n}
             )
-            comparisons = (1 - _SLOWEST).bit_length() * n  # by halving the exponents left
+            comparisons = (2 - 2 * _SLOWEST).bit_length() * n  # by halving the values left
         else:
             operations = Elementwise.of(FLOAT, 6 * n, 4 * n, functions=3 * n)
             comparisons = 0
