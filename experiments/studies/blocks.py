@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
             "model.mlp": "lookup_glu",
             "model.lookup_glu.hidden": 320,
             "model.lookup_glu.code_bits": 5,
+            "model.lookup_glu.code_step": 0.125,
         },
     ),
     "lookup_glu_320_shift": (
