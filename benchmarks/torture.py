@@ -295,9 +295,8 @@ def run_case(
         after = contents(place / "RUN")
         if case.command == "train-on":
             steps = {n.split("/")[1] for n in before if n.startswith("checkpoints/")}
-            whole = {
-                s for s in steps if not case.file.startswith((f"checkpoints/{s}", "checksums"))
-            }
+            touched = {n for n in before.keys() | damaged.keys() if before.get(n) != damaged.get(n)}
+            whole = {s for s in steps if not any(_belongs(n, s) for n in touched | {case.file})}
             lost = [s for s in whole if any(n.startswith(f"damaged/{s}") for n in after)]
             if lost or not any(n.startswith("checkpoints/") for n in after):
                 return "lost", f"the whole checkpoints of {lost} are set aside: {text}"
@@ -305,6 +304,11 @@ def run_case(
             changes = [n for n in after.keys() | damaged.keys() if after.get(n) != damaged.get(n)]
             return "changed", f"a command that reads has changed {changes[:3]}"
         return answer["kind"], ""
+
+
+def _belongs(name: str, step: str) -> bool:
+    """Whether a file of a run is part of the checkpoint of a step, or its checksums."""
+    return name.startswith((f"checkpoints/{step}/", f"checksums/{step}."))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": "trains every point of an experiment's sweep and writes one table",
     "costs": "counts what one inference costs: operations, look-ups, bytes and energy",
     "report": "compares runs in one HTML page",
+    "pack": "writes a run's model into one folder, as deployed",
     "export": "writes a run as one StableHLO file that plain JAX runs",
     "compile_tpu": "compiles a training step for TPUs that are not there",
 }

@@ -1,4 +1,4 @@
-"""python -m quweit_jax generate --workdir=runs/x --prompt="To be" [--temperature=0.8]"""
+"""python -m quweit_jax generate --workdir=runs/x|--model=FOLDER --prompt="To be" [--stop=...]"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from quweit_jax.commands import cli
+from quweit_jax.commands.opening import add_source, open_source
 from quweit_jax.errors import InputError
 from quweit_jax.reading import clean_text, decode_text, read_bytes
 
@@ -24,35 +25,34 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(_parser(), argv)
     from quweit_jax.deploy.pack import pack, packed_or_trained
     from quweit_jax.deploy.sampling import Sampling
-    from quweit_jax.training import rundir
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     if args.samples < 1:
         raise InputError(f"--samples: expected 1 or more, found {args.samples}.")
     prompts = _prompts(args)
-    opened = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
-    setup, tokenizer = opened.setup, opened.setup.tokenizer
+    opened = open_source(args, overrides)
+    model, variables, tokenizer = opened.model, opened.variables, opened.tokenizer
     if tokenizer is None:
-        raise InputError(
-            f"--workdir: {args.workdir} is a run of a classifier, which generates no text."
-        )
-    variables = opened.variables
-    if args.packed is not False:
+        given = f"--model: {args.model}" if args.model else f"--workdir: {args.workdir}"
+        raise InputError(f"{given} is a classifier, which generates no text.")
+    if args.packed is not False and "packed" not in variables:
         form = pack if args.packed else packed_or_trained
-        variables = form(setup.model, variables, setup.init_inputs)
+        variables = form(model, variables, opened.init_inputs)
+    elif args.packed is False and "packed" in variables:
+        raise InputError("--no-packed: this folder has the packed form alone; leave that out.")
     texts = [prompt for prompt in prompts for _ in range(args.samples)]
     seeds = [args.seed + i for _ in prompts for i in range(args.samples)]
-    work = _Work(args, setup.model, variables, tokenizer, sampling, texts, seeds)
+    work = _Work(args, model, variables, tokenizer, sampling, texts, seeds)
     work.stream() if len(texts) == 1 and not args.json else work.whole()
     work.tell_speed()
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser(
-        "generate", "Continues prompts with a trained language model.", "workdir", "step", "json"
-    )
+    about = "Continues prompts with a trained language model."
+    parser = cli.parser("generate", about, "json")
+    add_source(parser)
     add = parser.add_argument
     add(
         "--prompt",

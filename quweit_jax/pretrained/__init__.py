@@ -19,22 +19,25 @@ from quweit_jax.pretrained.deit import calibrate
 from quweit_jax.pretrained.hugging_face import SHARD_BYTES, write_checkpoint
 from quweit_jax.pretrained.kinds import KINDS, kind_of
 from quweit_jax.pretrained.layout import published
+from quweit_jax.pretrained.saved import find_model, is_saved, load_model
 from quweit_jax.pretrained.transfer import Report, merge, read_source
 
 __all__ = ["KINDS", "Report", "calibrate", "kind_of", "load", "merge", "read_source", "save"]
 
 
-def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, PyTree]]:
-    """Reads a published checkpoint.
+def load(folder: str | Path, kind: str | None = None) -> tuple[nn.Module, dict[str, PyTree]]:
+    """Reads a published checkpoint, a folder that the command `pack` wrote, or a model that comes with
+    the package (`saved.boxed()` names them).
 
     Args:
-      folder: holds `config.json` and the weights. For 'deit' and 'ivit' also the file of weights
+      folder: or the name of a model in the box. Of a published checkpoint it holds `config.json` and the weights. For 'deit' and 'ivit' also the file of weights
         itself (*.safetensors, *.pth, *.pt, *.bin; nothing in it is run), and
         config.json may be missing: sizes are told from the weights. For 'nanogpt' also the ckpt.pt
         of its own program.
       kind: 'nanogpt' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
         (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' (Hugging Face's
-        Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT).
+        Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT); None: told from what
+        is there.
 
     Returns:
       (model, variables): `model.apply(variables, input_ids)`, of a ViT `model.apply(variables,
@@ -47,6 +50,12 @@ def load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, PyTree]]:
       InputError: a file, key or tensor is missing, unexpected or misshapen, or an option asks for
         what the model here doesn't compute (named, with what was expected and found).
     """
+    if kind is None:
+        path = find_model(str(folder))
+        if is_saved(path):
+            found = load_model(path)
+            return found.model, found.variables
+        folder, kind = path, kind_of(path)
     check_choice("pretrained.load: kind", kind, KINDS)
     return KINDS[kind](Path(folder).expanduser())
 

@@ -1,0 +1,154 @@
+"""A model of our own in one folder, as trained or as deployed: model.json says what it is,
+model.safetensors has its arrays, tokenizer.json a language model's tokenizer. And the few that come
+with the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
+
+from quweit_jax import models
+from quweit_jax.data import tokenizers
+from quweit_jax.errors import InputError, nearest, require
+from quweit_jax.reading import is_whole, read_json, shown, why
+
+FORMAT = "quweit_jax model"
+BOX = Path(__file__).parent / "box"
+_DESCRIPTION, _WEIGHTS, _TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """model, variables: for `model.apply`. tokenizer: of a language model. about: the rest of
+    model.json: where it comes from, what its inputs are.
+    """
+
+    model: nn.Module
+    variables: dict[str, PyTree]
+    tokenizer: tokenizers.Tokenizer | None
+    about: dict[str, Any]
+
+
+def save_model(
+    folder: str | Path,
+    config: Mapping[str, object],
+    outputs: int,
+    variables: Mapping[str, PyTree],
+    *,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    about: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model's folder; `load_model` reads it.
+
+    Args:
+      config: `config.model` of a run, 'name' and the model's options. outputs: vocabulary or
+        classes. variables: as trained, or packed.
+      about: further entries of model.json. overwrite: whether a model that is there may be replaced.
+
+    Raises:
+      InputError: the folder holds a model already, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if os.path.lexists(folder / _DESCRIPTION) and not overwrite:
+        raise InputError(
+            f"{shown(folder)} holds a model already; give another folder, or --overwrite."
+        )
+    models.build(config, outputs)  # refuses what could not be read again
+    writer = require("safetensors.numpy", "to write a model", "or safetensors alone")
+    flat = flatten_dict(dict(variables), sep="/")
+    arrays = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flat.items()}
+    said = {"format": FORMAT, "version": 1, "model": dict(config), "outputs": outputs}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _DESCRIPTION).unlink(missing_ok=True)
+        writer.save_file(arrays, folder / _WEIGHTS)
+        if tokenizer is not None:
+            tokenizers.save(tokenizer, folder / _TOKENIZER)
+        # last: without it nobody takes what is there for a whole model
+        text = json.dumps({**said, **(about or {})}, indent=1)
+        (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        # the library's files are for their owner alone
+        (folder / _WEIGHTS).chmod((folder / _DESCRIPTION).stat().st_mode)
+    except OSError as error:
+        raise InputError(
+            f"{shown(folder)} cannot be written ({why(error)}); give another folder."
+        ) from None
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds a model that `save_model` wrote."""
+    return os.path.isfile(folder / _DESCRIPTION) and os.path.isfile(folder / _WEIGHTS)
+
+
+def load_model(folder: str | Path) -> SavedModel:
+    """Reads what `save_model` wrote.
+
+    Raises:
+      InputError: no such model, or one that is damaged.
+    """
+    folder = Path(folder).expanduser()
+    about = read_json(folder / _DESCRIPTION, "model")
+    if about.get("format") != FORMAT or about.get("version") != 1:
+        raise InputError(
+            f"{shown(folder / _DESCRIPTION)}: expected format '{FORMAT}', version 1, found "
+            f"{about.get('format')!r}, {about.get('version')!r}; was it written by `pack --out`?"
+        )
+    config, outputs = about.pop("model", None), about.pop("outputs", None)
+    if not isinstance(config, dict) or not is_whole(outputs):
+        raise InputError(
+            f"{shown(folder / _DESCRIPTION)}: expected 'model' with its options and 'outputs', a "
+            "number; write the folder again."
+        )
+    model = models.build(config, int(outputs))
+    variables = _read_arrays(folder / _WEIGHTS)
+    path = folder / _TOKENIZER
+    tokenizer = tokenizers.load(path) if os.path.lexists(path) else None
+    return SavedModel(model, variables, tokenizer, about)
+
+
+def _read_arrays(path: Path) -> dict[str, PyTree]:
+    reader = require("safetensors", "to read a model", "or safetensors alone")
+    try:
+        with reader.safe_open(path, framework="numpy") as file:  # mapped, not read as a whole
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, reader.SafetensorError) as error:
+        raise InputError(
+            f"{shown(path)} cannot be read ({error}); write the folder again."
+        ) from None
+    return unflatten_dict(flat, sep="/")
+
+
+def boxed() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in BOX.glob(f"*/{_DESCRIPTION}"))
+
+
+def find_model(given: str) -> Path:
+    """The folder of a model: the path itself where there is one, or of a name of the box.
+
+    Raises:
+      InputError: neither; names those in the box.
+    """
+    path = Path(given).expanduser()
+    if os.path.lexists(path):
+        return path
+    names = boxed()
+    if given in names:
+        return BOX / given
+    raise InputError(
+        f"--model: no folder {shown(path)}, nor a model of that name.{nearest(given, names)} Here "
+        f"are {', '.join(names) or 'none'}. Of a hub, fetch the folder first, with `hf download "
+        f"{shown(given)} --local-dir FOLDER`, and give that."
+    )
