@@ -175,6 +175,11 @@ CALLS = {
         {},
     ),
     "step_ste": (thermometer.step_ste, (X[..., None], jnp.zeros((5, 4)), 1.0, "triangular"), {}),
+    "encode_feature_major": (
+        thermometer.encode_feature_major,
+        (X.reshape(6, 5).T, jnp.zeros((5, 4))),
+        {},
+    ),
     "pack_tables": (packed_lut.pack_tables, (TABLES,), {}),
     "read_packed": (packed_lut.read_packed, (PACKED, jnp.zeros((7, 6), jnp.int32)), {}),
     "look_up": (packed_lut.look_up, (BITS.reshape(6, 5).T, WIRING, PACKED), {}),

@@ -213,10 +213,9 @@ class WeightlessBlock(Packable):
     def _encode(self, x_DT: Array) -> Array:
         thresholds = self._thresholds(x_DT.shape[0])
         self.write(thresholds=thresholds)
-        bits_DzT: Array = thermometer.step_ste(
-            x_DT[:, None, :], thresholds[:, :, None], self.window, self.window_shape
+        return thermometer.encode_feature_major(
+            x_DT, thresholds, window=self.window, shape=self.window_shape
         )
-        return bits_DzT.reshape(-1, x_DT.shape[1])
 
     def _vectors(self, num_luts: int) -> tuple[Array, Array]:
         """The conditional sum's parameters: vectors (L, d), or (L,) if grouped, and bias (d,)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.export
@@ -178,8 +178,8 @@ def packed_sums(
     more of them by tiles unpacked one after another; native code unpacks in registers.
 
     Args:
-      num_outputs: O; None for all the lanes. implementation: None, 'native', 'xla' or 'reference'
-        (which unpacks all of it), see `ops.kernels`.
+      num_outputs: O; None for all the lanes. implementation: None, 'native', 'pallas' (a kernel for
+        TPUs), 'xla' or 'reference' (which unpacks all of it), see `ops.kernels`.
 
     Raises:
       InputError: the shapes don't belong together, or there is no such implementation here.
@@ -197,18 +197,37 @@ def packed_sums(
     num_inputs = x_int8.shape[-1]
     outputs = packed.shape[0] * packed.shape[2] if num_outputs is None else num_outputs
     check_packed("packed_matmul", packed, num_inputs, outputs)
-    chosen = choice.choose("packed_matmul", implementation, _OFFERED)
+    chosen = _choose(implementation, x_int8.shape, packed.shape)
     lead = x_int8.shape[:-1]
     x = x_int8.reshape(math.prod(lead), num_inputs)
     if not num_inputs or not outputs:
         sums = jnp.zeros((x.shape[0], outputs), jnp.int32)
     elif chosen == "native":
         sums = calls.ternary_sums(x, packed, outputs)
-    elif chosen == "xla":
+    elif chosen == "pallas" and x.shape[0]:
+        sums = _kernels().ternary_sums(x, packed, choice.division())[:, :outputs]
+    elif chosen in ("xla", "pallas"):
         sums = _sums_by_tiles(x, packed)[:, :outputs]
     else:
         sums = int_matmul(x, unpack_ternary(packed, num_inputs, outputs)).astype(jnp.int32)
     return sums.reshape(*lead, outputs)
+
+
+def _choose(asked: str | None, inputs: tuple[Any, ...], packed: tuple[int, int, int]) -> str:
+    """The implementation for inputs (..., I) and words (tiles, rows, lanes)."""
+    offered = _OFFERED
+    if asked == "pallas" or (asked is None and choice.platform() == "tpu"):
+        kernels = _kernels()
+        if asked or kernels.is_worth(*packed[1:]):
+            known = not any(map(jax.export.is_symbolic_dim, inputs))
+            offered = {"pallas": kernels.hindrance(packed[1], known)} | offered
+    return choice.choose("packed_matmul", asked, offered)
+
+
+def _kernels() -> ModuleType:
+    from quweit_jax.ops.kernels.tpu import ternary  # importing Pallas takes half a second
+
+    return ternary
 
 
 def _sums_by_tiles(x: Array, packed: Array) -> Array:

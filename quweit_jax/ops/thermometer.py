@@ -8,8 +8,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -19,10 +22,19 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from quweit_jax.errors import InputError, check_choice
+from quweit_jax.ops.kernels.choice import (
+    Division,
+    Hindrance,
+    anywhere,
+    choose,
+    division,
+    kernels_for,
+)
 
 Thresholds = Float[ArrayLike, "F z"] | Float[ArrayLike, "1 z"] | Float[ArrayLike, " z"]
 
 WINDOWS = ("triangular", "boxcar")
+_MANY_TOKENS = 1024  # worth a kernel
 
 
 def _fit_input(name: str, x: ArrayLike, num_bits: int, per_feature: bool) -> Array:
@@ -221,3 +233,76 @@ def _sum_to(grad: Array, shape: tuple[int, ...]) -> Array:
     grad = grad.sum(tuple(range(extra)))
     stretched = tuple(i for i, size in enumerate(shape) if size == 1 and grad.shape[i] != 1)
     return grad.sum(stretched, keepdims=True)
+
+
+def encode_feature_major(
+    x_DT: Float[Array, "D T"],
+    thresholds: Float[Array, "D z"],
+    *,
+    window: float = 1.0,
+    shape: str = "triangular",
+    implementation: str | None = None,
+) -> Float[Array, "bits T"]:
+    """`encode_ste` for tokens side by side, as a block of look-ups wants its bits: x (D, T) and
+    thresholds (D, z) -> (D * z, T) in x's dtype.
+
+    Args:
+      window, shape: see `encode_ste`. implementation: 'xla' or 'pallas' (a kernel for TPUs), see
+        `ops.kernels`; None for the fastest.
+
+    Raises:
+      InputError: thresholds of other features, or an implementation that the platform lacks.
+    """
+    check_choice("encode_feature_major: shape", shape, WINDOWS)
+    if x_DT.ndim != 2 or thresholds.ndim != 2 or thresholds.shape[0] != x_DT.shape[0]:
+        raise InputError(
+            "encode_feature_major: expected x (D, T) and thresholds (D, z), found "
+            f"{list(x_DT.shape)} and {list(thresholds.shape)}."
+        )
+    (features, tokens), steps = x_DT.shape, thresholds.shape[1]
+    known = not any(map(jax.export.is_symbolic_dim, x_DT.shape))
+    kernels = kernels_for("tpu")
+
+    def hindrance(at: str) -> str | None:
+        return kernels(at) if known else "needs sizes that are numbers"
+
+    offered: dict[str, Hindrance] = {"xla": anywhere}
+    if implementation or (known and tokens >= _MANY_TOKENS):
+        offered = {"pallas": hindrance} | offered
+    chosen = choose("encode_feature_major", implementation, offered)
+    if chosen == "xla" or not (features and tokens and steps):
+        bits_DzT: Array = step_ste(x_DT[:, None, :], thresholds[:, :, None], window, shape)
+        return bits_DzT.reshape(features * steps, tokens)
+    how = _How(window, shape, division())
+    bits: Array = _encode(x_DT.astype(jnp.float32), thresholds.astype(jnp.float32), how)
+    return bits.astype(x_DT.dtype)
+
+
+class _How(NamedTuple):
+    """What of a thermometer is no array."""
+
+    window: float
+    shape: str
+    division: Division | None
+
+
+def _kernels() -> ModuleType:
+    from quweit_jax.ops.kernels.tpu import thermometer  # importing Pallas takes half a second
+
+    return thermometer
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _encode(x_DT: Array, thresholds: Array, how: _How) -> Array:
+    return _kernels().encode(x_DT, thresholds, how.division)
+
+
+def _encode_forward(x_DT, thresholds, how):
+    return _encode(x_DT, thresholds, how), (x_DT, thresholds)
+
+
+def _encode_backward(how, saved, grad):
+    return _kernels().gradients(*saved, grad, how.window, how.shape, how.division)
+
+
+_encode.defvjp(_encode_forward, _encode_backward)

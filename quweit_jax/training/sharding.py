@@ -29,6 +29,7 @@ from quweit_jax.ops.ternary import from_bytes, to_bytes
 _SCANNED = re.compile(r"(^|/)blocks_\d+/")
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # over which examples are divided
 # The first rule whose pattern is found in 'path/to/leaf' wins; dims that a mesh axis does not
 # divide stay whole.
 RULES: tuple[tuple[str, P], ...] = (
@@ -186,7 +187,7 @@ def shardings_for(tree: PyTree, mesh: Mesh, size_limit: int) -> PyTree:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are divided over the data and fsdp axes."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def hand_over(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
@@ -227,7 +228,7 @@ def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
 
 def batch_shards(mesh: Mesh) -> int:
     """The number of parts a batch is divided into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:

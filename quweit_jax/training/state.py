@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +26,7 @@ from quweit_jax.data.augment import AugmentConfig
 from quweit_jax.layers.placement import placing
 from quweit_jax.layers.readout import Pieces
 from quweit_jax.models import stack
+from quweit_jax.ops.kernels.choice import divided
 from quweit_jax.training import losses, mixing, optimizers, sharding
 
 # Collections that a model changes while it is trained: the running ranges of integer models.
@@ -292,14 +293,21 @@ def _only(updates: PyTree, trains: Callable[[KeyPath], bool]) -> PyTree:
     )
 
 
-def _placed(mesh: Mesh | None, pack_ternary: bool) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _placed(mesh: Mesh | None, pack_ternary: bool) -> Iterator[None]:
     """What is traced inside divides its activations as a mesh of several devices divides batches,
-    and ternary weights travel packed.
+    kernels too, and ternary weights travel packed.
     """
-    if mesh is None or sharding.batch_shards(mesh) == 1:
-        return contextlib.nullcontext()
-    packs = pack_ternary and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
-    return placing(sharding.hand_over(mesh), sharding.packed_gather(mesh) if packs else None)
+    if mesh is None:
+        yield
+        return
+    place = packed = None
+    if sharding.batch_shards(mesh) > 1:
+        place = sharding.hand_over(mesh)
+        if pack_ternary and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1:
+            packed = sharding.packed_gather(mesh)
+    with placing(place, packed), divided(mesh, *sharding.BATCH_AXES):
+        yield
 
 
 def make_eval_step(
