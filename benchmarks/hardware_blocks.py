@@ -15,6 +15,7 @@ import dataclasses
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def energies(config: Any, number: int, tokens: int, mlp: str | None = None) -> d
     return {name: e.arithmetic_pj / 1e3 / tokens for name, e in found.items()}
 
 
+def simulated(place: Path, tool: str) -> dict[str, Any]:
+    """What a simulator says of a folder, and how long that took beside the others."""
+    start = time.perf_counter()
+    (verdict,) = tools.verify(place, "verilog", [tool], verilog.NAME)
+    took = time.perf_counter() - start
+    print(f"{tool}: {verdict.text} ({took:.0f} s)", flush=True)
+    return {"passed": verdict.passed, "said": verdict.text, "seconds": took}
+
+
 def measure(opened: Any, packed: Any, number: int, args: Any) -> tuple[dict[str, Any], list[str]]:
     """Facts of one block, and lines for people."""
     model = opened.setup.model
@@ -84,17 +94,15 @@ def measure(opened: Any, packed: Any, number: int, args: Any) -> tuple[dict[str,
         f"the description differs from the packed model in {different} of {recorded.y.size:,} "
         "numbers"
     ]
-    verdicts = {}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor() as beside:
         folder.write(export, Path(place))
-        for tool in args.tools.split(","):
-            start = time.perf_counter()
-            (verdict,) = tools.verify(Path(place), "verilog", [tool], verilog.NAME)
-            took = time.perf_counter() - start
-            verdicts[tool] = {"passed": verdict.passed, "said": verdict.text, "seconds": took}
-            lines.append(f"{tool}: {verdict.text} ({took:.0f} s)")
-            print(lines[-1], flush=True)
-    report = synthesis.synthesize(made)
+        waiting = {
+            tool: beside.submit(simulated, Path(place), tool) for tool in args.tools.split(",")
+        }
+        counted = beside.submit(synthesis.synthesize, made)
+        verdicts = {tool: found.result() for tool, found in waiting.items()}
+        report = counted.result()
+    lines += [f"{tool}: {v['said']} ({v['seconds']:.0f} s)" for tool, v in verdicts.items()]
     per_image = len(recorded.x) // len(images)
     config = opened.setup.config
     energy = energies(config, number, per_image)

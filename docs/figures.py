@@ -21,6 +21,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from quweit_jax.deploy.hardware.blocks import description, verilog
 from quweit_jax.ops import integer, lut, packed_lut, packed_ternary, pair_table, thermometer
 from quweit_jax.ops.sums import conditional_sum
 
@@ -613,6 +614,73 @@ def lookup_glu(colors: Colors) -> Figure:
     return figure
 
 
+def drawn_block(width: int = 128, units: int = 512) -> description.GLUBlock:
+    """A LookupGLU's block of random weights."""
+    draw = np.random.default_rng(0)
+    branch = description.Branch(np.full(width, 2**31 - 1), np.full(width, 38))
+    gate = pair_table.round_entries(jnp.asarray(pair_table.silu_gate(4, 0.25)) * 16)
+    return description.GLUBlock(
+        draw.integers(-1, 2, (width, 2 * units)).astype(np.int8),
+        np.zeros(2 * units, np.int64),
+        np.asarray(pair_table.halfway_points(jnp.asarray(75), 4), np.int64),
+        np.asarray(gate, np.int8)[None],
+        draw.integers(-1, 2, (units, width)).astype(np.int8),
+        np.zeros(width, np.int64),
+        (branch, branch),
+    )
+
+
+def block_circuit(colors: Colors) -> Figure:
+    """The circuit that `export --to=verilog` makes of a LookupGLU of width 128: what a unit passes
+    through a cycle, and its memories.
+    """
+    made = verilog.build(drawn_block())
+    schedule, width, units = made.schedule, made.block.features, made.block.units
+    memory = {m.name: f"{len(m.rows):,} x {m.bits} bits" for m in made.memories}
+    figure, (axis,) = canvas(colors, 8.2, 4.6)
+    bare(axis, 16.4, 9.2)
+    half, left, right = 0.42, 4.6, 12.4
+    steps = [
+        (8.4, "x: 8 bits, a feature a cycle", "plain"),
+        (7.2, f"{width} words are held", "fill"),
+        (6.0, f"mix: 2 trees of {width} words, +, - or 0", "fill"),
+        (4.8, "codes: an offset, 4 comparisons each", "one"),
+        (3.6, "gate: the entry at two codes", "two"),
+        (2.4, f"sum: {width} accumulators of {schedule.sum_bits} bits", "fill"),
+        (1.2, f"requantize: {schedule.lanes} lanes in turn", "one"),
+        (0.1, f"y: 16 bits, every {schedule.every} cycles", "plain"),
+    ]
+    for y, text, color in steps:
+        if color == "plain":
+            axis.text(left, y, text, ha="center", va="center", fontsize=9, color=colors["quiet"])
+        else:
+            box(axis, left, y, 7.4, 2 * half, text, colors, color=color, size=8.5)
+    for (above, *_), (below, *_) in itertools.pairwise(steps):
+        arrow(axis, (left, above - half), (left, below + (half if below > 0.5 else 0.3)), colors)
+    beside = [
+        (6.0, f"weights of a unit: {memory['mix']}"),
+        (4.8, f"offsets: {memory['offsets']}"),
+        (3.6, f"table: {memory['gate']}"),
+        (2.4, f"weights of a unit: {memory['sum']}"),
+        (1.2, f"residual stream: {width} x 16 bits"),
+    ]
+    for y, text in beside:
+        box(axis, right, y, 6.2, 2 * half, text, colors, size=8.5)
+        arrow(axis, (right - 3.1, y), (left + 3.7, y), colors)
+    brace = right + 3.4
+    axis.plot([brace, brace], [2.4 - half, 6.0 + half], color=colors["quiet"], lw=1.2)
+    axis.text(
+        brace - 0.2,
+        7.0,
+        f"{schedule.parallel} of {units} units a cycle; {schedule.interval:,} cycles a token",
+        ha="right",
+        va="center",
+        fontsize=9,
+        color=colors["quiet"],
+    )
+    return figure
+
+
 FIGURES: dict[str, Callable[[Colors], Figure]] = {
     "lookup": lookup,
     "gradient_of_and": gradient_of_and,
@@ -623,6 +691,7 @@ FIGURES: dict[str, Callable[[Colors], Figure]] = {
     "integer_functions": integer_functions,
     "integer_block": integer_block,
     "lookup_glu": lookup_glu,
+    "block_circuit": block_circuit,
 }
 
 

@@ -161,7 +161,7 @@ def test_the_command_writes_a_block(vit, tmp_path, capsys):
     assert len(lines) == 8 + 12 and {len(line.split()) for line in lines} == {24}
     with pytest.raises(InputError, match=r"^--block: expected one of 0 \(weightless\), 1 \(lookup"):
         export_block.run(opened, packed, tmp_path / "v", "verilog", {**options, "block": 2}, {}, 0)
-    with pytest.raises(InputError, match="^--parallel: expected 1 to 10 units"):
+    with pytest.raises(InputError, match=r"^--parallel: expected 1 to 10 units"):
         export_block.run(opened, packed, tmp_path / "w", "c", {**options, "parallel": 11}, {}, 0)
 
 
