@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Writes a trained classifier of tables as Verilog or C, checks and synthesizes it as asked."""
     from quweit_jax.deploy.hardware import circuit, description, folder
     from quweit_jax.deploy.pack import pack
-    from quweit_jax.training import rundir
+    from quweit_jax.training import rundir, stores
 
     options = {
         name: value if (found := getattr(args, name)) is None else found
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     }
     out = Path(args.out or Path(args.workdir) / args.to)
     folder.check_target(out, args.overwrite)
-    opened = rundir.open_run(Path(args.workdir), args.step, overrides)
+    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides)
     setup = opened.setup
     if setup.tokenizer is not None:
         raise InputError(

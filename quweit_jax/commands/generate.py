@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
@@ -24,10 +23,10 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.deploy.generate import check_sampling, generate_tokens, stream_text
     from quweit_jax.deploy.pack import pack
     from quweit_jax.reading import clean_text
-    from quweit_jax.training import rundir
+    from quweit_jax.training import rundir, stores
 
     check_sampling(args.temperature, args.top_k, args.max_tokens)
-    opened = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
+    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides, data=False)
     model, variables, tokenizer = opened.setup.model, opened.variables, opened.setup.tokenizer
     if tokenizer is None:
         raise InputError(
