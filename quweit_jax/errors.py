@@ -19,6 +19,8 @@ EXTRAS = {
     **dict.fromkeys(("safetensors", "torch"), "pretrained"),
     "tensorboardX": "tensorboard",
     "tensorflow": "prepare",
+    "gcsfs": "gcs",
+    "s3fs": "s3",
     "submitit": "slurm",
     "wandb": "wandb",
     "lm_eval": "harness",

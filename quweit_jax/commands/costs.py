@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quweit_jax.commands import cli
@@ -140,10 +139,11 @@ def of_run(workdir: str, outputs: int | None = None) -> tuple[Config, int | None
     Raises:
       InputError: there is no run.
     """
-    from quweit_jax.training import rundir
+    from quweit_jax.training import rundir, stores
 
-    config = rundir.read_config(Path(workdir))
-    tokenizer = rundir.read_tokenizer(Path(workdir)) if outputs is None else None
+    place = stores.fetched(workdir)
+    config = rundir.read_config(place)
+    tokenizer = rundir.read_tokenizer(place) if outputs is None else None
     return config, outputs if tokenizer is None else tokenizer.vocab_size
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from quweit_jax.commands import cli
 from quweit_jax.errors import InputError
@@ -34,9 +33,9 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.data import pipeline
     from quweit_jax.deploy.pack import describe, pack
     from quweit_jax.deploy.score import Scorer, evaluate_tasks
-    from quweit_jax.training import loop, rundir, state
+    from quweit_jax.training import loop, rundir, state, stores
 
-    opened = rundir.open_run(Path(args.workdir), args.step, overrides)
+    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides)
     setup, variables = opened.setup, opened.variables
     if args.tasks and setup.tokenizer is None:
         raise InputError(f"--tasks: {args.workdir} is a run of a classifier; the tasks are texts.")

@@ -35,12 +35,12 @@ def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     from quweit_jax.deploy import stablehlo
     from quweit_jax.deploy.generate import context_of
     from quweit_jax.deploy.pack import pack, stored_bytes
-    from quweit_jax.training import rundir
+    from quweit_jax.training import rundir, stores
 
     out, platforms = Path(args.out), (args.platforms or "cpu,tpu,cuda").split(",")
     stablehlo.check_target(out, args.overwrite)
     stablehlo.check({}, platforms)
-    opened = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
+    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides, data=False)
     setup, variables = opened.setup, jax.device_get(opened.variables)
     model, tokenizer = stablehlo.portable(setup.model), setup.tokenizer
     if args.step_function and tokenizer is None:

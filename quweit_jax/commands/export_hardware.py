@@ -103,8 +103,12 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     from quweit_jax.deploy.hardware import circuit, description, folder
     from quweit_jax.deploy.hardware.blocks.verilog import NAME as BLOCK_NAME
     from quweit_jax.deploy.pack import pack
+<<<<<<< HEAD
     from quweit_jax.models.dwn import DWN
     from quweit_jax.training import rundir
+=======
+    from quweit_jax.training import rundir, stores
+>>>>>>> w-pods
 
     options = {
         name: value if (found := getattr(args, name)) is None else found
@@ -112,7 +116,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     }
     out = Path(args.out or Path(args.workdir) / args.to)
     folder.check_target(out, args.overwrite)
-    opened = rundir.open_run(Path(args.workdir), args.step, overrides)
+    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides)
     setup = opened.setup
     if setup.tokenizer is not None:
         raise InputError(

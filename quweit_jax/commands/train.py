@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from quweit_jax.training.loop import Result
     from quweit_jax.training.setup import Setup
+    from quweit_jax.training.stores import Copy
     from quweit_jax.training.teacher import Teacher
 
 
@@ -40,7 +42,19 @@ def main(argv: Sequence[str]) -> int:
         "--config.model.width=256."
     )
     args, overrides = cli.parse(parser, argv)
-    workdir = Path(args.workdir)
+    from quweit_jax.training import stores
+
+    if not stores.is_address(args.workdir):
+        return _train(args, overrides, Path(args.workdir), None)
+    cli.join_processes()
+    with stores.mirrored(args.workdir) as copy:
+        return _train(args, overrides, copy.local, copy)
+
+
+def _train(
+    args: argparse.Namespace, overrides: Mapping[str, str], workdir: Path, copy: Copy | None
+) -> int:
+    """Trains in a folder; copy: where what it holds is taken whenever a checkpoint is whole."""
     from quweit_jax.training import checkpoints, loop, rundir
 
     checkpoints.check_path(workdir)
@@ -52,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     config = load_file(args.config) if args.config else rundir.read_config(workdir)
     for path, text in overrides.items():
         set_value(config, path, text)
-    cli.join_processes()
+    if copy is None:
+        cli.join_processes()
     begin = initial(config.get("init_from") or "", workdir)
     source = teacher(config.get("teacher") or "")
     # How the devices of earlier starts were laid out is no question for those that are here now.
@@ -65,8 +80,11 @@ def main(argv: Sequence[str]) -> int:
         teacher=source,
         announce=lambda setup: announce(setup, workdir),
         mesh=mesh,
+        saved=None if copy is None else copy.push,
     )
-    summarize(result, workdir)
+    if copy is not None:
+        copy.push()  # the loss curve, and what else the end has written
+    summarize(result, workdir, args.workdir)
     # What a shell would have done after this, `train && report`, it does not do after Ctrl-C.
     return cli.INTERRUPTED if result.signal == "SIGINT" and not result.complete else 0
 
@@ -88,11 +106,11 @@ def initial(
     import jax
 
     from quweit_jax.pretrained import transfer
-    from quweit_jax.training import rundir
+    from quweit_jax.training import rundir, stores
 
     if not path:
         return None
-    place = Path(path).expanduser()
+    place = stores.fetched(path, "init_from").expanduser()
     if not rundir.has_checkpoints(workdir):
         _check_exists("init_from", place)
 
@@ -122,12 +140,12 @@ def teacher(path: str) -> Teacher | None:
     import jax
 
     from quweit_jax import pretrained
-    from quweit_jax.training import rundir
+    from quweit_jax.training import rundir, stores
     from quweit_jax.training.teacher import Teacher
 
     if not path:
         return None
-    place = Path(path).expanduser()
+    place = stores.fetched(path, "teacher").expanduser()
     _check_exists("teacher", place)
     if _is_run(place):
         run = rundir.open_run(place, data=False)
@@ -180,7 +198,7 @@ def announce(setup: Setup, workdir: Path) -> None:
         )
 
 
-def summarize(result: Result, workdir: Path) -> None:
+def summarize(result: Result, workdir: Path, name: str = "") -> None:
     """Says the validation loss, a sample, where the plot is, and the line that goes on."""
     import jax
 
@@ -191,7 +209,7 @@ def summarize(result: Result, workdir: Path) -> None:
     if jax.process_index():
         return
     setup, config = result.setup, result.setup.config
-    where = shlex.quote(f"--workdir={workdir}")
+    where = shlex.quote(f"--workdir={name or workdir}")
     resume = f"python -m quweit_jax.train {where}"
     if not result.complete:
         print(f"stopped at step {result.step} of {config.steps}, saved. To go on: {resume}")

@@ -78,6 +78,7 @@ def fit(
     teacher: Teacher | None = None,
     announce: Callable[[Setup], None] | None = None,
     mesh: sharding.MeshConfig | None = None,
+    saved: Callable[[], None] | None = None,
 ) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
     `workdir` ends.
@@ -90,6 +91,7 @@ def fit(
         `config.teacher` names one.
       announce: called once nothing is left to refuse, before the first step.
       mesh: of these devices, instead of the config's, which stays the run's.
+      saved: called whenever a checkpoint is whole, which is then waited for.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
@@ -113,7 +115,7 @@ def fit(
         begun = _begin(setup, checkpoints, workdir, initial)
         if announce is not None:
             announce(setup)
-        return _train(setup, checkpoints, workdir, progress, on_step, begun)
+        return _train(setup, checkpoints, workdir, progress, on_step, begun, saved)
 
 
 @contextlib.contextmanager
@@ -136,6 +138,7 @@ def _train(
     progress: bool | None,
     on_step: Callable[[int], None] | None,
     begun: _Begun,
+    whole: Callable[[], None] | None,
 ) -> Result:
     config, where = setup.config, sharding.batch_sharding(setup.mesh)
     current, saved, start = begun
@@ -192,6 +195,9 @@ def _train(
                     place = {"data": _joined_state(batches), "validation": validation}
                     checkpoints.save(step, current, place | noted, score)
                     log.last_good = step
+                    if whole is not None:
+                        checkpoints.wait()
+                        whole()
             if stopping:
                 break
         checkpoints.wait()

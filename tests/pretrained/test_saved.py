@@ -1,0 +1,100 @@
+"""A model in a folder of its own: what is written is read again, what cannot be is refused, and what
+comes with the package works.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from quweit_jax import models, pretrained
+from quweit_jax.commands import generate, pack, train
+from quweit_jax.data import tokenizers
+from quweit_jax.deploy.pack import stored_bytes
+from quweit_jax.errors import InputError
+from quweit_jax.pretrained import saved
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+@pytest.fixture(scope="module")
+def boxed_models():
+    return {name: saved.load_model(saved.find_model(name)) for name in saved.boxed()}
+
+
+def test_a_run_is_packed_into_a_folder_and_speaks_as_it_did(tiny_arguments, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "model"
+    changes = {"model.mlp": "lookup_glu", "steps": 2, "checkpoint_every": 2, "eval_every": 2}
+    assert train.main([*tiny_arguments(changes), f"--workdir={run}"]) == 0
+    assert pack.main([f"--workdir={run}", f"--out={out}"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "model.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    said = json.loads((out / "model.json").read_text())
+    assert said["form"] == "packed" and said["training_step"] == 2 and "loss" in said["validation"]
+    capsys.readouterr()
+    texts = []
+    for source in (f"--workdir={run}", f"--model={out}"):
+        assert generate.main([source, "--prompt=the ", "--max_tokens=12", "--top_k=5"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    with pytest.raises(InputError, match="--overwrite"):
+        pack.main([f"--workdir={run}", f"--out={out}"])
+    assert pack.main([f"--workdir={run}", f"--out={out}", "--trained", "--overwrite"]) == 0
+    model, variables = pretrained.load(out)
+    assert "packed" not in variables and model.config.mlp == "lookup_glu"
+    for wrong in (["--step=1"], ["--config.seed=3"]):
+        with pytest.raises(InputError, match="--model"):
+            generate.main([f"--model={out}", *wrong])
+
+
+def test_damage_is_a_sentence(tmp_path):
+    config = {"name": "gpt", "layers": 1, "heads": 1, "width": 8, "context": 8, "mlp": "dense"}
+    model = models.build(config, 5)
+    variables = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
+    saved.save_model(tmp_path / "m", config, 5, variables)
+    again = saved.load_model(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, again.variables, dict(variables))
+    weights, about = tmp_path / "m" / "model.safetensors", tmp_path / "m" / "model.json"
+    whole, text = weights.read_bytes(), about.read_text()
+    for damaged in (b"", whole[:40], whole[:-9], b"\xff" * 100):
+        weights.write_bytes(damaged)
+        with pytest.raises(InputError, match="safetensors"):
+            saved.load_model(tmp_path / "m")
+    weights.write_bytes(whole)
+    for damaged in (
+        "null",
+        "{}",
+        text.replace("version", "v"),
+        text.replace('"outputs": 5', '"o": 5'),
+    ):
+        about.write_text(damaged)
+        with pytest.raises(InputError, match=r"model"):
+            saved.load_model(tmp_path / "m")
+    with pytest.raises(InputError, match="shakespeare-lookup"):
+        pretrained.load("shakespear-lookup")
+
+
+def test_the_package_brings_models_that_work(boxed_models):
+    assert {"shakespeare-lookup", "cifar10-lookup"} <= boxed_models.keys()
+    size = sum(path.stat().st_size for path in saved.BOX.rglob("*") if path.is_file())
+    assert size < 2e6
+    for found in boxed_models.values():
+        assert "packed" in found.variables and stored_bytes(found.variables) < 1e6
+        assert found.about["form"] == "packed" and found.about["validation"]
+
+
+def test_the_boxed_language_model_knows_its_text(boxed_models):
+    """What it gives real text, against what it gives the same letters in another order."""
+    found = boxed_models["shakespeare-lookup"]
+    assert isinstance(found.tokenizer, tokenizers.CharTokenizer)
+    ids = found.tokenizer.encode("First Citizen:\nBefore we proceed any further, hear me speak.\n")
+    mixed = np.random.default_rng(0).permutation(ids)
+    logits = np.asarray(found.model.apply(found.variables, np.stack([ids, mixed])[:, :-1]))
+    chosen = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), np.stack([ids, mixed])[:, 1:, None], -1
+    ).mean((1, 2))
+    assert chosen[0] > -2.0 > -3.5 > chosen[1]

@@ -1,0 +1,192 @@
+"""Run directories in stores of objects: in fsspec's own in memory and, where they are installed, in
+emulators of Google's and Amazon's on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from quweit_jax.commands import evaluate, export, train
+from quweit_jax.errors import InputError, RunError
+from quweit_jax.training import metrics, stores
+from tests.conftest import REPOSITORY
+from tests.training.test_distributed import free_port
+
+fsspec = pytest.importorskip("fsspec")
+SMALL = {"model.layers": 1, "model.width": 16, "model.mlp": "none", "steps": 4} | {
+    "eval_every": 4,
+    "checkpoint_every": 2,
+    "log_every": 1,
+}
+
+
+@pytest.fixture
+def memory(monkeypatch, tmp_path):
+    """An address of a store in memory; copies are below tmp_path."""
+    monkeypatch.setitem(stores._SERVED, "memory", "fsspec")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    yield "memory://bucket/run"
+    store.store.clear()
+
+
+def names(address):
+    store, root = fsspec.core.url_to_fs(address)
+    return {path.partition(root + "/")[2] for path in store.find(root)}
+
+
+def test_what_is_alike_is_not_moved_and_what_differs_is(memory, monkeypatch):
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/bucket/run/{name}": name.encode() for name in ("a", "b", "checkpoints/2/c")})
+    copy = stores.Copy(memory, "--workdir", "train")
+    assert sorted(copy.pull().rglob("[abc]")) == [
+        copy.local / n for n in ("a", "b", "checkpoints/2/c")
+    ]
+    moved = []
+    for method in ("get_file", "put_file", "rm_file"):
+        real = getattr(copy._store, method)
+        monkeypatch.setattr(
+            copy._store, method, lambda *a, m=method, r=real: moved.append((m, a[0])) or r(*a)
+        )
+    copy.pull()
+    copy.push()
+    assert moved == []
+    time.sleep(0.01)
+    (copy.local / "a").write_text("A")  # as long as before
+    (copy.local / "b").unlink()
+    for name in ("checkpoints/4/x", "checksums/4.json", "metrics.jsonl"):
+        (copy.local / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy.local / name).write_text(name)
+    copy.push()
+    order = [name.removeprefix(f"{copy.local}/") for method, name in moved if method == "put_file"]
+    assert order == ["a", "metrics.jsonl", "checkpoints/4/x", "checksums/4.json"], "that is last"
+    assert moved[-1] == ("rm_file", "/bucket/run/b")
+    assert store.cat("/bucket/run/a") == b"A" and "b" not in names(memory)
+    store.pipe("/bucket/run/a", b"other")
+    (copy.local / "left over").write_text("never saved there")
+    copy.pull()
+    assert (copy.local / "a").read_text() == "other" and not (copy.local / "left over").exists()
+
+
+def test_a_run_lives_in_a_store(memory, tiny_arguments, tmp_path, capsys):
+    """Trained, lost on this machine, gone on with, evaluated, begun from and exported."""
+    assert train.main([*tiny_arguments(SMALL), f"--workdir={memory}"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"longer training: python -m quweit_jax.train --workdir={memory} --config.steps=8" in said
+    )
+    found = names(memory)
+    assert {"config.json", "metrics.jsonl", "checksums/4.json", "plots/loss.png"} <= found
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    assert train.main([f"--workdir={memory}", "--config.steps=8"]) == 0
+    rows = [
+        json.loads(line)
+        for line in fsspec.open(f"{memory}/metrics.jsonl").open().read().split(b"\n")
+        if line
+    ]
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 9))
+    assert {name.split("/")[1] for name in names(memory) if name.startswith("checkpoints/")} == {
+        "6",
+        "8",
+    }, "what is no longer kept is gone there, too"
+    capsys.readouterr()
+    assert evaluate.main([f"--workdir={memory}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] in (4, 8)
+    new = f"--workdir={tmp_path / 'new'}"
+    assert train.main([*tiny_arguments(SMALL), new, f"--config.init_from={memory}"]) == 0
+    out = tmp_path / "model.stablehlo"
+    assert export.main([f"--workdir={memory}", f"--out={out}", "--platforms=cpu"]) == 0
+    assert out.stat().st_size > 1000
+
+
+def test_what_a_store_refuses_is_a_sentence(memory, tiny_arguments, monkeypatch):
+    with pytest.raises(InputError, match=r"--workdir: nothing at memory://bucket/none"):
+        evaluate.main(["--workdir=memory://bucket/none"])
+
+    def full(self, *_):
+        raise OSError("the quota is used up")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", full)
+    with pytest.raises(RunError, match=r"cannot be written .*quota.*; what was written is in"):
+        train.main([*tiny_arguments(SMALL), f"--workdir={memory}"])
+    monkeypatch.setitem(stores._SERVED, "memory", "s3fs")
+    if importlib.util.find_spec("s3fs") is None:
+        with pytest.raises(InputError, match=r"the package s3fs for --workdir=.*quweit_jax\[s3\]"):
+            train.main([*tiny_arguments(SMALL), f"--workdir={memory}"])
+
+
+@pytest.fixture(scope="module")
+def emulators():
+    """The environment in which gs://bucket and s3://bucket are there, on this machine."""
+    for package in ("gcsfs", "s3fs", "boto3"):
+        pytest.importorskip(package, reason="the extras gcs and s3 are not installed")
+    google = pytest.importorskip("gcp_storage_emulator.server")
+    moto = pytest.importorskip("moto.server")
+    ports = free_port(), free_port()
+    one = google.create_server("localhost", ports[0], in_memory=True, default_bucket="bucket")
+    one.start()
+    other = moto.ThreadedMotoServer(port=ports[1])
+    other.start()
+    environment = {
+        "STORAGE_EMULATOR_HOST": f"http://localhost:{ports[0]}",
+        "AWS_ENDPOINT_URL": f"http://localhost:{ports[1]}",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    import boto3
+
+    boto3.client(
+        "s3",
+        **{"endpoint_url": environment["AWS_ENDPOINT_URL"]},
+        aws_access_key_id="none",
+        aws_secret_access_key="none",
+        region_name="us-east-1",
+    ).create_bucket(Bucket="bucket")
+    yield environment
+    other.stop()
+    one.stop()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_kills_lose_nothing(emulators, tiny_arguments, tmp_path, scheme, capfd):
+    """Killed again and again, each time on another machine, it ends as a run left alone."""
+    values = SMALL | {"steps": 12, "eval_every": 12}
+    assert train.main([*tiny_arguments(values), f"--workdir={tmp_path / 'alone'}"]) == 0
+    address, kills = f"{scheme}://bucket/{tmp_path.name}/run", 0
+    command = [sys.executable, "-m", "quweit_jax.train", *tiny_arguments(values)]
+    for attempt in range(30):
+        environment = os.environ | emulators | {"JAX_NUM_CPU_DEVICES": "1"}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path / f"machine-{attempt}")}
+        process = subprocess.Popen(
+            [*command, f"--workdir={address}"], cwd=REPOSITORY, env=environment
+        )
+        log = tmp_path / f"machine-{attempt}"
+        before = None
+        while process.poll() is None and kills < 5:
+            time.sleep(0.02)
+            steps = sorted(int(p.stem) for p in log.rglob("checksums/*.json") if p.stem.isdigit())
+            before = steps if before is None and steps else before
+            # Once it has saved something of its own, at some time around the next save.
+            if steps and steps[-1] >= 2 * (kills + 1):
+                time.sleep(0.03 * kills)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        if process.wait() == 0:
+            break
+    assert process.returncode == 0 and kills >= 2
+    expected = metrics.read_rows(tmp_path / "alone" / "metrics.jsonl")
+    found = metrics.read_rows(next((tmp_path / f"machine-{attempt}").rglob("run/metrics.jsonl")))
+    kept = ("step", "split", "loss", "grad_norm")
+    assert [[row.get(k) for k in kept] for row in found] == [
+        [row.get(k) for k in kept] for row in expected
+    ]
