@@ -103,12 +103,8 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     from quweit_jax.deploy.hardware import circuit, description, folder
     from quweit_jax.deploy.hardware.blocks.verilog import NAME as BLOCK_NAME
     from quweit_jax.deploy.pack import pack
-<<<<<<< HEAD
     from quweit_jax.models.dwn import DWN
-    from quweit_jax.training import rundir
-=======
     from quweit_jax.training import rundir, stores
->>>>>>> w-pods
 
     options = {
         name: value if (found := getattr(args, name)) is None else found

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-<<<<<<< HEAD
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-=======
-from collections.abc import Sequence
->>>>>>> w-pods
 
 from quweit_jax.commands import cli
 from quweit_jax.commands.opening import add_source, open_source
@@ -74,43 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--min_p", type=float, default=0.0, help="... this many times as likely as the likeliest")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: against what was said")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-<<<<<<< HEAD
     add(
         "--packed",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="as deployed: 1-bit tables, ternary weights at 2 bits (default: where the model has such "
         "a form)",
-=======
-    args, overrides = cli.parse(parser, argv)
-    from quweit_jax.deploy.generate import check_sampling, generate_tokens, stream_text
-    from quweit_jax.deploy.pack import pack
-    from quweit_jax.reading import clean_text
-    from quweit_jax.training import rundir, stores
-
-    check_sampling(args.temperature, args.top_k, args.max_tokens)
-    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides, data=False)
-    model, variables, tokenizer = opened.setup.model, opened.variables, opened.setup.tokenizer
-    if tokenizer is None:
-        raise InputError(
-            f"--workdir: {args.workdir} is a run of a classifier, which generates no text."
-        )
-    text = clean_text(args.prompt)  # as the texts it was trained on
-    prompt = tokenizer.encode(text)
-    if not len(prompt):
-        raise InputError("--prompt: expected at least one character, found none.")
-    if args.packed:
-        variables = pack(model, variables, opened.setup.init_inputs)
-    tokens = generate_tokens(
-        model,
-        variables,
-        prompt,
-        args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-        end_of_text=tokenizer.end_of_text,
->>>>>>> w-pods
     )
     return parser
 

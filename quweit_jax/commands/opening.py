@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quweit_jax.errors import InputError
@@ -81,8 +80,8 @@ def open_source(args: argparse.Namespace, overrides: Mapping[str, str]) -> Opene
 
 
 def _run(args: argparse.Namespace, overrides: Mapping[str, str]) -> Opened:
-    from quweit_jax.training import rundir
+    from quweit_jax.training import rundir, stores
 
-    run = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
+    run = rundir.open_run(stores.fetched(args.workdir), args.step, overrides, data=False)
     setup = run.setup
     return Opened(setup.model, run.variables, setup.tokenizer, setup.init_inputs, run.step)

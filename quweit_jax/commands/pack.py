@@ -26,19 +26,20 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.deploy import stablehlo
     from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
     from quweit_jax.pretrained import saved
-    from quweit_jax.training import metrics, rundir
+    from quweit_jax.training import metrics, rundir, stores
 
     out = Path(args.out)
     if saved.is_saved(out) and not args.overwrite:
         raise InputError(f"--out: {out} holds a model already; name another, or --overwrite.")
-    run = rundir.open_run(Path(args.workdir), args.step, overrides, data=False)
+    workdir = stores.fetched(args.workdir)
+    run = rundir.open_run(workdir, args.step, overrides, data=False)
     setup, variables = run.setup, run.variables
     if not args.trained:
         variables = packed_or_trained(setup.model, variables, setup.init_inputs)
     model = setup.config.model.to_dict()
     if "scan_layers" in model:  # layers are read and packed one by one
         model["scan_layers"] = False
-    losses = {row["step"]: row for row in metrics.evaluations(Path(args.workdir))}
+    losses = {row["step"]: row for row in metrics.evaluations(workdir)}
     about = {
         "form": "packed" if "packed" in variables else "trained",
         "input_shape": list(setup.init_inputs.shape),
