@@ -201,8 +201,8 @@ class Ours(NamedTuple):
 def compile_ours(piece: Piece, folder: Any, device: Any) -> Ours:
     """What a piece's kernels cost."""
     compiled = tpu_schedule.compile_for(piece.ours, piece.shapes, device)
-    kernels = tpu_schedule.kernel_cycles(folder, piece.seldom)
-    return Ours(kernels, tpu_schedule.xla_cycles(compiled.as_text()))
+    kernels = dict(tpu_schedule.kernel_cycles(folder, piece.seldom))
+    return Ours(kernels, tpu_schedule.xla_cycles(compiled))
 
 
 def measure(piece: Piece, ours: Ours, device: Any, chip: tpu_schedule.Chip) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def measure(piece: Piece, ours: Ours, device: Any, chip: tpu_schedule.Chip) -> d
     }
     if piece.xla:
         compiled = tpu_schedule.compile_for(piece.xla, piece.shapes, device)
-        cycles = tpu_schedule.xla_cycles(compiled.as_text())
+        cycles = tpu_schedule.xla_cycles(compiled)
         moved = float(compiled.cost_analysis()["bytes accessed"])
         us = 1e6 * max(cycles / chip.hertz, moved / chip.bytes_per_second)
         found |= {"xla_cycles": cycles, "xla_bytes": moved, "xla_us": us}
@@ -233,6 +233,7 @@ def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="leave XLA's own forms out")
     args = parser.parse_args()
     folder, chip = tpu_schedule.dump_schedules(), CHIPS[args.chip]
 
@@ -253,6 +254,8 @@ def main() -> None:
         for name, piece in group.items():
             if piece.ours not in compiled:
                 compiled[piece.ours] = compile_ours(piece, folder, device)
+            if args.ours:
+                piece = piece._replace(xla=None)
             found = measure(piece, compiled[piece.ours], device, chip)
             results[f"{title}: {name}"] = found
             xla = found.get("xla_us")

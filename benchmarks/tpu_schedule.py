@@ -104,18 +104,18 @@ def compile_for(function: Callable[..., Any], shapes: Any, device: Any) -> Any:
         return jax.jit(function).lower(*placed).compile()
 
 
-def xla_cycles(text: str) -> int:
+def xla_cycles(compiled: Any) -> int:
     """The sum of the estimates of a compiled program's operations; loops count once."""
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())))
 
 
-def kernel_cycles(folder: Path, seldom: Mapping[int, int] | None = None) -> dict[str, int]:
-    """Cycles of the kernels compiled since this was asked last: name -> cycles of one call."""
-    found = {}
+def kernel_cycles(folder: Path, seldom: Mapping[int, int] | None = None) -> list[tuple[str, int]]:
+    """Kernels compiled since this was asked last: the name and the cycles of each call."""
+    found = []
     for file in sorted(folder.glob("*-final_bundles.txt")):
         name = _KERNEL.search(file.name)  # transformations put words around a kernel's name
         if name and "schedule" not in file.name:
-            found[name[0]] = schedule_cycles(file.read_text(), seldom)
+            found.append((name[0], schedule_cycles(file.read_text(), seldom)))
     for file in folder.iterdir():
         file.unlink()
     return found

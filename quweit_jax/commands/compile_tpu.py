@@ -46,7 +46,8 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
 
     bytes of arguments and temporaries, bytes received from other chips by kind of collective,
     the operations of matrix products (those that remat repeats among them), and the compiler's
-    estimate of a step's time, from cycles in which nothing waits for memory or other chips.
+    estimate of a step's time, from cycles in which nothing waits for memory or other chips;
+    without our own kernels, of which it has none (benchmarks/tpu_kernels.py says what they take).
 
     Raises:
       InputError: libtpu isn't installed, or knows no such topology, or the data's vocabulary is
@@ -80,7 +81,8 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
             f"temporaries a chip, and there are {found[2]}. Its largest values, divided over "
             f"{len(devices)} chips: {named}. Try {_ADVICE}."
         ) from None
-    program, memory = reading.read_program(compiled.as_text()), compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    program = reading.read_program(text)
     operations = reading.flops(traced.jaxpr) / len(devices)
     chip = CHIPS.get(topology.partition(":")[0])
     facts: dict[str, object] = {
@@ -97,6 +99,8 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
     }
     for kind, size in program.collectives.items():
         facts[f"{kind.replace('-', '_')}_bytes_per_chip"] = size
+    if kernels := text.count('custom_call_target="tpu_custom_call"'):
+        facts["kernels_without_estimate"] = kernels
     if program.cycles and chip is not None and chip.clock:
         seconds = program.cycles / chip.clock
         facts |= {

@@ -121,7 +121,7 @@ class _How(NamedTuple):
     division: Division | None
 
 
-def _choose(asked: str | None, weighting: EFD, sizes: tuple[Any, Any, int]) -> _How:
+def _choose(asked: str | None, weighting: EFD, sizes: tuple[Any, ...]) -> _How:
     """How to look up F bits of T tokens in L tables, sizes (F, T, L)."""
     offered: dict[str, Hindrance] = dict.fromkeys(_FORMS, anywhere)
     if asked == "pallas" or (asked is None and platform() == "tpu"):
@@ -237,9 +237,10 @@ def lut_lookup(
     how = _choose(implementation, weighting, (*tokens_TF.shape[::-1], tables.shape[0]))
     inverse = None if inverse is None else jnp.asarray(inverse)
     if how.implementation == "pallas":
-        values: Array = _lookup(tokens_TF.T, jnp.asarray(mapping), inverse, tables, how).T
+        turned: Array = _lookup(tokens_TF.T, jnp.asarray(mapping), inverse, tables, how)
+        values = turned.T
     else:
-        values = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, how)
+        values: Array = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, how)
     return values.reshape(*bits.shape[:-1], tables.shape[0])
 
 

@@ -213,7 +213,7 @@ def packed_sums(
     return sums.reshape(*lead, outputs)
 
 
-def _choose(asked: str | None, inputs: tuple[Any, ...], packed: tuple[int, int, int]) -> str:
+def _choose(asked: str | None, inputs: tuple[Any, ...], packed: tuple[int, ...]) -> str:
     """The implementation for inputs (..., I) and words (tiles, rows, lanes)."""
     offered = _OFFERED
     if asked == "pallas" or (asked is None and choice.platform() == "tpu"):

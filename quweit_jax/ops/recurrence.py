@@ -148,7 +148,7 @@ def _recurrence(forget_gate: Array, candidate: Array, start: Array, how: _How) -
 def _forward(
     forget_gate: Array, candidate: Array, start: Array, how: _How
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    states = _recurrence(forget_gate, candidate, start, how)
+    states: Array = _recurrence(forget_gate, candidate, start, how)
     return states, (forget_gate, states, start)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import PyTree, Shaped
 
 from quweit_jax.ops.kernels import choice
 
+Semantics = Literal["parallel", "arbitrary"]
 # A register holds 8 rows of 128 lanes.
 ROWS, LANES = 8, 128
 # Fast memory a kernel may fill; every chip since v4 has more.
@@ -43,7 +44,7 @@ def call(
     in_specs: Sequence[Any],
     out_specs: Any,
     out_shape: PyTree,
-    semantics: Sequence[str],
+    semantics: Sequence[Semantics],
     name: str,
     scratch: Sequence[Any] = (),
 ) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ register of tokens, 8 rows of 128; a chunk is so many groups as a word has room 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,17 +171,17 @@ def look_up(
     )(scalars(wiring_Ln, block), words, pad_to(tables_LA, padded, width))
 
 
-def row_of(register: Int32[Array, ""]) -> pl.Slice:
+def row_of(register: Int32[Array, ""]) -> Any:
     """The rows of a register."""
     return pl.ds(pl.multiple_of(register * ROWS, ROWS), ROWS)
 
 
-def aligned(square: int, register: int) -> pl.Slice:
+def aligned(square: int, register: int) -> Any:
     """In memory of squares, each of eight registers: the rows of a register."""
     return pl.ds(square * SQUARE + register * ROWS, ROWS)
 
 
-def crosswise(square: int, row: int) -> pl.Slice:
+def crosswise(square: int, row: int) -> Any:
     """The same row of all registers of a square, which reads as a register: rows are tables in one
     and 128 tokens in the other.
     """

@@ -7,6 +7,7 @@ Dimensions: B batch, T time steps, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def _tiles(
     return jax.lax.fori_loop(0, count // together, step, carry)
 
 
-def _rows(tile: int | Array) -> object:
+def _rows(tile: Any) -> Any:
     return pl.ds(pl.multiple_of(tile * ROWS, ROWS), ROWS)
 
 
