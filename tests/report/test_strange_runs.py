@@ -39,6 +39,7 @@ CONFIGS = {
     "half a letter": {**WHOLE, "note": "\ud83d", "data": {**CONFIG["data"], "name": "\udfff"}},
     "a section that is a list": {**WHOLE, "optimizer": [1, 2]},
     "deep": {**WHOLE, "note": DEEP},
+    "a million blocks": {**WHOLE, "model": {**CONFIG["model"], "layers": 10**6}},
     "names with dots": {**WHOLE, "a.b": {"c.d": 1}},
 }
 ROWS = {
