@@ -261,6 +261,12 @@ def walk(
     yield from below(root, "")
 
 
+def check_readable(folder: Path, what: str) -> None:
+    """Raises InputError for a folder whose content may not be looked at, which seems empty else."""
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{what}: {shown(folder)} cannot be read (Permission denied).")
+
+
 def list_folder(folder: Path, what: str) -> list[os.DirEntry[str]]:
     """A folder's entries by name, without the hidden ones.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from quweit_jax.commands import cli
 from quweit_jax.config import load_file, set_value
 from quweit_jax.errors import InputError
-from quweit_jax.reading import check_local
+from quweit_jax.reading import check_local, check_readable
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -58,6 +58,7 @@ def _train(
     from quweit_jax.training import checkpoints, loop, rundir
 
     checkpoints.check_path(workdir)
+    check_readable(workdir, "--workdir")
     if args.config is None and not os.path.exists(workdir / "config.json"):
         raise InputError(
             f"--config: expected an experiment file to begin a run in {workdir}, such as "

@@ -64,9 +64,8 @@ class Scorer:
 
     start: the token put before a text that has nothing before it; None: the tokenizer's end of
       text if it has one, else a new line if it can spell one, else token 0.
-    batch_size: texts scored at a time. Their logits fit 128 MB if the model carries a state,
-      however long they are; else they are those of as many tokens as the model's context has, or the
-      longest text.
+    batch_size: texts scored at a time. Their logits fit 128 MB, however long they are (or are those
+      of 16 tokens).
     """
 
     model: nn.Module
@@ -213,18 +212,18 @@ class Scorer:
         return batch
 
     def _window(self, count: int) -> int:
-        """Tokens of `count` texts that a model without limit reads at a time: a power of two, so
-        that the logits of all have a bounded size.
+        """Tokens of `count` texts that are read at a time: a power of two, so that the logits of all
+        have a bounded size.
         """
         fit = _LOGITS // (count * getattr(self.model, "config").vocab_size)  # noqa: B009 - of all
         return min(_LONGEST, max(_SHORTEST, 1 << max(0, fit.bit_length() - 1)))
 
     def _token_scores(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """tokens (B, T + 1) -> (log-probability of each of the last T, whether it is the
-        likeliest), (B, T); a model without limit reads in windows and carries its state across.
+        likeliest), (B, T); read in windows, across which the model's state or cache is carried.
         """
         count, width = len(tokens), tokens.shape[1] - 1
-        if self.context is not None or width <= (window := self._window(count)):
+        if width <= (window := self._window(count)):
             return jax.device_get(_score_whole(self.model, self.variables, tokens))
         cache, found = empty_cache(self.model, count), []
         for start in range(0, width, window):

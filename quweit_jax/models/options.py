@@ -41,12 +41,20 @@ def glu_width(width: int) -> int:
     return 256 * math.ceil(int(8 * width / 3) / 256)
 
 
+MOST_BLOCKS = 1000
+
+
 def check_positive(config: object, *names: str, zero: str = "") -> None:
     """Raises InputError unless these fields are at least 1, or 0 if that means something."""
     for name in names:
         if getattr(config, name) < (0 if zero else 1):
             expected = f"a positive number, or 0 for {zero}" if zero else "at least 1"
             raise InputError(f"model.{name}: expected {expected}, found {getattr(config, name)}.")
+        if name in ("layers", "depth") and getattr(config, name) > MOST_BLOCKS:
+            raise InputError(
+                f"model.{name}: expected at most {MOST_BLOCKS:,} blocks, each of which is traced, "
+                f"found {getattr(config, name):,}."
+            )
 
 
 def kinds_of_mlp(kinds: str | Sequence[str], blocks: int, integer: bool = False) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ they are asked for. Anything with `.shape` that `np.asarray` takes is such a ten
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,9 +47,31 @@ def open_safetensors(files: Iterable[Path]) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for file in files:
         with _opened(file) as tensors:
+            _check_names(file)
             for name in tensors.keys():  # noqa: SIM118 - it is no dict
                 found[name] = SafeTensor(file, name, tuple(tensors.get_slice(name).get_shape()))
     return found
+
+
+def _check_names(file: Path) -> None:
+    """Raises InputError if a whole file's header has a name twice, which the format forbids and its
+    library lets pass.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(
+                f"pretrained: {file}: expected every name once, found {twice!r} twice; download it "
+                "again."
+            )
+        return found
+
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        json.loads(stream.read(length), object_pairs_hook=once)
 
 
 def open_torch_shards(index: Path) -> dict[str, LazyTensor]:

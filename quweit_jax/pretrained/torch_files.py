@@ -77,6 +77,7 @@ def read_torch_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str, dict[
     try:
         content = _load(path)
         tensors = _state_dict(content, path)
+        _check_kinds(tensors, path)
         _check_sizes(tensors, path)
         arrays = {name: _array(tensor) for name, tensor in tensors.items()}
         options = content.get("model_args") if isinstance(content, Mapping) else None
@@ -155,6 +156,25 @@ def _state_dict(content: object, path: Path) -> dict[str, Any]:
         f"pretrained: {path}: expected a state dict (names and tensors, or one under 'model' or "
         f"'state_dict'), found {found}; save model.state_dict() with torch."
     )
+
+
+def _check_kinds(tensors: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError for a tensor whose numbers are not simply there, by name."""
+    import torch  # type: ignore[import-not-found]
+
+    for name, tensor in tensors.items():
+        kind = "a nested one" if tensor.is_nested else None
+        if kind is None and tensor.layout != torch.strided:
+            kind = f"a sparse one ({tensor.layout}); save tensor.to_dense()"
+        elif tensor.is_meta:
+            kind = "one without numbers (on the device 'meta'); load the weights before saving them"
+        elif tensor.is_quantized or str(tensor.dtype).startswith("torch.float8"):
+            kind = f"{tensor.dtype}: take the checkpoint it was quantized from"
+        if kind is not None:
+            raise InputError(
+                f"pretrained: {path}: tensor {name}: expected a plain tensor of float32, float16 or "
+                f"bfloat16, found {kind}."
+            )
 
 
 def _check_sizes(tensors: Mapping[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from quweit_jax.costs import count, energy
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, first_line, nearest
 from quweit_jax.models import registry
-from quweit_jax.reading import is_whole, list_folder, read_json, shown
+from quweit_jax.reading import check_readable, is_whole, list_folder, read_json, shown
 from quweit_jax.report.look import look
 from quweit_jax.report.summary import Json, RunSummary
 from quweit_jax.training import checksums, files, metrics, rundir
@@ -82,15 +82,24 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Path], Skipped]:
             skipped.append((str(path), "there is nothing"))
         elif not os.path.isdir(path):
             skipped.append((str(path), "a file, not a folder"))
-        elif runs := _runs_in(path.absolute(), _DEPTH):
+        elif runs := _runs_in(path.absolute(), _DEPTH, closed := []):
+            skipped += closed
             for each in runs:
                 found.setdefault(os.path.realpath(each), each)
+        elif closed:
+            skipped += closed
         else:
             skipped.append((str(path), "neither a run directory nor a folder that holds some"))
     return list(found.values()), skipped
 
 
-def _runs_in(folder: Path, depth: int) -> list[Path]:
+def _runs_in(folder: Path, depth: int, closed: Skipped) -> list[Path]:
+    """The runs at and below a folder; into `closed` go folders that may not be read."""
+    try:
+        check_readable(folder, "report")
+    except InputError as error:
+        closed.append((str(folder), str(error)))
+        return []
     if any(os.path.lexists(folder / name) for name in _RUN_FILES):
         return [folder]
     try:
@@ -98,7 +107,7 @@ def _runs_in(folder: Path, depth: int) -> list[Path]:
     except InputError:
         return []
     folders = (Path(entry.path) for entry in below if os.path.isdir(entry.path))
-    return [found for path in folders for found in _runs_in(path, depth - 1)]
+    return [found for path in folders for found in _runs_in(path, depth - 1, closed)]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -21,7 +21,7 @@ from quweit_jax.config import Config, flat, from_dict, from_mapping, set_value, 
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError
 from quweit_jax.models import stack
-from quweit_jax.reading import read_json
+from quweit_jax.reading import check_readable, read_json
 from quweit_jax.training import checksums, defaults, files, metrics, sharding, starts
 from quweit_jax.training.checkpoints import Checkpoints, check_path
 from quweit_jax.training.setup import Setup, assemble
@@ -255,6 +255,7 @@ def read_config(workdir: Path) -> Config:
     """The config a run was started with."""
     path = workdir / "config.json"
     check_path(workdir, reading=True)
+    check_readable(workdir, "--workdir")
     if not os.path.lexists(path):
         raise InputError(
             f"--workdir: no run in {workdir} (no config.json); start one with "

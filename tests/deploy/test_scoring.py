@@ -134,6 +134,20 @@ def test_long_texts_are_read_in_windows_that_carry_the_state(monkeypatch):
         assert read[-1][0] == 1
 
 
+def test_long_texts_are_read_in_windows_behind_a_cache(scorer, monkeypatch):
+    """Of models with and without limit: the scores are those of one window."""
+    texts = [TEXT[:20], TEXT * 2, "a", ""]
+    pairs = [("the quick", " brown"), ("the", " fox jumps over")]
+    whole = scorer.rolling_log_likelihoods(texts), scorer.log_likelihoods(pairs)
+    read, step = [], score._score_window
+    monkeypatch.setattr(score, "_score_window", lambda *a: (read.append(a[-1].shape), step(*a))[1])
+    monkeypatch.setattr(score, "_LOGITS", 1)
+    np.testing.assert_allclose(scorer.rolling_log_likelihoods(texts), whole[0], rtol=1e-4)
+    found = scorer.log_likelihoods(pairs)
+    np.testing.assert_allclose([value for value, _ in found], [v for v, _ in whole[1]], rtol=1e-4)
+    assert read and all(shape[1] <= score._SHORTEST + 1 for shape in read)
+
+
 def test_as_many_rows_as_there_are_texts(scorer, monkeypatch):
     rows, padded = [], score.Scorer._padded
 

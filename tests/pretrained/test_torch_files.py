@@ -256,6 +256,22 @@ def test_tensors_that_repeat_a_few_numbers_without_end(tmp_path, legacy, torch, 
         read_torch(path)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it makes here
+@both_formats
+def test_tensors_whose_numbers_are_not_simply_there_are_named(tmp_path, legacy, torch):
+    matrix = torch.ones(2, 3)
+    for found, tensor in (
+        ("sparse", matrix.to_sparse()),
+        ("sparse", matrix.to_sparse_csr()),
+        ("nested", torch.nested.nested_tensor([matrix, matrix])),
+        ("meta", matrix.to("meta")),
+        ("qint8", torch.quantize_per_tensor(matrix, 0.1, 0, torch.qint8)),
+    ):
+        torch.save({"w": tensor}, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(InputError, match=f"tensor w: .*{found}"):
+            read_torch(tmp_path / "a.pth")
+
+
 def test_many_tensors_of_the_same_few_numbers(tmp_path, torch):
     base = torch.zeros(2000)
     torch.save({f"w{i}": base.as_strided((20, 100), (0, 1)) for i in range(40)}, tmp_path / "a.pth")

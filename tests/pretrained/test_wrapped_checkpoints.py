@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from quweit_jax import pretrained
 from quweit_jax.errors import InputError
+from quweit_jax.pretrained.tensors import read_weights
 from tests.pretrained.language_files import assert_same, both, published_tensors, write
 from tests.pretrained.vit_files import save_torch, weights
 
@@ -148,3 +149,12 @@ def test_what_is_wrong_in_nanogpts_own_checkpoint_is_named(shared, tmp_path, cha
     save_torch(tmp_path / "ckpt.pt", nanogpts(shared, **changes))
     with pytest.raises(InputError, match=key):
         pretrained.load(tmp_path / "ckpt.pt", "nanogpt")
+
+
+def test_a_name_twice_in_a_header_is_refused(tmp_path):
+    entry = b'"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+    header = b"{" + entry + b", " + entry + b"}"
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(InputError, match="'w' twice"):
+        read_weights(path)

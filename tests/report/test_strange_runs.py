@@ -13,6 +13,7 @@ import pytest
 from quweit_jax.costs import count, energy
 from quweit_jax.errors import InputError
 from quweit_jax.report import collect, owned_folder, page
+from quweit_jax.training import rundir
 from quweit_jax.training.defaults import base_config
 from tests.report.test_report_page import CONFIG, made
 
@@ -39,6 +40,7 @@ CONFIGS = {
     "half a letter": {**WHOLE, "note": "\ud83d", "data": {**CONFIG["data"], "name": "\udfff"}},
     "a section that is a list": {**WHOLE, "optimizer": [1, 2]},
     "deep": {**WHOLE, "note": DEEP},
+    "a million blocks": {**WHOLE, "model": {**CONFIG["model"], "layers": 10**6}},
     "names with dots": {**WHOLE, "a.b": {"c.d": 1}},
 }
 ROWS = {
@@ -166,3 +168,19 @@ def test_an_older_report_is_no_way_out_of_its_folder(tmp_path):
         (out / "report.json").write_bytes(os.fsencode(content))
         with pytest.raises(InputError, match="--out: "):
             owned_folder.check(out)
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    write_run(tmp_path / "good")
+    closed = write_run(tmp_path / "closed")
+    may = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode, **k: os.fspath(path) != str(closed) and may(path, mode, **k),
+    )
+    found, skipped = collect.find_runs([tmp_path])
+    assert found == [tmp_path / "good"]
+    assert [path for path, _ in skipped] == [str(closed)] and "Permission denied" in skipped[0][1]
+    with pytest.raises(InputError, match="closed cannot be read"):
+        rundir.read_config(closed)
