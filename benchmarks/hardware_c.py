@@ -6,8 +6,8 @@ taskset -c 0 python benchmarks/hardware_c.py --workdir=RUN [--rounds=15] [--imag
 Both classify the same validation images in one process, in turn: the packed model from float32
 images, as it takes them, and the C functions from words (what input_scaling.json makes of images;
 making them is timed by itself). Decisions are compared first; with any difference the status is 1.
-Beside that, the size of the compiled file, and of files of the sizes of published classifiers, whose
-tables are drawn and not trained: a size does not depend on what is in them.
+Beside that, the size of the compiled file, and of files of the sizes of published classifiers,
+whose tables are drawn and not trained: a size does not depend on what is in them.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def main() -> int:
         timing.machine(),
         timing.cores(),
         f"{count:,} validation images, {sum(len(l.tables) for l in classifier.layers):,} tables, "
-        f"{len(classifier.feature):,} comparators, words of {scaling.bits} bits: {differ} decisions "
-        f"of {2 * count:,} differ from the packed model's; {args.compiler} -O2",
+        f"{len(classifier.feature):,} comparators, words of {scaling.bits} bits: {differ} "
+        f"decisions of {2 * count:,} differ from the packed model's; {args.compiler} -O2",
         timing.spread_table(found, base),
         f"compiled with -Os, code and constants: {own:,} bytes",
         "of the published sizes, tables of 6 inputs, 3 thresholds a pixel: "

@@ -24,8 +24,8 @@ PACKAGES = {
 _STRICT = "-std=c99 -O1 -Wall -Wextra -Werror -fsanitize=undefined"
 # What is undefined ends the bench; by a trap, clang needs no library for that.
 _STOPS = {"gcc": "-fno-sanitize-recover", "clang": "-fsanitize-trap=undefined"}
-# What checks an exported folder of each kind, by tool: shell commands, run in a copy of it; {name} is
-# the top level's.
+# What checks an exported folder of each kind, by tool: shell commands, run in a copy of it; {name}
+# is the top level's.
 CHECKS = {
     "verilog": {
         "iverilog": "iverilog -g2001 -o bench bench.v {name}.v && vvp -n bench",

@@ -11,7 +11,7 @@ WORDS, STREAM = (-128, 128), (-(2**15), 2**15)
 
 
 def branch(draw, features, one=False):
-    """A branch with one scale a feature, or one in all; some round numbers, so that halves occur."""
+    """A branch with one scale a feature, or one in all; some round, so that halves occur."""
     count = 1 if one else features
     multiplier = draw.integers(2**30, 2**31, count)
     multiplier = np.where(draw.random(count) < 0.3, 2**30, multiplier)

@@ -1,5 +1,5 @@
-"""Blocks of integer-only transformers as Verilog and C: what the packed model computes, bit for bit;
-deliberate faults are caught.
+"""Blocks of integer-only transformers as Verilog and C: what the packed model computes, bit for
+bit; deliberate faults are caught.
 """
 
 import json

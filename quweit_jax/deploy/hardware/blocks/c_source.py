@@ -20,8 +20,8 @@ from quweit_jax.layers.integer import RESIDUAL_BITS
 _HEAD = """/* A channel-mixing block of an integer-only ViT.
  *
  *   void {name}(const int8_t *x, const int16_t *stream, int16_t *y);
- *     One token: x[0..{last}] are the words behind the norm, stream[0..{last}] those of the residual
- *     stream, y[0..{last}] the stream's words behind the block.
+ *     One token: x[0..{last}] are the words behind the norm, stream[0..{last}] those of the
+ *     residual stream, y[0..{last}] the stream's words behind the block.
  */
 #include <stdint.h>
 

@@ -64,8 +64,8 @@ class Branch:
 @dataclasses.dataclass(frozen=True)
 class GLUBlock:
     """A LookupGLU. mix: int8 (d, 2 H), -1, 0 or 1; offsets: int64 (2 H,), taken from its sums;
-    halfway: int64 (C - 1,), the smallest number of each code but the lowest; tables: int8 (G, C, C);
-    total: int8 (H, d), ternary; bias: int64 (d,). branches: of the sums, and of the stream.
+    halfway: int64 (C - 1,), the smallest number of each code but the lowest; tables: int8 (G, C,
+    C); total: int8 (H, d), ternary; bias: int64 (d,). branches: of the sums, and of the stream.
     """
 
     mix: np.ndarray
@@ -219,7 +219,7 @@ def _branch(requantizer: Mapping[str, Any], name: str, features: int) -> Branch:
 def _encoder(
     held: Mapping[str, Any], tables: tuple[np.ndarray, ...], wiring: tuple[np.ndarray, ...]
 ) -> Classifier:
-    """Distinct comparators that are wired, and layers of tables, as of a classifier of one class."""
+    """Distinct comparators that are wired, and layers of tables, as of a classifier."""
     thresholds = np.asarray(held["thresholds"], np.int64)
     wired, places = np.unique(wiring[0], return_inverse=True)
     feature, rank = np.divmod(wired, thresholds.shape[1])

@@ -95,14 +95,14 @@ def readme(export: Export) -> str:
     lines = [
         f"# Block {export.number} of an integer-only ViT ({kind(export)})",
         "",
-        "A token's words go in, those behind the norm (`x`, 8 bits) and those of the residual stream "
-        "(`stream`, 16 bits); the stream's words behind the block come out (`y`, 16 bits): sums, "
+        "A token's words go in, those behind the norm (`x`, 8 bits) and those of the residual "
+        "stream (`stream`, 16 bits); the stream's words behind the block come out (`y`, 16 bits): sums, "
         "requantized and added. All are in two's complement.",
         "",
         f"`{classifier_benches.INPUTS}` and `{classifier_benches.EXPECTED}` are golden vectors: "
         f"{tokens.real:,} tokens of validation images, as the packed model computes them, and "
-        f"{len(tokens.x) - tokens.real} of extreme and random words. A line is a token: pairs of `x` "
-        "and `stream`, feature by feature, and results `y`, in hexadecimal.",
+        f"{len(tokens.x) - tokens.real} of extreme and random words. A line is a token: pairs of "
+        "`x` and `stream`, feature by feature, and results `y`, in hexadecimal.",
         "",
         *(_c_lines() if export.kind == "c" else _verilog_lines(export)),
     ]
@@ -120,8 +120,8 @@ def _verilog_lines(export: Export) -> list[str]:
         "",
         f"Words come in one feature a cycle, at edges of `clk` with `valid_in` while `ready` is "
         f"high. The first result comes {schedule.latency} cycles behind a token's last word, then "
-        f"one every {schedule.every} cycles; the next token may begin {schedule.busy} cycles behind "
-        f"that word, so that a token takes {schedule.interval} cycles. `rst` is synchronous.",
+        f"one every {schedule.every} cycles; the next token may begin {schedule.busy} cycles "
+        f"behind that word, so that a token takes {schedule.interval} cycles. `rst` is synchronous.",
         "",
         "Two benches compare every bit with the golden vectors, and count the cycles:",
         "",

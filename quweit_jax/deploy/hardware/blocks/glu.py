@@ -23,6 +23,7 @@ from quweit_jax.deploy.hardware.blocks.parts import (
     index_bits,
     instance,
     module,
+    piece,
     trees,
 )
 from quweit_jax.deploy.hardware.blocks.schedule import Schedule, glu_registers, levels, signed_bits
@@ -132,7 +133,7 @@ class _GLU:
 
     def _term(self, word: str, weights: str, place: int, lines: list[str], name: str) -> str:
         """A word times a weight, but for the one that a negative one lacks."""
-        counts, negative = f"{weights}[{2 * place}]", f"{weights}[{2 * place + 1}]"
+        counts, negative = (piece(weights, 2 * place + i, 1) for i in range(2))
         lines.append(
             f"wire signed [{_BITS - 1}:0] {name} = {{{_BITS}{{{counts}}}}} & ({word} ^ "
             f"{{{_BITS}{{{negative}}}}});"

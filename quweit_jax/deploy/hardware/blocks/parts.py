@@ -11,6 +11,8 @@ from quweit_jax.deploy.hardware.blocks.description import BRANCH_LIMIT
 from quweit_jax.deploy.hardware.blocks.schedule import Schedule
 from quweit_jax.layers.integer import RESIDUAL_BITS
 
+PIECE = 64  # bits of the pieces that a wide register is read in
+
 
 def index_bits(count: int) -> int:
     """Bits of an address among so many, at least 1."""
@@ -37,6 +39,13 @@ def instance(kind: str, name: str, wires: Sequence[tuple[str, str]]) -> list[str
     return [f"{kind} {name} (", *ends, ");"]
 
 
+def piece(register: str, low: int, bits: int) -> str:
+    """Bits of a register that a memory was read into, none of which lie in two pieces."""
+    inside = low % PIECE
+    chosen = f"{inside + bits - 1}:{inside}" if bits > 1 else str(inside)
+    return f"{register}_{low // PIECE}[{chosen}]"
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """A read-only memory. rows: its words, each of `bits` bits; file: beside the source."""
@@ -61,13 +70,21 @@ class Memory:
         return "".join(f"{row & mask:x}\n" for row in self.rows)
 
     def lines(self, address: str, out: str, suffix: str = "") -> list[str]:
-        """Reads it into a register `out` at every edge of clk."""
+        """Reads it into a register `out` at every edge of clk; of a wide one there are pieces, see
+        `piece`: what selects from a wide register is slow to simulate.
+        """
         rom = f"{self.name}{suffix}_rom"
+        pieces = [
+            f"wire [{high - low - 1}:0] {out}_{low // PIECE} = {out}[{high - 1}:{low}];"
+            for low in range(0, self.bits, PIECE)
+            for high in (min(low + PIECE, self.bits),)
+        ]
         return [
             f"reg [{self.bits - 1}:0] {rom} [0:{len(self.rows) - 1}];",
             f"reg [{self.bits - 1}:0] {out};",
             f'initial $readmemh("{self.file}", {rom});',
             f"always @(posedge clk) {out} <= {rom}[{address}];",
+            *pieces,
         ]
 
 

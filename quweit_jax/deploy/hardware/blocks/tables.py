@@ -15,6 +15,7 @@ from quweit_jax.deploy.hardware.blocks.parts import (
     index_bits,
     instance,
     module,
+    piece,
 )
 from quweit_jax.deploy.hardware.blocks.schedule import Schedule
 from quweit_jax.deploy.hardware.circuit import lookups
@@ -67,7 +68,7 @@ def _row(values: list[int]) -> int:
 
 
 def _entry(place: int) -> str:
-    return f"$signed(vectors[{(place + 1) * _BITS - 1}:{place * _BITS}])"
+    return f"$signed({piece('vectors', place * _BITS, _BITS)})"
 
 
 def _term(bit: str, place: int, signed: bool) -> str:
