@@ -144,7 +144,7 @@ def _train(workdir: Path, faults: Faults | None) -> dict[str, Any]:
         "kind": "done",
         "calls": faults.count if faults else 0,
         "state": state.hexdigest(),
-        "rows": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
+        "rows": [{k: v for k, v in row.items() if not metrics.is_speed(k)} for row in rows],
         "finished": rundir.is_finished(workdir, SMALL["steps"]),
     }
 

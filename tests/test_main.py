@@ -40,6 +40,7 @@ def test_the_list_is_that_of_the_commands_there_are():
         "__init__",
         "cli",
         "export_hardware",
+        "slurm",
     }
     assert there == set(__main__.COMMANDS)
 

@@ -57,6 +57,11 @@ def _row(line: str) -> Row | None:
     return row if good else None
 
 
+def is_speed(name: str) -> bool:
+    """Whether a name in a row tells of time or of the machine, and so differs in the same run."""
+    return name.endswith(("seconds", "_per_second")) or name in ("mfu", "device_bytes")
+
+
 def evaluations(workdir: Path) -> list[Row]:
     """A run's evaluations on the validation split, in order; the run is finished if the last one is
     of its last step.

@@ -85,8 +85,8 @@ def test_of_two_that_start_together_one_is_refused(tiny_config, tmp_path, monkey
     workdir, assemble = tmp_path / "run", loop.assemble
     first, second = tiny_config(SMALL), tiny_config(SMALL | {"model.width": 32})
 
-    def slowly(config, *arguments):
-        made = assemble(config, *arguments)
+    def slowly(config, *arguments, **options):
+        made = assemble(config, *arguments, **options)
         if config is second:
             loop.fit(first, workdir, progress=False)
         return made
