@@ -28,14 +28,21 @@ def test_all_kernels_compile(tmp_path):
         pytest.skip("compiling for TPUs needs libtpu: pip install libtpu")
     # libtpu ends a process in whose XLA_FLAGS it finds one of another platform's
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    path = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
+    settings = {
+        "PYTHONPATH": path,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is read from it leaves no schedule
+    }
     subprocess.run(
         [
             sys.executable,
             REPOSITORY / "benchmarks" / "tpu_kernels.py",
             "--small",
+            "--ours",
             f"--out={tmp_path / 'kernels.txt'}",
         ],
-        env=environment | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env=environment | settings,
         check=True,
     )
     found = json.loads((tmp_path / "kernels.json").read_text())["found"].values()
