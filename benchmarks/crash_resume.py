@@ -246,6 +246,8 @@ def main() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         cached = ", compiled programs kept between starts (JAX_COMPILATION_CACHE_DIR)"
     every = CONFIG["checkpoint_every"]
+    # a kill costs the run a checkpoint's distance at most, now and then two
+    CONFIG["steps"] = max(CONFIG["steps"], every * (args.kills // 2 + 8) * 2)
     say(f"{CONFIG['steps']} steps, a checkpoint every {every}, seed {args.seed}{cached}\n")
     of_run = args.kills - args.kills // 2
     of_sweep = args.kills // 4

@@ -175,7 +175,7 @@ BITS = np.zeros((2, 6), np.float32)
         (lambda: sums.group_sum(BITS, 0), r"group_sum: .*found \[2, 6\] and 0"),
         (
             lambda: sums.group_sum(BITS, 2, tau=0),
-            "tau is a temperature and must be positive, found 0",
+            "tau is a temperature and must be positive and finite, found 0",
         ),
         (
             lambda: sums.conditional_sum(BITS, np.zeros((5, 2), np.float32)),

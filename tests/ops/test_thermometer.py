@@ -184,7 +184,7 @@ X = np.zeros((4, 3), np.float32)
         ),
         (
             lambda: thermometer.encode_ste(X, np.zeros(2, np.float32), window=0),
-            "window is a half-width and must be positive, found 0",
+            "window is a half-width and must be positive and finite, found 0",
         ),
         (
             lambda: thermometer.encode_ste(X, np.zeros(2, np.float32), shape="triangle"),
