@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     losses = {row["step"]: row for row in metrics.evaluations(workdir)}
     about = {
         "form": "packed" if "packed" in variables else "trained",
-        "input_shape": list(setup.init_inputs.shape),
+        "input_shape": [1, *setup.init_inputs.shape[1:]],
         "training_step": run.step,
         "validation": {k: v for k, v in losses.get(run.step, {}).items() if k in _MEASURES},
         "data": setup.config.data.name or setup.config.data.source,
