@@ -39,7 +39,9 @@ def test_the_list_is_that_of_the_commands_there_are():
     there = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {
         "__init__",
         "cli",
+        "export_block",
         "export_hardware",
+        "opening",
         "slurm",
     }
     assert there == set(__main__.COMMANDS)

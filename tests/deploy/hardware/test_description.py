@@ -104,14 +104,10 @@ def test_words_saturate_and_are_numbers():
         scaling.words(np.asarray([np.nan]))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [({"reduction": "learnable"}, "model.reduction"), ({"tau": 1e38}, "model.tau")],
-)
-def test_scores_that_are_no_counts_are_refused(change, message):
+def test_scores_that_are_no_counts_are_refused():
     inputs = rows()
-    model, constants = packed(inputs, num_luts=(12,), **change)
-    with pytest.raises(InputError, match=message):
+    model, constants = packed(inputs, num_luts=(12,), reduction="learnable")
+    with pytest.raises(InputError, match="model.reduction"):
         description.from_packed(model, constants, inputs)
 
 
