@@ -107,7 +107,7 @@ def test_words_saturate_and_are_numbers():
 def test_scores_that_are_no_counts_are_refused():
     inputs = rows()
     model, constants = packed(inputs, num_luts=(12,), reduction="learnable")
-    with pytest.raises(InputError, match="model.reduction"):
+    with pytest.raises(InputError, match=r"model\.reduction"):
         description.from_packed(model, constants, inputs)
 
 
