@@ -4,11 +4,11 @@ python benchmarks/hardware.py [--configurations=200] [--blocks=60] [--tools=iver
     [--out=FILE]
 
 Each configuration is drawn by hypothesis: tables of 1 to 8 inputs, 1 to 3 layers of odd sizes,
-words of 2 to 16 bits with and without sign, 2 to 100 classes, thresholds at and beyond the extremes,
-constant tables, repeated wiring, registers after every 1 to 3 stages or nowhere. Its golden vectors
-are random words and extreme ones. Likewise blocks of transformers: LookupGLUs and weightless ones,
-dense and grouped, of odd sizes, some units or tables a cycle, registers after every 1 to 3 levels
-or nowhere. With a configuration that fails the status is 1.
+words of 2 to 16 bits with and without sign, 2 to 100 classes, thresholds at and beyond the
+extremes, constant tables, repeated wiring, registers after every 1 to 3 stages or nowhere. Its
+golden vectors are random words and extreme ones. Likewise blocks of transformers: LookupGLUs and
+weightless ones, dense and grouped, of odd sizes, some units or tables a cycle, registers after
+every 1 to 3 levels or nowhere. With a configuration that fails the status is 1.
 """
 
 from __future__ import annotations

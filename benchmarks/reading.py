@@ -1,4 +1,5 @@
-"""How fast training batches of text are read: tokens a second by kind of file, tokenizer and threads.
+"""How fast training batches of text are read: tokens a second by kind of file, tokenizer and
+threads.
 
 python benchmarks/reading.py [--megabytes=8] [--out=FILE.txt]
 
@@ -95,8 +96,8 @@ def main() -> None:
     args = parser.parse_args()
     texts = documents(args.megabytes)
     lines = [
-        f"{len(texts)} documents of Python's library, {sum(map(len, texts)) / 1e6:.1f} MB, in {FILES} "
-        f"files (txt: one each); batches of {BATCH} texts of {CONTEXT} tokens",
+        f"{len(texts)} documents of Python's library, {sum(map(len, texts)) / 1e6:.1f} MB, in "
+        f"{FILES} files (txt: one each); batches of {BATCH} texts of {CONTEXT} tokens",
         timing.machine(("grain", "tokenizers", "pyarrow", "numpy")) + "; a machine that was busy",
         f"{'files':10} {'tokenizer':9} {'threads':>7} {'wall, tokens/s':>15} {'cpu, tokens/s':>15}",
     ]

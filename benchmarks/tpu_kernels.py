@@ -241,8 +241,8 @@ def main() -> None:
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
     lines = [
-        f"{args.chip}, {chip.hertz / 1e9} GHz, {chip.bytes_per_second / 1e9:.0f} GB/s: schedules of "
-        "our kernels beside estimates of XLA",
+        f"{args.chip}, {chip.hertz / 1e9} GHz, {chip.bytes_per_second / 1e9:.0f} GB/s: schedules "
+        "of our kernels beside estimates of XLA",
         timing.machine(("jax", "jaxlib", "libtpu")),
         f"{'':40}      cycles  memory us  us at least      XLA us   times faster",
     ]

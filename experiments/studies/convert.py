@@ -4,9 +4,9 @@ the new kind that train from scratch for as many.
     python -m experiments.studies.convert --dense RUN [RUN ...] [--solve=16 --rate=1.2e-4]
 
 Each dense run, of one config but for the seed, is its own student's teacher and beginning
-(docs/howto/distill.md). Runs go into RUNS/NAME-converted and RUNS/NAME-scratch, NAME being the dense
-run's folder; the same command goes on with what is there, and reads what is finished. Every last
-checkpoint is scored on the whole validation split, as deployed.
+(docs/howto/distill.md). Runs go into RUNS/NAME-converted and RUNS/NAME-scratch, NAME being the
+dense run's folder; the same command goes on with what is there, and reads what is finished. Every
+last checkpoint is scored on the whole validation split, as deployed.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from quweit_jax.reading import clean_text, decode_text, read_bytes
 
 
 def main(argv: Sequence[str]) -> int:
-    """Continues prompts with a trained language model; a single one streams to the terminal. Speed is
-    told on standard error.
+    """Continues prompts with a trained language model; a single one streams to the terminal. Speed
+    is told on standard error.
     """
     args, overrides = cli.parse(_parser(), argv)
     from quweit_jax.deploy.pack import pack, packed_or_trained
@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--prompt",
         action="append",
-        help="the text to continue (default: a new line); several times for a batch; - reads it from "
-        "standard input",
+        help="the text to continue (default: a new line); several times for a batch; - reads it "
+        "from standard input",
     )
     add("--prompts", help="a file with a prompt a line; - is standard input")
     add("--samples", type=int, default=1, help="texts for each prompt, with seeds of their own")
@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "--packed",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="as deployed: 1-bit tables, ternary weights at 2 bits (default: where the model has such "
-        "a form)",
+        help="as deployed: 1-bit tables, ternary weights at 2 bits (default: where the model has "
+        "such a form)",
     )
     return parser
 

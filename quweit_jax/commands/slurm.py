@@ -101,7 +101,8 @@ def run_points(
     stopped: Callable[[], bool],
     poll: float = _POLL_SECONDS,
 ) -> dict[str, str]:
-    """Queues what is neither finished nor queued, and waits for all that is; see `sweep.run_points`.
+    """Queues what is neither finished nor queued, and waits for all that is; see
+    `sweep.run_points`.
 
     jobs: of `executor`. What is queued is kept in ROOT/slurm.json: when `stopped`, it stays queued,
     and the same command waits on.
@@ -121,8 +122,8 @@ def run_points(
     numbers |= {point.name: job.job_id for point, job in zip(new, made)}
     files.replace_json(known, numbers)
     say(
-        f"{len(points)} points, {len(points) - len(left)} finished already, {len(new)} queued; what "
-        f"each says is in {root / 'logs'}"
+        f"{len(points)} points, {len(points) - len(left)} finished already, {len(new)} queued; "
+        f"what each says is in {root / 'logs'}"
     )
     failed = {}
     while left and not stopped():

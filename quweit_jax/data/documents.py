@@ -110,8 +110,8 @@ def separator(tokenizer: Tokenizer) -> np.ndarray:
 def held_out(
     splits: DocumentSplits, tokenizer: Tokenizer, limit: int, fraction: float
 ) -> tuple[np.ndarray, int]:
-    """Encodes what to validate on: (`limit` tokens, or all there are; the number of documents, or of
-    files that are read from their beginning, left to train on).
+    """Encodes what to validate on: (`limit` tokens, or all there are; the number of documents, or
+    of files that are read from their beginning, left to train on).
 
     Without a validation split these are the documents at the end of the training split, from the
     last one back, until they hold `limit` tokens or are the `fraction` of all; of files, the last.

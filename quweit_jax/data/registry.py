@@ -25,8 +25,8 @@ _MODULES = ("text", "tfds", "image_sources")
 class DataConfig(ImageConfig):
     """What to read; of images, how (see ImageConfig).
 
-    source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; see `text.document_folder`),
-    'tfds' (name, data_dir), 'digits' or 'image_folder' (path).
+    source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; see
+    `text.document_folder`), 'tfds' (name, data_dir), 'digits' or 'image_folder' (path).
     text_column: of JSON lines, Parquet files and sets that Hugging Face's `datasets` saved, the key
       or column that holds the text.
     limit_bytes: of python_stdlib and text_file, 0 for all; of documents, what a 'bpe' tokenizer is

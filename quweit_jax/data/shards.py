@@ -136,8 +136,8 @@ def _check_column(schema: Any, column: str, path: Path) -> None:
     if kinds.get(column) not in ("string", "large_string", "string_view"):
         named = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise InputError(
-            f"data.text_column: expected a column of texts named '{column}' in {shown(path)}, found "
-            f"{shown(named)[:300]}; name it by --config.data.text_column."
+            f"data.text_column: expected a column of texts named '{column}' in {shown(path)}, "
+            f"found {shown(named)[:300]}; name it by --config.data.text_column."
         )
 
 

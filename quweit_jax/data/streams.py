@@ -1,11 +1,11 @@
-"""Files of documents as endless streams of tokens cut into windows, where documents can only be read
-one after another; `documents` says what such a stream is.
+"""Files of documents as endless streams of tokens cut into windows, where documents can only be
+read one after another; `documents` says what such a stream is.
 
 Rows of the global batch are in G groups of equally many, and the files, in an order drawn anew for
-each epoch, are dealt to the groups: group g reads the files g, g + G, g + 2 G, ... of that order. Each
-row of a group takes the group's next document when it has no tokens left. So a process reads only the
-files of its own rows, and any number of processes that divides G make the same global batches and go
-on from the same state.
+each epoch, are dealt to the groups: group g reads the files g, g + G, g + 2 G, ... of that order.
+Each row of a group takes the group's next document when it has no tokens left. So a process reads
+only the files of its own rows, and any number of processes that divides G make the same global
+batches and go on from the same state.
 
 Dimensions: B rows of the global batch, T context.
 """

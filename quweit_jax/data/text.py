@@ -152,8 +152,8 @@ def _no_documents(root: Path) -> InputError:
 
 
 def _folder(root: Path, column: str) -> DocumentSource | ShardedDocuments:
-    """What a folder holds: a set that `datasets` saved, files that are read at random, or, if one of
-    them cannot be, files that are read from their beginning.
+    """What a folder holds: a set that `datasets` saved, files that are read at random, or, if one
+    of them cannot be, files that are read from their beginning.
     """
     if is_saved_set(root):
         return ArrowDocuments(root, column)

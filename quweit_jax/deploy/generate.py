@@ -133,8 +133,8 @@ def generate_batch(
     ended. Each row gets the tokens that it would get alone, but for what rounding changes.
 
     A row ends before `end_of_text`, the tokenizer's token of that meaning, if there is one. Where a
-    row's context is full, the newer half of it is read again into an empty cache and generation goes
-    on behind that; a model that carries a state has no limit.
+    row's context is full, the newer half of it is read again into an empty cache and generation
+    goes on behind that; a model that carries a state has no limit.
 
     Args:
       sampling: None for the defaults. seeds: one a prompt; none: 0, 1, ...

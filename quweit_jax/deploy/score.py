@@ -212,8 +212,8 @@ class Scorer:
         return batch
 
     def _window(self, count: int) -> int:
-        """Tokens of `count` texts that are read at a time: a power of two, so that the logits of all
-        have a bounded size.
+        """Tokens of `count` texts that are read at a time: a power of two, so that the logits of
+        all have a bounded size.
         """
         fit = _LOGITS // (count * getattr(self.model, "config").vocab_size)  # noqa: B009 - of all
         return min(_LONGEST, max(_SHORTEST, 1 << max(0, fit.bit_length() - 1)))

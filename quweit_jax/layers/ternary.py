@@ -96,9 +96,9 @@ class MLGRU(nn.Module):
 
     Args:
       kernel_init: of all four projections. implementation: of `ops.recurrence.gated_recurrence`.
-      gates: 'exact' as published, or 'shift' (not published): what is forgotten, 1 - f, and silu(h),
-        by which the output gate is multiplied, are rounded to two binary digits, so that each
-        product takes two shifts and an addition.
+      gates: 'exact' as published, or 'shift' (not published): what is forgotten, 1 - f, and
+        silu(h), by which the output gate is multiplied, are rounded to two binary digits, so that
+        each product takes two shifts and an addition.
     """
 
     kernel_init: Initializer = MIXER_INIT
@@ -165,9 +165,8 @@ class MLGRU(nn.Module):
         f = sigmoid(.) d functions; lower + (1 - lower) f: d multiplications, 2 d additions; c =
         silu(.) (1 - f): 2 d multiplications, d additions, d functions; the step: d and d; gate *
         silu(h): 2 d multiplications and d functions. With gates='shift' the exponent of 1 - f comes
-        from comparisons of its logit; the step is 3 d additions and 2 d shifts, the output d and 2 d,
-        both silu are functions of one value (a float's shift is an
-        addition to its exponent).
+        from comparisons of its logit; the step is 3 d additions and 2 d shifts, the output d and
+        2 d; both silu are functions of one value (a float's shift is an addition to its exponent).
         """
         n, held = call.size, call.width * BYTES[FLOAT]
         if self.gates == "shift":

@@ -71,11 +71,11 @@ class DWNConfig:
         if self.num_classes < 1:
             raise InputError(f"model.num_classes: expected at least 1, found {self.num_classes}.")
         if not 1e-30 <= self.tau <= 1e30:
-            raise InputError(f"model.tau: expected a positive number, found {self.tau}.")
+            raise InputError(f"model.tau: expected 1e-30 to 1e30, found {self.tau}.")
         if self.reduction == "learnable" and self.lut_inputs < 2:
             raise InputError(
-                "model.lut_inputs: expected 2 or more for --config.model.reduction=learnable, whose "
-                f"layers become narrower, found {self.lut_inputs}."
+                "model.lut_inputs: expected 2 or more for --config.model.reduction=learnable, "
+                f"whose layers become narrower, found {self.lut_inputs}."
             )
         if self.reduction == "group_sum":
             otherwise = ", or --config.model.reduction=learnable"

@@ -114,8 +114,8 @@ def matmul_units(
     `einsum_units`.
 
     Raises:
-      InputError: integers, and more inputs than int32 is sure to hold the sum of, 132,104 (66,311 of
-        uint8), or wider ones (where known) that need more than 8 bits.
+      InputError: integers, and more inputs than int32 is sure to hold the sum of, 132,104 (66,311
+        of uint8), or wider ones (where known) that need more than 8 bits.
     """
     if is_integer(x):
         _check_inputs(weight_int.shape[0], 8, 255 if x.dtype == jnp.uint8 else 128)

@@ -21,8 +21,8 @@ def round_to_shifts(
     """The nearest number of a few binary digits, the gradient straight through.
 
     With one digit that is 0 or +-2**k; with two also +-1.5 * 2**k. Times another number, it is that
-    one shifted by k places, for 1.5 once more by k - 1 places and added. Of two numbers equally near
-    the larger magnitude is taken.
+    one shifted by k places, for 1.5 once more by k - 1 places and added. Of two numbers equally
+    near the larger magnitude is taken.
 
     Args:
       x: any real numbers; NaN and infinities stay what they are.

@@ -39,8 +39,9 @@ def _summable(vectors: ArrayLike) -> Array:
         total = np.abs(known.astype(np.float64)).sum(0).max()
     if total > INT32_MAX:
         raise InputError(
-            f"conditional_sum: expected whole vectors whose sums int32 holds, at most {INT32_MAX:,}, "
-            f"found {dtype}{list(np.shape(vectors))} with sums of up to {int(total):,}; give floats."
+            f"conditional_sum: expected whole vectors whose sums int32 holds, at most "
+            f"{INT32_MAX:,}, found {dtype}{list(np.shape(vectors))} with sums of up to "
+            f"{int(total):,}; give floats."
         )
     return jnp.asarray(vectors).astype(jnp.int32)
 

@@ -26,18 +26,18 @@ __all__ = ["KINDS", "Report", "calibrate", "kind_of", "load", "merge", "read_sou
 
 
 def load(folder: str | Path, kind: str | None = None) -> tuple[nn.Module, dict[str, PyTree]]:
-    """Reads a published checkpoint, a folder that the command `pack` wrote, or a model that comes with
-    the package (`saved.boxed()` names them).
+    """Reads a published checkpoint, a folder that the command `pack` wrote, or a model that comes
+    with the package (`saved.boxed()` names them).
 
     Args:
-      folder: or the name of a model in the box. Of a published checkpoint it holds `config.json` and the weights. For 'deit' and 'ivit' also the file of weights
-        itself (*.safetensors, *.pth, *.pt, *.bin; nothing in it is run), and
-        config.json may be missing: sizes are told from the weights. For 'nanogpt' also the ckpt.pt
-        of its own program.
+      folder: or the name of a model in the box. Of a published checkpoint it holds `config.json`
+        and the weights. For 'deit' and 'ivit' also the file of weights itself (*.safetensors,
+        *.pth, *.pt, *.bin; nothing in it is run), and config.json may be missing: sizes are told
+        from the weights. For 'nanogpt' also the ckpt.pt of its own program.
       kind: 'nanogpt' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
         (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' (Hugging Face's
-        Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT); None: told from what
-        is there.
+        Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT); None: told from
+        what is there.
 
     Returns:
       (model, variables): `model.apply(variables, input_ids)`, of a ViT `model.apply(variables,

@@ -55,7 +55,8 @@ def save_model(
     Args:
       config: `config.model` of a run, 'name' and the model's options. outputs: vocabulary or
         classes. variables: as trained, or packed.
-      about: further entries of model.json. overwrite: whether a model that is there may be replaced.
+      about: further entries of model.json. overwrite: whether a model that is there may be
+        replaced.
 
     Raises:
       InputError: the folder holds a model already, or cannot be written.

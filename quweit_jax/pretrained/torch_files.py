@@ -172,8 +172,8 @@ def _check_kinds(tensors: Mapping[str, Any], path: Path) -> None:
             kind = f"{tensor.dtype}: take the checkpoint it was quantized from"
         if kind is not None:
             raise InputError(
-                f"pretrained: {path}: tensor {name}: expected a plain tensor of float32, float16 or "
-                f"bfloat16, found {kind}."
+                f"pretrained: {path}: tensor {name}: expected a plain tensor of float32, float16 "
+                f"or bfloat16, found {kind}."
             )
 
 

@@ -1,4 +1,6 @@
-"""What a run says and writes down while it trains: rows of metrics, the progress bar, how far it is."""
+"""What a run says and writes down while it trains: rows of metrics, the progress bar, how far it
+is.
+"""
 
 from __future__ import annotations
 

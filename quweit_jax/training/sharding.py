@@ -119,8 +119,8 @@ def _first_of_each_process(devices: Sequence[Any], count: int) -> list[Any]:
 
 
 def mesh_for_reading(config: MeshConfig, given: Collection[str] = ()) -> MeshConfig:
-    """The mesh on which a saved run is read back, or goes on: its own where the devices suffice, else the
-    largest shares of its axes that divide the devices; sizes in `given` stay as they are.
+    """The mesh on which a saved run is read back, or goes on: its own where the devices suffice,
+    else the largest shares of its axes that divide the devices; sizes in `given` stay as they are.
     """
     try:
         make_mesh(config)

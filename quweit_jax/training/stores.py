@@ -1,12 +1,12 @@
-"""Run directories and files in stores of objects, gs://BUCKET/... and s3://BUCKET/..., by their copies
-on this machine: what is there is brought here first, and what a run saves is taken there whole.
+"""Run directories and files in stores of objects, gs://BUCKET/... and s3://BUCKET/..., by their
+copies on this machine: what is there is brought here first, and what a run saves is taken there
+whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from quweit_jax.errors import InputError, RunError, first_line, require
+from quweit_jax.ops.kernels.native.build import cache_folder
 from quweit_jax.reading import read_json
 from quweit_jax.training import files
 from quweit_jax.training.hosts import SharedError
@@ -47,11 +48,9 @@ class Copy:
         fsspec: Any = require("fsspec", f"for {what}={address}")
         with self._told(InputError):
             self._store, self._root = fsspec.core.url_to_fs(self.address)
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        above = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
         digest = hashlib.sha256(self.address.encode()).hexdigest()[:12]
         name = re.sub(r"[^A-Za-z0-9_.=+-]", "-", self.address.rpartition("/")[2])[:100]
-        self.local = Path(above) / "quweit_jax" / "copies" / digest / purpose / name
+        self.local = cache_folder() / "copies" / digest / purpose / name
 
     def _told(self, kind: type[Exception]) -> _Told:
         return _Told(self, kind)

@@ -1,5 +1,5 @@
-"""A model in a folder of its own: what is written is read again, what cannot be is refused, and what
-comes with the package works.
+"""A model in a folder of its own: what is written is read again, what cannot be is refused, and
+what comes with the package works.
 """
 
 import json

@@ -68,7 +68,8 @@ module bench;
 endmodule
 """
 
-_CPP = """// {passed} when all outputs are right:
+# How a bench in C++ is built, and how it reads vectors.
+CPP_HEAD = """\
 // verilator --cc --exe --build -Wno-fatal --top-module {name} {name}.v bench.cpp && obj_dir/V{name}
 #include <cstdio>
 #include <cstdlib>
@@ -85,7 +86,11 @@ static std::vector<unsigned> numbers(const char* path) {{
   std::fclose(file);
   return found;
 }}
+"""
 
+_CPP = (
+    f"// {{passed}} when all outputs are right:\n{CPP_HEAD}"
+    + """
 int main() {{
   const long COUNT = {count}, WORDS = {words}, LATENCY = {latency};
   const std::vector<unsigned> inputs = numbers("{inputs}"), expected = numbers("{expected}");
@@ -129,6 +134,7 @@ int main() {{
   return 1;
 }}
 """
+)
 
 
 def _common(circuit: Circuit, count: int, name: str) -> dict[str, object]:

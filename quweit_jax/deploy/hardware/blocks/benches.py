@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quweit_jax.deploy.hardware.benches import EXPECTED, INPUTS, PASSED
+from quweit_jax.deploy.hardware.benches import CPP_HEAD, EXPECTED, INPUTS, PASSED
 from quweit_jax.deploy.hardware.blocks.activations import Tokens
 from quweit_jax.deploy.hardware.blocks.schedule import Schedule
 from quweit_jax.layers.integer import ACTIVATION_BITS, RESIDUAL_BITS
@@ -82,24 +82,9 @@ module bench;
 endmodule
 """
 
-_CPP = """// {passed} when all results are right:
-// verilator --cc --exe --build -Wno-fatal --top-module {name} {name}.v bench.cpp && obj_dir/V{name}
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
-#include "V{name}.h"
-#include "verilated.h"
-
-static std::vector<unsigned> numbers(const char* path) {{
-  std::vector<unsigned> found;
-  unsigned value;
-  FILE* file = std::fopen(path, "r");
-  if (!file) {{ std::printf("FAILED: no %s\\n", path); std::exit(1); }}
-  while (std::fscanf(file, "%x", &value) == 1) found.push_back(value);
-  std::fclose(file);
-  return found;
-}}
-
+_CPP = (
+    f"// {{passed}} when all results are right:\n{CPP_HEAD}"
+    + """
 int main() {{
   const long COUNT = {count}, FEATURES = {features}, LATENCY = {latency}, EVERY = {every},
              BUSY = {busy}, MOST = {most};
@@ -160,6 +145,7 @@ int main() {{
   return 1;
 }}
 """
+)
 
 
 def _filled(text: str, schedule: Schedule, count: int, name: str) -> str:

@@ -96,8 +96,8 @@ def readme(export: Export) -> str:
         f"# Block {export.number} of an integer-only ViT ({kind(export)})",
         "",
         "A token's words go in, those behind the norm (`x`, 8 bits) and those of the residual "
-        "stream (`stream`, 16 bits); the stream's words behind the block come out (`y`, 16 bits): sums, "
-        "requantized and added. All are in two's complement.",
+        "stream (`stream`, 16 bits); the stream's words behind the block come out (`y`, 16 bits): "
+        "sums, requantized and added. All are in two's complement.",
         "",
         f"`{classifier_benches.INPUTS}` and `{classifier_benches.EXPECTED}` are golden vectors: "
         f"{tokens.real:,} tokens of validation images, as the packed model computes them, and "
@@ -121,7 +121,8 @@ def _verilog_lines(export: Export) -> list[str]:
         f"Words come in one feature a cycle, at edges of `clk` with `valid_in` while `ready` is "
         f"high. The first result comes {schedule.latency} cycles behind a token's last word, then "
         f"one every {schedule.every} cycles; the next token may begin {schedule.busy} cycles "
-        f"behind that word, so that a token takes {schedule.interval} cycles. `rst` is synchronous.",
+        f"behind that word, so that a token takes {schedule.interval} cycles. `rst` is "
+        "synchronous.",
         "",
         "Two benches compare every bit with the golden vectors, and count the cycles:",
         "",

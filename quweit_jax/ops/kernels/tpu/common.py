@@ -77,8 +77,8 @@ def call(
 
 
 def each(count: int) -> Callable[[Callable[[Any], None]], None]:
-    """A decorator that calls a function of 0, 1, ..., written out when it is compiled; a loop, quick
-    to compile, when kernels are interpreted.
+    """A decorator that calls a function of 0, 1, ..., written out when it is compiled; a loop,
+    quick to compile, when kernels are interpreted.
     """
 
     def run(body: Callable[[Any], None]) -> None:

@@ -161,7 +161,9 @@ def _forward_kernel(f_ref, c_ref, start_ref, h_ref, carry_ref):
 def _backward_kernel(
     f_ref, h_ref, before_ref, start_ref, g_ref, to_f_ref, to_c_ref, to_start_ref, carry_ref
 ):
-    """d_t = g_t + f_{t+1} d_{t+1} is candidate's gradient; the carry is f_t d_t of the row below."""
+    """d_t = g_t + f_{t+1} d_{t+1} is candidate's gradient; the carry is f_t d_t of the row
+    below.
+    """
     block, blocks = pl.program_id(2), pl.num_programs(2)
 
     @pl.when(block == 0)
