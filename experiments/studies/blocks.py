@@ -54,6 +54,10 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "LookupGLU, 2.5 units a feature",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 320},
     ),
+    "lookup_glu_368": (
+        "LookupGLU, 2.9 units a feature",
+        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 368},
+    ),
     "lookup_glu_320_5bit": (
         "LookupGLU, 2.5 units a feature, codes of 5 bits",
         {
@@ -113,7 +117,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
 DEFAULT = [
     k
     for k in KINDS
-    if not k.endswith(("_integer", "_shift", "_320", "_5bit", "_256_ternary_attention"))
+    if not k.endswith(("_integer", "_shift", "_320", "_368", "_5bit", "_256_ternary_attention"))
 ]
 
 
