@@ -23,7 +23,10 @@ _HARMLESS = re.compile(
     r"|(\w+_)?token_ids?|id2label|label2id|num_labels|problem_type|task_specific_params|tokenizer_.*"
     r"|finetuning_task|summary_.*|output_(attentions|hidden_states|scores|past)|return_.*|use_cache|.*initializer_range|initializer_.*"
     r"|.*drop(out|_rate|_path_rate)?|.*_pdrop|gradient_checkpointing|use_bfloat16|fuse_.*|use_fused.*"
-    r"|temperature|top_[kp]|do_sample|num_beams|max_length|min_length|.*_penalty|keys_to_ignore.*"
+    r"|temperature|top_[kp]|typical_p|do_sample|num_beams|num_beam_groups|max_length|min_length"
+    r"|.*_penalty|early_stopping|num_return_sequences|bad_words_ids|.*no_repeat_ngram_size|prefix"
+    r"|(begin_)?suppress_tokens|remove_invalid_values|keys_to_ignore.*|torchscript|tf_legacy_loss"
+    r"|chunk_size_feed_forward"
 )
 # Options of programs related to those read here, whose checkpoints lie in the same layout but mean
 # another arithmetic.

@@ -23,6 +23,7 @@ IDS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
         {},
         *({"activation_function": name} for name in gpt2.GELUS),
         {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        {"tie_word_embeddings": True},
         {"scale_attn_weights": False},
         {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
         {"layer_norm_epsilon": 1e-2},
