@@ -16,6 +16,7 @@ import ctypes
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.training import rundir
 
 PUBLISHED = (690, 2050, 4080, 4600)  # tables; arXiv 2410.11112
-WORD = 64
+# examples at a time, and how the file is compiled
+FORMS = ((64, "-O2"), (64, "-O3"), (256, "-O3"), (256, "-O3 -march=native"))
+MOST = 256
 
 
-def compiled(classifier: Classifier, place: Path, flags: str, compiler: str) -> Path:
+def compiled(classifier: Classifier, place: Path, flags: str, compiler: str, word: int) -> Path:
     """The classifier's C file, compiled."""
     ports = circuit.build(classifier).ports()
-    (place / "dwn.c").write_text(c_source.source(classifier, ports, "dwn", WORD))
+    (place / "dwn.c").write_text(c_source.source(classifier, ports, "dwn", word))
     out = place / ("dwn.so" if "-shared" in flags else "dwn.o")
     subprocess.run(
         [compiler, "-std=c99", *flags.split(), "-o", out, "dwn.c"], cwd=place, check=True
@@ -50,7 +53,7 @@ def compiled(classifier: Classifier, place: Path, flags: str, compiler: str) -> 
 def size(classifier: Classifier, compiler: str) -> int:
     """Bytes of code and constants, by `size`."""
     with tempfile.TemporaryDirectory() as place:
-        made = compiled(classifier, Path(place), "-Os -c", compiler)
+        made = compiled(classifier, Path(place), "-Os -c", compiler, 64)
         said = subprocess.run(["size", made], capture_output=True, text=True, check=True).stdout
     text, data, bss = (int(field) for field in said.splitlines()[1].split()[:3])
     return text + data + bss
@@ -83,22 +86,25 @@ def main() -> int:
     classifier, _ = description.from_packed(setup.model, packed, training)
     ports, scaling = circuit.build(classifier).ports(), classifier.scaling
     shown = images(setup.data.validation)[: args.images]
-    count, padded = len(shown), -(-len(shown) // WORD) * WORD
+    count, padded = len(shown), -(-len(shown) // MOST) * MOST
     flat = shown.reshape(count, -1)[:, ports]
     kind = np.dtype(c_source.word_type(scaling.bits, scaling.signed).removesuffix("_t"))
     words = np.zeros((padded, len(ports)), kind)
     words[:count] = scaling.words(flat)
     decision, score = (np.zeros(padded, np.uint32) for _ in range(2))
     one_of = np.zeros(count, np.int64)
-    with tempfile.TemporaryDirectory() as place:
-        made = compiled(classifier, Path(place), "-O2 -shared -fPIC", args.compiler)
-        library = ctypes.CDLL(str(made))
+    libraries = {}
+    for word, flags in FORMS:
+        with tempfile.TemporaryDirectory() as place:
+            shared = f"{flags} -shared -fPIC"
+            made = compiled(classifier, Path(place), shared, args.compiler, word)
+            libraries[word, flags] = ctypes.CDLL(str(made))
     given, chosen, counted = (a.ctypes.data for a in (words, decision, score))
     row = words.strides[0]
 
-    def many() -> None:
-        for start in range(0, padded, WORD):
-            library.dwn_many(
+    def many(form: tuple[int, str]) -> None:
+        for start in range(0, padded, form[0]):
+            libraries[form].dwn_many(
                 ctypes.c_void_p(given + start * row),
                 ctypes.c_void_p(chosen + 4 * start),
                 ctypes.c_void_p(counted + 4 * start),
@@ -106,7 +112,7 @@ def main() -> int:
 
     def one() -> None:
         for i in range(count):
-            one_of[i] = library.dwn_one(
+            one_of[i] = libraries[FORMS[0]].dwn_one(
                 ctypes.c_void_p(given + i * row), ctypes.c_void_p(counted + 4 * i)
             )
 
@@ -117,14 +123,17 @@ def main() -> int:
         return np.asarray(apply(on_device))
 
     expected = in_jax()
-    many()
     one()
-    differ = int((decision[:count] != expected).sum() + (one_of != expected).sum())
+    differ = int((one_of != expected).sum())
+    for form in FORMS:
+        decision[:] = 0
+        many(form)
+        differ += int((decision[:count] != expected).sum())
     base = "packed, JAX"
     contenders = {
         base: in_jax,
-        f"C, {WORD} at a time": many,
-        "C, one at a time": one,
+        **{f"C, {word} at a time, {flags}": partial(many, (word, flags)) for word, flags in FORMS},
+        f"C, one at a time, {FORMS[0][1]}": one,
         "words of images, NumPy": lambda: scaling.words(flat),
     }
     found = timing.summary(timing.samples(contenders, args.rounds))
@@ -137,7 +146,7 @@ def main() -> int:
         timing.cores(),
         f"{count:,} validation images, {sum(len(l.tables) for l in classifier.layers):,} tables, "
         f"{len(classifier.feature):,} comparators, words of {scaling.bits} bits: {differ} "
-        f"decisions of {2 * count:,} differ from the packed model's; {args.compiler} -O2",
+        f"decisions of {(1 + len(FORMS)) * count:,} differ from the packed model's; {args.compiler}",
         timing.spread_table(found, base),
         f"compiled with -Os, code and constants: {own:,} bytes",
         "of the published sizes, tables of 6 inputs, 3 thresholds a pixel: "

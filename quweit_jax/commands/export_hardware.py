@@ -53,7 +53,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="validation examples, or a block's tokens, among the golden vectors; 0 for all "
         "(default: 200)",
     )
-    group.add_argument("--word", type=int, help="examples at a time in C: 32 or 64 (default: 64)")
+    group.add_argument(
+        "--word",
+        type=int,
+        help="examples at a time in C: 32 or 64, or 128 or 256 by vectors of gcc and clang "
+        "(default: 64)",
+    )
     group.add_argument(
         "--block",
         type=int,

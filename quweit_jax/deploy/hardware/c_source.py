@@ -1,5 +1,5 @@
-"""A classifier as one self-contained C99 file: for one example at a time, and bit-sliced for 32 or
-64 at a time, a bit of a word each. No libraries, no allocation; the bench alone prints.
+"""A classifier as one self-contained C99 file: for one example at a time, and bit-sliced for as
+many at a time as a word has bits. No libraries, no allocation; the bench alone prints.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from quweit_jax.deploy.hardware import c_sliced
 from quweit_jax.deploy.hardware.benches import EXPECTED, INPUTS, PASSED
 from quweit_jax.deploy.hardware.circuit import Circuit
 from quweit_jax.deploy.hardware.description import Classifier, Layer
 from quweit_jax.errors import InputError
 
-WORDS = (32, 64)
+WORDS = (32, 64, 128, 256)
 
 _TYPES = """/* {classes} classes from {inputs} words of {bits} bits; input_scaling.json says what they are.
  *
@@ -24,18 +25,32 @@ _TYPES = """/* {classes} classes from {inputs} words of {bits} bits; input_scali
  */
 #include <stdint.h>
 
-typedef uint{word}_t bits_t;
-#define WORD {word}
+typedef uint{part}_t part_t;
+#define WORD {word}u
+#define PART {part}u
+#define ONES (part_t) ~(part_t)0
+{bits_t}
 #define INPUTS {inputs}
 #define CLASSES {classes}
-#define COMPARATORS {comparators}
 #define WIDEST {widest}
 #define SCORE_BITS {score_bits}
+#define DECISION_BITS {decision_bits}
+/* An input's type has SIZE bits; its word plus LOWEST is a number from 0, of DIGITS times 4 bits. */
+#define SIZE {size}u
+#define LOWEST {lowest}u
+#define DIGITS {digits}u
 
 int {name}_one(const {word_type} *x, unsigned *score);
 void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score);
 
 """
+
+_SCALAR = """typedef part_t bits_t;
+#define NONE (part_t)0
+#define AT(bits, part) (bits)"""
+_VECTOR = """typedef part_t bits_t __attribute__((vector_size(WORD / 8u)));
+#define NONE (bits_t){0}
+#define AT(bits, part) (bits)[part]"""
 
 LAYER_ONE = """
 static unsigned entry(const uint8_t *table, unsigned address) {{
@@ -53,11 +68,14 @@ static void layer_one(const {wire_type} *wiring, const uint8_t *tables, unsigned
 }}
 """
 
-_FUNCTIONS = """int {name}_one(const {word_type} *x, unsigned *score) {{
+_ONE = """int {name}_one(const {word_type} *x, unsigned *score) {{
   uint8_t a[WIDEST], b[WIDEST];
   uint32_t counts[CLASSES];
   int best = 0;
-  for (unsigned i = 0; i < COMPARATORS; ++i) a[i] = (uint8_t)(x[feature[i]] > threshold[i]);
+  for (unsigned f = 0, i = 0; f < INPUTS; ++f) {{
+    unsigned number = (uint{size}_t)((unsigned)x[f] + LOWEST);
+    for (unsigned c = comparators[f]; c; --c, ++i) a[i] = (uint8_t)(number >= least[i]);
+  }}
 {one}
   for (unsigned k = 0; k < CLASSES; ++k) counts[k] = offset[k];
   for (unsigned j = 0; j < VOTES; ++j) counts[group[j]] += {last}[j];
@@ -66,71 +84,10 @@ _FUNCTIONS = """int {name}_one(const {word_type} *x, unsigned *score) {{
   *score = counts[best];
   return best;
 }}
-
-/* Halves of a table chosen by one input after another, the highest first read last. */
-static bits_t look_up(const uint8_t *table, unsigned inputs, const bits_t *in) {{
-  bits_t held[{half}];
-  unsigned size = (1u << inputs) / 2u;
-  for (unsigned i = 0; i < size; ++i) {{
-    bits_t low = (bits_t)0 - entry(table, 2u * i), high = (bits_t)0 - entry(table, 2u * i + 1u);
-    held[i] = low ^ ((low ^ high) & in[0]);
-  }}
-  for (unsigned l = 1; l < inputs; ++l) {{
-    size /= 2u;
-    for (unsigned i = 0; i < size; ++i)
-      held[i] = held[2u * i] ^ ((held[2u * i] ^ held[2u * i + 1u]) & in[l]);
-  }}
-  return held[0];
-}}
-
-static void layer_many(const {wire_type} *wiring, const uint8_t *tables, unsigned count,
-                       unsigned inputs, const bits_t *in, bits_t *out) {{
-  unsigned bytes = (1u << inputs) > 8u ? (1u << inputs) / 8u : 1u;
-  for (unsigned j = 0; j < count; ++j) {{
-    bits_t wired[{most_inputs}];
-    for (unsigned l = 0; l < inputs; ++l) wired[l] = in[wiring[j * inputs + l]];
-    out[j] = look_up(tables + j * bytes, inputs, wired);
-  }}
-}}
-
-void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score) {{
-  bits_t a[WIDEST], b[WIDEST];
-  bits_t counts[CLASSES][SCORE_BITS];
-  for (unsigned i = 0; i < COMPARATORS; ++i) {{
-    bits_t found = 0;
-    for (unsigned e = 0; e < WORD; ++e)
-      found |= (bits_t)(x[e * INPUTS + feature[i]] > threshold[i]) << e;
-    a[i] = found;
-  }}
-{many}
-  for (unsigned k = 0; k < CLASSES; ++k)
-    for (unsigned p = 0; p < SCORE_BITS; ++p)
-      counts[k][p] = (bits_t)0 - (bits_t)(offset[k] >> p & 1u);
-  for (unsigned j = 0; j < VOTES; ++j) {{
-    bits_t carry = {last}[j];
-    for (unsigned p = 0; carry && p < SCORE_BITS; ++p) {{
-      bits_t sum = counts[group[j]][p] ^ carry;
-      carry &= counts[group[j]][p];
-      counts[group[j]][p] = sum;
-    }}
-  }}
-  for (unsigned e = 0; e < WORD; ++e) {{
-    decision[e] = 0;
-    score[e] = 0;
-    for (unsigned k = 0; k < CLASSES; ++k) {{
-      unsigned own = 0;
-      for (unsigned p = 0; p < SCORE_BITS; ++p) own |= (unsigned)(counts[k][p] >> e & 1u) << p;
-      if (own > score[e]) {{
-        score[e] = own;
-        decision[e] = k;
-      }}
-    }}
-  }}
-}}
 """
 
 _BENCH = """/* {passed} when all outputs are right:
- * gcc -std=c99 -O2 -Wall -Wextra -Werror -o bench bench.c {name}.c && ./bench
+ * gcc -std=c99 -O3 -Wall -Wextra -Werror -o bench bench.c {name}.c && ./bench
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -194,17 +151,20 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
 
     Args:
       ports: the features that are read, in order: x holds those alone. name: of its two functions.
-        word: examples at a time, 32 or 64.
+        word: examples at a time, one of WORDS.
 
     Raises:
       InputError: another word.
     """
     if word not in WORDS:
-        raise InputError(f"--word: expected 32 or 64 examples at a time, found {word}.")
+        raise InputError(
+            f"--word: expected {', '.join(map(str, WORDS))} examples at a time, found {word}."
+        )
     c, scaling = classifier, classifier.scaling
     widths = [len(c.feature), *(len(layer.tables) for layer in c.layers)]
     inputs = [layer.wiring.shape[1] for layer in c.layers]
-    places = {f: i for i, f in enumerate(ports)}
+    encoder, layers = _by_port(c, ports)
+    size = 8 if scaling.bits <= 8 else 16
     facts = {
         "name": name,
         "classes": c.classes,
@@ -212,20 +172,22 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         "last": max(1, len(ports)) - 1,
         "bits": scaling.bits,
         "word": word,
+        "part": min(word, 64),
+        "bits_t": _VECTOR if word > 64 else _SCALAR,
         "word_type": word_type(scaling.bits, scaling.signed),
         "wire_type": unsigned(max(widths)),
-        "comparators": len(c.feature),
         "widest": max(widths),
         "score_bits": c.score_bits,
-        "half": max(1, (1 << max(inputs)) // 2),
-        "most_inputs": max(inputs),
+        "decision_bits": c.decision_bits,
+        "size": size,
+        "lowest": -scaling.low,
+        "digits": -(-scaling.bits // 4),
     }
     data = [
-        array("feature", unsigned(len(ports) + 1), [places.get(int(f), 0) for f in c.feature]),
-        array("threshold", "int32_t", c.threshold),
+        *encoder,
         *(
             line
-            for i, layer in enumerate(c.layers)
+            for i, layer in enumerate(layers)
             for line in layer_arrays(i, layer, facts["wire_type"])
         ),
         f"#define VOTES {len(c.group)}",
@@ -233,24 +195,45 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         array("offset", "uint32_t", c.offset),
     ]
     names = ["a", "b"] * len(c.layers)
-    calls = {
-        how: "\n".join(
-            f"  layer_{how}(wiring_{i}, tables_{i}, {len(layer.tables)}, {layer.wiring.shape[1]}, "
-            f"{names[i]}, {names[i + 1]});"
-            for i, layer in enumerate(c.layers)
-        )
-        for how in ("one", "many")
+    layer_one, layer_many = [], []
+    for i, layer in enumerate(layers):
+        count, n = layer.wiring.shape
+        given, wired = f"{names[i]}, {names[i + 1]});", f"(wiring_{i}, tables_{i}, {count}, "
+        layer_one.append(f"  layer_one{wired}{n}, {given}")
+        layer_many.append(f"  layer_of_{n}{wired}{given}")
+    facts |= {
+        "one": "\n".join(layer_one),
+        "many": "\n".join(layer_many),
+        "last": names[len(c.layers)],
     }
-    layer_one = LAYER_ONE.format(wire_type=facts["wire_type"])
-    functions = facts | calls | {"last": names[len(c.layers)]}
+    parts = [_TYPES, "\n".join(data) + "\n", LAYER_ONE + "\n" + _ONE, c_sliced.ENCODE]
     return (
-        _TYPES.format(**facts)
-        + "\n".join(data)
-        + "\n"
-        + layer_one
-        + "\n"
-        + _FUNCTIONS.format(**functions)
+        parts[0].format(**facts)
+        + parts[1]
+        + parts[2].format(**facts)
+        + parts[3].format(**facts)
+        + c_sliced.layers(inputs, facts["wire_type"])
+        + c_sliced.MANY.format(**facts)
     )
+
+
+def _by_port(c: Classifier, ports: Sequence[int]) -> tuple[list[str], list[Layer]]:
+    """The encoder's arrays, comparators in the order of the ports that they look at, and the layers
+    with the first one wired to them.
+    """
+    places = {f: i for i, f in enumerate(ports)}
+    port = np.array([places.get(int(f), 0) for f in c.feature], np.int64)
+    order = np.argsort(port, kind="stable")
+    became = np.empty(len(order), np.int64)
+    became[order] = np.arange(len(order))
+    most = 1 << c.scaling.bits  # a number that no word reaches
+    least = np.clip(c.threshold.astype(np.int64) + 1 - c.scaling.low, 0, most)[order]
+    counts = np.bincount(port, minlength=max(1, len(ports)))
+    first = Layer(c.layers[0].tables, became[c.layers[0].wiring])
+    return [
+        array("comparators", unsigned(int(counts.max()) + 1), counts),
+        array("least", unsigned(most + 1), least),
+    ], [first, *c.layers[1:]]
 
 
 def layer_arrays(number: int, layer: Layer, wire_type: str) -> list[str]:

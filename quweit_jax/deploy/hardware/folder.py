@@ -197,5 +197,5 @@ def _c_lines(export: Export) -> list[str]:
         f"`{NAME}_many` {export.word} at a time, a bit of a word each. The bench compares both with "
         "the golden vectors:",
         "",
-        f"    gcc -std=c99 -O2 -Wall -Wextra -Werror -o bench bench.c {NAME}.c && ./bench",
+        f"    gcc -std=c99 -O3 -Wall -Wextra -Werror -o bench bench.c {NAME}.c && ./bench",
     ]

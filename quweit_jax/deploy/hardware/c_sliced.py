@@ -1,0 +1,185 @@
+"""The bit-sliced half of a classifier's C file: as many examples at a time as a word has bits. Words
+of 128 and more are vectors of gcc's and clang's, part by part the same as one of 64.
+
+Words of the inputs are transposed into planes, one for each bit of an input; of four planes each
+comparison with one of 16 numbers is made once for all comparators of the input; tables are trees of
+choices whose leaves are functions of two bits; counting and the tournament work on planes, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+ENCODE = """
+/* Bit j of word i becomes bit i of word j. */
+static void transpose(bits_t *m) {{
+  part_t mask = ONES;
+  for (unsigned s = PART / 2u; s; s /= 2u) {{
+    mask ^= mask << s;
+    for (unsigned first = 0; first < PART; first += 2u * s)
+      for (unsigned k = first; k < first + s; ++k) {{
+        bits_t swapped = ((m[k] >> s) ^ m[k + s]) & mask;
+        m[k] ^= swapped << s;
+        m[k + s] ^= swapped;
+      }}
+  }}
+}}
+
+/* at_least[v]: where the number of four planes is v or more. */
+static void compare(const bits_t *plane, bits_t *at_least) {{
+  bits_t low[4], high[5];
+  low[0] = high[0] = ~NONE;
+  low[1] = plane[0] | plane[1];
+  low[2] = plane[1];
+  low[3] = plane[0] & plane[1];
+  high[1] = plane[2] | plane[3];
+  high[2] = plane[3];
+  high[3] = plane[2] & plane[3];
+  high[4] = NONE;
+  for (unsigned h = 0; h < 4u; ++h)
+    for (unsigned l = 0; l < 4u; ++l) at_least[4u * h + l] = high[h + 1u] | (high[h] & low[l]);
+  at_least[16] = at_least[17] = NONE;
+}}
+
+#define NUMBER(word) ((part_t)(uint{size}_t)((unsigned)(word) + LOWEST))
+
+static void encode(const {word_type} *x, bits_t *out) {{
+  bits_t plane[PART], at_least[DIGITS][18];
+  unsigned i = 0;
+  for (unsigned first = 0; first < INPUTS; first += PART / SIZE) {{
+    unsigned lanes = INPUTS - first < PART / SIZE ? INPUTS - first : PART / SIZE;
+    for (unsigned e = 0; e < WORD; ++e) {{
+      const {word_type} *from = x + e * INPUTS + first;
+      part_t row = 0;
+      if (lanes == PART / SIZE) /* the same, but known when compiled */
+        for (unsigned l = 0; l < PART / SIZE; ++l) row |= NUMBER(from[l]) << SIZE * l;
+      else
+        for (unsigned l = 0; l < lanes; ++l) row |= NUMBER(from[l]) << SIZE * l;
+      AT(plane[e % PART], e / PART) = row;
+    }}
+    transpose(plane);
+    for (unsigned l = 0; l < lanes; ++l) {{
+      if (!comparators[first + l]) continue;
+      for (unsigned d = 0; d < DIGITS; ++d) compare(plane + SIZE * l + 4u * d, at_least[d]);
+      for (unsigned c = comparators[first + l]; c; --c, ++i) {{
+        unsigned rest = least[i];
+        bits_t found = at_least[0][DIGITS > 1 ? rest & 15u : rest];
+        for (unsigned d = 1; d < DIGITS; ++d) {{
+          unsigned digit = (rest >>= 4) & (d + 1u < DIGITS ? 15u : 31u);
+          found = at_least[d][digit + 1u] | (at_least[d][digit] & found);
+        }}
+        out[i] = found;
+      }}
+    }}
+  }}
+}}
+
+/* Of two words the bits of the second where a third one has ones. */
+#define CHOOSE(low, high, by) ((low) ^ (((low) ^ (high)) & (by)))
+/* A bit everywhere. */
+#define ALL(bit) (NONE - (part_t)((bit) & 1u))
+"""
+
+_LAYER = """
+static void layer_of_{inputs}(const {wire_type} *wiring, const uint8_t *t, unsigned count,
+                       const bits_t *in, bits_t *out) {{
+  for (unsigned j = 0; j < count; ++j, wiring += {inputs}, t += {bytes}) {{
+    bits_t f[16];
+    pairs(in + wiring[0], {second}, f);
+{body}
+  }}
+}}
+"""
+
+_PAIRS = """
+/* All 16 functions of two bits, by their tables. */
+static void pairs(const bits_t *first, const bits_t *second, bits_t *f) {
+  bits_t a = *first, b = second ? *second : NONE;
+  f[0] = NONE;
+  f[1] = ~(a | b);
+  f[2] = a & ~b;
+  f[3] = ~b;
+  f[4] = b & ~a;
+  f[5] = ~a;
+  f[6] = a ^ b;
+  f[7] = ~(a & b);
+  f[8] = a & b;
+  f[9] = ~(a ^ b);
+  f[10] = a;
+  f[11] = a | ~b;
+  f[12] = b;
+  f[13] = b | ~a;
+  f[14] = a | b;
+  f[15] = ~NONE;
+}
+"""
+
+MANY = """
+void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score) {{
+  bits_t a[WIDEST], b[WIDEST];
+  bits_t counts[CLASSES][SCORE_BITS], chosen[DECISION_BITS];
+  encode(x, a);
+{many}
+  for (unsigned k = 0; k < CLASSES; ++k)
+    for (unsigned p = 0; p < SCORE_BITS; ++p) counts[k][p] = ALL(offset[k] >> p);
+  for (unsigned j = 0; j < VOTES; ++j) {{
+    bits_t carry = {last}[j], *count = counts[group[j]];
+    for (unsigned p = 0; p < SCORE_BITS; ++p) {{
+      bits_t held = count[p];
+      count[p] = held ^ carry;
+      carry &= held;
+    }}
+  }}
+  for (unsigned p = 0; p < DECISION_BITS; ++p) chosen[p] = NONE;
+  for (unsigned k = 1; k < CLASSES; ++k) {{ /* counts[0] becomes the largest */
+    bits_t more = NONE;
+    for (unsigned p = 0; p < SCORE_BITS; ++p)
+      more = CHOOSE(more, counts[k][p], counts[k][p] ^ counts[0][p]);
+    for (unsigned p = 0; p < SCORE_BITS; ++p)
+      counts[0][p] = CHOOSE(counts[0][p], counts[k][p], more);
+    for (unsigned p = 0; p < DECISION_BITS; ++p)
+      chosen[p] = CHOOSE(chosen[p], ALL(k >> p), more);
+  }}
+  for (unsigned e = 0; e < WORD; ++e) {{
+    decision[e] = score[e] = 0;
+    for (unsigned p = 0; p < DECISION_BITS; ++p)
+      decision[e] |= (unsigned)(AT(chosen[p], e / PART) >> e % PART & 1u) << p;
+    for (unsigned p = 0; p < SCORE_BITS; ++p)
+      score[e] |= (unsigned)(AT(counts[0][p], e / PART) >> e % PART & 1u) << p;
+  }}
+}}
+"""
+
+
+def layers(inputs: Iterable[int], wire_type: str) -> str:
+    """`layer_of_N` for each number of inputs of a table, 1 to 8."""
+    return _PAIRS + "".join(_layer(n, wire_type) for n in sorted(set(inputs)))
+
+
+def _layer(inputs: int, wire_type: str) -> str:
+    """A layer of tables with as many inputs, its tree of choices written out."""
+    lines: list[str] = []
+    if inputs > 2:
+        _tree(inputs, 0, lines)
+    else:
+        lines.append("out[j] = f[t[0] & 15u];")
+    return _LAYER.format(
+        inputs=inputs,
+        wire_type=wire_type,
+        bytes=max(1, (1 << inputs) // 8),
+        second="in + wiring[1]" if inputs > 1 else "0",
+        body="\n".join(f"    {line}" for line in lines),
+    )
+
+
+def _tree(inputs: int, byte: int, lines: list[str], top: bool = True) -> str:
+    """Adds the choices of the `2 ** inputs` entries from a byte on; the name of the last one."""
+    name = f"v{inputs}_{byte}"
+    if inputs == 3:
+        low, high = f"f[t[{byte}] & 15u]", f"f[t[{byte}] >> 4]"
+    else:
+        low = _tree(inputs - 1, byte, lines, False)
+        high = _tree(inputs - 1, byte + (1 << inputs) // 16, lines, False)
+    target = "out[j]" if top else f"bits_t {name}"
+    lines.append(f"{target} = CHOOSE({low}, {high}, in[wiring[{inputs - 1}]]);")
+    return name
