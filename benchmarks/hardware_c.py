@@ -1,7 +1,9 @@
 """The C file of a trained classifier of tables against its packed form in JAX, on one core.
 
-taskset -c 0 python benchmarks/hardware_c.py --workdir=RUN [--rounds=15] [--images=10000]
-    [--compiler=gcc] [--out=FILE]
+taskset -c 0 python benchmarks/hardware_c.py (--workdir=RUN | --data_dir=FOLDER) [--rounds=15]
+    [--images=10000] [--compiler=gcc] [--out=FILE]
+
+The classifier is a run's, or the box's `mnist-dwn` on TFDS's prepared mnist in FOLDER.
 
 Both classify the same validation images in one process, in turn: the packed model from float32
 images, as it takes them, and the C functions from words (what input_scaling.json makes of images;
@@ -26,7 +28,10 @@ import timing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from quweit_jax import pretrained
+from quweit_jax.data import pipeline
 from quweit_jax.data.pipeline import eval_batches
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.deploy.hardware import c_source, circuit, description
 from quweit_jax.deploy.hardware.description import Classifier
 from quweit_jax.deploy.pack import pack
@@ -73,19 +78,32 @@ def images(examples: Any, limit: int = 0) -> np.ndarray:
     return np.concatenate([batch["inputs"][batch["weights"] > 0] for batch in batches])
 
 
+def opened(workdir: Path | None, data_dir: str | None) -> tuple[Any, Any, Any]:
+    """The model, its packed variables, and its data."""
+    if workdir:
+        run = rundir.open_run(workdir, None, {})
+        return (
+            run.setup.model,
+            pack(run.setup.model, run.variables, run.setup.init_inputs),
+            (run.setup.data),
+        )
+    mnist = DataConfig(source="tfds", name="mnist", data_dir=data_dir)
+    return *pretrained.load("mnist-dwn"), pipeline.load(mnist)
+
+
 def main() -> int:
     parser = timing.parser(__doc__, rounds=15)
-    parser.add_argument("--workdir", type=Path, required=True)
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--workdir", type=Path)
+    of.add_argument("--data_dir")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--compiler", default="gcc")
     args = parser.parse_args()
-    opened = rundir.open_run(args.workdir, None, {})
-    setup = opened.setup
-    packed = pack(setup.model, opened.variables, setup.init_inputs)
-    training = images(setup.data.train)
-    classifier, _ = description.from_packed(setup.model, packed, training)
+    model, packed, data = opened(args.workdir, args.data_dir)
+    training = images(data.train)
+    classifier, _ = description.from_packed(model, packed, training)
     ports, scaling = circuit.build(classifier).ports(), classifier.scaling
-    shown = images(setup.data.validation)[: args.images]
+    shown = images(data.validation)[: args.images]
     count, padded = len(shown), -(-len(shown) // MOST) * MOST
     flat = shown.reshape(count, -1)[:, ports]
     kind = np.dtype(c_source.word_type(scaling.bits, scaling.signed).removesuffix("_t"))
@@ -116,7 +134,7 @@ def main() -> int:
                 ctypes.c_void_p(given + i * row), ctypes.c_void_p(counted + 4 * i)
             )
 
-    apply = jax.jit(lambda x: setup.model.apply(packed, x).argmax(-1))
+    apply = jax.jit(lambda x: model.apply(packed, x).argmax(-1))
     on_device = jax.device_put(shown)
 
     def in_jax() -> np.ndarray:
