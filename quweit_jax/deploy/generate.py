@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -100,7 +100,7 @@ def generate_tokens(
     max_tokens: int,
     *,
     seed: int = 0,
-    end_of_text: int | None = None,
+    end_of_text: int | Collection[int] | None = None,
     **settings: Any,
 ) -> Iterator[int]:
     """Yields up to `max_tokens` new token ids after a prompt (T,) of at least one; variables may be
@@ -126,13 +126,13 @@ def generate_batch(
     *,
     sampling: Sampling | None = None,
     seeds: Sequence[int] = (),
-    end_of_text: int | None = None,
+    end_of_text: int | Collection[int] | None = None,
     ends: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields a new token id for each prompt (T,), up to `max_tokens` times; None for a row that has
     ended. Each row gets the tokens that it would get alone, but for what rounding changes.
 
-    A row ends before `end_of_text`, the tokenizer's token of that meaning, if there is one. Where a
+    A row ends before `end_of_text`, the tokenizer's token of that meaning or several such. Where a
     row's context is full, the newer half of it is read again into an empty cache and generation
     goes on behind that; a model that carries a state has no limit.
 
@@ -155,7 +155,8 @@ def generate_batch(
         check_prompt(prompt, model.config.vocab_size, context_of(model))
     rows = [_Row([int(t) for t in prompt], len(prompt), len(prompt)) for prompt in prompts]
     sampling = sampling or Sampling()
-    return _generate(model, variables, rows, max_tokens, sampling, seeds, end_of_text, ends)
+    last = [end_of_text] if isinstance(end_of_text, int) else end_of_text or ()
+    return _generate(model, variables, rows, max_tokens, sampling, seeds, frozenset(last), ends)
 
 
 @dataclasses.dataclass
@@ -200,7 +201,7 @@ def _generate(
     max_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
-    end_of_text: int | None,
+    last: frozenset[int],
     ends: Callable[[int, Sequence[int]], bool] | None,
 ) -> Iterator[list[int | None]]:
     context, taken = context_of(model), 0
@@ -214,7 +215,7 @@ def _generate(
         picked = pick_batch(sampling, keys, i, logits, seen)
         tokens: list[int] = np.asarray(picked).tolist()
         for row, token in zip(rows, tokens):
-            row.alive &= token != end_of_text
+            row.alive &= token not in last
             row.text += [token] * row.alive
         if not any(row.alive for row in rows):
             return

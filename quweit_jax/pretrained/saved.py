@@ -6,9 +6,10 @@ with the package.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def load_model(folder: str | Path) -> SavedModel:
     Raises:
       InputError: no such model, or one that is damaged.
     """
+    model, tokenizer, about, read = open_model(folder)
+    return SavedModel(model, read(), tokenizer, about)
+
+
+def open_model(
+    folder: str | Path,
+) -> tuple[nn.Module, tokenizers.Tokenizer | None, dict[str, Any], Callable[[], dict[str, PyTree]]]:
+    """The same without its arrays, which the last of what it returns reads."""
     folder = Path(folder).expanduser()
     about = read_json(folder / _DESCRIPTION, "model")
     if about.get("format") != FORMAT or about.get("version") != 1:
@@ -113,10 +122,9 @@ def load_model(folder: str | Path) -> SavedModel:
             "number; write the folder again."
         )
     model = models.build(config, int(outputs))
-    variables = _read_arrays(folder / _WEIGHTS)
     path = folder / _TOKENIZER
     tokenizer = tokenizers.load(path) if os.path.lexists(path) else None
-    return SavedModel(model, variables, tokenizer, about)
+    return model, tokenizer, about, functools.partial(_read_arrays, folder / _WEIGHTS)
 
 
 def _read_arrays(path: Path) -> dict[str, PyTree]:
