@@ -168,7 +168,7 @@ def test_what_cannot_be_is_a_sentence(models, text, images, tmp_path):
     for command, argv, message in (
         (evaluate, [llama], "--config.data.source=text_file"),
         (evaluate, [llama, *images], "text for a language model"),
-        (evaluate, [deit, *text], "classes"),
+        (evaluate, [deit, *text], "is text"),
         (evaluate, [llama, *text, "--context=21"], "--context"),
         (evaluate, [deit, *images, "--context=4"], "--context"),
         (evaluate, [llama, *text, "--config.data.tokenizer=char"], "data.tokenizer"),

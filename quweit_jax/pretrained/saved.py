@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from quweit_jax import models
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest, require
+from quweit_jax.pretrained import hub
 from quweit_jax.reading import is_whole, read_json, shown, why
 
 FORMAT = "quweit_jax model"
@@ -145,7 +146,8 @@ def boxed() -> list[str]:
 
 
 def find_model(given: str) -> Path:
-    """The folder of a model: the path itself where there is one, or of a name of the box.
+    """The folder of a model: the path itself where there is one, or of a name of the box, or of a
+    hub, which is fetched (see `hub.fetch`).
 
     Raises:
       InputError: neither; names those in the box.
@@ -156,8 +158,9 @@ def find_model(given: str) -> Path:
     names = boxed()
     if given in names:
         return BOX / given
+    if hub.is_name(given):
+        return hub.fetch(given)
     raise InputError(
         f"--model: no folder {shown(path)}, nor a model of that name.{nearest(given, names)} Here "
-        f"are {', '.join(names) or 'none'}. Of a hub, fetch the folder first, with `hf download "
-        f"{shown(given)} --local-dir FOLDER`, and give that."
+        f"are {', '.join(names) or 'none'}. One of a hub is named ORGANIZATION/NAME."
     )
