@@ -191,9 +191,21 @@ def test_what_cannot_be_is_a_sentence(models, text, images, tmp_path):
     (models / "gpt2" / "away").rename(models / "gpt2" / "tokenizer.json")
 
 
-def test_a_boxed_classifier_becomes_hardware(tmp_path, shared, capsys):
-    where = f"--config.data.data_dir={shared / 'tfds'}"
-    out = tmp_path / "c"
-    argv = ["--to=c", "--model=mnist-dwn", f"--out={out}", "--examples=8", where, ALONE]
-    assert export.main(argv) == 0
-    assert (out / "dwn.c").is_file()
+def test_a_chat_is_answered_up_to_its_end(models, tmp_path, capsys):
+    given = [f"--model={models / 'chat'}", "--prompt=abc", "--max_tokens=8", "--temperature=0"]
+    made = said(capsys, generate, *given)
+    model, variables = pretrained.load(models / "chat")
+    found = found_folders.find(str(models / "chat"))
+    ids = found.prompting.encode_chat(found.tokenizer, [{"role": "user", "content": "abc"}])
+    text = ids.tolist()
+    for _ in range(8):
+        text.append(int(np.argmax(model.apply(variables, np.asarray([text]))[0, -1])))
+    answer = text[len(ids) :]
+    answer = answer[: answer.index(EOS)] if EOS in answer else answer
+    assert made["text"] == found.tokenizer.decode(answer) and made["tokens"] == len(answer)
+    plain = said(capsys, generate, *given, "--no-chat")
+    same = said(capsys, generate, f"--model={models / 'llama'}", *given[1:])
+    assert plain["text"] == same["text"]
+    # a token that the checkpoint says ends an answer does
+    (models / "chat" / "generation_config.json").write_text(json.dumps({"eos_token_id": answer[0]}))
+    assert said(capsys, generate, *given)["tokens"] == 0

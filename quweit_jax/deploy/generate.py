@@ -50,6 +50,27 @@ def decode_step(
     return logits, changed["cache"]  # type: ignore[return-value]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def next_tokens(
+    model: nn.Module,
+    sampling: Sampling,
+    variables: dict[str, PyTree],
+    cache: PyTree,
+    tokens: Array,
+    valid: Array,
+    keys: Array,
+    step: Array | int,
+    seen: Array | None,
+) -> tuple[Array, PyTree]:
+    """Reads a token of each text, (B,), and draws the one after it: (tokens (B,), the new cache).
+
+    One program, so that little but the model's own work is done for a token. valid: bool (B, 1).
+    keys, step, seen: see `sampling.pick_batch`.
+    """
+    logits, cache = decode_step(model, variables, cache, tokens[:, None], valid)
+    return pick_batch(sampling, keys, step, logits[:, -1], seen), cache
+
+
 def empty_cache(model: nn.Module, batch: int = 1) -> PyTree:
     """A cache that holds nothing yet."""
     shapes = jax.eval_shape(
@@ -207,12 +228,13 @@ def _generate(
     context, taken = context_of(model), 0
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     seen = _seen(rows, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    logits, cache = None, None
+    variables = jax.device_put(variables)  # once, and not for each token
+    picked, cache = None, None
     for i in range(max_tokens):
-        if logits is None:
+        if picked is None:
             held = [np.asarray(row.text[-row.held :]) for row in rows]
             logits, cache, taken = prefill(model, variables, held)
-        picked = pick_batch(sampling, keys, i, logits, seen)
+            picked = pick_batch(sampling, keys, i, logits, seen)
         tokens: list[int] = np.asarray(picked).tolist()
         for row, token in zip(rows, tokens):
             row.alive &= token not in last
@@ -222,7 +244,7 @@ def _generate(
         yield [token if row.alive else None for row, token in zip(rows, tokens)]
         for number, row in enumerate(rows):
             row.alive &= ends is None or not ends(number, row.text[row.prompt :])
-        if not any(row.alive for row in rows):
+        if i + 1 == max_tokens or not any(row.alive for row in rows):
             return
         if seen is not None:
             seen = seen.at[jnp.arange(len(rows)), picked].set(True)
@@ -231,11 +253,12 @@ def _generate(
             if context is not None and row.held > context:
                 row.held = max(1, context // 2)
         if taken == context:
-            logits = None
+            picked = None
         else:
             valid = np.asarray([[row.alive] for row in rows])
-            out, cache = decode_step(model, variables, cache, picked[:, None], valid)
-            logits, taken = out[:, -1], taken + 1
+            read = (variables, cache, picked, valid)
+            picked, cache = next_tokens(model, sampling, *read, keys, i + 1, seen)
+            taken += 1
 
 
 def _seen(rows: Sequence[_Row], vocab_size: int) -> Array:
