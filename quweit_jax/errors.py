@@ -17,6 +17,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("jinja2", "scipy"), "report"),
     **dict.fromkeys(("safetensors", "torch"), "pretrained"),
+    "huggingface_hub": "hub",
     "tensorboardX": "tensorboard",
     "tensorflow": "prepare",
     "gcsfs": "gcs",

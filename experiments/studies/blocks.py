@@ -30,7 +30,7 @@ from quweit_jax.config import Config, flat, load_file, set_value
 from quweit_jax.costs import count
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs
-from quweit_jax.training import files, metrics, rundir
+from quweit_jax.training import files, looks, metrics, rundir
 
 # kind -> (what the table calls it, what its config changes)
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -294,7 +294,7 @@ def write(study: Study) -> None:
 
 
 def draw(study: Study, kinds: list[str], measure: str) -> None:
-    """NAME.png: each kind's seeds and their mean, as deployed, the best at the top, with the bytes
+    """NAME.png: each kind's seeds, the band between them and their mean, as deployed, the best at the top, with the bytes
     of a block beside it. A control far behind the others is not drawn, but named.
     """
     from matplotlib.figure import Figure
@@ -310,7 +310,8 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
     axes = figure.subplots()
     for place, kind in enumerate(reversed(drawn)):
         mean, values, size = found[kind]
-        color = "C0" if "lookup" in kind else "0.45"
+        color = looks.style(kind, 0)["color"]
+        axes.plot([min(values), max(values)], [place] * 2, color=color, alpha=0.3, linewidth=6)
         axes.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=5)
         axes.plot([mean], [place], "D", color=color, markersize=7)
         text = f"  {size / 1000:.0f} KB"

@@ -141,7 +141,7 @@ def write(
     title: str,
 ):
     """NAME.md, a table with a row a kind; NAME.json, everything; NAME.png, validation losses, means
-    over seeds.
+    over seeds in a band from the lowest to the highest.
     """
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [row(kind, list(by_seed.values())) for kind, by_seed in results.items()]
@@ -159,6 +159,8 @@ def write(
                 "step": rows[0]["step"],
                 "split": "validation",
                 "loss": statistics.mean(r["loss"] for r in rows),
+                "low": min(r["loss"] for r in rows),
+                "high": max(r["loss"] for r in rows),
             }
             for rows in zip(*each)
         ]

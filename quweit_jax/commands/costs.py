@@ -1,4 +1,6 @@
-"""python -m quweit_jax costs --config=experiments/configs/vit_cifar.py:paper [--json] [--config.a.b=v]"""
+"""python -m quweit_jax costs --config=experiments/configs/vit_cifar.py:paper [--json] [--config.a.b=v]
+python -m quweit_jax costs --workdir=runs/x|--model=FOLDER
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quweit_jax.commands import cli
+from quweit_jax.commands.opening import add_model
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import InputError
 
@@ -21,17 +24,22 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Counts what one inference of a config or a run costs, without data and arrays."""
+    """Counts what one inference of a config, a run or a model costs, without data and arrays."""
     args, overrides = cli.parse(_parser(), argv)
     if args.outputs is not None and args.outputs < 1:
         raise InputError(f"--outputs: expected at least 1, found {args.outputs}.")
     from quweit_jax.costs import fpga, table
 
-    config, outputs = (
-        (load_file(args.config), args.outputs)
-        if args.config is not None
-        else of_run(args.workdir, args.outputs)
-    )
+    given, image_shape = args.config or args.workdir or args.model, None
+    if args.model is not None:
+        config, outputs, image_shape = of_model(args.model)
+        if args.outputs is not None or args.memory:
+            option = "--outputs" if args.outputs is not None else "--memory"
+            raise InputError(f"{option}: does not go with --model; leave it out.")
+    elif args.config is not None:
+        config, outputs = load_file(args.config), args.outputs
+    else:
+        config, outputs = of_run(args.workdir, args.outputs)
     for path, text in overrides.items():
         set_value(config, path, text)
     pairs = [pair.partition("=")[::2] for pair in args.levels.split(",") if pair]
@@ -47,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         outputs,
         context=args.context,
         precision=args.precision,
+        image_shape=image_shape,
         **settings,
     )
     drawn = {"input_bits": args.input_bits, "pipeline": args.pipeline}
@@ -57,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     print(
         json.dumps(result)
         if args.json
-        else table.render(result, args.config or args.workdir, counted if args.layers else None)
+        else table.render(result, given, counted if args.layers else None)
     )
     return 0
 
@@ -72,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help="FILE.py[:VARIANT,key=value,...]")
     source.add_argument("--workdir", help="a run directory instead")
+    add_model(source)
     parser.add_argument(
         "--outputs",
         type=int,
@@ -145,6 +155,23 @@ def of_run(workdir: str, outputs: int | None = None) -> tuple[Config, int | None
     config = rundir.read_config(place)
     tokenizer = rundir.read_tokenizer(place) if outputs is None else None
     return config, outputs if tokenizer is None else tokenizer.vocab_size
+
+
+def of_model(given: str) -> tuple[Config, int, tuple[int, int] | None]:
+    """The config of a model that `pretrained.folders.find` finds, its outputs, and of a classifier
+    of images their side and channels.
+
+    Raises:
+      InputError: there is none.
+    """
+    from quweit_jax.commands.opening import config_of
+    from quweit_jax.pretrained import folders
+
+    found = folders.find(given)
+    config, outputs = config_of(found)
+    shape = found.about.get("input_shape", ())
+    images = found.tokenizer is None and len(shape) == 4
+    return config, outputs, (shape[1], shape[3]) if images else None
 
 
 def training_memory(

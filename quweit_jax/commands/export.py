@@ -1,23 +1,24 @@
-"""python -m quweit_jax export --workdir=runs/x --out=model.stablehlo [--packed] [--step=N]
+"""python -m quweit_jax export --workdir=runs/x|--model=FOLDER --out=model.stablehlo [--packed]
 python -m quweit_jax export --to=verilog|c --workdir=runs/x [--out=FOLDER] [--verify] [--synthesize]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quweit_jax import config
 from quweit_jax.commands import cli, export_hardware
+from quweit_jax.commands.opening import add_source, open_source
 from quweit_jax.errors import InputError, check_choice
 
 FORMS = ("stablehlo", "verilog", "c")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes a trained run as one StableHLO file that plain JAX runs without this project, or a
-    classifier made of tables or a transformer's block as Verilog or C.
+    """Writes a trained run or a model as one StableHLO file that plain JAX runs without this
+    project, or a classifier made of tables or a transformer's block as Verilog or C.
     """
     args, overrides = cli.parse(_parser(), argv)
     check_choice("--to", args.to, FORMS)
@@ -34,23 +35,21 @@ def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
     from quweit_jax.deploy import stablehlo
     from quweit_jax.deploy.generate import context_of
-    from quweit_jax.deploy.pack import pack, stored_bytes
-    from quweit_jax.training import rundir, stores
+    from quweit_jax.deploy.pack import stored_bytes
+    from quweit_jax.training import rundir
 
     out, platforms = Path(args.out), (args.platforms or "cpu,tpu,cuda").split(",")
     stablehlo.check_target(out, args.overwrite)
     stablehlo.check({}, platforms)
-    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides, data=False)
-    setup, variables = opened.setup, jax.device_get(opened.variables)
-    model, tokenizer = stablehlo.portable(setup.model), setup.tokenizer
+    opened = open_source(args, overrides)
+    model, tokenizer = stablehlo.portable(opened.model), opened.tokenizer
     if args.step_function and tokenizer is None:
-        raise InputError(
-            f"--step_function: {args.workdir} is a run of a classifier, which decodes no tokens."
-        )
-    if args.packed:
-        variables = pack(model, variables, setup.init_inputs)
+        named = args.workdir or args.model
+        raise InputError(f"--step_function: {named} is a classifier, which decodes no tokens.")
+    opened = dataclasses.replace(opened, model=model, variables=jax.device_get(opened.variables))
+    variables = opened.packed(asked=args.packed)
     if tokenizer is None:
-        given = stablehlo.examples_input(setup.init_inputs.shape[1:])
+        given = stablehlo.examples_input(opened.init_inputs.shape[1:])
     else:
         size, context = tokenizer.vocab_size, context_of(model)
         given = stablehlo.tokens_input(size, context, one_step=args.step_function)
@@ -58,12 +57,10 @@ def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         program = stablehlo.to_step_program(model, variables, platforms)
     else:
         program = stablehlo.to_program(model.apply, variables, given, platforms)
-    about = stablehlo.about_data(tokenizer, setup.data_config.normalize, setup.data) | {
-        "training_step": opened.step,
-        "form": "packed" if args.packed else "trained",
+    about = opened.about_inputs() | {
+        "form": "packed" if "packed" in variables else "trained",
         "weight_bytes": stored_bytes(variables),
         "versions": rundir.describe_environment()["versions"],
-        "config": config.to_dict(setup.config),
     }
     description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
     print(
@@ -77,11 +74,13 @@ def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "export",
-        "Writes a trained run as one StableHLO file, weights inside, and a description beside it; "
+        "Writes a trained run, or a model in a folder of its own, as one StableHLO file, weights "
+        "inside, and a description beside it; "
         "or a classifier made of tables, or a block of an integer-only transformer, as a folder of "
         "Verilog or C.",
-        *("workdir", "step", "packed"),
+        "packed",
     )
+    add_source(parser)
     parser.add_argument(
         "--out",
         help="the file to write, such as model.stablehlo; model.json beside it says how to use it. "

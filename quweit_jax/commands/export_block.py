@@ -13,13 +13,13 @@ from quweit_jax.errors import InputError, RunError
 if TYPE_CHECKING:
     from quweit_jax.deploy.hardware.blocks.description import Block
     from quweit_jax.deploy.hardware.blocks.verilog import Circuit
-    from quweit_jax.training.rundir import OpenRun
+    from quweit_jax.training.setup import Setup
 
 _FEWEST = 64  # images whose tokens are recorded, so that golden ones are of many
 
 
 def run(
-    opened: OpenRun,
+    setup: Setup,
     packed: dict[str, Any],
     out: Path,
     kind: str,
@@ -37,11 +37,11 @@ def run(
     """
     from quweit_jax.deploy.hardware.blocks import activations, description, folder, verilog
 
-    model = opened.setup.model
+    model = setup.model
     found, number = description.choices(model), chosen(model, options["block"])
-    block = description.from_packed(model, packed, opened.setup.init_inputs, number)
+    block = description.from_packed(model, packed, setup.init_inputs, number)
     made = verilog.build(block, options["parallel"], options["pipeline"])
-    images = _images(opened, options["examples"])
+    images = _images(setup, options["examples"])
     recorded = activations.record(model, packed, images, number)
     _check(block, recorded)
     tokens = activations.with_extremes(block, recorded, options["examples"])
@@ -80,14 +80,14 @@ def chosen(model: object, number: int | None) -> int:
     return number
 
 
-def _images(opened: OpenRun, count: int) -> Any:
+def _images(setup: Setup, count: int) -> Any:
     """Enough validation images for so many tokens; all for 0."""
     import numpy as np
 
     from quweit_jax.data.pipeline import eval_batches
 
     wanted, found, have = max(count, _FEWEST), [], 0
-    for batch in eval_batches(opened.setup.data.validation, _FEWEST):
+    for batch in eval_batches(setup.data.validation, _FEWEST):
         found.append(batch["inputs"][batch["weights"] > 0])
         have += len(found[-1])
         if count and have >= wanted:

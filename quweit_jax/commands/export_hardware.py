@@ -1,5 +1,5 @@
-"""python -m quweit_jax export --to=verilog|c --workdir=RUN: circuits and C of classifiers of tables
-and of blocks of integer-only transformers (`commands.export_block`).
+"""python -m quweit_jax export --to=verilog|c --workdir=RUN|--model=FOLDER: circuits and C of
+classifiers of tables and of blocks of integer-only transformers (`commands.export_block`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quweit_jax.commands.opening import Opened, open_setup
 from quweit_jax.errors import InputError
 
 if TYPE_CHECKING:
     from quweit_jax.deploy.hardware.circuit import Circuit
     from quweit_jax.deploy.hardware.description import Classifier
-    from quweit_jax.training.rundir import OpenRun
+    from quweit_jax.training.setup import Setup
 
 _BATCH = 256
 # Options of the hardware form alone, and what they are when not given.
@@ -107,32 +108,29 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     from quweit_jax.commands import export_block
     from quweit_jax.deploy.hardware import circuit, description, folder
     from quweit_jax.deploy.hardware.blocks.verilog import NAME as BLOCK_NAME
-    from quweit_jax.deploy.pack import pack
     from quweit_jax.models.dwn import DWN
-    from quweit_jax.training import rundir, stores
 
     options = {
         name: value if (found := getattr(args, name)) is None else found
         for name, value in DEFAULTS.items()
     }
+    if args.out is None and args.workdir is None:
+        raise InputError("--out: expected the folder to write, found none; give it.")
     out = Path(args.out or Path(args.workdir) / args.to)
     folder.check_target(out, args.overwrite)
-    opened = rundir.open_run(stores.fetched(args.workdir), args.step, overrides)
-    setup = opened.setup
+    opened, setup = open_setup(args, overrides)
     if setup.tokenizer is not None:
         raise InputError(
             "--to: expected a classifier made of tables (model dwn) or an integer-only ViT, found "
-            f"{args.workdir}, a language model; export that as StableHLO."
+            f"{args.workdir or args.model}, a language model; export that as StableHLO."
         )
     blocks = not isinstance(setup.model, DWN)
     export_block.check_options(vars(args), blocks)
     if blocks:
         export_block.chosen(setup.model, options["block"])  # says so before anything is packed
-    packed = pack(setup.model, opened.variables, setup.init_inputs)
+    packed, about = opened.packed(), _about(opened)
     if blocks:
-        made = export_block.run(
-            opened, packed, out, args.to, options, _about(opened), args.overwrite
-        )
+        made = export_block.run(setup, packed, out, args.to, options, about, args.overwrite)
         if options["verify"]:
             _verify(out, args.to, BLOCK_NAME)
         if options["synthesize"]:
@@ -142,11 +140,9 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         setup.model, packed, _inputs(setup.data.train), options["input_bits"]
     )
     made = circuit.build(classifier, options["pipeline"] if args.to == "verilog" else 0)
-    words, real, agreed = _golden(opened, packed, classifier, options["examples"])
-    about = {**_about(opened), **agreed}
-    export = folder.Export(
-        args.to, made, fit, words, real, setup.init_inputs.shape[1:], about, options["word"]
-    )
+    words, real, agreed = _golden(setup, packed, classifier, options["examples"])
+    shape, about = opened.init_inputs.shape[1:], {**about, **agreed}
+    export = folder.Export(args.to, made, fit, words, real, shape, about, options["word"])
     names = folder.write(export, out, overwrite=args.overwrite)
     print(f"wrote {out}: {', '.join(names)}")
     print("\n".join(_lines(made, fit, agreed)))
@@ -166,7 +162,7 @@ def _inputs(examples: Any) -> np.ndarray:
 
 
 def _golden(
-    opened: OpenRun, packed: dict[str, Any], classifier: Classifier, count: int
+    setup: Setup, packed: dict[str, Any], classifier: Classifier, count: int
 ) -> tuple[np.ndarray, int, dict[str, int]]:
     """Golden words, how many of them are of real examples, and on how many of all validation
     examples the classifier says what the packed model does.
@@ -175,7 +171,7 @@ def _golden(
 
     from quweit_jax.deploy.hardware import description, vectors
 
-    model, inputs = opened.setup.model, _inputs(opened.setup.data.validation)
+    model, inputs = setup.model, _inputs(setup.data.validation)
     words = classifier.scaling.words(inputs.reshape(len(inputs), -1))
     found = description.evaluate(classifier, words)
     apply = jax.jit(model.apply)
@@ -186,15 +182,13 @@ def _golden(
     return golden, real, {"validation_examples": len(words), "validation_agree": same}
 
 
-def _about(opened: OpenRun) -> dict[str, Any]:
-    from quweit_jax.deploy.stablehlo import about_data
+def _about(opened: Opened) -> dict[str, Any]:
     from quweit_jax.training import rundir
 
-    setup = opened.setup
-    return about_data(None, setup.data_config.normalize, setup.data) | {
-        "training_step": opened.step,
-        "versions": rundir.describe_environment()["versions"],
-    }
+    about = {key: value for key, value in opened.about_inputs().items() if key != "config"}
+    if opened.step is None:
+        about["training_step"] = opened.about.get("training_step")
+    return about | {"versions": rundir.describe_environment()["versions"]}
 
 
 def _lines(made: Circuit, fit: Any, agreed: Mapping[str, int]) -> Sequence[str]:

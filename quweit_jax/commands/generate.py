@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from quweit_jax.commands import cli
 from quweit_jax.commands.opening import add_source, open_source
 from quweit_jax.errors import InputError
 from quweit_jax.reading import clean_text, decode_text, read_bytes
+
+if TYPE_CHECKING:
+    from quweit_jax.data.prompting import Prompting
+    from quweit_jax.data.tokenizers import Tokenizer
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--no-packed: this folder has the packed form alone; leave that out.")
     texts = [prompt for prompt in prompts for _ in range(args.samples)]
     seeds = [args.seed + i for _ in prompts for i in range(args.samples)]
-    work = _Work(args, model, variables, tokenizer, sampling, texts, seeds)
+    asked = _Asked(tokenizer, opened.prompting, args.chat, args.system)
+    work = _Work(args, model, variables, asked, sampling, texts, seeds)
     work.stream() if len(texts) == 1 and not args.json else work.whole()
     work.tell_speed()
     return 0
@@ -62,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--prompts", help="a file with a prompt a line; - is standard input")
     add("--samples", type=int, default=1, help="texts for each prompt, with seeds of their own")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the prompt for a message and answer it, by the model's chat template (default: "
+        "where the model has one)",
+    )
+    add("--system", default="", help="of a chat, the system's message before the prompt's")
     add("--max_tokens", type=int, default=300, help="how many tokens to add")
     add("--stop", action="append", default=[], help="end before this text; may be given again")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as trained")
@@ -104,6 +117,38 @@ def _read(option: str, path: str) -> str:
     return decode_text(read_bytes(Path(path), option), f"{option}: {path}")
 
 
+class _Asked:
+    """How prompts become tokens, and where an answer ends: by the tokenizer alone, or as a
+    published model wants it.
+
+    chat: whether a prompt is a message; None: where there is a template.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompting: Prompting | None, chat: bool | None, system: str
+    ):
+        template = prompting is not None and bool(prompting.chat_template)
+        self.tokenizer, self.prompting = tokenizer, prompting
+        self.chat = template if chat is None else chat
+        self.system = [{"role": "system", "content": clean_text(system)}] if system else []
+        if self.chat and prompting is None:
+            raise InputError("--chat: a run has no chat template; leave it out.")
+        if system and not self.chat:
+            raise InputError("--system: expected a chat; this model has no chat template.")
+        end = tokenizer.end_of_text
+        ends = prompting.ends if prompting is not None else ()
+        self.ends = {*ends, *([end] if end is not None else [])}
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """The ids (T,) int32 of one prompt."""
+        if self.prompting is None:
+            return self.tokenizer.encode(prompt)
+        if not self.chat:
+            return self.prompting.encode(self.tokenizer, prompt)
+        messages = [*self.system, {"role": "user", "content": prompt}]
+        return self.prompting.encode_chat(self.tokenizer, messages)
+
+
 class _Work:
     """Prompts that are continued, and how long it takes."""
 
@@ -112,14 +157,15 @@ class _Work:
         args: argparse.Namespace,
         model: Any,
         variables: Any,
-        tokenizer: Any,
+        asked: _Asked,
         sampling: Any,
         prompts: Sequence[str],
         seeds: Sequence[int],
     ):
-        self.args, self.model, self.variables, self.tokenizer = args, model, variables, tokenizer
+        self.args, self.model, self.variables, self.asked = args, model, variables, asked
         self.sampling, self.prompts, self.seeds = sampling, prompts, seeds
-        self.ids: list[np.ndarray] = [tokenizer.encode(prompt) for prompt in prompts]
+        self.tokenizer = asked.tokenizer
+        self.ids: list[np.ndarray] = [asked.encode(prompt) for prompt in prompts]
         self.times: list[float] = []
         self.made = 0
 
@@ -127,7 +173,7 @@ class _Work:
         """The one text, as it comes."""
         from quweit_jax.deploy.generate import cut_at, stream_text
 
-        sys.stdout.write(self.prompts[0])
+        sys.stdout.write("" if self.asked.chat else self.prompts[0])
         tokens = (row[0] for row in self._rows() if row[0] is not None)
         for piece in cut_at(stream_text(self.tokenizer, tokens, self.ids[0]), self.args.stop):
             sys.stdout.write(piece)
@@ -146,7 +192,8 @@ class _Work:
                 said = {"prompt": prompt, "text": text, "seed": seed, "tokens": len(found[number])}
                 print(json.dumps(said))
             else:
-                print(f"=== {number + 1} of {len(self.prompts)}, seed {seed}\n{prompt}{text}")
+                shown = f"{prompt}\n---\n{text}" if self.asked.chat else f"{prompt}{text}"
+                print(f"=== {number + 1} of {len(self.prompts)}, seed {seed}\n{shown}")
 
     def _text(self, number: int, tokens: Sequence[int]) -> str:
         from quweit_jax.deploy.generate import cut_at, stream_text
@@ -170,7 +217,7 @@ class _Work:
             self.args.max_tokens,
             sampling=self.sampling,
             seeds=self.seeds,
-            end_of_text=self.tokenizer.end_of_text,
+            end_of_text=self.asked.ends,
             ends=ends if self.args.stop and found else None,
         ):
             self.times.append(time.perf_counter())
@@ -187,4 +234,5 @@ class _Work:
         if len(self.times) > 2:
             rest = self.made * (1 - 1 / (len(self.times) - 1))
             said += f", {rest / (last - first):,.1f} a second"
-        print(f"{said}; {form}", file=sys.stderr)
+        chat = "; by the chat template (--no-chat continues the text)" * self.asked.chat
+        print(f"{said}; {form}{chat}", file=sys.stderr)

@@ -1,66 +1,100 @@
-"""python -m quweit_jax pack --workdir=runs/x --out=FOLDER [--trained]"""
+"""python -m quweit_jax pack --workdir=runs/x|--model=FOLDER --out=FOLDER [--trained]"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quweit_jax.commands import cli
+from quweit_jax.commands.opening import Opened, add_source, open_source
 from quweit_jax.errors import InputError
 
 _MEASURES = ("loss", "accuracy")  # of the checkpoint, that are kept
+_OF_INPUTS = ("labels", "pixels")
+_NEW = ("form", "input_shape", "versions", "format", "version")  # written anew
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes a run's model into one folder: its deployed form, with all that using it needs."""
+    """Writes a run's model, or a published one, into one folder: its deployed form, with all that
+    using it needs.
+    """
     parser = cli.parser(
         "pack",
-        "Writes a run's model into one folder: its deployed form, its options and its tokenizer. "
-        "generate --model reads it.",
-        *("workdir", "step"),
+        "Writes a run's model, or a published checkpoint, into one folder: its deployed form, its "
+        "options and its tokenizer, which generate --model, evaluate --model and others read.",
     )
+    add_source(parser)
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--trained", action="store_true", help="as trained, not packed")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     args, overrides = cli.parse(parser, argv)
-    from quweit_jax.deploy import stablehlo
     from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
+    from quweit_jax.models import registry
     from quweit_jax.pretrained import saved
-    from quweit_jax.training import metrics, rundir, stores
+    from quweit_jax.training import rundir
 
     out = Path(args.out)
     if saved.is_saved(out) and not args.overwrite:
         raise InputError(f"--out: {out} holds a model already; name another, or --overwrite.")
-    workdir = stores.fetched(args.workdir)
-    run = rundir.open_run(workdir, args.step, overrides, data=False)
-    setup, variables = run.setup, run.variables
-    if not args.trained:
-        variables = packed_or_trained(setup.model, variables, setup.init_inputs)
-    model = setup.config.model.to_dict()
+    opened = open_source(args, overrides)
+    variables = opened.variables
+    if args.trained and "packed" in variables:
+        raise InputError(f"--trained: {args.model} has the packed form alone; leave that out.")
+    if not args.trained and "packed" not in variables:
+        variables = packed_or_trained(opened.model, variables, opened.init_inputs)
+    model, outputs = registry.described(opened.model)
     if "scan_layers" in model:  # layers are read and packed one by one
         model["scan_layers"] = False
-    losses = {row["step"]: row for row in metrics.evaluations(workdir)}
     about = {
         "form": "packed" if "packed" in variables else "trained",
-        "input_shape": [1, *setup.init_inputs.shape[1:]],
-        "training_step": run.step,
-        "validation": {k: v for k, v in losses.get(run.step, {}).items() if k in _MEASURES},
-        "data": setup.config.data.name or setup.config.data.source,
-        "seed": setup.config.seed,
+        "input_shape": [1, *opened.init_inputs.shape[1:]],
         "versions": rundir.describe_environment()["versions"],
     }
-    if setup.tokenizer is None:
-        about |= stablehlo.about_data(None, setup.data_config.normalize, setup.data)
+    about |= _of_run(args.workdir, opened) if opened.setup is not None else _of_model(opened)
     saved.save_model(
         out,
         model,
-        setup.data.outputs,
+        outputs,
         variables,
-        tokenizer=setup.tokenizer,
+        tokenizer=opened.tokenizer,
         about=about,
         overwrite=args.overwrite,
     )
     print(f"wrote {out}: {stored_bytes(variables):,} bytes of arrays, {about['form']}")
-    if setup.tokenizer is not None:
+    if opened.tokenizer is not None:
         print(f"use it: python -m quweit_jax generate --model={out}")
     return 0
+
+
+def _of_run(workdir: str, opened: Opened) -> dict[str, Any]:
+    """What a run says of its model: how it was trained and how well, and on which data."""
+    from quweit_jax.data.registry import DataConfig
+    from quweit_jax.training import metrics, rundir, stores
+
+    setup = opened.setup
+    assert setup is not None
+    losses = {row["step"]: row for row in metrics.evaluations(stores.fetched(workdir))}
+    ours = DataConfig()
+    data = {
+        key: value
+        for key, value in setup.config.data.items()
+        if not isinstance(value, Mapping | type(setup.config))
+        and value != getattr(ours, key)
+        and f"data.{key}" not in rundir.MAY_CHANGE_UNDER
+        and "tokenizer" not in key
+    }
+    kept = {key: value for key, value in opened.about_inputs().items() if key in _OF_INPUTS}
+    return kept | {
+        "training_step": opened.step,
+        "validation": {k: v for k, v in losses.get(opened.step, {}).items() if k in _MEASURES},
+        "data": setup.config.data.name or setup.config.data.source,
+        "data_config": data,
+        "seed": setup.config.seed,
+    }
+
+
+def _of_model(opened: Opened) -> dict[str, Any]:
+    """What a model in a folder of its own says, and how it wants to be asked."""
+    about = {key: value for key, value in opened.about.items() if key not in _NEW}
+    return about | ({"prompting": opened.prompting.to_json()} if opened.prompting else {})

@@ -281,6 +281,7 @@ def of_config(
     *,
     outputs: int | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
     context: int | None = None,
     precision: str | None = None,
     model: Mapping[str, object] | None = None,
@@ -289,8 +290,8 @@ def of_config(
     decides taken from a table of known sets.
 
     Args:
-      config: with 'model' and 'data'. outputs, image_size: where the table doesn't know, or to
-        overrule it. context, precision: see `count`.
+      config: with 'model' and 'data'. outputs, image_size, channels: where the table doesn't know,
+        or to overrule it. context, precision: see `count`.
       model: another model on the same data, such as `baseline(config.model)[0]`.
 
     Returns:
@@ -300,7 +301,7 @@ def of_config(
       InputError: see `count`; or the table doesn't know the data.
     """
     values = _plain(config["model"]) if model is None else model
-    data = data_shape(config, outputs=outputs, image_size=image_size)
+    data = data_shape(config, outputs=outputs, image_size=image_size, channels=channels)
     costs = count(
         values,
         data.outputs,
@@ -313,10 +314,14 @@ def of_config(
 
 
 def data_shape(
-    config: Any, *, outputs: int | None = None, image_size: int | None = None
+    config: Any,
+    *,
+    outputs: int | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
 ) -> DataShape:
-    """What is known of a config's data without reading them; `outputs` and `image_size` overrule
-    the table.
+    """What is known of a config's data without reading them; `outputs`, `image_size` and
+    `channels` overrule the table.
 
     Raises:
       InputError: the data are not in the table, naming what to give.
@@ -324,12 +329,12 @@ def data_shape(
     data, images = _plain(config["data"]), _reads_images(config["model"])
     assumptions = []
     name = str(data.get("name") if data.get("source") == "tfds" else data.get("source"))
-    _, channels, side = IMAGES.get(name, (0, 3, None))
+    _, known, side = IMAGES.get(name, (0, 3, None))
     if outputs is None:
         outputs, assumed = _classes(name) if images else _vocabulary(data, name)
         assumptions.append(assumed)
     if images:
-        channels = 3 if data.get("to_rgb") else channels
+        known = channels or (3 if data.get("to_rgb") else known)
         image_size = image_size or data.get("image_size") or side
         if image_size is None:
             raise InputError(
@@ -337,10 +342,10 @@ def data_shape(
                 "give --config.data.image_size=SIZE."
             )
         assumptions.append(
-            f"images of {image_size} x {image_size} pixels and {channels} "
-            f"channel{'s' if channels > 1 else ''}"
+            f"images of {image_size} x {image_size} pixels and {known} "
+            f"channel{'s' if known > 1 else ''}"
         )
-    return DataShape(outputs, image_size, channels, tuple(assumptions))
+    return DataShape(outputs, image_size, known, tuple(assumptions))
 
 
 def _plain(values: Any) -> dict[str, Any]:

@@ -28,19 +28,23 @@ def account(
     *,
     context: int | None = None,
     precision: str | None = None,
+    image_shape: tuple[int, int] | None = None,
     **energy_options: Any,
 ) -> tuple[dict[str, Any], Costs]:
     """A config's costs beside its dense baseline's: (the object of `compared`, the config's own
     costs).
 
     technologies: names or files, see `energy.estimate`, which takes energy_options. outputs,
-      context, precision: see `costs.of_config`.
+      context, precision: see `costs.of_config`. image_shape: side and channels, where they are not
+      those of the config's data.
 
     Raises:
       InputError: see `costs.of_config` and `energy.estimate`.
     """
 
     asked: dict[str, Any] = {"outputs": outputs, "context": context, "precision": precision}
+    if image_shape is not None:
+        asked |= dict(zip(("image_size", "channels"), image_shape))
 
     def both(model: Mapping[str, object] | None) -> tuple[Costs, list[Energy]]:
         counted = of_config(config, model=model, **asked)

@@ -4,6 +4,7 @@ Hugging Face's `tokenizers`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -131,14 +132,8 @@ class _HuggingFaceTokenizer:
 
     def __init__(self, serialized: str, end_of_text: int | None = None):
         require("tokenizers", "for trained tokenizers")
-        import tokenizers
-
         self._serialized, self.end_of_text = serialized, end_of_text
-        self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-        # Files may ask for texts to be cut or filled up to a length; here every text is wanted
-        # whole, and no longer.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = _opened(serialized)
         # A document that happens to hold "</s>" (a closing tag, say) has not ended there: text
         # never becomes a special token.
         self._tokenizer.encode_special_tokens = True
@@ -255,6 +250,27 @@ class FileTokenizer(_HuggingFaceTokenizer):
         found.end_of_text = found._find_end_of_text(file.with_name("tokenizer_config.json"))
         return found
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a token of this text, special or not; None where there is none."""
+        return self._tokenizer.token_to_id(text)
+
+    def before_a_text(self) -> list[int]:
+        """The ids that the file puts before every text, such as one that begins a document."""
+        found = self._tokenizer.encode("a", add_special_tokens=True)
+        mask = found.special_tokens_mask
+        return list(found.ids[: mask.index(0)]) if 0 in mask else []
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """(N,) int32 of a text in which names of special tokens, such as </s>, mean these tokens;
+        nothing is put around it.
+        """
+        found = self._marked.encode(without_surrogates(text), add_special_tokens=False)
+        return np.asarray(found.ids, np.int32)
+
+    @functools.cached_property
+    def _marked(self) -> Any:
+        return _opened(self._serialized)
+
     def _find_end_of_text(self, config: Path) -> int | None:
         where = "data.tokenizer_path"
         name = read_json(config, where).get("eos_token") if os.path.exists(config) else None
@@ -280,6 +296,18 @@ class FileTokenizer(_HuggingFaceTokenizer):
     def to_json(self) -> dict:
         """The kind, the file's content and the end of text."""
         return super().to_json() | {"end_of_text": self.end_of_text}
+
+
+def _opened(serialized: str) -> Any:
+    """The library's tokenizer. Files may ask for texts to be cut or filled up to a length; here
+    every text is wanted whole, and no longer.
+    """
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_str(serialized)
+    made.no_truncation()
+    made.no_padding()
+    return made
 
 
 def _content(token: Any) -> Any:

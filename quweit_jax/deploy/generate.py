@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -48,6 +48,27 @@ def decode_step(
     given = {**variables, "cache": cache}
     logits, changed = model.apply(given, tokens, valid, decode=True, mutable=["cache"])
     return logits, changed["cache"]  # type: ignore[return-value]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def next_tokens(
+    model: nn.Module,
+    sampling: Sampling,
+    variables: dict[str, PyTree],
+    cache: PyTree,
+    tokens: Array,
+    valid: Array,
+    keys: Array,
+    step: Array | int,
+    seen: Array | None,
+) -> tuple[Array, PyTree]:
+    """Reads a token of each text, (B,), and draws the one after it: (tokens (B,), the new cache).
+
+    One program, so that little but the model's own work is done for a token. valid: bool (B, 1).
+    keys, step, seen: see `sampling.pick_batch`.
+    """
+    logits, cache = decode_step(model, variables, cache, tokens[:, None], valid)
+    return pick_batch(sampling, keys, step, logits[:, -1], seen), cache
 
 
 def empty_cache(model: nn.Module, batch: int = 1) -> PyTree:
@@ -100,7 +121,7 @@ def generate_tokens(
     max_tokens: int,
     *,
     seed: int = 0,
-    end_of_text: int | None = None,
+    end_of_text: int | Collection[int] | None = None,
     **settings: Any,
 ) -> Iterator[int]:
     """Yields up to `max_tokens` new token ids after a prompt (T,) of at least one; variables may be
@@ -126,13 +147,13 @@ def generate_batch(
     *,
     sampling: Sampling | None = None,
     seeds: Sequence[int] = (),
-    end_of_text: int | None = None,
+    end_of_text: int | Collection[int] | None = None,
     ends: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields a new token id for each prompt (T,), up to `max_tokens` times; None for a row that has
     ended. Each row gets the tokens that it would get alone, but for what rounding changes.
 
-    A row ends before `end_of_text`, the tokenizer's token of that meaning, if there is one. Where a
+    A row ends before `end_of_text`, the tokenizer's token of that meaning or several such. Where a
     row's context is full, the newer half of it is read again into an empty cache and generation
     goes on behind that; a model that carries a state has no limit.
 
@@ -155,7 +176,8 @@ def generate_batch(
         check_prompt(prompt, model.config.vocab_size, context_of(model))
     rows = [_Row([int(t) for t in prompt], len(prompt), len(prompt)) for prompt in prompts]
     sampling = sampling or Sampling()
-    return _generate(model, variables, rows, max_tokens, sampling, seeds, end_of_text, ends)
+    last = [end_of_text] if isinstance(end_of_text, int) else end_of_text or ()
+    return _generate(model, variables, rows, max_tokens, sampling, seeds, frozenset(last), ends)
 
 
 @dataclasses.dataclass
@@ -200,28 +222,29 @@ def _generate(
     max_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
-    end_of_text: int | None,
+    last: frozenset[int],
     ends: Callable[[int, Sequence[int]], bool] | None,
 ) -> Iterator[list[int | None]]:
     context, taken = context_of(model), 0
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     seen = _seen(rows, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    logits, cache = None, None
+    variables = jax.device_put(variables)  # once, and not for each token
+    picked, cache = None, None
     for i in range(max_tokens):
-        if logits is None:
+        if picked is None:
             held = [np.asarray(row.text[-row.held :]) for row in rows]
             logits, cache, taken = prefill(model, variables, held)
-        picked = pick_batch(sampling, keys, i, logits, seen)
+            picked = pick_batch(sampling, keys, i, logits, seen)
         tokens: list[int] = np.asarray(picked).tolist()
         for row, token in zip(rows, tokens):
-            row.alive &= token != end_of_text
+            row.alive &= token not in last
             row.text += [token] * row.alive
         if not any(row.alive for row in rows):
             return
         yield [token if row.alive else None for row, token in zip(rows, tokens)]
         for number, row in enumerate(rows):
             row.alive &= ends is None or not ends(number, row.text[row.prompt :])
-        if not any(row.alive for row in rows):
+        if i + 1 == max_tokens or not any(row.alive for row in rows):
             return
         if seen is not None:
             seen = seen.at[jnp.arange(len(rows)), picked].set(True)
@@ -230,11 +253,12 @@ def _generate(
             if context is not None and row.held > context:
                 row.held = max(1, context // 2)
         if taken == context:
-            logits = None
+            picked = None
         else:
             valid = np.asarray([[row.alive] for row in rows])
-            out, cache = decode_step(model, variables, cache, picked[:, None], valid)
-            logits, taken = out[:, -1], taken + 1
+            read = (variables, cache, picked, valid)
+            picked, cache = next_tokens(model, sampling, *read, keys, i + 1, seen)
+            taken += 1
 
 
 def _seen(rows: Sequence[_Row], vocab_size: int) -> Array:

@@ -84,7 +84,7 @@ class Deployed:
 
 
 def deploy(model: nn.Module, variables: Tree, inputs: np.ndarray) -> Deployed | None:
-    """A trained model as deployed; None if it has no look-up tables.
+    """A trained (or packed) model as deployed; None if it has no look-up tables.
 
     inputs: any that the model can be applied to; only their shape matters.
 
@@ -92,7 +92,7 @@ def deploy(model: nn.Module, variables: Tree, inputs: np.ndarray) -> Deployed | 
       InputError: an integer model whose activation ranges were never set.
     """
     try:
-        packed = pack(model, variables, inputs)
+        packed = variables if "packed" in variables else pack(model, variables, inputs)
     except InputError:
         if "ranges" in variables:
             raise

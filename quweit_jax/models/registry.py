@@ -10,7 +10,7 @@ import flax.linen as nn
 import ml_collections
 
 from quweit_jax.config import SECTIONS, Config, from_mapping
-from quweit_jax.errors import check_choice
+from quweit_jax.errors import InputError, check_choice
 from quweit_jax.models.dwn import DWN, DWNConfig
 from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
@@ -73,6 +73,22 @@ def defaults(name: str) -> Config:
     values = dataclasses.asdict(model.config(**{model.outputs: 1}))
     del values[model.outputs]
     return ml_collections.ConfigDict({"name": name, **values}, type_safe=False)
+
+
+def described(model: nn.Module) -> tuple[dict[str, Any], int]:
+    """The inverse of `build`: (config, outputs) of a model of MODELS.
+
+    Raises:
+      InputError: it is of another class.
+    """
+    names = [name for name, known in MODELS.items() if known.module is type(model)]
+    if not names:
+        raise InputError(
+            f"models: expected one of {', '.join(MODELS)}, found a {type(model).__name__}."
+        )
+    values = dataclasses.asdict(getattr(model, "config"))  # noqa: B009 - of all of them
+    outputs = values.pop(MODELS[names[0]].outputs)
+    return {"name": names[0], **values}, outputs
 
 
 SECTIONS["model"] = lambda values: find(values.get("name")).config

@@ -3,8 +3,7 @@ floats or in integers only (I-ViT).
 
 The float and the integer form have the same parameters, so that one is fine-tuned from the other.
 
-Dimensions: B batch, H x W pixels, C channels, P patch size, N patches, T tokens (patches and the
-class token), d model width.
+Dimensions: B batch, H x W pixels, C channels, P patch size, T tokens with the class token, d width.
 """
 
 from __future__ import annotations
@@ -75,6 +74,7 @@ class ViTConfig(ChannelMixers):
     drop_path: the share of examples whose last block's branches are left out in training, rising to
     it linearly with depth.
     linear: attention's projections, 'dense' or 'ternary', see `layers.attention.SelfAttention`.
+    epsilon: of the norms of a float model.
     """
 
     num_classes: int
@@ -91,6 +91,7 @@ class ViTConfig(ChannelMixers):
     dtype: str = "float32"
     attention: str = "auto"
     linear: str = "dense"
+    epsilon: float = 1e-6
 
     def __post_init__(self):
         match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", self.variant)
@@ -122,10 +123,11 @@ class ViTConfig(ChannelMixers):
                 f"model.rounding: only an integer model rounds, found '{self.rounding}'; leave it "
                 "at exact, or set --config.model.integer=true."
             )
-        check_choice("model.pool", self.pool, POOLS)
-        check_choice("model.dtype", self.dtype, DTYPES)
-        check_choice("model.attention", self.attention, ATTENTIONS)
-        check_choice("model.linear", self.linear, LINEARS)
+        known = {"pool": POOLS, "dtype": DTYPES, "attention": ATTENTIONS, "linear": LINEARS}
+        for name, choices in known.items():
+            check_choice(f"model.{name}", getattr(self, name), choices)
+        if not 0 < self.epsilon < math.inf:
+            raise InputError(f"model.epsilon: expected a positive number, found {self.epsilon}.")
         self.mlps()
 
     def sizes(self) -> tuple[int, int, int]:
@@ -181,7 +183,7 @@ class ViTBlock(nn.Module):
     def __call__(self, x: Float[Array, "B T d"], train: bool = False) -> Float[Array, "B T d"]:
         """x (B, T, d) -> (B, T, d)."""
         c, dtype, heads = self.config, jnp.dtype(self.config.dtype), self.config.sizes()[2]
-        norm = functools.partial(nn.LayerNorm, dtype=dtype)
+        norm = functools.partial(nn.LayerNorm, epsilon=c.epsilon, dtype=dtype)
         drop = DropPath(self.drop_path, name="drop_path")
         options = {"implementation": c.attention, "linear": c.linear, **c.initializers()}
         attention = SelfAttention(heads, dtype=dtype, name="attention", **options)
@@ -280,7 +282,7 @@ class ViT(Packable):
         x = hand_over(x)
         for i, (kind, drop_path) in enumerate(zip(c.mlps(), c.drop_paths())):
             x = hand_over(block(c, kind, drop_path, name=f"block_{i}")(x, train))
-        x = nn.LayerNorm(dtype=dtype, name="final_norm")(x)
+        x = nn.LayerNorm(c.epsilon, dtype=dtype, name="final_norm")(x)
         x = x[:, 0] if c.pool == "cls" else x.mean(1)
         return nn.Dense(c.num_classes, kernel_init=KERNEL_INIT, dtype=dtype, name="head")(x).astype(
             jnp.float32

@@ -34,10 +34,10 @@ def load(folder: str | Path, kind: str | None = None) -> tuple[nn.Module, dict[s
         and the weights. For 'deit' and 'ivit' also the file of weights itself (*.safetensors,
         *.pth, *.pt, *.bin; nothing in it is run), and config.json may be missing: sizes are told
         from the weights. For 'nanogpt' also the ckpt.pt of its own program.
-      kind: 'nanogpt' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
-        (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' (Hugging Face's
-        Llama), 'deit' (a ViT in timm's names) or 'ivit' (I-ViT's integer-only ViT); None: told from
-        what is there.
+      kind: 'nanogpt' or 'gpt2' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
+        (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' or 'llama' (Hugging
+        Face's Llama), 'deit' (a ViT in timm's names), 'vit' (one in the names of Hugging Face's
+        transformers) or 'ivit' (I-ViT's integer-only ViT); None: told from what is there.
 
     Returns:
       (model, variables): `model.apply(variables, input_ids)`, of a ViT `model.apply(variables,
@@ -57,7 +57,8 @@ def load(folder: str | Path, kind: str | None = None) -> tuple[nn.Module, dict[s
             return found.model, found.variables
         folder, kind = path, kind_of(path)
     check_choice("pretrained.load: kind", kind, KINDS)
-    return KINDS[kind](Path(folder).expanduser())
+    found = KINDS[kind](Path(folder).expanduser())
+    return found.model, found.read()
 
 
 def save(

@@ -5,7 +5,7 @@ Dimensions: P patch size, C channels, N patches, d width.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 import os
 import re
@@ -21,10 +21,11 @@ from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.integer import ACTIVATION_BITS, RESIDUAL_BITS
-from quweit_jax.models.vit import SIZES, ViT, ViTConfig
-from quweit_jax.pretrained.layout import TensorMap, layer_norm, linear, read_params
+from quweit_jax.models.vit import ViT
+from quweit_jax.pretrained.layout import Opened, TensorMap, layer_norm, linear, read_params
 from quweit_jax.pretrained.published_config import PublishedConfig
 from quweit_jax.pretrained.tensors import Tensors, read_config, read_weights
+from quweit_jax.pretrained.vision import Sizes, model_of, patch_kernel
 
 # timm's options of a vision transformer that change what it computes, and the values that leave it
 # the one modeled here; the first is timm's default.
@@ -89,29 +90,19 @@ _RESIDUAL = re.compile(r"quant_(patches|position|embedding|attention|mlp|proj|do
 _QUANTIZER = re.compile(r".*\.(min_val|max_val|act_scaling_factor)")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    patch: int
-    channels: int
-    patches: int
-    width: int
-    depth: int
-    mlp_ratio: int
-    num_classes: int
+def open_deit(path: Path) -> Opened:
+    """A float ViT and a function that reads its variables, {'params': ...}."""
+    return _opened(path, integer=False)
 
 
-def load_deit(path: Path) -> tuple[ViT, dict[str, PyTree]]:
-    """A float ViT and its variables, {'params': ...}."""
-    return _load(path, integer=False)
-
-
-def load_ivit(path: Path) -> tuple[ViT, dict[str, PyTree]]:
-    """An integer-only ViT and its {'params': ..., 'ranges': ...}; zeros are ranges not set.
+def open_ivit(path: Path) -> Opened:
+    """An integer-only ViT and a function that reads its {'params': ..., 'ranges': ...}; zeros are
+    ranges not set.
 
     It rounds as the published program does (`rounding='published'`), so that it decides alike. What
     is trained or fine-tuned here, and every packed form, computes with exact integers.
     """
-    return _load(path, integer=True)
+    return _opened(path, integer=True)
 
 
 def read_variables(path: Path) -> dict[str, PyTree]:
@@ -169,7 +160,7 @@ def calibrate(
     return calibrated
 
 
-def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
+def _opened(path: Path, integer: bool) -> Opened:
     tensors, config = _weights(path), _config(path)
     if not integer and is_integer(tensors):
         raise InputError(
@@ -184,14 +175,10 @@ def _load(path: Path, integer: bool) -> tuple[ViT, dict[str, PyTree]]:
             f"config.json beside {path if os.path.isfile(path) else 'the weights'} with "
             '{"num_heads": ...}.'
         )
-    known = (sizes.width, sizes.depth, heads)
-    name = next((name for name, size in SIZES.items() if size == known), None)
-    own = {} if name else dict(zip(("width", "depth", "heads"), known))
-    variant = f"{name or 'Ti'}/{sizes.patch}"
-    rounding = "published" if integer else "exact"
-    of_all = {"variant": variant, "mlp_ratio": sizes.mlp_ratio, "integer": integer}
-    model = ViT(ViTConfig(sizes.num_classes, rounding=rounding, **of_all, **own))
-    return model, _convert(tensors, sizes, integer)
+    model = model_of(sizes, heads, integer=integer)
+    side = sizes.patch * math.isqrt(sizes.patches)
+    read = functools.partial(_convert, tensors, sizes, integer)
+    return Opened(model, read, (side, side, sizes.channels))
 
 
 def _weights(path: Path) -> Tensors:
@@ -219,8 +206,7 @@ def _config(path: Path) -> PublishedConfig:
     if "model_type" in config:
         raise InputError(
             f"pretrained: expected timm's names, found model_type '{config.get('model_type')}' in "
-            f"{where}; Hugging Face's transformers rename the weights: take the "
-            "checkpoint from timm instead."
+            f"{where}; load it with kind 'vit', that of Hugging Face's transformers."
         )
     if config.get("global_pool") not in (None, "", "token"):
         raise InputError(
@@ -259,7 +245,7 @@ def _whole(config: PublishedConfig, key: str) -> int | None:
     return int(value)
 
 
-def _sizes(tensors: Tensors, config: PublishedConfig) -> _Sizes:
+def _sizes(tensors: Tensors, config: PublishedConfig) -> Sizes:
     """The model's sizes: config.json's, else those of the tensors."""
     if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors.names()):
         raise InputError(
@@ -299,7 +285,7 @@ def _sizes(tensors: Tensors, config: PublishedConfig) -> _Sizes:
             f"{(image // patch) ** 2} positions, found {positions} in pos_embed; do config.json "
             "and the weights belong together?"
         )
-    return _Sizes(
+    return Sizes(
         patch=patch,
         channels=_whole(config, "in_chans") or conv[1],
         patches=positions,
@@ -310,18 +296,15 @@ def _sizes(tensors: Tensors, config: PublishedConfig) -> _Sizes:
     )
 
 
-def _convert(tensors: Tensors, s: _Sizes, integer: bool) -> dict[str, PyTree]:
+def _convert(tensors: Tensors, s: Sizes, integer: bool) -> dict[str, PyTree]:
     """Every tensor in its place in the variables; none may be missing or left over."""
     ranges = {"ranges": _ranges(tensors, s.depth)} if integer else {}
     params = read_params(tensors, _maps(s))
-    # A convolution that never overlaps is a linear layer of each patch, cut in the order of
-    # `ops.patches.cut_patches`.
-    patches = params["patch_embed"]["kernel"].transpose(2, 3, 1, 0).reshape(-1, s.width)
-    params["patch_embed"]["kernel"] = patches
+    params["patch_embed"]["kernel"] = patch_kernel(params["patch_embed"]["kernel"])
     return {"params": params, **ranges}
 
 
-def _maps(s: _Sizes) -> Iterator[TensorMap]:
+def _maps(s: Sizes) -> Iterator[TensorMap]:
     """Every array of the model and the published tensor it is; of patch_embed the convolution's."""
     d, hidden = s.width, s.mlp_ratio * s.width
     patches = "patch_embed.proj"

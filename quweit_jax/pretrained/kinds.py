@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import flax.linen as nn
-from jaxtyping import PyTree
-
 from quweit_jax.errors import InputError
-from quweit_jax.pretrained import deit, matmulfree, nanogpt, transformer_pp
+from quweit_jax.pretrained import deit, hugging_face_vit, matmulfree, nanogpt, transformer_pp
+from quweit_jax.pretrained.layout import Opened
 from quweit_jax.pretrained.tensors import read_config, read_weights
 
-KINDS: dict[str, Callable[[Path], tuple[nn.Module, dict[str, PyTree]]]] = {
-    "nanogpt": nanogpt.load,
-    "matmulfree": matmulfree.load,
-    "transformer_pp": transformer_pp.load,
-    "deit": deit.load_deit,
-    "ivit": deit.load_ivit,
+KINDS: dict[str, Callable[[Path], Opened]] = {
+    "nanogpt": nanogpt.opened,
+    "gpt2": nanogpt.opened,
+    "matmulfree": matmulfree.opened,
+    "transformer_pp": transformer_pp.opened,
+    "llama": transformer_pp.opened,
+    "deit": deit.open_deit,
+    "ivit": deit.open_ivit,
+    "vit": hugging_face_vit.opened,
 }
 # Hugging Face's model_type; and options that say so in a config.json without one.
-_TYPES = {"gpt2": "nanogpt", "hgrn_bit": "matmulfree", "llama": "transformer_pp"}
+_TYPES = {
+    "gpt2": "gpt2",
+    "hgrn_bit": "matmulfree",
+    "llama": "llama",
+    "vit": "vit",
+    "deit": "vit",  # which says what is the matter with it
+}
 _NANOGPT = {"n_layer", "n_head", "n_embd"}
 
 

@@ -8,8 +8,9 @@ may be one of our kernels, side by side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
@@ -17,6 +18,19 @@ from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.pretrained.tensors import Tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A published checkpoint before its weights are read.
+
+    model: a Flax module. read: reads and checks its variables. image_shape: of a vision model, the
+    (H, W, C) that its positions are for.
+    """
+
+    model: nn.Module
+    read: Callable[[], dict[str, PyTree]]
+    image_shape: tuple[int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtyping import PyTree
-
 from quweit_jax.models.matmulfree import MatMulFree, MatMulFreeConfig
 from quweit_jax.models.options import kinds_of_mlp
 from quweit_jax.pretrained.hugging_face import read_language_model, require_dense
-from quweit_jax.pretrained.layout import TensorMap, kernel
+from quweit_jax.pretrained.layout import Opened, TensorMap, kernel
 from quweit_jax.pretrained.published_config import PublishedConfig
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PROJECTIONS = {"input": "i_proj", "forget": "f_proj", "gate": "g_proj", "output": "o_proj"}
 
 
-def load(folder: Path) -> tuple[MatMulFree, dict[str, PyTree]]:
-    """The model and its variables, {'params': ...} in float32; a tied head becomes one of its own.
+def opened(folder: Path) -> Opened:
+    """The model and a function that reads its variables, {'params': ...} in float32; a tied head becomes one of its own.
 
     Raises:
       InputError: as `pretrained.load`; also an option of the public program that this model does
@@ -49,7 +48,7 @@ def load(folder: Path) -> tuple[MatMulFree, dict[str, PyTree]]:
     # convolution it has no options.
     harmless = ("num_heads", "attn_mode", "conv_size", "conv_bias", "share_conv_kernel")
     config.finish(*harmless, "tie_word_embeddings")
-    return MatMulFree(c), read_language_model(folder, config, maps(c))
+    return Opened(MatMulFree(c), functools.partial(read_language_model, folder, config, maps(c)))
 
 
 def published_config(c: MatMulFreeConfig) -> dict[str, object]:

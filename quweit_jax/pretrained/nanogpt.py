@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
-from quweit_jax.pretrained.layout import TensorMap, kernel, layer_norm, linear, read_params
+from quweit_jax.pretrained.layout import Opened, TensorMap, kernel, layer_norm, linear, read_params
 from quweit_jax.pretrained.published_config import PublishedConfig
 from quweit_jax.pretrained.tensors import Tensors, read_config, read_weights
 
@@ -28,8 +28,8 @@ _GELUS = {
 }
 
 
-def load(path: Path) -> tuple[GPT, dict[str, PyTree]]:
-    """The model and its variables, {'params': ...} in float32.
+def opened(path: Path) -> Opened:
+    """The model and a function that reads its variables, {'params': ...} in float32.
 
     path: a folder with config.json and weights, in the layout that config.json tells; or what
     nanoGPT's own program saves, ckpt.pt or the folder that holds it, with the sizes inside.
@@ -62,11 +62,18 @@ def load(path: Path) -> tuple[GPT, dict[str, PyTree]]:
     tensors.drop(".attn.bias", ".attn.masked_bias")  # causal masks, saved as buffers
     tied = _is_tied(config, tensors, sizes["vocab_size"], sizes["width"])
     gpt = GPTConfig(**sizes, **options, tie_embeddings=tied)
-    params = read_params(tensors, _maps(gpt, transposed=not hugging_face))
+    maps = _maps(gpt, transposed=not hugging_face)
+    return Opened(GPT(gpt), functools.partial(_read, tensors, maps, factors, gpt.width))
+
+
+def _read(
+    tensors: Tensors, maps: Iterator[TensorMap], factors: Sequence[float], width: int
+) -> dict[str, PyTree]:
+    params = read_params(tensors, maps)
     for i, factor in enumerate(factors):
         for values in params[f"block_{i}"]["attention"]["qkv"].values():
-            values[..., : gpt.width] *= np.float32(factor)
-    return GPT(gpt), {"params": params}
+            values[..., :width] *= np.float32(factor)
+    return {"params": params}
 
 
 def _opened(path: Path) -> tuple[Tensors | None, PublishedConfig]:

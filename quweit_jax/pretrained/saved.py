@@ -6,9 +6,10 @@ with the package.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import PyTree
 from quweit_jax import models
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest, require
+from quweit_jax.pretrained import hub
 from quweit_jax.reading import is_whole, read_json, shown, why
 
 FORMAT = "quweit_jax model"
@@ -99,6 +101,14 @@ def load_model(folder: str | Path) -> SavedModel:
     Raises:
       InputError: no such model, or one that is damaged.
     """
+    model, tokenizer, about, read = open_model(folder)
+    return SavedModel(model, read(), tokenizer, about)
+
+
+def open_model(
+    folder: str | Path,
+) -> tuple[nn.Module, tokenizers.Tokenizer | None, dict[str, Any], Callable[[], dict[str, PyTree]]]:
+    """The same without its arrays, which the last of what it returns reads."""
     folder = Path(folder).expanduser()
     about = read_json(folder / _DESCRIPTION, "model")
     if about.get("format") != FORMAT or about.get("version") != 1:
@@ -113,10 +123,9 @@ def load_model(folder: str | Path) -> SavedModel:
             "number; write the folder again."
         )
     model = models.build(config, int(outputs))
-    variables = _read_arrays(folder / _WEIGHTS)
     path = folder / _TOKENIZER
     tokenizer = tokenizers.load(path) if os.path.lexists(path) else None
-    return SavedModel(model, variables, tokenizer, about)
+    return model, tokenizer, about, functools.partial(_read_arrays, folder / _WEIGHTS)
 
 
 def _read_arrays(path: Path) -> dict[str, PyTree]:
@@ -137,7 +146,8 @@ def boxed() -> list[str]:
 
 
 def find_model(given: str) -> Path:
-    """The folder of a model: the path itself where there is one, or of a name of the box.
+    """The folder of a model: the path itself where there is one, or of a name of the box, or of a
+    hub, which is fetched (see `hub.fetch`).
 
     Raises:
       InputError: neither; names those in the box.
@@ -148,8 +158,9 @@ def find_model(given: str) -> Path:
     names = boxed()
     if given in names:
         return BOX / given
+    if hub.is_name(given):
+        return hub.fetch(given)
     raise InputError(
         f"--model: no folder {shown(path)}, nor a model of that name.{nearest(given, names)} Here "
-        f"are {', '.join(names) or 'none'}. Of a hub, fetch the folder first, with `hf download "
-        f"{shown(given)} --local-dir FOLDER`, and give that."
+        f"are {', '.join(names) or 'none'}. One of a hub is named ORGANIZATION/NAME."
     )

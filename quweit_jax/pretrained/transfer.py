@@ -67,7 +67,7 @@ def read_source(path: str | Path) -> dict[str, PyTree]:
     kind = kind_of(path)
     if kind in ("deit", "ivit"):
         return deit.read_variables(path)  # which need not know the number of heads
-    return KINDS[kind](path)[1]
+    return KINDS[kind](path).read()
 
 
 def merge(

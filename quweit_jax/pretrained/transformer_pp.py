@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-
-from jaxtyping import PyTree
 
 from quweit_jax.models.options import kinds_of_mlp
 from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
 from quweit_jax.pretrained.hugging_face import read_language_model, require_dense
-from quweit_jax.pretrained.layout import TensorMap, kernel
+from quweit_jax.pretrained.layout import Opened, TensorMap, kernel
 from quweit_jax.pretrained.published_config import PublishedConfig
 
 _REQUIRED = (
@@ -22,8 +21,8 @@ _REQUIRED = (
 )
 
 
-def load(folder: Path) -> tuple[TransformerPP, dict[str, PyTree]]:
-    """The model and its variables, {'params': ...} in float32; a tied head becomes one of its own.
+def opened(folder: Path) -> Opened:
+    """The model and a function that reads its variables, {'params': ...} in float32; a tied head becomes one of its own.
 
     Raises:
       InputError: as `pretrained.load`; also an option of Llama that this model does not have, such
@@ -47,7 +46,7 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, PyTree]]:
         rope_theta=_rope_theta(config),
     )
     config.finish("pretraining_tp", "tie_word_embeddings")  # the first splits a product, no more
-    return TransformerPP(c), read_language_model(folder, config, maps(c))
+    return Opened(TransformerPP(c), functools.partial(read_language_model, folder, config, maps(c)))
 
 
 def published_config(c: TransformerPPConfig) -> dict[str, object]:

@@ -5,17 +5,20 @@ A run that cannot be read is marked, and never stops the report.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from quweit_jax.config import flat
+import numpy as np
+
+from quweit_jax.config import flat, to_dict
 from quweit_jax.costs import count, energy
 from quweit_jax.data import tokenizers
-from quweit_jax.errors import InputError, first_line, nearest
+from quweit_jax.errors import InputError, check_choice, first_line, nearest
 from quweit_jax.models import registry
 from quweit_jax.reading import check_readable, is_whole, list_folder, read_json, shown
-from quweit_jax.report.look import look
+from quweit_jax.report.look import look, look_at
 from quweit_jax.report.summary import Json, RunSummary
 from quweit_jax.training import checksums, files, metrics, rundir
 from quweit_jax.training.defaults import base_config
@@ -26,6 +29,26 @@ _DEPTH = 4  # of folders between a given one and the runs in it
 _OVERRIDABLE = ("data.", "mesh.", "eval_batch_size")
 
 Skipped = list[tuple[str, str]]  # paths that hold no run, with the reason
+_BESIDE = "int8"  # of the dense model's products, unless another precision is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedModel:
+    """A model in a folder of its own, opened. about: what it says of itself, as `pack` writes."""
+
+    name: str
+    path: str
+    opened: rundir.OpenRun
+    about: Json
+    inputs: np.ndarray  # of the model, a batch of one
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    overrides: Mapping[str, str]
+    batches: int
+    technology: str
+    precision: str | None
 
 
 def collect(
@@ -34,13 +57,18 @@ def collect(
     *,
     batches: int,
     technology: str = "45nm",
+    precision: str | None = None,
+    models: Sequence[NamedModel] = (),
     say: Callable[[RunSummary], None] = lambda _: None,
 ) -> tuple[list[RunSummary], Skipped]:
-    """The runs at and below the given paths, and the paths that hold none, with the reason.
+    """The runs at and below the given paths, and the paths that hold none, with the reason; behind
+    them models in folders of their own.
 
     overrides: config paths to text values, of the data (data.data_dir, say), the mesh and
       eval_batch_size alone.
     batches: how much of the validation data the tables are watched on (0: all of it).
+    precision: of dense products, as in `costs.count`, of the runs and of the dense models beside
+      them; None: a run's own, and int8 beside it.
     say: told each run when it has been read.
 
     Raises:
@@ -57,8 +85,11 @@ def collect(
                 f"--config.{key}: a report reads runs as they are; only data, mesh and "
                 f"eval_batch_size may change.{nearest(key, known)}"
             )
+    if precision is not None:
+        check_choice("--precision", precision, count.PRECISIONS)
+    how = _How(overrides, batches, technology, precision)
     found, skipped = find_runs(paths)
-    if not found:
+    if not found and not models:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped) or "no path was given"
         raise InputError(
             f"no run to report on: {reasons}. Give run directories of python -m quweit_jax.train, "
@@ -67,7 +98,12 @@ def collect(
     summaries = []
     for number, (path, name) in enumerate(zip(found, short_names(found)), 1):
         summary = RunSummary(number, name, str(path))
-        _read(summary, overrides, batches, technology)
+        _safely(summary, lambda summary=summary: _fill(summary, how))
+        say(summary)
+        summaries.append(summary)
+    for number, model in enumerate(models, len(found) + 1):
+        summary = RunSummary(number, model.name, model.path)
+        _safely(summary, lambda summary=summary, model=model: _fill_model(summary, model, how))
         say(summary)
         summaries.append(summary)
     return summaries, skipped
@@ -116,15 +152,36 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [shown(path.relative_to(common)) for path in paths]
 
 
-def _read(summary: RunSummary, overrides: Mapping[str, str], batches: int, technology: str) -> None:
+def _safely(summary: RunSummary, fill: Callable[[], None]) -> None:
     """Fills in what the run directory tells, and marks what cannot be read."""
     try:
-        _fill(summary, overrides, batches, technology)
+        fill()
     except Exception as error:  # one run leaves the others
         summary.mark("damaged", f"it cannot be read ({type(error).__name__}: {first_line(error)})")
 
 
-def _fill(summary: RunSummary, overrides: Mapping[str, str], batches: int, technology: str) -> None:
+def _fill_model(summary: RunSummary, model: NamedModel, how: _How) -> None:
+    """Fills in what a model without a run tells: no curves, but what it costs and what it does."""
+    config, about = to_dict(model.opened.setup.config), model.about
+    summary.config = {key: config[key] for key in ("model", "data")}
+    summary.notes.append("a model in a folder of its own: without its run there are no curves")
+    data, tokenizer = str(about.get("data") or "").replace("_", " "), model.opened.setup.tokenizer
+    summary.language = tokenizer is not None
+    if tokenizer is not None and data:
+        data += f", {tokenizer.kind} tokens"
+    summary.data = data or "models of unknown data"
+    summary.fingerprint = str(about.get("data_fingerprint") or "")
+    measured = about.get("validation")
+    if isinstance(measured, dict) and {"loss", "accuracy"} <= measured.keys():
+        step = about.get("training_step")
+        row = {"step": step if is_whole(step) else 0, "split": "validation", **measured}
+        summary.rows = [row]
+    else:
+        summary.notes.append("its loss is not known; `evaluate --model` measures it")
+    _add_costs(summary, how, look_at(summary, model.opened, how.batches, "no data", model.inputs))
+
+
+def _fill(summary: RunSummary, how: _How) -> None:
     path = Path(summary.path)
     try:
         summary.config = _config(path / "config.json")
@@ -150,7 +207,7 @@ def _fill(summary: RunSummary, overrides: Mapping[str, str], batches: int, techn
         summary.mark("unfinished", noted + ", being trained now" * training)
     elif not checksums.is_whole(path, steps):
         summary.mark("unfinished", f"no whole checkpoint of its last step, {steps}")
-    _add_costs(summary, technology, look(summary, overrides, batches, training))
+    _add_costs(summary, how, look(summary, how.overrides, how.batches, training))
 
 
 def _object(path: Path) -> Json:
@@ -222,17 +279,24 @@ def _some(keys: set[str]) -> str:
     return ", ".join(sorted(keys)[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-def _add_costs(summary: RunSummary, technology: str, sizes: Json) -> None:
-    """Adds costs and energy; sizes: 'outputs' and 'image_size' where the data told them."""
+def _add_costs(summary: RunSummary, how: _How, sizes: Json) -> None:
+    """Adds costs and energy, and those of the dense model beside it; sizes: 'outputs', 'image_size'
+    and 'channels' where the data told them.
+    """
     try:
         given, saved = dict(sizes), Path(summary.path) / "tokenizer.json"
         if summary.language and "outputs" not in given and saved.exists():
             given["outputs"] = tokenizers.load(saved).vocab_size
-        summary.costs = count.of_config(summary.config, **given)
-        summary.energy = energy.estimate(summary.costs, technology)
-        if (dense := count.baseline(summary.config["model"])) is not None:
-            dense_costs = count.of_config(summary.config, model=dense[0], **given)
-            summary.replaced = count.multiplications_replaced(summary.costs, dense_costs)
+        config, integer = summary.config, summary.config["model"].get("integer")
+        own = None if integer else how.precision  # of integers alone there is one precision
+        summary.costs = count.of_config(config, precision=own, **given)
+        summary.energy = energy.estimate(summary.costs, how.technology)
+        if (dense := count.baseline(config["model"])) is not None:
+            beside = _BESIDE if integer else how.precision or _BESIDE
+            summary.dense_precision = beside
+            summary.dense = count.of_config(config, model=dense[0], precision=beside, **given)
+            summary.dense_energy = energy.estimate(summary.dense, how.technology)
+            summary.replaced = count.multiplications_replaced(summary.costs, summary.dense)
     except InputError as error:
         summary.notes.append(f"not counted: {error}")
     except Exception as error:

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from quweit_jax.errors import needed
+from quweit_jax.training import looks
 
 with needed("for reports"):
     import matplotlib
@@ -27,23 +28,10 @@ COLORS = {
     "ink": ("#1c2127", "#e8ebee"),
     "muted": ("#5a636e", "#a9b2bd"),
     "grid": ("#d3d9df", "#3a424b"),
-    "series-0": ("#2360c4", "#7fabff"),
-    "series-1": ("#b8420e", "#ff9d6b"),
-    "series-2": ("#157a3c", "#62d28c"),
-    "series-3": ("#9a1fa6", "#e794f2"),
-    "series-4": ("#0d6f88", "#55cfe0"),
-    "series-5": ("#7d6300", "#e2c452"),
-    "series-6": ("#b0202e", "#ff8d92"),
-    "series-7": ("#55514c", "#c9c1b8"),
-    "series-8": ("#5b3fb8", "#b8a3ff"),
-    "series-9": ("#3d6b00", "#a5d84f"),
-    "series-10": ("#8c3b63", "#f09bc4"),
-    "series-11": ("#00705f", "#4ed6bd"),
+    **{f"series-{i}": pair for i, pair in enumerate(looks.SERIES)},
 }
 INK, MUTED, GRID = (COLORS[name][0] for name in ("ink", "muted", "grid"))
-SERIES = [light for name, (light, _) in COLORS.items() if name.startswith("series-")]
-_LINES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SERIES = [light for light, _ in looks.SERIES]
 _STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -89,15 +77,6 @@ class Picture:
 def style() -> Any:
     """The context manager, or decorator, within which all figures are made and drawn."""
     return matplotlib.rc_context(_STYLE)
-
-
-def series_style(i: int) -> dict[str, Any]:
-    """Color, line and marker of the i-th of several things in a plot."""
-    return {
-        "color": SERIES[i % len(SERIES)],
-        "linestyle": _LINES[i // len(SERIES) % len(_LINES)],
-        "marker": _MARKERS[i % len(_MARKERS)],
-    }
 
 
 def shortened(text: str, longest: int = 24) -> str:

@@ -63,15 +63,36 @@ def _look(summary: RunSummary, overrides: Mapping[str, str], batches: int) -> Js
         summary.mark("damaged", f"{sentence}; what is shown is of step {opened.step}")
     if opened.data_changed:
         summary.notes.append(opened.data_changed)
-    _try(summary, "tables", lambda: _tables(summary, opened, batches, missing))
+    return look_at(summary, opened, batches, missing)
+
+
+def look_at(
+    summary: RunSummary,
+    opened: rundir.OpenRun,
+    batches: int,
+    missing: str = "",
+    inputs: np.ndarray | None = None,
+) -> Json:
+    """The same of what is opened already.
+
+    missing: why it has no data. inputs: of the model, where the setup has no example.
+    """
+
+    def of_model() -> np.ndarray:
+        return opened.setup.init_inputs if inputs is None else inputs
+
+    _try(summary, "tables", lambda: _tables(summary, opened, of_model(), batches, missing))
     if opened.setup.tokenizer is not None:
-        _try(summary, "text", lambda: _text(summary, opened))
+        _try(summary, "text", lambda: _text(summary, opened, of_model()))
         return {"outputs": opened.setup.tokenizer.vocab_size}
-    _try(summary, "images", lambda: _images(summary, opened))
     data = opened.setup.data
+    if len(data.validation):
+        _try(summary, "images", lambda: _images(summary, opened))
     if data.image_shape is not None:
-        return {"outputs": data.outputs, "image_size": data.image_shape[0]}
-    size = round(np.size(data.validation[0]["inputs"]) ** 0.5)
+        side, _, channels = data.image_shape
+        return {"outputs": data.outputs, "image_size": side, "channels": channels}
+    example = data.validation[0]["inputs"] if len(data.validation) else of_model()
+    size = round(np.size(example) ** 0.5)
     return {"outputs": data.outputs, "image_size": size}
 
 
@@ -107,7 +128,7 @@ def _try(summary: RunSummary, what: str, action: Callable[[], None]) -> None:
         summary.notes.append(f"no {what} ({type(error).__name__}: {first_line(error)})")
 
 
-def _text(summary: RunSummary, opened: rundir.OpenRun) -> None:
+def _text(summary: RunSummary, opened: rundir.OpenRun, inputs: np.ndarray) -> None:
     setup, tokenizer = opened.setup, opened.setup.tokenizer
     assert tokenizer is not None
     if len(setup.data.validation):
@@ -117,7 +138,9 @@ def _text(summary: RunSummary, opened: rundir.OpenRun) -> None:
         prompt = prompt if len(prompt) else np.zeros(1, np.int32)
     tokens = generate_tokens(
         setup.model,
-        packed_or_trained(setup.model, opened.variables, setup.init_inputs),
+        opened.variables
+        if "packed" in opened.variables
+        else packed_or_trained(setup.model, opened.variables, inputs),
         prompt,
         _TOKENS,
         seed=setup.config.seed,
@@ -154,9 +177,11 @@ def _pixels(inputs: np.ndarray, normalize: str) -> np.ndarray | None:
     return np.round(scaled).astype(np.uint8).reshape(side, side)
 
 
-def _tables(summary: RunSummary, opened: rundir.OpenRun, batches: int, missing: str) -> None:
+def _tables(
+    summary: RunSummary, opened: rundir.OpenRun, inputs: np.ndarray, batches: int, missing: str
+) -> None:
     setup, data = opened.setup, opened.setup.data
-    form = prune.deploy(setup.model, opened.variables, setup.init_inputs)
+    form = prune.deploy(setup.model, opened.variables, inputs)
     if form is None:
         return
     counts: dict[str, prune.Counts] = {}

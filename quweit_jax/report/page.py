@@ -41,22 +41,25 @@ def write(
     *,
     technology: str,
     title: str = "",
+    precision: str | None = None,
 ) -> dict[str, bytes]:
     """All files of a report by name: index.html, *.png, *.csv.
 
     A run that cannot be shown is left out, which is said, and never stops the report.
-    skipped: given paths that hold no run, with the reason. technology: of the energies.
+    skipped: given paths that hold no run, with the reason. technology: of the energies. precision:
+      of dense products, if not the runs' own.
 
     Raises:
       InputError: no run can be shown.
     """
+    how: Json = {"technology": technology, "title": title, "precision": precision}
     try:
-        return _write(runs, skipped, technology, title)
+        return _write(runs, skipped, **how)
     except Exception as error:
         shown, left = [], [*skipped]
         for run in runs:  # alone, each: the one that fails then is the one to leave out
             try:
-                _write([run], [], technology, title)
+                _write([run], [], **how)
                 shown.append(run)
             except Exception as why:
                 reason = f"it cannot be shown ({type(why).__name__}: {first_line(why)})"
@@ -66,11 +69,16 @@ def write(
             raise
         if not shown:
             raise InputError(f"report: none of the runs can be shown; {left[-1][1]}.") from error
-        return _write(shown, left, technology, title)
+        return _write(shown, left, **how)
 
 
 def _write(
-    runs: Sequence[RunSummary], skipped: Sequence[tuple[str, str]], technology: str, title: str
+    runs: Sequence[RunSummary],
+    skipped: Sequence[tuple[str, str]],
+    *,
+    technology: str,
+    title: str,
+    precision: str | None,
 ) -> dict[str, bytes]:
     sections = [
         Section(found, _pictures(found, f"group{i}", technology))
@@ -102,6 +110,7 @@ def _write(
         sections=sections,
         insights=insights,
         skipped=skipped,
+        precision=precision,
         assumptions=list(dict.fromkeys(said)),
         light=Markup(figures.css_variables(False)),
         dark=Markup(figures.css_variables(True)),
@@ -170,6 +179,9 @@ def row(run: RunSummary) -> Json:
         "multiplications": costs and costs.total_multiplications,
         "multiplications replaced": run.replaced,
         "table look-ups": costs and sum(costs.lookups.values()),
+        "dense precision": run.dense_precision or None,
+        "dense bytes deployed": run.dense_bytes,
+        "dense energy, pJ": run.dense_energy and run.dense_energy.total_pj,
         "energy, pJ": energy and energy.total_pj,
         "arithmetic, pJ": energy and energy.arithmetic_pj,
         "memory, pJ": energy and energy.memory_pj,

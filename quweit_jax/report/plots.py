@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from quweit_jax.costs.energy import Energy
 from quweit_jax.errors import needed
 from quweit_jax.report import figures
-from quweit_jax.report.figures import GRID, INK, MUTED, SERIES, Picture, series_style, shortened
+from quweit_jax.report.figures import GRID, INK, MUTED, SERIES, Picture, shortened
 from quweit_jax.report.label_placement import place
 from quweit_jax.report.summary import Group, RunSummary
+from quweit_jax.training import looks
 from quweit_jax.training.metrics import draw_losses
 
 with needed("for reports"):
@@ -27,9 +29,7 @@ def loss_curves(group: Group, name: str) -> Picture | None:
     if not shown:
         return None
     figure, axes = figures.new(3.4 + 0.2 * -(-len(shown) // 2))
-    draw_losses(
-        axes, [(shortened(run.label), run.rows, series_style(run.number - 1)) for run in shown]
-    )
+    draw_losses(axes, [(shortened(run.label), run.rows, _style(run)) for run in shown])
     axes.set(xlabel="step", ylabel=f"loss ({loss_unit(group)})")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figures.legend(figure, columns=min(2, len(shown)))
@@ -38,6 +38,11 @@ def loss_curves(group: Group, name: str) -> Picture | None:
     )
     text = f"Training and validation loss by step. Lowest validation losses: {best or 'none yet'}."
     return figures.picture(figure, name, "Loss", text)
+
+
+def _style(run: RunSummary) -> dict[str, Any]:
+    """The color of a run's kind, with a line and a marker of its own."""
+    return looks.style(looks.kind_of(run.config.get("model") or {}), run.number - 1)
 
 
 def loss_unit(group: Group) -> str:
@@ -92,7 +97,7 @@ def pareto(
     _scale(axes, points, accuracy)
     axes.plot(*zip(*joined), color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
     for run, *point in known:
-        look = {**series_style(run.number - 1), "linestyle": ""}
+        look = {**_style(run), "linestyle": ""}
         face = look["color"] if run.state == "finished" else "none"
         axes.plot(*point, markerfacecolor=face, markersize=7, zorder=3, **look)
         if tuple(point) in joined:
@@ -102,7 +107,7 @@ def pareto(
     figure.set_layout_engine("none")
     runs = [run for run, *_ in known]
     names = [[shortened(r.label, 28), shortened(r.label, 16), str(r.number)] for r in runs]
-    colors = [series_style(run.number - 1)["color"] for run in runs]
+    colors = [_style(run)["color"] for run in runs]
     place(axes, points, names, colors, lines=[joined])
     text = (
         f"{len(known)} runs, {quality} against {label}. On the front, beaten by no other: "
@@ -152,8 +157,8 @@ def energy_by_kind(group: Group, name: str, memory: bool) -> Picture | None:
     largest = max(totals, default=0.0)
     if not largest:
         return None
-    # Kinds too small to be seen are shown together; a kind has one color in both plots.
-    colors = dict(zip(_largest_first(energies), itertools.cycle(SERIES)))
+    # Kinds too small to be seen are shown together.
+    colors = {kind: SERIES[looks.color_of_layer(kind)] for kind in _largest_first(energies)}
     kinds = [k for k in colors if any(parts.get(k, 0.0) > 0.004 * largest for parts in bars)]
     rest = any(value and kind not in kinds for parts in bars for kind, value in parts.items())
     scale, unit = energy_unit(largest)

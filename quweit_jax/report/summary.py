@@ -38,8 +38,10 @@ class RunSummary:
     state: 'finished', 'unfinished', 'older version' (of this program, not readable) or 'damaged';
       reason: why it is not 'finished'. notes: what else a reader should know.
     rows: of metrics.jsonl. language: whether it models text (None: unknown). data: what it learned
-      from, in words; fingerprint: of that data's content. replaced: the share of multiplications
-      that the dense model does and this one does not.
+      from, in words; fingerprint: of that data's content.
+    dense, dense_energy, dense_precision: the costs of the dense model that it is compared with, and
+      the operands of that one's products; replaced: the share of its multiplications that this one
+      does without.
     text: a prompt and what the model wrote after it.
     """
 
@@ -57,6 +59,9 @@ class RunSummary:
     fingerprint: str = ""
     costs: Costs | None = None
     energy: Energy | None = None
+    dense: Costs | None = None
+    dense_energy: Energy | None = None
+    dense_precision: str = ""
     replaced: float | None = None
     text: tuple[str, str] | None = None
     images: list[ClassifiedImage] = dataclasses.field(default_factory=list)
@@ -101,7 +106,17 @@ class RunSummary:
     @property
     def bytes_deployed(self) -> int | None:
         """All bytes that the deployed form stores."""
-        return None if self.costs is None else sum(self.costs.bytes_stored.values())
+        return bytes_stored(self.costs)
+
+    @property
+    def dense_bytes(self) -> int | None:
+        """And those of the dense model beside it."""
+        return bytes_stored(self.dense)
+
+
+def bytes_stored(costs: Costs | None) -> int | None:
+    """All bytes that a deployed form stores."""
+    return None if costs is None else sum(costs.bytes_stored.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from quweit_jax.reading import is_number, is_whole, parse_json, read_bytes
-from quweit_jax.training import files
+from quweit_jax.training import files, looks
 from quweit_jax.training.tracking import Tracker
 
 Row = dict[str, Any]
@@ -147,7 +147,8 @@ def draw_losses(axes: Any, runs: Sequence[tuple[str, Sequence[Row], Mapping[str,
     """Draws each run's training losses (thin) and validation losses (marked) into Matplotlib axes.
 
     runs: (label, rows, how Matplotlib draws the line, at least its `color`) of each. The limits
-    leave out the first losses, which are far above all that matters, and what is not finite.
+    leave out the first losses, which are far above all that matters, and what is not finite. Rows
+    of validation with 'low' and 'high' have a band between them: that of several seeds.
     """
     seen: list[float] = []
     for label, rows, look in runs:
@@ -158,6 +159,11 @@ def draw_losses(axes: Any, runs: Sequence[tuple[str, Sequence[Row], Mapping[str,
         shown = {"markersize": 3.5, "linewidth": 1.5, "markevery": max(1, len(steps) // 12)}
         axes.plot(steps, losses, label=label, **look, **shown)
         seen += losses
+        bands = [r for r in rows if r.get("split") == "validation" and "low" in r and "high" in r]
+        if bands:
+            lows, highs = ([r[end] for r in bands] for end in ("low", "high"))
+            at = [r["step"] for r in bands]
+            axes.fill_between(at, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     finite = sorted(value for value in seen if math.isfinite(value))
     if finite:
         low, high = finite[0], finite[min(len(finite) - 1, int(0.97 * len(finite)))]
@@ -173,12 +179,11 @@ def plot_losses(
 
     figure = Figure(figsize=(7, 4.2), dpi=130)
     axes = figure.subplots()
-    drawn = enumerate(runs.items())
     draw_losses(
         axes,
         [
-            (name or "validation", rows, {"color": f"C{i}", "marker": "o"})
-            for i, (name, rows) in drawn
+            (name or "validation", rows, look)
+            for (name, rows), look in zip(runs.items(), looks.styles(list(runs)))
         ],
     )
     if len(runs) == 1:

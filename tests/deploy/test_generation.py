@@ -139,11 +139,21 @@ def test_a_prompt_of_another_length_compiles_nothing():
     model = models.build({"name": "matmulfree", "width": 8, "layers": 1, "context": 8}, 11)
     variables = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))
     run = functools.partial(generate.generate_tokens, model, variables, max_tokens=3)
-    list(run(np.arange(3) % 11))
-    compiled = generate.decode_step._cache_size()
-    for length in (1, 7, 16, 40, 100):
-        list(run(np.arange(length) % 11))
-    assert generate.decode_step._cache_size() == compiled
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **about: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        list(run(np.arange(3) % 11))
+        first = len(compiled)
+        for length in (1, 7, 16, 40, 100):
+            list(run(np.arange(length) % 11))
+        assert len(compiled) == first > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_text_is_cut_at_the_first_stop():

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from quweit_jax import pretrained
 from quweit_jax.errors import InputError
-from quweit_jax.pretrained import matmulfree, transformer_pp
+from quweit_jax.pretrained import matmulfree
 from tests.pretrained.language_files import (
     INDEX,
     as_published,
@@ -52,7 +52,7 @@ def test_golden_transformer_pp(golden):
 def test_golden_matmulfree(golden):
     """Logits, loss and gradients, and the state after reading the text."""
     io = np.load(golden / "matmulfree" / "io.npz")
-    model, variables = matmulfree.load(golden / "matmulfree")
+    model, variables = pretrained.load(golden / "matmulfree", "matmulfree")
     ids = jnp.asarray(io["input_ids"], jnp.int32)
 
     @jax.jit
@@ -159,7 +159,7 @@ def test_grouped_heads_are_those_of_llama(tmp_path):
             tensors[name] = np.repeat(value.reshape(2, 6, 20), 2, axis=0).reshape(24, 20)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": None}))
-    model, variables = transformer_pp.load(tmp_path)
+    model, variables = pretrained.load(tmp_path, "transformer_pp")
     assert model.config.kv_heads == 4
     assert_close(jax.jit(model.apply)(variables, ids), np.asarray(expected))
 
@@ -226,7 +226,7 @@ def test_options_that_may_be_left_out(tmp_path):
         "hidden_act": "silu",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = matmulfree.load(tmp_path)[0].config
+    found = matmulfree.opened(tmp_path).model.config
     assert found.hidden_width() == 256 and found.epsilon == 1e-6
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"hidden_ratio": 33})
@@ -244,7 +244,7 @@ def test_options_that_may_be_left_out(tmp_path):
         "rope_scaling": {"type": "default"},
     }
     write(tmp_path, kind, published_tensors(kind), changes)
-    found = transformer_pp.load(tmp_path)[0].config
+    found = pretrained.load(tmp_path, "transformer_pp")[0].config
     assert (found.rope_theta, found.epsilon) == (700.0, 1e-6)
     write(
         tmp_path,
@@ -256,7 +256,7 @@ def test_options_that_may_be_left_out(tmp_path):
         InputError,
         match=r"model\.embed_tokens\.weight: expected shape \[31, 24\], found \[31, 20\]",
     ):
-        transformer_pp.load(tmp_path)
+        pretrained.load(tmp_path, "transformer_pp")
 
 
 @both

@@ -414,7 +414,7 @@ def test_config_and_weights_must_agree(tmp_path):
             r"config\.json: mlp_ratio: expected a positive whole number, found 2\.5",
         ),
         ({"patch_size": "4"}, "patch_size: expected a positive whole number, found '4'"),
-        ({"model_type": "vit"}, r"expected timm's names, found model_type 'vit'"),
+        ({"model_type": "vit"}, r"expected timm's names, found model_type 'vit'.*kind 'vit'"),
         ({"global_pool": "avg"}, r"expected global_pool 'token' .* found 'avg'"),
         ({"num_heads": 5}, "width: 48 is not a multiple of the 5 heads"),
     ):
