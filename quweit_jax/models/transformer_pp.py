@@ -1,5 +1,6 @@
 """Transformer++: Llama's decoder (RMSNorm, rotary positions, SwiGLU, no biases), the baseline of
-MatMul-free language models.
+MatMul-free language models; with ternary projections, norms inside attention and gated unit and a
+squared ReLU it is BitNet b1.58's (arXiv 2402.17764, 2504.12285).
 
 Dimensions: B batch, T tokens, V vocabulary, d model width, H heads.
 """
@@ -16,10 +17,16 @@ from jaxtyping import Bool, Float, Float32, Int, Integer
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
-from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
+from quweit_jax.layers.attention import (
+    ATTENTIONS,
+    LINEARS,
+    CausalSelfAttention,
+    token_positions,
+)
 from quweit_jax.layers.costs import Call, residuals
-from quweit_jax.layers.norms import normal
+from quweit_jax.layers.norms import RMSNorm, normal
 from quweit_jax.layers.readout import Pieces, read_out
+from quweit_jax.layers.rotary import RopeScaling
 from quweit_jax.models.options import (
     DTYPES,
     ChannelMixers,
@@ -32,6 +39,9 @@ from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import LayerCosts
 
 
+BIASES = ("none", "qkv", "attention")
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerPPConfig(ChannelMixers, Depth):
     """What decides the shape; sizes are those of `MatMulFreeConfig`.
@@ -39,7 +49,13 @@ class TransformerPPConfig(ChannelMixers, Depth):
     size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads
       of keys and values (0: as many);
     head_width: 0 for d / heads. context: tokens of a training example and the most it can attend
-    to. rope_theta: of the rotary positions.
+    to. rope_theta: of the rotary positions; rope: how they are scaled.
+    biases: 'none'; 'qkv', of queries, keys and values alone, as Qwen2 has them; or 'attention', of
+      the output projection too. tie_embeddings: whether the head is the embedding's transpose.
+    linear: the projections of attention and gated unit, 'dense' or 'ternary', of which each has a
+      scale of its own (`layers.ternary.BitLinear` without norm); embedding and head stay dense.
+    sub_norms: an RMSNorm before the last matrix of attention and of the gated unit.
+    activation: of the gated unit, 'silu' or 'relu2', a squared ReLU.
     """
 
     vocab_size: int
@@ -53,6 +69,12 @@ class TransformerPPConfig(ChannelMixers, Depth):
     hidden: int = 0
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
+    rope: RopeScaling = RopeScaling()
+    biases: str = "none"
+    tie_embeddings: bool = False
+    linear: str = "dense"
+    sub_norms: bool = False
+    activation: str = "silu"
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -71,6 +93,14 @@ class TransformerPPConfig(ChannelMixers, Depth):
         self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
+        check_choice("model.linear", self.linear, LINEARS)
+        check_choice("model.activation", self.activation, mlp.ACTIVATIONS)
+        check_choice("model.biases", self.biases, BIASES)
+        if self.linear == "ternary" and self.biases != "none":
+            raise InputError(
+                f"model.biases: expected 'none' with model.linear=ternary, found '{self.biases}'; "
+                "ternary projections have no biases."
+            )
         for name in ("epsilon", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise InputError(
@@ -107,6 +137,13 @@ class TransformerPPConfig(ChannelMixers, Depth):
         """Of the gated MLP."""
         return self.hidden or glu_width(self.sizes()[0])
 
+    def norm(self, name: str) -> nn.Module:
+        """An RMSNorm; before ternary layers one whose sums do not depend on a text's length, which
+        their rounding would otherwise show.
+        """
+        kind = RMSNorm if self.linear == "ternary" else nn.RMSNorm
+        return kind(self.epsilon, dtype=jnp.dtype(self.dtype), name=name)
+
 
 class TransformerPPBlock(nn.Module):
     """Pre-norm attention and, unless `mlp` is 'none', a SwiGLU or a weightless block; each added to
@@ -128,6 +165,7 @@ class TransformerPPBlock(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width, layers, heads = c.sizes()
         output_init = normal(0.02 / math.sqrt(2 * layers))
+        sub_norm = c.epsilon if c.sub_norms else 0.0
         attention = CausalSelfAttention(
             heads,
             c.context,
@@ -137,20 +175,28 @@ class TransformerPPBlock(nn.Module):
             num_kv_heads=c.kv_heads,
             head_width=c.head_width,
             rotary=c.rope_theta,
+            rope=c.rope,
+            use_bias=c.biases != "none",
+            output_bias=c.biases == "attention",
+            linear=c.linear,
+            own_norms=False,
+            sub_norm=sub_norm,
             name="mixer",
         )
-        x = x + attention(
-            nn.RMSNorm(c.epsilon, dtype, name="mixer_norm")(x),
-            valid,
-            positions=positions,
-            decode=decode,
-        )
+        x = x + attention(c.norm("mixer_norm")(x), valid, positions=positions, decode=decode)
         mixer = mlp.make(
             self.mlp,
             width,
             c,
             lambda: mlp.SwiGLU(
-                width, c.hidden_width(), output_init=output_init, dtype=dtype, name="mlp"
+                width,
+                c.hidden_width(),
+                output_init=output_init,
+                dtype=dtype,
+                activation=c.activation,
+                linear=c.linear,
+                sub_norm=sub_norm,
+                name="mlp",
             ),
             output_init=output_init,
             dtype=dtype,
@@ -158,7 +204,7 @@ class TransformerPPBlock(nn.Module):
         if mixer is None:
             return x
         if not mlp.brings_norm(mixer):
-            return x + mixer(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
+            return x + mixer(c.norm("mlp_norm")(x))
         return x + mixer(x)
 
     def costs(self, call: Call) -> list[LayerCosts]:
@@ -194,19 +240,21 @@ class TransformerPP(nn.Module):
                 f"TransformerPP: {tokens.shape[1]} tokens do not fit its context of {c.context}; "
                 f"pass the last {c.context}."
             )
-        x = nn.Embed(
+        embed = nn.Embed(
             c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding"
-        )(tokens)
+        )
         positions = token_positions(self, tokens.shape, valid, decode)
         x = run_blocks(
             lambda kind, name: TransformerPPBlock(c, kind, name=name),
             c.mlps(),
-            x,
+            embed(tokens),
             (positions, valid, decode),
             depth=c,
             decode=decode,
         )
-        x = nn.RMSNorm(c.epsilon, dtype, name="final_norm")(x)
+        x = c.norm("final_norm")(x)
+        if c.tie_embeddings:
+            return read_out(embed, lambda head, x: head.attend(x), x, pieces)
         head = nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
         )
