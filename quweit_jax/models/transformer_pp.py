@@ -17,13 +17,9 @@ from jaxtyping import Bool, Float, Float32, Int, Integer
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
-from quweit_jax.layers.attention import (
-    ATTENTIONS,
-    LINEARS,
-    CausalSelfAttention,
-    token_positions,
-)
+from quweit_jax.layers.attention import ATTENTIONS, LINEARS, CausalSelfAttention, token_positions
 from quweit_jax.layers.costs import Call, residuals
+from quweit_jax.layers.delta import GatedDelta
 from quweit_jax.layers.norms import RMSNorm, normal
 from quweit_jax.layers.readout import Pieces, read_out
 from quweit_jax.layers.rotary import RopeScaling
@@ -33,13 +29,14 @@ from quweit_jax.models.options import (
     check_positive,
     glu_width,
     kinds_of_mlp,
+    repeated,
     size_of,
 )
 from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import LayerCosts
 
-
 BIASES = ("none", "qkv", "attention")
+MIXERS = ("attention", "gated_delta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +53,8 @@ class TransformerPPConfig(ChannelMixers, Depth):
       scale of its own (`layers.ternary.BitLinear` without norm); embedding and head stay dense.
     sub_norms: an RMSNorm before the last matrix of attention and of the gated unit.
     activation: of the gated unit, 'silu' or 'relu2', a squared ReLU.
+    mixer: of tokens: 'attention', 'gated_delta' (`layers.delta`, of the same heads), or several
+      joined by '+', a pattern that is repeated: 'gated_delta+gated_delta+gated_delta+attention'.
     """
 
     vocab_size: int
@@ -69,12 +68,13 @@ class TransformerPPConfig(ChannelMixers, Depth):
     hidden: int = 0
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
-    rope: RopeScaling = RopeScaling()
+    rope: RopeScaling = dataclasses.field(default_factory=RopeScaling)
     biases: str = "none"
     tie_embeddings: bool = False
     linear: str = "dense"
     sub_norms: bool = False
     activation: str = "silu"
+    mixer: str = "attention"
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -122,11 +122,19 @@ class TransformerPPConfig(ChannelMixers, Depth):
                 f"model.kv_heads: {heads} heads cannot share {self.kv_heads} heads of keys and "
                 "values equally."
             )
-        self.mlps()
+        self.blocks()
 
     def mlps(self) -> tuple[str, ...]:
         """The kind of each block's channel mixer."""
         return kinds_of_mlp(self.mlp, self.sizes()[1])
+
+    def mixers(self) -> tuple[str, ...]:
+        """The kind of each block's token mixer."""
+        return repeated("model.mixer", self.mixer, MIXERS, self.sizes()[1])
+
+    def blocks(self) -> tuple[str, ...]:
+        """'mixer/mlp' of each block."""
+        return tuple(f"{mixer}/{kind}" for mixer, kind in zip(self.mixers(), self.mlps()))
 
     def sizes(self) -> tuple[int, int, int]:
         """Width, number of layers and heads."""
@@ -146,12 +154,13 @@ class TransformerPPConfig(ChannelMixers, Depth):
 
 
 class TransformerPPBlock(nn.Module):
-    """Pre-norm attention and, unless `mlp` is 'none', a SwiGLU or a weightless block; each added to
-    its input.
+    """Pre-norm attention (or another token mixer) and, unless `mlp` is 'none', a SwiGLU or a
+    weightless block; each added to its input.
     """
 
     config: TransformerPPConfig
     mlp: str
+    mixer: str = "attention"
 
     @nn.compact
     def __call__(
@@ -166,24 +175,37 @@ class TransformerPPBlock(nn.Module):
         width, layers, heads = c.sizes()
         output_init = normal(0.02 / math.sqrt(2 * layers))
         sub_norm = c.epsilon if c.sub_norms else 0.0
-        attention = CausalSelfAttention(
-            heads,
-            c.context,
-            output_init=output_init,
-            implementation=c.attention,
-            dtype=dtype,
-            num_kv_heads=c.kv_heads,
-            head_width=c.head_width,
-            rotary=c.rope_theta,
-            rope=c.rope,
-            use_bias=c.biases != "none",
-            output_bias=c.biases == "attention",
-            linear=c.linear,
-            own_norms=False,
-            sub_norm=sub_norm,
-            name="mixer",
-        )
-        x = x + attention(c.norm("mixer_norm")(x), valid, positions=positions, decode=decode)
+        normed = c.norm("mixer_norm")(x)
+        if self.mixer == "gated_delta":
+            delta = GatedDelta(
+                heads,
+                c.head_width,
+                c.linear,
+                output_init=output_init,
+                epsilon=c.epsilon,
+                dtype=dtype,
+                name="mixer",
+            )
+            x = x + delta(normed, valid, decode=decode)
+        else:
+            attention = CausalSelfAttention(
+                heads,
+                c.context,
+                output_init=output_init,
+                implementation=c.attention,
+                dtype=dtype,
+                num_kv_heads=c.kv_heads,
+                head_width=c.head_width,
+                rotary=c.rope_theta,
+                rope=c.rope,
+                use_bias=c.biases != "none",
+                output_bias=c.biases == "attention",
+                linear=c.linear,
+                own_norms=False,
+                sub_norm=sub_norm,
+                name="mixer",
+            )
+            x = x + attention(normed, valid, positions=positions, decode=decode)
         mixer = mlp.make(
             self.mlp,
             width,
@@ -217,6 +239,11 @@ class TransformerPP(nn.Module):
 
     config: TransformerPPConfig
 
+    @property
+    def limited_context(self) -> bool:
+        """Whether it reads at most `context` tokens: attention does, a state has no limit."""
+        return "attention" in self.config.mixers()
+
     @nn.compact
     def __call__(
         self,
@@ -235,7 +262,7 @@ class TransformerPP(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width = c.sizes()[0]
-        if tokens.shape[1] > c.context:
+        if self.limited_context and tokens.shape[1] > c.context:
             raise InputError(
                 f"TransformerPP: {tokens.shape[1]} tokens do not fit its context of {c.context}; "
                 f"pass the last {c.context}."
@@ -245,8 +272,8 @@ class TransformerPP(nn.Module):
         )
         positions = token_positions(self, tokens.shape, valid, decode)
         x = run_blocks(
-            lambda kind, name: TransformerPPBlock(c, kind, name=name),
-            c.mlps(),
+            lambda kind, name: TransformerPPBlock(c, *kind.split("/")[::-1], name=name),
+            c.blocks(),
             embed(tokens),
             (positions, valid, decode),
             depth=c,

@@ -20,7 +20,9 @@ KINDS: dict[str, Callable[[Path], tuple[nn.Module, dict[str, PyTree]]]] = {
     "ivit": deit.load_ivit,
 }
 # Hugging Face's model_type; and options that say so in a config.json without one.
-_TYPES = {"gpt2": "nanogpt", "hgrn_bit": "matmulfree", "llama": "transformer_pp"}
+_TYPES = {"gpt2": "nanogpt", "hgrn_bit": "matmulfree"} | dict.fromkeys(
+    ("llama", "mistral", "qwen2", "bitnet"), "transformer_pp"
+)
 _NANOGPT = {"n_layer", "n_head", "n_embd"}
 
 
