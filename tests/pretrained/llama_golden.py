@@ -2,7 +2,8 @@
 transformers makes of them: golden values of `test_llama_layouts`.
 
 `python -m tests.pretrained.llama_golden` makes them again (it needs torch and transformers); with
-`--check` it also compares checkpoints that transformers writes itself, and packed ones.
+`--check` it compares instead, packed checkpoints and such as transformers writes itself too; names
+of cases behind that are those to compare.
 """
 
 import json
@@ -95,8 +96,7 @@ def _of_transformers(folder, tokens):
         for name in [n for n in tensors if tensors[n].dtype == torch.uint8]:
             if options.linear_class == "autobitlinear":
                 given = {"weight": tensors[name]}
-                layer = name.removesuffix(".weight")
-                tensors[name] = BitNetDeserialize(None).convert(given, model, layer)["weight"]
+                tensors[name] = BitNetDeserialize(None).convert(given, model, name)["weight"]
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
         model.tie_weights()
@@ -116,8 +116,9 @@ def main():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     from quweit_jax import pretrained
 
-    golden = {}
-    for case in CASES:
+    golden, checks = {}, "--check" in sys.argv
+    chosen = [case for case in CASES if case in sys.argv] or list(CASES)
+    for case in chosen if checks else CASES:
         model, variables = model_of(case)
         tokens = tokens_of(case)
         with tempfile.TemporaryDirectory() as name:
@@ -128,7 +129,7 @@ def main():
             found, read = pretrained.load(folder)
             ours = np.asarray(found.apply(read, tokens))
             _say(case, ours, logits)
-            if case in PACKED:
+            if checks and case in PACKED:
                 pretrained.save(model, variables, folder / "packed", packed=True)
                 _say(f"{case}, packed", _of_transformers(folder / "packed", tokens), logits)
                 found, read = pretrained.load(folder / "packed")
@@ -141,10 +142,9 @@ def main():
                 _say(f"{case}, bitlinear", inverted, logits)
                 found, read = pretrained.load(folder / "packed")
                 _say(f"{case}, bitlinear, ours", np.asarray(found.apply(read, tokens)), logits)
-    if "--check" not in sys.argv:
+    if not checks:
         FILE.write_text(json.dumps(golden) + "\n")
-        return
-    for case in CASES:
+    for case in chosen if checks else ():
         _say_written_by_transformers(case)
 
 
