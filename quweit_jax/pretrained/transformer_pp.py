@@ -51,8 +51,9 @@ def load(folder: Path) -> tuple[TransformerPP, dict[str, PyTree]]:
                 "layer_types", "'full_attention' alone", layer, "others are unknown."
             )
     heads, biases = config.whole("num_attention_heads"), _TYPES[kind]
+    has_biases = config.flag("attention_bias", False)
     if biases is None:
-        biases = "attention" if config.flag("attention_bias", False) else "none"
+        biases = "attention" if has_biases else "none"
     quantization, is_bitnet = bitnet.read(config), kind == "bitnet"
     theta, rope, context = rope_options.read(config, 500000.0 if is_bitnet else 10000.0)
     activation = config.only("hidden_act", *(("relu2",) if is_bitnet else ()), *_ACTIVATIONS)
@@ -103,7 +104,11 @@ def published_config(c: TransformerPPConfig, packed: bool = False) -> dict[str, 
             raise _unwritten("model.biases", "none or attention with model.sub_norms", c.biases)
     if packed and c.linear != "ternary":
         raise _unwritten("model.linear", "ternary, for two bits a weight", c.linear)
-    ternary = {"quantization_config": bitnet.written(packed)} if c.linear == "ternary" else {}
+    more: dict[str, object] = {}
+    if c.linear == "ternary":
+        more = {"quantization_config": bitnet.written(packed)}
+    if kind == "bitnet":  # whose defaults are of a vocabulary of 128,256
+        more |= {"bos_token_id": None, "eos_token_id": None}
     return {
         "architectures": [name],
         "model_type": kind,
@@ -121,7 +126,7 @@ def published_config(c: TransformerPPConfig, packed: bool = False) -> dict[str, 
         "mlp_bias": False,
         "tie_word_embeddings": c.tie_embeddings,
         "torch_dtype": "float32",
-        **ternary,
+        **more,
     }
 
 

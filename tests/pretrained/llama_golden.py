@@ -149,7 +149,11 @@ def main():
 
 
 def _say_written_by_transformers(case):
-    """A random checkpoint that transformers makes and writes loads here."""
+    """Random checkpoints in bfloat16 that transformers makes and writes load here.
+
+    Also with norms as trained ones are: where all are 1, as at the start, rounding to 8 bits meets
+    exact ties of 16-bit embeddings, which the last bit of a sum decides.
+    """
     import tempfile
 
     import torch
@@ -158,24 +162,29 @@ def _say_written_by_transformers(case):
     from quweit_jax import pretrained
 
     model, variables = model_of(case)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pretrained.save(model, variables, folder / "ours")
-        config = transformers.AutoConfig.from_pretrained(folder / "ours")
-        options = getattr(config, "quantization_config", None)
-        if options is not None:
-            del config.quantization_config
-        torch.manual_seed(len(case))
-        config.initializer_range = 0.3
-        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        theirs.save_pretrained(folder / "theirs")
-        if options is not None:
-            file = folder / "theirs" / "config.json"
-            written = json.loads(file.read_text()) | {"quantization_config": options}
-            file.write_text(json.dumps(written))
-        expected = _of_transformers(folder / "theirs", tokens_of(case))
-        found, read = pretrained.load(folder / "theirs")
-        _say(f"{case}, theirs", np.asarray(found.apply(read, tokens_of(case))), expected)
+    for seed, trained in enumerate((False, True, True, True)):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            pretrained.save(model, variables, folder / "ours")
+            config = transformers.AutoConfig.from_pretrained(folder / "ours")
+            options = getattr(config, "quantization_config", None)
+            if options is not None:
+                del config.quantization_config
+            torch.manual_seed(seed)
+            config.initializer_range = 0.3
+            theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            for path, parameter in theirs.named_parameters() if trained else ():
+                if "norm" in path:
+                    parameter.data.uniform_(0.5, 1.5)
+            theirs.save_pretrained(folder / "theirs")
+            if options is not None:
+                file = folder / "theirs" / "config.json"
+                written = json.loads(file.read_text()) | {"quantization_config": options}
+                file.write_text(json.dumps(written))
+            expected = _of_transformers(folder / "theirs", tokens_of(case))
+            found, read = pretrained.load(folder / "theirs")
+            logits = np.asarray(found.apply(read, tokens_of(case)))
+            _say(f"{case}, theirs, {'norms as trained' if trained else 'at 1'}", logits, expected)
 
 
 def _invert_scales(folder):
