@@ -34,13 +34,13 @@ class RecallTexts(Sequence):
     """Texts of `context` tokens, each drawn from its own number: {'inputs': (T,) int32, 'targets':
     (T,) int32}.
 
-    count: of texts. split: texts of another are others.
+    texts: how many. split: texts of another are others.
 
     Raises:
       InputError: the context has no room for so many pairs, or too few symbols are there.
     """
 
-    count: int
+    texts: int
     context: int
     pairs: int
     symbols: int
@@ -61,7 +61,7 @@ class RecallTexts(Sequence):
             )
 
     def __len__(self) -> int:
-        return self.count
+        return self.texts
 
     def __getitem__(self, index):  # type: ignore[override]
         draw = np.random.default_rng((self.seed, self.split, int(index)))

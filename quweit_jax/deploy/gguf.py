@@ -62,6 +62,7 @@ def check(model: nn.Module, form: str) -> TransformerPPConfig:
     c = model.config
     width, _, heads = c.sizes()
     head = c.head_width or width // heads
+    other = ("dynamic", "llama3") if c.sub_norms else ("dynamic",)
     for key, found, expected in (
         ("mlp", "+".join(sorted(set(c.mlps()))), "dense"),
         ("mixer", "+".join(sorted(set(c.mixers()))), "attention"),
@@ -69,7 +70,7 @@ def check(model: nn.Module, form: str) -> TransformerPPConfig:
         ("tie_embeddings", c.tie_embeddings or not c.sub_norms, True),
         ("biases", c.biases if c.sub_norms else "none", "none"),
         ("head_width", head if c.sub_norms else width // heads, width // heads),
-        ("rope.kind", c.rope.kind if c.rope.kind == "dynamic" else "default", "default"),
+        ("rope.kind", c.rope.kind if c.rope.kind in other else "default", "default"),
         ("rope.truncate", c.rope.truncate or c.rope.kind != "yarn", True),
     ):
         if found != expected:

@@ -132,8 +132,11 @@ def _masters(
                 f"pretrained: tensor {name}: expected weights of -1, 0 and 1, found others; is the "
                 "file damaged?"
             )
-        # The mean magnitude of what comes out is the scale.
-        return whole * np.float32(scale / max(np.abs(whole).mean(dtype=np.float64), 1e-12))
+        # The mean magnitude of what comes out is to be the scale: as the layer sums it, which for
+        # large matrices is not to the last digit.
+        found = whole * np.float32(scale / max(np.abs(whole).mean(dtype=np.float64), 1e-12))
+        summed = float(quantize_weights(jnp.asarray(found.T))[1]) if whole.any() else scale
+        return found * np.float32(scale / summed)
 
     return DerivedTensor(shape, make)
 

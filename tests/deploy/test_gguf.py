@@ -144,6 +144,7 @@ def test_other_tokenizers_are_refused_by_name(change, said):
         (LLAMA | {"mlp": "swiglu"}, "f16", r"model\.mlp"),
         (LLAMA | {"mixer": "gated_delta+attention"}, "f16", r"model\.mixer"),
         (LLAMA | {"rope": {"kind": "dynamic", "factor": 2.0}}, "f16", r"model\.rope\.kind"),
+        (BITNET | {"rope": {"kind": "llama3"}}, "f16", r"model\.rope\.kind"),
         (BITNET | {"tie_embeddings": False}, "f16", r"model\.tie_embeddings"),
         (LLAMA, "tq2_0", "ternary weights alone"),
         (LLAMA | {"hidden": 40}, "q8_0", "hidden of 40"),

@@ -4,7 +4,6 @@ ternary weights: against what the real transformers computed (`llama_golden`), w
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.layers.rotary import RopeScaling
 from quweit_jax.ops.ternary import quantize_weights
+from tests.compiled import quick_jit
 from tests.pretrained import llama_golden as golden
 from tests.pretrained.language_files import assert_same, random_variables, small
 
@@ -36,7 +36,7 @@ def test_logits_are_those_of_transformers(tmp_path, case):
     model, variables = golden.model_of(case)
     pretrained.save(model, variables, tmp_path)
     found, read = pretrained.load(tmp_path)
-    logits = np.asarray(jax.jit(found.apply)(read, golden.tokens_of(case)))[0]
+    logits = np.asarray(quick_jit(found.apply)(read, golden.tokens_of(case)))[0]
     assert close(logits[-golden.LAST :], np.asarray(EXPECTED[case]))
     if "tie_embeddings" not in golden.CASES[case]:
         assert_same(read, variables)
@@ -48,10 +48,9 @@ def test_scaling_matters():
     """No two of the scaled cases compute the same, nor what is not scaled."""
     model, variables = golden.model_of("linear")
     plain = model.clone(config=small("transformer_pp", **golden.SCALED).config)
-    found = [np.asarray(plain.apply(variables, golden.tokens_of("linear")))]
-    for case in PLAIN:
-        scaled = golden.model_of(case)[0]
-        found.append(np.asarray(scaled.apply(variables, golden.tokens_of("linear"))))
+    tokens = golden.tokens_of("linear")
+    every = [plain, *(golden.model_of(case)[0] for case in PLAIN)]
+    found = [np.asarray(quick_jit(model.apply)(variables, tokens)) for model in every]
     for i, one in enumerate(found):
         for other in found[:i]:
             assert np.abs(one - other).max() > 1e-3 * np.ptp(one)
@@ -61,9 +60,8 @@ def test_dynamic_positions_are_plain_in_the_original_context():
     model, variables = golden.model_of("dynamic")
     plain = model.clone(config=small("transformer_pp", **golden.SCALED).config)
     tokens = golden.tokens_of("dynamic")[:, :16]
-    np.testing.assert_allclose(
-        model.apply(variables, tokens), plain.apply(variables, tokens), atol=1e-4
-    )
+    found, expected = (quick_jit(m.apply)(variables, tokens) for m in (model, plain))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
@@ -83,7 +81,7 @@ def test_packed_weights_are_the_masters_quantized(tmp_path, case, linear_class):
         edit(tmp_path, quantization_config={"quant_method": "bitnet"})
     found, read = pretrained.load(tmp_path)
     tokens = golden.tokens_of(case)
-    logits = np.asarray(jax.jit(found.apply)(read, tokens))[0]
+    logits = np.asarray(quick_jit(found.apply)(read, tokens))[0]
     assert close(logits[-golden.LAST :], np.asarray(EXPECTED[case]))
     for name in ("query", "key", "value", "proj"):
         ours, theirs = (p["params"]["block_1"]["mixer"][name]["kernel"] for p in (variables, read))
@@ -98,7 +96,7 @@ def test_our_packed_form_computes_the_same():
     tokens = golden.tokens_of("bitnet")
     packed = pack(model, variables, tokens[:, :4])
     assert "kernel" in packed["packed"]["block_0"]["mlp"]["up"]
-    logits = np.asarray(jax.jit(model.apply)(packed, tokens))[0]
+    logits = np.asarray(quick_jit(model.apply)(packed, tokens))[0]
     assert close(logits[-golden.LAST :], np.asarray(EXPECTED["bitnet"]))
 
 
