@@ -24,6 +24,7 @@ EXTRAS = {
     "s3fs": "s3",
     "submitit": "slurm",
     "wandb": "wandb",
+    "gguf": "gguf",
     "lm_eval": "harness",
     "libtpu": "tpu",
 }

@@ -20,6 +20,7 @@ from jaxtyping import AbstractArray, Float, TypeCheckError, jaxtyped
 from quweit_jax import layers, models, ops
 from quweit_jax.layers import norms
 from quweit_jax.ops import (
+    delta,
     fusion,
     int64,
     integer,
@@ -107,6 +108,7 @@ WIRING = wiring.random_wiring(KEY, 5, 7, 2)
 TABLES = jax.random.uniform(KEY, (7, 4), minval=-1.0)
 PACKED = packed_lut.pack_tables(TABLES)
 WEIGHT = jax.random.normal(KEY, (5, 4))
+X4 = jax.random.normal(KEY, (2, 3, 4, 5))
 ONES_INT8 = jnp.ones((2, 3, 5), jnp.int8)
 WORDS_OF_5 = packed_ternary.pack_ternary(jnp.ones((5, 16), jnp.int8))
 WHOLE = jnp.round(8 * X)
@@ -218,6 +220,18 @@ CALLS = {
     "int_matmul": (ternary.int_matmul, (ONES_INT8, jnp.ones((5, 4), jnp.int8)), {}),
     "bit_linear": (ternary.bit_linear, (X, WEIGHT, jnp.ones(5)), {}),
     "bit_linear_reference": (ternary.bit_linear_reference, (X, WEIGHT, jnp.ones(5)), {}),
+    "ternary_linear": (ternary.ternary_linear, (X.astype(jnp.bfloat16), WEIGHT), {}),
+    "gated_delta": (delta.gated_delta, (X4, X4, X4[..., :2], X4[..., 0], X4[..., 0]), {}),
+    "gated_delta in chunks, from a state": (
+        delta.gated_delta,
+        (X4, X4, X4[..., :2], X4[..., 0], X4[..., 0], jnp.ones((2, 4, 5, 2))),
+        {"implementation": "chunked", "chunk": 2},
+    ),
+    "gated_delta_step": (
+        delta.gated_delta_step,
+        (*(X4[:, 0],) * 2, X4[:, 0, :, :2], *(X4[:, 0, :, 0],) * 2, jnp.ones((2, 4, 5, 2))),
+        {},
+    ),
     "check_shapes": (ternary.check_shapes, (X, WEIGHT, jnp.ones(5)), {}),
     "pack_ternary": (packed_ternary.pack_ternary, (jnp.ones((5, 4), jnp.int8),), {}),
     "pack_ternary on the host": (packed_ternary.pack_ternary, (np.ones((5, 4), np.int8),), {}),
@@ -343,6 +357,17 @@ NETWORKS = {
     },
     "matmulfree": {"name": "matmulfree", **LANGUAGE},
     "transformer_pp": {"name": "transformer_pp", **LANGUAGE, "heads": 2, "hidden": 8},
+    "ternary hybrid": {
+        "name": "transformer_pp",
+        **LANGUAGE,
+        "heads": 2,
+        "hidden": 8,
+        "linear": "ternary",
+        "sub_norms": True,
+        "activation": "relu2",
+        "mixer": "gated_delta+attention",
+        "rope": {"kind": "yarn", "factor": 2.0},
+    },
     "vit": {**VIT, "mlp": "dense+weightless", "dtype": "bfloat16", "drop_path": 0.1},
     "integer vit": {**VIT, "mlp": "dense+weightless", "integer": True, "drop_path": 0.1},
     "integer vit lookups": {**VIT, "mlp": "lookup_glu", "integer": True},

@@ -1,4 +1,6 @@
 """python -m quweit_jax export --workdir=runs/x|--model=FOLDER --out=model.stablehlo [--packed]
+python -m quweit_jax export --to=gguf --workdir=runs/x|--model=FOLDER --out=model.gguf
+    [--form=f16|q8_0|tq2_0]
 python -m quweit_jax export --to=verilog|c --workdir=runs/x [--out=FOLDER] [--verify] [--synthesize]
 """
 
@@ -9,11 +11,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quweit_jax.commands import cli, export_hardware
+from quweit_jax.commands import cli, export_gguf, export_hardware
 from quweit_jax.commands.opening import add_source, open_source
 from quweit_jax.errors import InputError, check_choice
 
-FORMS = ("stablehlo", "verilog", "c")
+FORMS = ("stablehlo", "gguf", "verilog", "c")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +25,10 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(_parser(), argv)
     check_choice("--to", args.to, FORMS)
     export_hardware.check_options(args, args.to)
+    if args.form is not None and args.to != "gguf":
+        raise InputError("--form: expected --to=gguf with it.")
+    if args.to == "gguf":
+        return export_gguf.run(args, overrides)
     if args.to != "stablehlo":
         return export_hardware.run(args, overrides)
     if args.out is None:
@@ -94,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--platforms", help="what it runs on, joined by commas (default: cpu,tpu,cuda; also rocm)"
     )
-    parser.add_argument("--to", default="stablehlo", help="stablehlo (default), verilog or c")
+    parser.add_argument("--to", default="stablehlo", help="stablehlo (default), gguf, verilog or c")
+    export_gguf.add_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     export_hardware.add_options(parser)
     return parser

@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(args: argparse.Namespace, kind: str) -> None:
     """Raises InputError for options that the other forms have, and for values none can have."""
     given = [name for name, value in DEFAULTS.items() if getattr(args, name) not in (None, False)]
-    if kind == "stablehlo":
+    if kind in ("stablehlo", "gguf"):
         if given:
             raise InputError(f"--{given[0]}: expected --to=verilog or --to=c with it.")
         return

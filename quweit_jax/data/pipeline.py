@@ -17,7 +17,7 @@ import numpy as np
 from quweit_jax.data import documents, registry, tokenizers
 from quweit_jax.data.documents import DocumentSplits, PackedDocuments
 from quweit_jax.data.images import Example, ImageExamples
-from quweit_jax.data.registry import DataConfig, LabelledSplits
+from quweit_jax.data.registry import DataConfig, LabelledSplits, RecallSplits
 from quweit_jax.data.shards import ShardedDocuments
 from quweit_jax.data.streams import StreamedDocuments
 from quweit_jax.errors import InputError, needed
@@ -123,6 +123,11 @@ def load(
         raise InputError(
             f"data.source: {config.source} is text, which the model of this config does not read."
         )
+    if isinstance(splits, RecallSplits):
+        train, validation = splits.train(context), splits.validation(context)
+        fingerprint = _digest(*(train[i]["inputs"] for i in range(min(8, len(train)))))
+        size = splits.tokenizer.vocab_size
+        return Dataset(train, validation, size, fingerprint, splits.tokenizer)
     if isinstance(splits, DocumentSplits):
         return _documents(config, splits, context, tokenizer)
     if tokenizer is None:

@@ -14,11 +14,12 @@ from quweit_jax.config import SECTIONS
 from quweit_jax.data.augment import check_number
 from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.images import Example, ImageConfig
+from quweit_jax.data.tokenizers import CharTokenizer
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.reading import check_local
 
 # The modules whose sources are known; a new source is one more function in one of them.
-_MODULES = ("text", "tfds", "image_sources")
+_MODULES = ("text", "tfds", "image_sources", "recall")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class DataConfig(ImageConfig):
     """What to read; of images, how (see ImageConfig).
 
     source: 'python_stdlib', 'text_file' (path), 'document_folder' (path; see
-    `text.document_folder`), 'tfds' (name, data_dir), 'digits' or 'image_folder' (path).
+    `text.document_folder`), 'tfds' (name, data_dir), 'digits', 'image_folder' (path) or 'recall'
+    (see `data.recall`).
     text_column: of JSON lines, Parquet files and sets that Hugging Face's `datasets` saved, the key
       or column that holds the text.
     limit_bytes: of python_stdlib and text_file, 0 for all; of documents, what a 'bpe' tokenizer is
@@ -42,6 +44,8 @@ class DataConfig(ImageConfig):
     download: let TFDS fetch and prepare a set that isn't there.
     split_seed: of the stratified split of digits and of image folders; test_fraction: its share of
     digits.
+    recall_pairs: keys and values in a text of 'recall'; recall_symbols: of its vocabulary;
+    recall_texts: to train on.
     """
 
     source: str = "python_stdlib"
@@ -59,12 +63,17 @@ class DataConfig(ImageConfig):
     download: bool = True
     split_seed: int = 0
     test_fraction: float = 0.2
+    recall_pairs: int = 4
+    recall_symbols: int = 256
+    recall_texts: int = 100_000
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("data.source", self.source, names())
         check_number("data.limit_bytes", self.limit_bytes, 0, whole=True)
         check_number("data.validation_tokens", self.validation_tokens, 2, whole=True)
+        for key in ("recall_pairs", "recall_symbols", "recall_texts"):
+            check_number(f"data.{key}", getattr(self, key), 1, whole=True)
         for key in ("path", "data_dir", "tokenizer_path"):
             advice = "mount it, or copy it to a folder"
             check_local(getattr(self, key) or "", f"data.{key}", advice)
@@ -99,7 +108,16 @@ class LabelledSplits:
     image_shape: tuple[int, int, int] | None = None
 
 
-Splits: TypeAlias = TextSplits | DocumentSplits | LabelledSplits
+@dataclasses.dataclass(frozen=True)
+class RecallSplits:
+    """Texts made for a model's context: functions of it."""
+
+    train: Callable[[int], Sequence[Example]]
+    validation: Callable[[int], Sequence[Example]]
+    tokenizer: CharTokenizer
+
+
+Splits: TypeAlias = TextSplits | DocumentSplits | LabelledSplits | RecallSplits
 # A source gives splits or, of a single text, the whole string.
 Source: TypeAlias = Callable[[DataConfig], Splits | str]
 _SOURCES: dict[str, Source] = {}

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 
 from quweit_jax.errors import check_choice
 from quweit_jax.layers.costs import Call
-from quweit_jax.layers.norms import Initializer, normal
+from quweit_jax.layers.norms import Initializer, RMSNorm, normal
+from quweit_jax.layers.rotary import RopeScaling, rotate
 from quweit_jax.layers.ternary import BitLinear
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts
 
@@ -40,29 +41,13 @@ def _projection(
 ) -> nn.Module:
     """A projection inside of an attention, of the kind that its field `linear` names."""
     check_choice("linear", attention.linear, LINEARS)
-    dtype = attention.dtype
+    dtype, use_bias = attention.dtype, attention.use_bias
     if attention.linear == "ternary":
-        return BitLinear(features, init, dtype=dtype, name=name)
-    return nn.Dense(features, attention.use_bias, dtype, kernel_init=init, name=name)
-
-
-def rotate(
-    x: Float[Array, "B T H K"], positions: Int[Array, "#B T"], theta: float
-) -> Float[Array, "B T H K"]:
-    """Turns queries or keys by their positions: rotary embedding (RoFormer, arXiv 2104.09864; pairs
-    are the two halves of a head, as in Llama).
-
-    x (B, T, H, K) with even K, positions (B or 1, T) -> the same shape and dtype.
-    """
-    half = x.shape[-1] // 2
-    angles = positions[..., None, None].astype(jnp.float32) * theta ** (
-        -jnp.arange(half, dtype=jnp.float32) / half
-    )
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine], -1
-    ).astype(x.dtype)
+        own_norm = getattr(attention, "own_norms", True)
+        return BitLinear(features, init, dtype=dtype, use_norm=own_norm, name=name)
+    if name == "proj" and getattr(attention, "output_bias", None) is not None:
+        use_bias = attention.output_bias  # type: ignore[union-attr]
+    return nn.Dense(features, use_bias, dtype, kernel_init=init, name=name)
 
 
 def token_positions(
@@ -92,13 +77,17 @@ class CausalSelfAttention(nn.Module):
 
     Args:
       num_heads: H. context: the cache's length. dropout: of attention weights and of the output.
-      use_bias: biases of both projections. kernel_init, output_init: of the queries, keys and
-        values, and of the output projection.
+      use_bias: biases of both projections. output_bias: of the output projection, where that is
+        another (None: as `use_bias`). kernel_init, output_init: of the queries, keys and values,
+        and of the output projection.
       implementation: 'auto', 'xla' or 'cudnn' (flash attention on NVIDIA GPUs, half precision).
       num_kv_heads: fewer heads of keys and values, each shared by several of queries (0: as many).
         head_width: K (0: d / H).
-      rotary: base of rotary position embeddings, 0 for none.
+      rotary: base of rotary position embeddings, 0 for none. rope: how they are scaled.
       linear: both projections are 'dense', or 'ternary': a `BitLinear` each, without biases.
+      own_norms: of 'ternary', whether each brings a norm of its own; without, queries, keys and
+        values are three matrices, each with its own scale, as in BitNet b1.58.
+      sub_norm: epsilon of an RMSNorm before the output projection, 0 for none.
     """
 
     num_heads: int
@@ -113,6 +102,10 @@ class CausalSelfAttention(nn.Module):
     head_width: int = 0
     rotary: float = 0.0
     linear: str = "dense"
+    rope: RopeScaling = RopeScaling()
+    output_bias: bool | None = None
+    own_norms: bool = True
+    sub_norm: float = 0.0
 
     @nn.compact
     def __call__(
@@ -133,11 +126,19 @@ class CausalSelfAttention(nn.Module):
             self.num_kv_heads or self.num_heads,
             self.head_width or width // self.num_heads,
         )
-        qkv = _projection(self, (heads + 2 * kv_heads) * head, self.kernel_init, "qkv")(x)
-        q, k, v = jnp.split(qkv.reshape(batch, tokens, -1, head), [heads, heads + kv_heads], axis=2)
+        widths = {"query": heads, "key": kv_heads, "value": kv_heads}
+        if not self._in_three:
+            widths = {"qkv": heads + 2 * kv_heads}
+        read = [
+            _projection(self, count * head, self.kernel_init, name)(x)
+            for name, count in widths.items()
+        ]
+        qkv = jnp.concatenate(read, -1).reshape(batch, tokens, -1, head)
+        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         if self.rotary:
             assert positions is not None
-            q, k = rotate(q, positions, self.rotary), rotate(k, positions, self.rotary)
+            scaled = (positions, self.rotary, self.rope, self.context)
+            q, k = rotate(q, *scaled), rotate(k, *scaled)
         mask = None
         if decode:
             k, v, mask = self._cache(k, v, valid)
@@ -153,10 +154,16 @@ class CausalSelfAttention(nn.Module):
             mixed = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, is_causal=not decode, implementation=implementation
             )
-        out = _projection(self, width, self.output_init, "proj")(
-            mixed.reshape(batch, tokens, heads * head)
-        )
+        mixed = mixed.reshape(batch, tokens, heads * head)
+        if self.sub_norm:
+            mixed = RMSNorm(self.sub_norm, self.dtype, name="sub_norm")(mixed)
+        out = _projection(self, width, self.output_init, "proj")(mixed)
         return nn.Dropout(self.dropout, deterministic=not train)(out)
+
+    @property
+    def _in_three(self) -> bool:
+        """Whether queries, keys and values have a projection each."""
+        return self.linear == "ternary" and not self.own_norms
 
     def _attend_with_dropout(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
@@ -201,7 +208,7 @@ class CausalSelfAttention(nn.Module):
             values, angles = call.rows * (heads + kv_heads) * head, call.rows * head // 2
             counts = Elementwise.of(FLOAT, 2 * values + angles, values, functions=2 * angles)
             rows.insert(0, call.row("attention", "rotary", elementwise=counts))
-        return call.inner("projection", after={"qkv": rows})
+        return call.inner("projection", after={"value" if self._in_three else "qkv": rows})
 
 
 class SelfAttention(nn.Module):

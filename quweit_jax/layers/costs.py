@@ -188,14 +188,15 @@ def _norm(
 
 
 def activation(call: Call, function: str, width: int) -> LayerCosts:
-    """The costs of the activation of hidden vectors: GELU ('exact' or 'tanh'), or SiLU times
-    another branch ('silu'), in float32.
+    """The costs of the activation of hidden vectors: GELU ('exact' or 'tanh'), or SiLU or a squared
+    ReLU times another branch ('silu', 'relu2'), in float32.
     """
-    multiplications, additions = {"exact": (3, 0), "tanh": (6, 2), "silu": (2, 0)}[function]
-    n = call.rows * width
-    counts = Elementwise.of(FLOAT, multiplications * n, additions * n, functions=n)
-    name = "silu" if function == "silu" else "gelu"
-    return call.row("activation", name, elementwise=counts)
+    formulas = {"exact": (3, 0), "tanh": (6, 2), "silu": (2, 0), "relu2": (2, 0)}
+    (multiplications, additions), n = formulas[function], call.rows * width
+    compared = n * (function == "relu2")
+    counts = Elementwise.of(FLOAT, multiplications * n, additions * n, functions=n - compared)
+    name = function if function in ("silu", "relu2") else "gelu"
+    return call.row("activation", name, elementwise=counts, comparisons=compared)
 
 
 def residuals(call: Call, *branches: str) -> dict[str, Rows]:

@@ -23,12 +23,13 @@ from quweit_jax.layers.costs import Call, activation
 from quweit_jax.layers.integer_blocks import IntegerWeightlessBlock
 from quweit_jax.layers.integer_glu import IntegerLookupGLU
 from quweit_jax.layers.lookup_glu import LookupGLU
-from quweit_jax.layers.norms import Initializer, normal
-from quweit_jax.layers.ternary import BitGLU, gated_width
+from quweit_jax.layers.norms import Initializer, RMSNorm, normal
+from quweit_jax.layers.ternary import BitGLU, BitLinear, gated_width
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.ops.counts import LayerCosts
 
 GELUS = ("exact", "tanh")
+ACTIVATIONS = {"silu": jax.nn.silu, "relu2": lambda x: jnp.square(jax.nn.relu(x))}
 
 
 class MLP(nn.Module):
@@ -64,7 +65,10 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(a) * b) with [a, b] = gate(x), without biases (Shazeer 2020, arXiv 2002.05202).
 
-    hidden: 0 for 8 d / 3 in multiples of 8, as many parameters as an MLP of 4 d.
+    hidden: 0 for 8 d / 3 in multiples of 8, as many parameters as an MLP of 4 d. activation: 'silu',
+      or 'relu2', a squared ReLU in its place. linear: 'dense', or 'ternary' without norms of its
+      own: a and b then have a matrix each, gate and up, as in BitNet b1.58.
+    sub_norm: epsilon of an RMSNorm before the last matrix, 0 for none.
     """
 
     features: int
@@ -72,21 +76,35 @@ class SwiGLU(nn.Module):
     kernel_init: Initializer = normal(0.02)
     output_init: Initializer = normal(0.02)
     dtype: DTypeLike = jnp.float32
+    activation: str = "silu"
+    linear: str = "dense"
+    sub_norm: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*tokens d"]) -> Float[Array, "*tokens features"]:
         """x (..., d) -> (..., features)."""
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+        check_choice("SwiGLU: activation", self.activation, ACTIVATIONS)
         hidden = gated_width(self.hidden, x.shape[-1])
-        both = dense(2 * hidden, kernel_init=self.kernel_init, name="gate")(x)
-        gate, up = jnp.split(both, 2, axis=-1)
-        down = dense(self.features, kernel_init=self.output_init, name="down")
-        return down(jax.nn.silu(gate) * up)
+        if self.linear == "ternary":
+            ternary = functools.partial(BitLinear, dtype=self.dtype, use_norm=False)
+            gate = ternary(hidden, self.kernel_init, name="gate")(x)
+            up = ternary(hidden, self.kernel_init, name="up")(x)
+            down = ternary(self.features, self.output_init, name="down")
+        else:
+            dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+            both = dense(2 * hidden, kernel_init=self.kernel_init, name="gate")(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+            down = dense(self.features, kernel_init=self.output_init, name="down")
+        inner = ACTIVATIONS[self.activation](gate) * up
+        if self.sub_norm:
+            inner = RMSNorm(self.sub_norm, self.dtype, name="sub_norm")(inner)
+        return down(inner)
 
     def costs(self, call: Call) -> list[LayerCosts]:
-        """Two layers and a SiLU, times the other branch, of what is between them."""
+        """Its layers and an activation, times the other branch, of what is between them."""
         hidden = gated_width(self.hidden, call.width)
-        return call.inner("mlp", after={"gate": [activation(call, "silu", hidden)]})
+        last = "up" if self.linear == "ternary" else "gate"
+        return call.inner("mlp", after={last: [activation(call, self.activation, hidden)]})
 
 
 # What any model can have in the place of its own MLP: kind -> (block, its integer-only form or

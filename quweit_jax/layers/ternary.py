@@ -38,34 +38,40 @@ class BitLinear(Packable):
 
     Args:
       features: O. kernel_init: of the float kernel (I, O). epsilon: of the norm. dtype: of input
-        and output; the product is exact.
+        and output; the product is exact. use_norm: False for what is normalized already, as in
+        BitNet b1.58 (arXiv 2402.17764), where matrices share a norm.
     """
 
     features: int
     kernel_init: Initializer = normal(0.02)
     epsilon: float = ternary.EPSILON
     dtype: DTypeLike = jnp.float32
+    use_norm: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*tokens I"]) -> Float[Array, "*tokens O"]:
         """x (..., I) -> (..., features)."""
         x = x.astype(self.dtype)
         if self.is_packed:
-            kernel, scale, norm_scale = self.read("kernel", "scale", "norm_scale")
-            normed = ternary.rms_norm(x.astype(jnp.float32), norm_scale, eps=self.epsilon)
-            x_int, x_scale = ternary.quantize_activations(normed)
+            kernel, scale = self.read("kernel", "scale")
+            wide = x.astype(jnp.float32)
+            if self.use_norm:
+                wide = ternary.rms_norm(wide, *self.read("norm_scale"), eps=self.epsilon)
+            x_int, x_scale = ternary.quantize_activations(wide)
             product = packed_ternary.packed_matmul(
                 x_int, kernel, x_scale * scale, num_outputs=self.features
             )
             return product.astype(self.dtype)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        norm_scale = self.param("norm_scale", nn.initializers.ones, shape[:1], jnp.float32)
         if self.is_packing:
             weights, scale = ternary.quantize_weights(kernel)
-            packed = packed_ternary.pack_ternary(weights)
-            self.write(kernel=packed, scale=scale, norm_scale=norm_scale)
+            self.write(kernel=packed_ternary.pack_ternary(weights), scale=scale)
         gather = placement.weights()
+        if not self.use_norm:
+            return ternary.ternary_linear(x, kernel, gather=gather)
+        norm_scale = self.param("norm_scale", nn.initializers.ones, shape[:1], jnp.float32)
+        self.write(norm_scale=norm_scale)
         return ternary.bit_linear(x, kernel, norm_scale, eps=self.epsilon, gather=gather)
 
     def costs(self, call: Call) -> list[LayerCosts]:
@@ -85,7 +91,7 @@ class BitLinear(Packable):
             activations=call.size + call.rows * outputs * BYTES[act],
             parameters=inputs * outputs,
         )
-        return [rms_norm(call, act, "norm"), rounding, total]
+        return [*([rms_norm(call, act, "norm")] if self.use_norm else []), rounding, total]
 
 
 class MLGRU(nn.Module):

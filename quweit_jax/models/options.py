@@ -75,6 +75,23 @@ def kinds_of_mlp(kinds: str | Sequence[str], blocks: int, integer: bool = False)
     return found
 
 
+def repeated(key: str, kinds: str, choices: Sequence[str], blocks: int) -> tuple[str, ...]:
+    """The kind of each block's layer, from a pattern that is repeated: 'a+a+b' for a, a, b, a, ...
+
+    Raises:
+      InputError: an unknown kind, or a pattern that does not fill the blocks; names `key`.
+    """
+    pattern = tuple(kinds.split("+"))
+    for kind in pattern:
+        check_choice(key, kind, choices)
+    if blocks % len(pattern):
+        raise InputError(
+            f"{key}: expected kinds whose number divides the {blocks} blocks, found "
+            f"{len(pattern)}: '{kinds}'."
+        )
+    return pattern * (blocks // len(pattern))
+
+
 def _options_of(block: type, *left_out: str) -> type:
     """A dataclass with the fields of a block's that an experiment may set, and their defaults."""
     space = vars(sys.modules[block.__module__])

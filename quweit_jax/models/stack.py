@@ -65,7 +65,7 @@ def run_blocks(
     """What the blocks make of x (B, T, d), one after another.
 
     Args:
-      make: (kind of channel mixer, name) -> a block, called as block(x, *own, *shared). kinds: of
+      make: (kind of block, as of `kinds_of_blocks`, name) -> a block, called as block(x, *own, *shared). kinds: of
         each block. shared: what all of them are given. own: arrays with a leading axis of blocks,
         of which each is given its part. decode: nothing is computed again.
     """
@@ -99,6 +99,14 @@ def groups(kinds: Sequence[str]) -> Iterator[tuple[int, int, str]]:
     for kind, members in itertools.groupby(range(len(kinds)), lambda i: kinds[i]):
         found = list(members)
         yield found[0], len(found), kind
+
+
+def kinds_of_blocks(model: nn.Module) -> tuple[str, ...]:
+    """What tells a model's blocks apart, block by block: their channel mixers and, where a model
+    has several, their token mixers.
+    """
+    config = getattr(model, "config")  # noqa: B009 - of every model of blocks
+    return config.blocks() if hasattr(config, "blocks") else config.mlps()
 
 
 def is_scanned(model: nn.Module) -> bool:
@@ -136,7 +144,7 @@ def _unstacked(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
 def stacked(variables: Mapping[str, PyTree], kinds: Sequence[str]) -> dict[str, PyTree]:
     """The variables of a scanned model, from those of the unscanned one.
 
-    kinds: of channel mixers, block by block.
+    kinds: of the blocks, see `kinds_of_blocks`.
     """
     return {name: _stacked(tree, kinds) for name, tree in variables.items()}
 

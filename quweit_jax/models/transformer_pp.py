@@ -1,5 +1,6 @@
 """Transformer++: Llama's decoder (RMSNorm, rotary positions, SwiGLU, no biases), the baseline of
-MatMul-free language models.
+MatMul-free language models; with ternary projections, norms inside attention and gated unit and a
+squared ReLU it is BitNet b1.58's (arXiv 2402.17764, 2504.12285).
 
 Dimensions: B batch, T tokens, V vocabulary, d model width, H heads.
 """
@@ -16,20 +17,26 @@ from jaxtyping import Bool, Float, Float32, Int, Integer
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
-from quweit_jax.layers.attention import ATTENTIONS, CausalSelfAttention, token_positions
+from quweit_jax.layers.attention import ATTENTIONS, LINEARS, CausalSelfAttention, token_positions
 from quweit_jax.layers.costs import Call, residuals
-from quweit_jax.layers.norms import normal
+from quweit_jax.layers.delta import GatedDelta
+from quweit_jax.layers.norms import RMSNorm, normal
 from quweit_jax.layers.readout import Pieces, read_out
+from quweit_jax.layers.rotary import RopeScaling
 from quweit_jax.models.options import (
     DTYPES,
     ChannelMixers,
     check_positive,
     glu_width,
     kinds_of_mlp,
+    repeated,
     size_of,
 )
 from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import LayerCosts
+
+BIASES = ("none", "qkv", "attention")
+MIXERS = ("attention", "gated_delta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,15 @@ class TransformerPPConfig(ChannelMixers, Depth):
     size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads
       of keys and values (0: as many);
     head_width: 0 for d / heads. context: tokens of a training example and the most it can attend
-    to. rope_theta: of the rotary positions.
+    to. rope_theta: of the rotary positions; rope: how they are scaled.
+    biases: 'none'; 'qkv', of queries, keys and values alone, as Qwen2 has them; or 'attention', of
+      the output projection too. tie_embeddings: whether the head is the embedding's transpose.
+    linear: the projections of attention and gated unit, 'dense' or 'ternary', of which each has a
+      scale of its own (`layers.ternary.BitLinear` without norm); embedding and head stay dense.
+    sub_norms: an RMSNorm before the last matrix of attention and of the gated unit.
+    activation: of the gated unit, 'silu' or 'relu2', a squared ReLU.
+    mixer: of tokens: 'attention', 'gated_delta' (`layers.delta`, of the same heads), or several
+      joined by '+', a pattern that is repeated: 'gated_delta+gated_delta+gated_delta+attention'.
     """
 
     vocab_size: int
@@ -53,6 +68,13 @@ class TransformerPPConfig(ChannelMixers, Depth):
     hidden: int = 0
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
+    rope: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    biases: str = "none"
+    tie_embeddings: bool = False
+    linear: str = "dense"
+    sub_norms: bool = False
+    activation: str = "silu"
+    mixer: str = "attention"
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -71,6 +93,14 @@ class TransformerPPConfig(ChannelMixers, Depth):
         self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
+        check_choice("model.linear", self.linear, LINEARS)
+        check_choice("model.activation", self.activation, mlp.ACTIVATIONS)
+        check_choice("model.biases", self.biases, BIASES)
+        if self.linear == "ternary" and self.biases != "none":
+            raise InputError(
+                f"model.biases: expected 'none' with model.linear=ternary, found '{self.biases}'; "
+                "ternary projections have no biases."
+            )
         for name in ("epsilon", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise InputError(
@@ -92,11 +122,19 @@ class TransformerPPConfig(ChannelMixers, Depth):
                 f"model.kv_heads: {heads} heads cannot share {self.kv_heads} heads of keys and "
                 "values equally."
             )
-        self.mlps()
+        self.blocks()
 
     def mlps(self) -> tuple[str, ...]:
         """The kind of each block's channel mixer."""
         return kinds_of_mlp(self.mlp, self.sizes()[1])
+
+    def mixers(self) -> tuple[str, ...]:
+        """The kind of each block's token mixer."""
+        return repeated("model.mixer", self.mixer, MIXERS, self.sizes()[1])
+
+    def blocks(self) -> tuple[str, ...]:
+        """'mixer/mlp' of each block."""
+        return tuple(f"{mixer}/{kind}" for mixer, kind in zip(self.mixers(), self.mlps()))
 
     def sizes(self) -> tuple[int, int, int]:
         """Width, number of layers and heads."""
@@ -107,14 +145,22 @@ class TransformerPPConfig(ChannelMixers, Depth):
         """Of the gated MLP."""
         return self.hidden or glu_width(self.sizes()[0])
 
+    def norm(self, name: str) -> nn.Module:
+        """An RMSNorm; before ternary layers one whose sums do not depend on a text's length, which
+        their rounding would otherwise show.
+        """
+        kind = RMSNorm if self.linear == "ternary" else nn.RMSNorm
+        return kind(self.epsilon, dtype=jnp.dtype(self.dtype), name=name)
+
 
 class TransformerPPBlock(nn.Module):
-    """Pre-norm attention and, unless `mlp` is 'none', a SwiGLU or a weightless block; each added to
-    its input.
+    """Pre-norm attention (or another token mixer) and, unless `mlp` is 'none', a SwiGLU or a
+    weightless block; each added to its input.
     """
 
     config: TransformerPPConfig
     mlp: str
+    mixer: str = "attention"
 
     @nn.compact
     def __call__(
@@ -128,29 +174,51 @@ class TransformerPPBlock(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width, layers, heads = c.sizes()
         output_init = normal(0.02 / math.sqrt(2 * layers))
-        attention = CausalSelfAttention(
-            heads,
-            c.context,
-            output_init=output_init,
-            implementation=c.attention,
-            dtype=dtype,
-            num_kv_heads=c.kv_heads,
-            head_width=c.head_width,
-            rotary=c.rope_theta,
-            name="mixer",
-        )
-        x = x + attention(
-            nn.RMSNorm(c.epsilon, dtype, name="mixer_norm")(x),
-            valid,
-            positions=positions,
-            decode=decode,
-        )
+        sub_norm = c.epsilon if c.sub_norms else 0.0
+        normed = c.norm("mixer_norm")(x)
+        if self.mixer == "gated_delta":
+            delta = GatedDelta(
+                heads,
+                c.head_width,
+                c.linear,
+                output_init=output_init,
+                epsilon=c.epsilon,
+                dtype=dtype,
+                name="mixer",
+            )
+            x = x + delta(normed, valid, decode=decode)
+        else:
+            attention = CausalSelfAttention(
+                heads,
+                c.context,
+                output_init=output_init,
+                implementation=c.attention,
+                dtype=dtype,
+                num_kv_heads=c.kv_heads,
+                head_width=c.head_width,
+                rotary=c.rope_theta,
+                rope=c.rope,
+                use_bias=c.biases != "none",
+                output_bias=c.biases == "attention",
+                linear=c.linear,
+                own_norms=False,
+                sub_norm=sub_norm,
+                name="mixer",
+            )
+            x = x + attention(normed, valid, positions=positions, decode=decode)
         mixer = mlp.make(
             self.mlp,
             width,
             c,
             lambda: mlp.SwiGLU(
-                width, c.hidden_width(), output_init=output_init, dtype=dtype, name="mlp"
+                width,
+                c.hidden_width(),
+                output_init=output_init,
+                dtype=dtype,
+                activation=c.activation,
+                linear=c.linear,
+                sub_norm=sub_norm,
+                name="mlp",
             ),
             output_init=output_init,
             dtype=dtype,
@@ -158,7 +226,7 @@ class TransformerPPBlock(nn.Module):
         if mixer is None:
             return x
         if not mlp.brings_norm(mixer):
-            return x + mixer(nn.RMSNorm(c.epsilon, dtype, name="mlp_norm")(x))
+            return x + mixer(c.norm("mlp_norm")(x))
         return x + mixer(x)
 
     def costs(self, call: Call) -> list[LayerCosts]:
@@ -170,6 +238,11 @@ class TransformerPP(nn.Module):
     """A Llama-like language model: token ids -> logits."""
 
     config: TransformerPPConfig
+
+    @property
+    def limited_context(self) -> bool:
+        """Whether it reads at most `context` tokens: attention does, a state has no limit."""
+        return "attention" in self.config.mixers()
 
     @nn.compact
     def __call__(
@@ -189,24 +262,26 @@ class TransformerPP(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width = c.sizes()[0]
-        if tokens.shape[1] > c.context:
+        if self.limited_context and tokens.shape[1] > c.context:
             raise InputError(
                 f"TransformerPP: {tokens.shape[1]} tokens do not fit its context of {c.context}; "
                 f"pass the last {c.context}."
             )
-        x = nn.Embed(
+        embed = nn.Embed(
             c.vocab_size, width, embedding_init=normal(0.02), dtype=dtype, name="token_embedding"
-        )(tokens)
+        )
         positions = token_positions(self, tokens.shape, valid, decode)
         x = run_blocks(
-            lambda kind, name: TransformerPPBlock(c, kind, name=name),
-            c.mlps(),
-            x,
+            lambda kind, name: TransformerPPBlock(c, *kind.split("/")[::-1], name=name),
+            c.blocks(),
+            embed(tokens),
             (positions, valid, decode),
             depth=c,
             decode=decode,
         )
-        x = nn.RMSNorm(c.epsilon, dtype, name="final_norm")(x)
+        x = c.norm("final_norm")(x)
+        if c.tie_embeddings:
+            return read_out(embed, lambda head, x: head.attend(x), x, pieces)
         head = nn.Dense(
             c.vocab_size, use_bias=False, kernel_init=normal(0.02), dtype=dtype, name="head"
         )

@@ -214,6 +214,63 @@ def bit_linear(
     return _bit_linear(x, weight, norm_scale, eps, gather)
 
 
+def ternary_linear(
+    x: Float[Array, "*tokens I"], weight: Float[Array, "I O"], *, gather: Gather | None = None
+) -> Float[Array, "*tokens O"]:
+    """`bit_linear` without its norm: quantize(x) @ quantize(weight), gradients straight through
+    both quantizers (BitNet b1.58, arXiv 2402.17764, whose matrices share norms).
+
+    Between forward and backward pass only x is kept. x (..., I) and weight (I, O) floating, gather
+    as of `bit_linear` -> (..., O) in x's dtype.
+    """
+    check_shapes(x, weight, weight[:, 0] if weight.ndim == 2 else weight)
+    return _ternary_linear(x, weight, gather)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _ternary_linear(x: Array, weight: Array, gather: Gather | None) -> Array:
+    x_int, x_scale = quantize_activations(x)
+    w_int, w_scale = _whole_weights(weight, gather)
+    return (int_matmul(x_int, w_int) * (x_scale * w_scale)).astype(x.dtype)
+
+
+def _ternary_linear_forward(x: Array, weight: Array, gather: Gather | None):
+    return _ternary_linear(x, weight, gather), (x, weight)
+
+
+def _ternary_linear_backward(
+    gather: Gather | None, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    # The barrier: as in `_bit_linear_backward`.
+    x, weight, gradient = jax.lax.optimization_barrier((*kept, gradient))
+    x_int, x_scale = quantize_activations(x)
+    d_x, d_weight = _gradients(x_int * x_scale, *_whole_weights(weight, gather), gradient)
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+_ternary_linear.defvjp(_ternary_linear_forward, _ternary_linear_backward)
+
+
+def _gradients(
+    quantized: Array, w_int: Array, w_scale: Array, gradient: Array
+) -> tuple[Array, Array]:
+    """Of a product with ternary weights: for its inputs (..., I) and for the weights (I, O)."""
+    dtype, axes = gradient.dtype, tuple(range(gradient.ndim - 1))
+    d_weight = jax.lax.dot_general(
+        quantized.astype(dtype),
+        gradient,
+        ((axes, axes), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    product = jax.lax.dot_general(
+        gradient,
+        w_int.astype(dtype),
+        (((gradient.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return product * w_scale, d_weight
+
+
 def check_shapes(
     x: Shaped[Array, "..."], weight: Shaped[Array, "..."], norm_scale: Shaped[Array, "..."]
 ) -> None:
@@ -286,22 +343,9 @@ def _bit_linear_backward(
     )
     y_int, y_scale = quantize_activations(_normalized(x, inverse_rms, norm_scale))
     w_int, w_scale = _whole_weights(weight, gather)
-    dtype, axes = gradient.dtype, tuple(range(x.ndim - 1))
-    quantized = (y_int * y_scale).astype(dtype)
-    d_weight = jax.lax.dot_general(
-        quantized, gradient, ((axes, axes), ((), ())), preferred_element_type=jnp.float32
-    )
-    d_y = (
-        jax.lax.dot_general(
-            gradient,
-            w_int.astype(dtype),
-            (((x.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        * w_scale
-    )
+    d_y, d_weight = _gradients(y_int * y_scale, w_int, w_scale, gradient)
     unit = x.astype(jnp.float32) * inverse_rms
-    d_scale = (d_y * unit).sum(axes)
+    d_scale = (d_y * unit).sum(tuple(range(x.ndim - 1)))
     d_unit = d_y * norm_scale
     d_x = inverse_rms * (d_unit - unit * (d_unit * unit).mean(-1, keepdims=True))
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype), d_scale.astype(norm_scale.dtype)

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.models.matmulfree import MatMulFree
 from quweit_jax.models.transformer_pp import TransformerPP
-from quweit_jax.pretrained import matmulfree, transformer_pp
+from quweit_jax.pretrained import bitnet, matmulfree, transformer_pp
 from quweit_jax.pretrained.deit import calibrate
 from quweit_jax.pretrained.hugging_face import SHARD_BYTES, write_checkpoint
 from quweit_jax.pretrained.kinds import KINDS, kind_of
@@ -36,8 +36,9 @@ def load(folder: str | Path, kind: str | None = None) -> tuple[nn.Module, dict[s
         from the weights. For 'nanogpt' also the ckpt.pt of its own program.
       kind: 'nanogpt' or 'gpt2' (nanoGPT's layout, or GPT-2's of Hugging Face), 'matmulfree'
         (HGRNBitForCausalLM, the MatMul-free language model), 'transformer_pp' or 'llama' (Hugging
-        Face's Llama), 'deit' (a ViT in timm's names), 'vit' (one in the names of Hugging Face's
-        transformers) or 'ivit' (I-ViT's integer-only ViT); None: told from what is there.
+        Face's Llama, Mistral, Qwen2 and BitNet), 'deit' (a ViT in timm's names), 'vit' (one in the
+        names of Hugging Face's transformers) or 'ivit' (I-ViT's integer-only ViT); None: told from
+        what is there.
 
     Returns:
       (model, variables): `model.apply(variables, input_ids)`, of a ViT `model.apply(variables,
@@ -68,12 +69,14 @@ def save(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    packed: bool = False,
 ) -> None:
     """Writes config.json and model.safetensors, float32, in the public layout: `load` and the
     public program read them.
 
     Which layout is told from the model: `MatMulFree` is written as HGRNBitForCausalLM,
-    `TransformerPP` as LlamaForCausalLM. The tokenizer is not part of it, nor the numbers of its
+    `TransformerPP` as LlamaForCausalLM, with biases of queries, keys and values alone as
+    Qwen2ForCausalLM, with sub-norms as BitNetForCausalLM. The tokenizer is not part of it, nor the numbers of its
     special tokens: without them in config.json, both programs take 1 for the first and 2 for the
     last. Beside the model one shard is in memory.
 
@@ -82,6 +85,8 @@ def save(
       folder: made if it isn't there. overwrite: whether a checkpoint that is there may be replaced.
       shard_bytes: weights of more bytes are split into model-00001-of-0000N.safetensors, with
         model.safetensors.index.json.
+      packed: of a Transformer++ with ternary weights, whether these are written at two bits each
+        (transformers' `quantization_mode` offline) and not as masters.
 
     Raises:
       InputError: the model has no public layout (another class, weightless blocks, or none for an
@@ -98,6 +103,13 @@ def save(
             f"{type(model).__name__}; no public layout is written for it."
         )
     c = getattr(model, "config")  # noqa: B009 - of both
-    config = layout.published_config(c)
+    if packed and layout is not transformer_pp:
+        raise InputError(
+            "pretrained.save: packed: expected a TransformerPP model, found "
+            f"{type(model).__name__}, which has no public layout of packed weights."
+        )
+    config = layout.published_config(c, **({"packed": True} if packed else {}))
     tensors = published(variables, layout.maps(c))
+    if packed:
+        tensors = bitnet.pack(tensors, bitnet.ternary(layout.maps(c)))
     write_checkpoint(Path(folder).expanduser(), config, tensors, overwrite, shard_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from jaxtyping import PyTree
@@ -14,7 +14,7 @@ from quweit_jax.errors import InputError, require
 from quweit_jax.pretrained.layout import TensorMap, TensorOut, read_params
 from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX
 from quweit_jax.pretrained.published_config import PublishedConfig
-from quweit_jax.pretrained.tensors import read_weights
+from quweit_jax.pretrained.tensors import Tensors, read_weights
 from quweit_jax.reading import shown, why
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's programs split
@@ -22,15 +22,21 @@ _WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 
 
 def read_language_model(
-    folder: Path, config: PublishedConfig, maps: Iterable[TensorMap]
+    folder: Path,
+    config: PublishedConfig,
+    maps: Iterable[TensorMap],
+    prepare: Callable[[Tensors], None] | None = None,
 ) -> dict[str, PyTree]:
     """{'params': ...} of a causal language model; a tied head is the embedding's transpose.
+    prepare: changes the tensors before they are taken.
 
     Raises:
       InputError: as `tensors.read_weights` and `layout.read_params`.
     """
     tied, tensors = config.flag("tie_word_embeddings", False), read_weights(folder)
     tensors.drop(".rotary_emb.inv_freq")  # a constant that older programs saved
+    if prepare is not None:
+        prepare(tensors)
     if tied:
         tensors.drop("lm_head.weight")
         maps = (ours for ours in maps if ours.path != "head/kernel")
@@ -96,7 +102,7 @@ def write_checkpoint(
 
 
 def _bytes(tensor: TensorOut) -> int:
-    return 4 * math.prod(tensor.shape)
+    return tensor.itemsize * math.prod(tensor.shape)
 
 
 def _split(tensors: Mapping[str, TensorOut], shard_bytes: int) -> list[list[str]]:

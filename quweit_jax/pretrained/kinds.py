@@ -24,7 +24,7 @@ KINDS: dict[str, Callable[[Path], Opened]] = {
 _TYPES = {
     "gpt2": "gpt2",
     "hgrn_bit": "matmulfree",
-    "llama": "llama",
+    **dict.fromkeys(("llama", "mistral", "qwen2", "bitnet"), "llama"),
     "vit": "vit",
     "deit": "vit",  # which says what is the matter with it
 }

@@ -38,7 +38,7 @@ class TensorMap:
     """One of our arrays.
 
     path: 'block_0/mixer/qkv/kernel'. tensors: the published names and shapes it is made of, in
-    order. transposed: whether it is a kernel.
+    order; of vectors one behind the other. transposed: whether it is a kernel.
     """
 
     path: str
@@ -48,7 +48,9 @@ class TensorMap:
     def shape(self) -> tuple[int, ...]:
         """Of our array."""
         shapes = list(self.tensors.values())
-        return (shapes[0][1], sum(rows for rows, _ in shapes)) if self.transposed else shapes[0]
+        if self.transposed:
+            return shapes[0][1], sum(rows for rows, _ in shapes)
+        return shapes[0] if len(shapes) == 1 else (sum(rows for (rows,) in shapes),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TensorOut:
     array: Array | np.ndarray
     start: int
     transposed: bool
+    itemsize = 4  # bytes of a number
 
     def make(self) -> np.ndarray:
         """Its numbers, float32 and contiguous; copied only where they lie otherwise."""
@@ -103,8 +106,8 @@ def read_params(tensors: Tensors, maps: Iterable[TensorMap]) -> dict[str, PyTree
             rows = {name: count for name, (count, _) in ours.tensors.items()}
             params[ours.path] = tensors.take_stacked(rows, columns).T
         else:
-            ((name, shape),) = ours.tensors.items()
-            params[ours.path] = tensors.take(name, shape)
+            taken = [tensors.take(name, shape) for name, shape in ours.tensors.items()]
+            params[ours.path] = taken[0] if len(taken) == 1 else np.concatenate(taken)
     tensors.finish()
     return unflatten_dict(params, sep="/")
 

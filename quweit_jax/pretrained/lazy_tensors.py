@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,18 @@ class SafeTensor:
         return numbers if dtype is None else numbers.astype(dtype, copy=False)
 
 
-LazyTensor = SafeTensor | np.ndarray
+class DerivedTensor:
+    """A tensor that is made of others when it is asked for."""
+
+    def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray]):
+        self.shape, self._make = shape, make
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        numbers = self._make()
+        return numbers if dtype is None else numbers.astype(dtype, copy=False)
+
+
+LazyTensor = SafeTensor | DerivedTensor | np.ndarray
 
 
 def open_safetensors(files: Iterable[Path]) -> dict[str, LazyTensor]:

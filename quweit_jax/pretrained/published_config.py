@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +48,32 @@ class PublishedConfig:
         self._asked: set[str] = set()
 
     @classmethod
-    def of_type(cls, folder: Path, model_type: str, required: Iterable[str]) -> PublishedConfig:
-        """The config.json of a folder, of one model_type of Hugging Face's programs.
+    def of_type(
+        cls,
+        folder: Path,
+        model_types: str | Sequence[str],
+        required: Iterable[str],
+        *,
+        quantized: bool = False,
+    ) -> PublishedConfig:
+        """The config.json of a folder, of one of some model_types of Hugging Face's programs.
+
+        quantized: whether the caller knows what to do with a `quantization_config`.
 
         Raises:
           InputError: there is no such file, it is of another model_type, a required key is
             missing, or the weights are quantized or pruned.
         """
         config = cls(folder / "config.json", read_config(folder, ()))
+        known = [model_types] if isinstance(model_types, str) else model_types
         found = config.get("model_type")
-        if found != model_type:
+        if found not in known:
             raise InputError(
-                f"pretrained: expected model_type '{model_type}' in {config.where}, found "
-                f"{found!r}; load it with the kind of its own."
+                f"pretrained: expected model_type {' or '.join(map(repr, known))} in "
+                f"{config.where}, found {found!r}; load it with the kind of its own."
             )
         config.require(*required)
-        config.only_float_weights()
+        config.only_float_weights(quantized)
         return config
 
     def __contains__(self, key: str) -> bool:
@@ -78,15 +88,18 @@ class PublishedConfig:
                 "is it the config of this kind of model?"
             )
 
-    def only_float_weights(self) -> None:
+    def only_float_weights(self, quantized: bool = False) -> None:
         """Raises InputError for what Hugging Face's programs can do to any model, and for options of
-        other models that change the arithmetic.
+        other models that change the arithmetic. quantized: as of `of_type`.
         """
-        for key in _ARITHMETIC:
-            self.only(key, None)
         for key in ("use_sliding_window", "use_qk_norm", "qk_norm"):
             self.only(key, False)
-        self.only("quantization_config", None)
+        unused = {"sliding_window"} if "use_sliding_window" in self else set()  # it is False
+        for key in _ARITHMETIC:
+            if key not in unused:
+                self.only(key, None)
+        if not quantized:
+            self.only("quantization_config", None)
         self.only("pruned_heads", None, {})
         self.only("is_encoder_decoder", False)
 

@@ -146,6 +146,14 @@ class Tensors:
         """The tensor as it is, left where it is; None if there is none."""
         return np.asarray(self._left[name]) if name in self._left else None
 
+    def lazy(self, name: str) -> LazyTensor | None:
+        """The tensor, left where it is and not read; None if there is none."""
+        return self._left.get(name)
+
+    def replace(self, name: str, tensor: LazyTensor) -> None:
+        """Puts another tensor in the place of one, or a new one."""
+        self._left[name] = tensor
+
     def shape(self, name: str, form: str) -> tuple[int, ...]:
         """The shape of a tensor that must be there; `form` names its dimensions: 'classes, d'."""
         if name not in self._left:

@@ -17,8 +17,8 @@ def cross_entropy(logits: Array, targets: Array, weights: Array | None = None) -
     (targets), for the caller to divide.
 
     Args:
-      logits: (B, ..., V). targets: (B, ...) int, or (B, ..., V) probabilities, whose largest counts
-        as right.
+      logits: (B, ..., V). targets: (B, ...) int, of which negative ones are left out, or (B, ...,
+        V) probabilities, whose largest counts as right.
       weights: (B,), 0 leaves an example out; all 1 if None.
     """
     if targets.ndim == logits.ndim:
@@ -28,13 +28,13 @@ def cross_entropy(logits: Array, targets: Array, weights: Array | None = None) -
         )
     else:
         losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), targets
+            logits.astype(jnp.float32), jnp.maximum(targets, 0)
         )
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
     weights = jnp.ones(targets.shape[:1]) if weights is None else weights
-    weights = jnp.broadcast_to(
-        weights.reshape(-1, *[1] * (targets.ndim - 1)), targets.shape
-    ).astype(jnp.float32)
+    weights = jnp.where(
+        targets >= 0, weights.reshape(-1, *[1] * (targets.ndim - 1)).astype(jnp.float32), 0
+    )
     return {
         "loss": jnp.sum(losses * weights),
         "correct": jnp.sum(correct * weights),

@@ -101,7 +101,7 @@ class Setup:
         if initial is not None:
             given = initial(stack.unstacked(fresh.variables()))
             if stack.is_scanned(self.model):
-                given = stack.stacked(given, self.model.config.mlps())  # type: ignore[attr-defined]
+                given = stack.stacked(given, stack.kinds_of_blocks(self.model))
             fresh = state.replace_variables(fresh, given)
         if self.teacher is None or not self.distill_config.solve_batches:
             return fresh

@@ -93,7 +93,7 @@ def initialize(model: nn.Module, key: Array, inputs: Array) -> dict[str, PyTree]
     drawn = dict(stack.unscanned(model).init(key, inputs))
     if not stack.is_scanned(model):
         return drawn
-    return stack.stacked(drawn, model.config.mlps())  # type: ignore[attr-defined]
+    return stack.stacked(drawn, stack.kinds_of_blocks(model))
 
 
 def init_state(

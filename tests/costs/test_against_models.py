@@ -81,6 +81,11 @@ MODELS = {
         "mlp": "dense+weightless",
         "weightless": SMALL,
     },
+    "transformer_pp_ternary": LLAMA
+    | {"linear": "ternary", "sub_norms": True, "activation": "relu2", "tie_embeddings": True},
+    "transformer_pp_biases": LLAMA | {"biases": "qkv", "rope": {"kind": "llama3", "factor": 2.0}},
+    "transformer_pp_delta": LLAMA | {"mixer": "gated_delta+attention", "head_width": 6},
+    "transformer_pp_ternary_delta": LLAMA | {"mixer": "gated_delta", "linear": "ternary"},
     "dwn": {"name": "dwn", "num_luts": (60, 55), "thermometer_bits": 3, "lut_inputs": 5},
     "dwn_random_shared": {
         "name": "dwn",

@@ -31,6 +31,12 @@ KINDS = {
         "head_width": 10,
         **SMALL,
     },
+    "transformer_pp_delta": {
+        "name": "transformer_pp",
+        "heads": 2,
+        "mixer": "gated_delta+attention",
+        **SMALL,
+    },
 }
 
 
@@ -49,7 +55,9 @@ def made(request):
 
     def grow(path, leaf):
         name = path[-1].key
-        if name in ("tables", "thresholds") or jnp.issubdtype(leaf.dtype, jnp.integer):
+        if name in ("tables", "thresholds", "gate_rate", "gate_bias") or jnp.issubdtype(
+            leaf.dtype, jnp.integer
+        ):
             return leaf
         key = jax.random.fold_in(jax.random.key(2), len(jax.tree_util.keystr(path)))
         return leaf * 3 + (
@@ -160,17 +168,47 @@ def _is_ternary(path, variables):
     return path[-1].key == "kernel" and "norm_scale" in parent
 
 
-def test_state_of_fixed_size():
-    """What a MatMul-free model carries doesn't depend on its context; it generates beyond it."""
+TERNARY = {"linear": "ternary", "sub_norms": True, "activation": "relu2", "heads": 2, **SMALL}
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gated_delta"])
+def test_a_ternary_transformer_decodes_and_packs(mixer):
+    """Sums of floats depend on their order, so that now and then an activation is rounded to the
+    next of its 8 bits: nearly all logits are the same to 1e-4 of their range, all to a hundredth.
+    """
+    model = models.build({"name": "transformer_pp", **TERNARY, "mixer": mixer}, VOCAB)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, 40)).astype(np.int32)
+    variables = jax.jit(model.init)(jax.random.key(1), tokens[:, :4])
+    expected = jax.jit(model.apply)(variables, tokens)
+    packed = pack(model, variables, tokens[:, :4])
+    held = packed["packed"]["block_1"]
+    names = {"query", "key", "value", "proj"} | ({"gate"} if mixer == "gated_delta" else set())
+    assert held["mixer"].keys() == names and held["mlp"].keys() == {"gate", "up", "down"}
+    cache, logits = generate.empty_cache(model, 1), []
+    for i in range(tokens.shape[1]):
+        out, cache = generate.decode_step(model, packed, cache, tokens[:, i : i + 1])
+        logits.append(out)
+    for found in (jnp.concatenate(logits, 1), jax.jit(model.apply)(packed, tokens)):
+        apart = np.abs(found - expected).max((0, 2)) / np.ptp(expected)
+        assert (apart < 1e-4).mean() > 0.9 and apart.max() < 0.01
+    assert (generate.context_of(model) is None) == (mixer == "gated_delta")
+
+
+@pytest.mark.parametrize("kind", ["matmulfree", "transformer_pp_state"])
+def test_state_of_fixed_size(kind):
+    """What a model of states carries doesn't depend on its context; it generates beyond it."""
     sizes = []
+    alone = {"name": "transformer_pp", "mixer": "gated_delta", "heads": 2, **SMALL}
+    options = {"matmulfree": KINDS["matmulfree"], "transformer_pp_state": alone}[kind]
     for context in (8, 4096):
-        model = models.build({**KINDS["matmulfree"], "context": context}, VOCAB)
+        model = models.build({**options, "context": context}, VOCAB)
         sizes.append(sum(leaf.size for leaf in jax.tree.leaves(generate.empty_cache(model))))
         variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))
         assert (
             len(list(generate.generate_tokens(model, variables, np.zeros(10, np.int32), 20))) == 20
         )
-    assert sizes == [2 * 32, 2 * 32]
+    of_delta = 2 * (2 * 16 * 16 + 3 * 3 * 32) + 1  # states, windows, and how many tokens were read
+    assert sizes == [2 * 32 if kind == "matmulfree" else of_delta] * 2
 
 
 # (size, parameters with the vocabulary of 32,000): embedding + head 2 V d, blocks of 4 d^2 + 3 d h,

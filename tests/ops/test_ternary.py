@@ -197,3 +197,33 @@ def test_errors():
         packed_ternary.packed_matmul(jnp.zeros((1, 9), jnp.int8), words)
     with pytest.raises(InputError, match=r"packed_matmul: 20 inputs and 17 outputs are words of"):
         packed_ternary.packed_matmul(jnp.zeros((1, 20), jnp.int8), words, num_outputs=17)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_without_a_norm(dtype):
+    """Both quantized, exact products; gradients straight through, as those of the plain steps."""
+    x, w, _, gradient = arrays((2, 5), 33, 7, dtype=dtype)
+    w = w.astype(jnp.float32)
+
+    def plain(x, w):
+        x_int, x_scale = ternary.quantize_activations(x)
+        w_int, w_scale = ternary.quantize_weights(w)
+        wide = x.astype(jnp.float32)
+        wide = wide + jax.lax.stop_gradient(x_int * x_scale - wide)
+        return (wide @ (w + jax.lax.stop_gradient(w_int * w_scale - w))).astype(x.dtype)
+
+    for found, expected in zip(
+        *(
+            (out, *pull(gradient))
+            for out, pull in (jax.vjp(jax.jit(f), x, w) for f in (ternary.ternary_linear, plain))
+        )
+    ):
+        assert found.dtype == expected.dtype
+        rounding = 1e-5 if dtype == jnp.float32 else 2e-2
+        np.testing.assert_allclose(
+            np.asarray(found, np.float32),
+            np.asarray(expected, np.float32),
+            atol=rounding * float(jnp.abs(expected).max()),
+        )
+    with pytest.raises(InputError, match="expected x"):
+        ternary.ternary_linear(x, w.T)

@@ -47,20 +47,15 @@ def test_wrong_configs_are_named(tmp_path):
     ):
         refused("matmulfree", {key: value}, where + f"{key}: expected {expected}")
     for key, value, expected in (
-        ("attention_bias", True, "false, found true"),
+        ("attention_bias", "yes", 'true or false, found "yes"'),
         ("mlp_bias", True, "false, found true"),
-        ("hidden_act", "gelu", '"silu" or "swish", found "gelu"'),
+        ("hidden_act", "gelu", '"silu" or "swish" or "relu2", found "gelu"'),
         (
             "rope_scaling",
-            {"rope_type": "llama3", "factor": 8.0},
-            "rotary positions of type 'default', found .*llama3.*not supported",
+            {"rope_type": "longrope", "factor": 8.0},
+            "rotary positions of type default, linear.*, found .*longrope.*not supported",
         ),
-        (
-            "rope_parameters",
-            {"rope_type": "linear", "rope_theta": 1.0},
-            "rotary positions of type 'default', found .*linear",
-        ),
-        ("rope_parameters", {"partial_rotary_factor": 0.5}, "rotary positions of type 'default'"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, "rotary positions of whole heads"),
         ("rope_parameters", 3, "an object of names and values, found 3"),
         ("rope_theta", "10000", 'a positive number, found "10000"'),
         ("num_key_value_heads", 0, "a whole number from 1 to .*, found 0"),
@@ -70,6 +65,16 @@ def test_wrong_configs_are_named(tmp_path):
             {"rope_parameters": None} | {key: value},
             where + f"{key}: expected {expected}",
         )
+    refused(
+        "transformer_pp",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}},
+        where + r"rope_parameters\.factor: expected a number, found null",
+    )
+    refused(
+        "transformer_pp",
+        {"attention_bias": True},
+        r"lacks the tensor model\.layers\.0\.self_attn\.q_proj\.bias \[24\]",
+    )
     refused(
         "transformer_pp",
         {"num_key_value_heads": 3},
@@ -89,7 +94,7 @@ def test_wrong_configs_are_named(tmp_path):
     refused(
         "transformer_pp",
         {"model_type": "left out"},
-        r"expected model_type 'llama' in .*config\.json, found None",
+        r"expected model_type 'llama' or .*'bitnet' in .*config\.json, found None",
     )
 
 

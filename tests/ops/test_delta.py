@@ -1,0 +1,158 @@
+"""`ops.delta`: the gated delta rule against its published equation in float64, every form and every
+gradient, decoding, odd lengths and empty edges.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quweit_jax.errors import InputError
+from quweit_jax.ops.delta import gated_delta, gated_delta_step
+from tests.compiled import quick_jit
+
+BATCH, HEADS, KEY, VALUE = 2, 3, 5, 4
+
+
+def inputs(steps, dtype=np.float32, seed=0):
+    """q, k, v, log_gate, rate and a state; keys of length 1."""
+    draw = np.random.default_rng(seed)
+    q, k = (draw.normal(size=(BATCH, steps, HEADS, KEY)) for _ in range(2))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v = draw.normal(size=(BATCH, steps, HEADS, VALUE))
+    log_gate = -draw.exponential(0.3, (BATCH, steps, HEADS))
+    rate = draw.uniform(0, 1, (BATCH, steps, HEADS))
+    state = draw.normal(size=(BATCH, HEADS, KEY, VALUE))
+    return tuple(x.astype(dtype) for x in (q, k, v, log_gate, rate, state))
+
+
+def reference(q, k, v, log_gate, rate, state):
+    """S_t = S_{t-1} (a (1 - b k k^T)) + b v k^T, as published: values in rows; o_t = S_t q_t."""
+    read = np.zeros(v.shape)
+    final = np.zeros((BATCH, HEADS, KEY, VALUE))
+    for b in range(BATCH):
+        for h in range(HEADS):
+            s = state[b, h].astype(np.float64).T
+            for t in range(v.shape[1]):
+                key, a, r = k[b, t, h], np.exp(log_gate[b, t, h]), rate[b, t, h]
+                s = s @ (a * (np.eye(KEY) - r * np.outer(key, key)))
+                s = s + r * np.outer(v[b, t, h], key)
+                read[b, t, h] = s @ q[b, t, h]
+            final[b, h] = s.T
+    return read, final
+
+
+@pytest.mark.parametrize("implementation", ["sequential", "chunked"])
+@pytest.mark.parametrize(("steps", "chunk"), [(1, 4), (7, 4), (12, 4), (13, 64), (40, 8)])
+def test_it_is_the_published_equation(implementation, steps, chunk):
+    given = inputs(steps)
+    run = quick_jit(lambda *x: gated_delta(*x, implementation=implementation, chunk=chunk))
+    for found, expected in zip(run(*given), reference(*given)):
+        np.testing.assert_allclose(found, expected, atol=3e-5)
+
+
+def test_gradients_are_exact():
+    """Of chunks, of every argument, in float64: those of the loop over time, and these are those of
+    differences.
+    """
+    with jax.enable_x64(True):
+        given = tuple(map(jnp.asarray, inputs(11, np.float64)))
+        weights = tuple(map(jnp.asarray, (given[2] + 1, given[5] - 1)))
+
+        def loss(implementation, *x):
+            read, state = gated_delta(*x, implementation=implementation, chunk=4)
+            return jnp.sin(read * weights[0]).sum() + (state * weights[1]).sum()
+
+        names = range(1, 7)
+        loop, chunks = (
+            jax.jit(jax.grad(loss, names), static_argnums=0)(kind, *given)
+            for kind in ("sequential", "chunked")
+        )
+        for one, other in zip(loop, chunks, strict=True):
+            assert one.dtype == jnp.float64
+            np.testing.assert_allclose(other, one, atol=1e-11)
+        ahead = jax.jit(loss, static_argnums=0)
+        for i in range(6):
+            way = jnp.asarray(np.random.default_rng(i).normal(size=given[i].shape))
+            moved = [
+                tuple(x + sign * 1e-6 * way if j == i else x for j, x in enumerate(given))
+                for sign in (1, -1)
+            ]
+            slope = (ahead("chunked", *moved[0]) - ahead("chunked", *moved[1])) / 2e-6
+            np.testing.assert_allclose((chunks[i] * way).sum(), slope, rtol=1e-6)
+
+
+def test_strong_forgetting_overflows_nothing():
+    """Gates of e^-200 a step, whose inverse no float32 holds: values and gradients are numbers."""
+    q, k, v, log_gate, rate, state = inputs(20)
+    log_gate = log_gate * 0 - 200
+
+    def total(gate):
+        return gated_delta(q, k, v, gate, rate, state, implementation="chunked", chunk=8)[0].sum()
+
+    read = gated_delta(q, k, v, log_gate, rate, state, implementation="chunked", chunk=8)[0]
+    expected = reference(q, k, v, log_gate, rate, state)[0]
+    np.testing.assert_allclose(read, expected, atol=1e-5)
+    assert np.isfinite(jax.grad(total)(jnp.asarray(log_gate))).all()
+
+
+def test_decoding_is_the_parallel_form_and_continues_a_state():
+    *given, state = inputs(9)
+    whole, final = gated_delta(*given, state, implementation="chunked", chunk=4)
+    first, middle = gated_delta(*(x[:, :5] for x in given), state)
+    held, reads = middle, []
+    for t in range(5, 9):
+        read, held = gated_delta_step(*(x[:, t] for x in given), held)
+        reads.append(read)
+    np.testing.assert_allclose(first, whole[:, :5], atol=1e-5)
+    np.testing.assert_allclose(np.stack(reads, 1), whole[:, 5:], atol=1e-5)
+    np.testing.assert_allclose(held, final, atol=1e-5)
+
+
+def test_steps_of_no_gate_and_no_rate_change_nothing():
+    q, k, v, log_gate, rate, state = inputs(6)
+    _, final = gated_delta(q, k, v, log_gate * 0, rate * 0, state)
+    np.testing.assert_allclose(final, state, atol=1e-6)
+
+
+def test_a_key_written_again_is_overwritten():
+    """What a sum of outer products would keep beside the new value is gone."""
+    k = np.zeros((1, 2, 1, 3), np.float32)
+    k[..., 0] = 1
+    v = np.arange(8, dtype=np.float32).reshape(1, 2, 1, 4)
+    zero, one = np.zeros((1, 2, 1), np.float32), np.ones((1, 2, 1), np.float32)
+    read, _ = gated_delta(k, k, v, zero, one)
+    np.testing.assert_array_equal(read, v)
+
+
+def test_half_precision_and_nothing():
+    given = inputs(20)[:5]
+    half = tuple(jnp.asarray(x, jnp.bfloat16) for x in given)
+    read, state = gated_delta(*half, implementation="chunked", chunk=8)
+    assert read.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    exact, _ = gated_delta(*(np.asarray(x, np.float32) for x in half), implementation="sequential")
+    np.testing.assert_allclose(np.asarray(read, np.float32), exact, atol=0.02)
+    read, state = gated_delta(*(x[:, :0] for x in given))
+    assert read.shape == (BATCH, 0, HEADS, VALUE) and not np.asarray(state).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({0: np.zeros((2, 6, 3, 4))}, "expected q and k"),
+        ({3: np.zeros((2, 6))}, "log_gate and rate"),
+        ({5: np.zeros((2, 3, 4, 5))}, "and a state"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_belong_together(change, said):
+    given = [change.get(i, x) for i, x in enumerate(inputs(6))]
+    with pytest.raises(InputError, match=said):
+        gated_delta(*given)
+
+
+def test_unknown_implementations_and_chunks():
+    with pytest.raises(InputError, match="implementation"):
+        gated_delta(*inputs(6), implementation="chunk")
+    with pytest.raises(InputError, match="chunk: expected"):
+        gated_delta(*inputs(6), chunk=0)
