@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from quweit_jax.reading import read_json, shown
 
 _TOKENS = 8  # any number: of tokens that a model is packed with
 _PREPROCESSOR = "preprocessor_config.json"
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}
+# Means and deviations where a folder tells none: those of DeiT, and of transformers' ViT.
+_USUAL = {"vit": ((0.5,), (0.5,))}
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ def find(given: str) -> Found:
     opened = KINDS[kind](place)
     about: dict[str, Any] = {"kind": kind, "form": "trained"}
     if opened.image_shape is not None:
-        about |= _about_images(place, opened)
+        about |= _about_images(place, opened, *_USUAL.get(kind, _IMAGENET))
         return Found(place, opened.model, opened.read, None, Prompting(), about)
     tokenizer = _tokenizer(place)
     prompting = Prompting.read(_folder(place), tokenizer)
@@ -96,9 +98,11 @@ def _tokenizer(place: Path) -> FileTokenizer:
     return FileTokenizer.read(str(folder))
 
 
-def _about_images(place: Path, opened: Opened) -> dict[str, Any]:
+def _about_images(
+    place: Path, opened: Opened, mean: Sequence[float], deviation: Sequence[float]
+) -> dict[str, Any]:
     """What a vision model's inputs are, and its classes: as timm's config.json or Hugging Face's
-    preprocessor_config.json say, by ImageNet's means and deviations where none does.
+    preprocessor_config.json say, by this mean and deviation where none does.
     """
     folder = _folder(place)
     config, processor = (
@@ -107,8 +111,8 @@ def _about_images(place: Path, opened: Opened) -> dict[str, Any]:
     )
     timm = config.get("pretrained_cfg")
     timm = timm if isinstance(timm, dict) else config
-    mean = processor.get("image_mean") or timm.get("mean") or _IMAGENET["mean"]
-    deviation = processor.get("image_std") or timm.get("std") or _IMAGENET["deviation"]
+    mean = processor.get("image_mean") or timm.get("mean") or mean
+    deviation = processor.get("image_std") or timm.get("std") or deviation
     if processor.get("do_normalize") is False:
         mean, deviation = [0.0], [1.0]
     about: dict[str, Any] = {

@@ -19,7 +19,10 @@ from quweit_jax.pretrained.vision import Sizes, model_of, patch_kernel
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _PARTS = ("query", "key", "value")
-_HARMLESS = ("encoder_stride", "pooler_act", "pooler_output_size")
+_HARMLESS = (
+    *("encoder_stride", "pooler_act", "pooler_output_size"),
+    *("attention_probs_dropout_prob", "hidden_dropout_prob"),
+)
 
 
 def opened(folder: Path) -> Opened:

@@ -55,7 +55,7 @@ def opened(path: Path) -> Opened:
         "width": config.whole("n_embd"),
     }
     options, factors = (_gpt2_options if hugging_face else _nanogpt_options)(config, sizes)
-    # a buffer's size; only ever more exact; asked for once the weights are read
+    # a buffer's size, what is only ever more exact, and what `_is_tied` asks
     config.finish("n_ctx", "reorder_and_upcast_attn", "tie_word_embeddings")
     tensors = tensors or read_weights(path)
     tensors.strip_prefix("transformer.", "model.")

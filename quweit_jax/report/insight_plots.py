@@ -10,6 +10,7 @@ from quweit_jax.errors import needed
 from quweit_jax.report import figures
 from quweit_jax.report.figures import GRID, MUTED, SERIES, Picture
 from quweit_jax.report.insight import KINDS, Insight, LayerInsight
+from quweit_jax.training import looks
 
 with needed("for reports"):
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def _stairs(
 ) -> None:
     """A histogram, in percent, for each layer."""
     for i, (layer, each) in enumerate(zip(layers, heights)):
-        look = figures.series_style(i)
+        look = looks.style("", i)
         del look["marker"]
         axes.stairs(each, edges, label=figures.shortened(layer.name, 22), linewidth=1.5, **look)
 

@@ -6,6 +6,7 @@ differ by their lines and markers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,14 +80,23 @@ def style(kind: str, number: int) -> dict[str, Any]:
     is of this kind; of one that is not known the color goes by the number, too.
     """
     place = color_of_kind(kind)
-    return {
-        "color": SERIES[number % len(SERIES) if place is None else place][0],
-        "linestyle": LINES[number // len(MARKERS) % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)],
-    }
+    return _look(number % len(SERIES) if place is None else place, number)
 
 
 def styles(kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Those of several curves, of which those of one kind have markers of their own."""
-    places = [color_of_kind(kind) for kind in kinds]
-    return [style(kind, places[:i].count(places[i])) for i, kind in enumerate(kinds)]
+    """Those of several curves: those of one color have markers of their own, and those of no known
+    kind colors that no other has, as far as there are enough.
+    """
+    known = [color_of_kind(kind) for kind in kinds]
+    left = [place for place in range(len(SERIES)) if place not in known] or [*range(len(SERIES))]
+    unknown = itertools.cycle(left)
+    places = [next(unknown) if place is None else place for place in known]
+    return [_look(place, places[:i].count(place)) for i, place in enumerate(places)]
+
+
+def _look(place: int, number: int) -> dict[str, Any]:
+    return {
+        "color": SERIES[place][0],
+        "linestyle": LINES[number // len(MARKERS) % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }

@@ -10,7 +10,8 @@ import pytest
 
 from quweit_jax import models, pretrained
 from quweit_jax.commands import generate, pack, train
-from quweit_jax.data import tokenizers
+from quweit_jax.data import pipeline, tokenizers
+from quweit_jax.data.registry import DataConfig
 from quweit_jax.deploy.pack import stored_bytes
 from quweit_jax.errors import InputError
 from quweit_jax.pretrained import saved
@@ -79,7 +80,8 @@ def test_damage_is_a_sentence(tmp_path):
 
 
 def test_the_package_brings_models_that_work(boxed_models):
-    assert {"shakespeare-lookup", "cifar10-lookup"} <= boxed_models.keys()
+    names = {"shakespeare-lookup", "shakespeare-ternary", "cifar10-lookup", "digits-dwn"}
+    assert names <= boxed_models.keys()
     size = sum(path.stat().st_size for path in saved.BOX.rglob("*") if path.is_file())
     assert size < 2e6
     for found in boxed_models.values():
@@ -87,9 +89,10 @@ def test_the_package_brings_models_that_work(boxed_models):
         assert found.about["form"] == "packed" and found.about["validation"]
 
 
-def test_the_boxed_language_model_knows_its_text(boxed_models):
+@pytest.mark.parametrize("name", ["shakespeare-lookup", "shakespeare-ternary"])
+def test_the_boxed_language_model_knows_its_text(boxed_models, name):
     """What it gives real text, against what it gives the same letters in another order."""
-    found = boxed_models["shakespeare-lookup"]
+    found = boxed_models[name]
     assert isinstance(found.tokenizer, tokenizers.CharTokenizer)
     ids = found.tokenizer.encode("First Citizen:\nBefore we proceed any further, hear me speak.\n")
     mixed = np.random.default_rng(0).permutation(ids)
@@ -98,3 +101,13 @@ def test_the_boxed_language_model_knows_its_text(boxed_models):
         np.asarray(jax.nn.log_softmax(logits)), np.stack([ids, mixed])[:, 1:, None], -1
     ).mean((1, 2))
     assert chosen[0] > -2.0 > -3.5 > chosen[1]
+
+
+def test_the_boxed_digits_are_told_apart_as_it_says():
+    pytest.importorskip("sklearn")
+    found = saved.load_model(saved.find_model("digits-dwn"))
+    data = pipeline.load(DataConfig(source="digits"))
+    rows = [data.validation[i] for i in range(len(data.validation))]
+    logits = found.model.apply(found.variables, np.stack([row["inputs"] for row in rows]))
+    right = np.asarray(logits).argmax(1) == [row["targets"] for row in rows]
+    assert right.mean() == pytest.approx(found.about["validation"]["accuracy"], abs=0.003)
