@@ -76,7 +76,7 @@ def test_ternary_tensors_are_whole_numbers_with_a_scale():
 def test_characters_and_bytes_are_found_by_their_bytes():
     found = gguf_tokens.fields(TOKENIZER, 8)
     assert found["model"] == "rwkv"
-    assert found["tokens"] == ["\\x0a", " ", "\\\\", "a", "b", "\\xc3\\xa9"] + [
+    assert found["tokens"] == ["\\x0a", " ", "a", "b", "\\\\", "\\xc3\\xa9"] + [
         "[UNUSED6]",
         "[UNUSED7]",
     ]
@@ -89,13 +89,14 @@ def test_byte_pairs_are_gpt2s():
     tokenizer = BPETokenizer.train("banana band, banal bananas\n" * 9, 270)
     found = gguf_tokens.fields(tokenizer, 270)
     assert (found["model"], found["pre"], found["add_bos_token"]) == ("gpt2", "gpt-2", False)
-    assert len(found["tokens"]) == 270 and len(found["merges"]) == 14
+    learned = tokenizer.vocab_size - 256
+    assert len(found["tokens"]) == 270 and len(found["merges"]) == learned > 5
     assert all(merge.replace(" ", "") in found["tokens"] for merge in found["merges"])
     assert found["tokens"][found["eos_token_id"]] == gguf_tokens.byte_letters()[255] == "ÿ"
     letters = gguf_tokens.byte_letters()
     assert letters[32] == "Ġ" and letters[65] == "A" and len(set(letters)) == 256
     saved = tokenizer.to_json()["tokenizer"]
-    end = {"id": 270, "content": "</s>", "special": True}
+    end = {"id": tokenizer.vocab_size, "content": "</s>", "special": True}
     file = tokenizers.from_json(
         {
             "kind": "file",
@@ -105,12 +106,12 @@ def test_byte_pairs_are_gpt2s():
                     end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
                 ]
             },
-            "end_of_text": 270,
+            "end_of_text": tokenizer.vocab_size,
         }
     )
     assert isinstance(file, FileTokenizer)
-    found = gguf_tokens.fields(file, 272)
-    assert found["eos_token_id"] == 270 and found["token_type"][270:] == [3, 5]
+    found = gguf_tokens.fields(file, file.vocab_size + 1)
+    assert found["eos_token_id"] == tokenizer.vocab_size and found["token_type"][-2:] == [3, 5]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_the_file_says_what_the_model_is(tmp_path, form):
     assert fields["bitnet.context_length"] == 24 and fields["bitnet.attention.head_count_kv"] == 2
     assert fields["bitnet.rope.scaling.type"] == "yarn"
     assert fields["bitnet.rope.scaling.original_context_length"] == 8
-    assert fields["tokenizer.ggml.tokens"][3] == "a"
+    assert fields["tokenizer.ggml.tokens"][2] == "a"
     expected = gguf._tensors(model.config, variables["params"], form)
     assert {tensor.name for tensor in read.tensors} == expected.keys()
     for tensor in read.tensors:

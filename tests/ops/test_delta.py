@@ -90,19 +90,20 @@ def test_strong_forgetting_overflows_nothing():
     def total(gate):
         return gated_delta(q, k, v, gate, rate, state, implementation="chunked", chunk=8)[0].sum()
 
-    read = gated_delta(q, k, v, log_gate, rate, state, implementation="chunked", chunk=8)[0]
+    found, slope = quick_jit(jax.value_and_grad(total))(jnp.asarray(log_gate))
     expected = reference(q, k, v, log_gate, rate, state)[0]
-    np.testing.assert_allclose(read, expected, atol=1e-5)
-    assert np.isfinite(jax.grad(total)(jnp.asarray(log_gate))).all()
+    np.testing.assert_allclose(found, expected.sum(), atol=1e-4)
+    assert np.isfinite(slope).all()
 
 
 def test_decoding_is_the_parallel_form_and_continues_a_state():
     *given, state = inputs(9)
-    whole, final = gated_delta(*given, state, implementation="chunked", chunk=4)
-    first, middle = gated_delta(*(x[:, :5] for x in given), state)
-    held, reads = middle, []
+    chunks = quick_jit(lambda *x: gated_delta(*x, implementation="chunked", chunk=4))
+    whole, final = chunks(*given, state)
+    first, middle = quick_jit(gated_delta)(*(x[:, :5] for x in given), state)
+    held, reads, step = middle, [], quick_jit(gated_delta_step)
     for t in range(5, 9):
-        read, held = gated_delta_step(*(x[:, t] for x in given), held)
+        read, held = step(*(x[:, t] for x in given), held)
         reads.append(read)
     np.testing.assert_allclose(first, whole[:, :5], atol=1e-5)
     np.testing.assert_allclose(np.stack(reads, 1), whole[:, 5:], atol=1e-5)
@@ -111,7 +112,7 @@ def test_decoding_is_the_parallel_form_and_continues_a_state():
 
 def test_steps_of_no_gate_and_no_rate_change_nothing():
     q, k, v, log_gate, rate, state = inputs(6)
-    _, final = gated_delta(q, k, v, log_gate * 0, rate * 0, state)
+    _, final = quick_jit(gated_delta)(q, k, v, log_gate * 0, rate * 0, state)
     np.testing.assert_allclose(final, state, atol=1e-6)
 
 
@@ -128,9 +129,10 @@ def test_a_key_written_again_is_overwritten():
 def test_half_precision_and_nothing():
     given = inputs(20)[:5]
     half = tuple(jnp.asarray(x, jnp.bfloat16) for x in given)
-    read, state = gated_delta(*half, implementation="chunked", chunk=8)
+    read, state = quick_jit(lambda *x: gated_delta(*x, implementation="chunked", chunk=8))(*half)
     assert read.dtype == jnp.bfloat16 and state.dtype == jnp.float32
-    exact, _ = gated_delta(*(np.asarray(x, np.float32) for x in half), implementation="sequential")
+    wide = tuple(np.asarray(x, np.float32) for x in half)
+    exact = reference(*wide, np.zeros((BATCH, HEADS, KEY, VALUE)))[0]
     np.testing.assert_allclose(np.asarray(read, np.float32), exact, atol=0.02)
     read, state = gated_delta(*(x[:, :0] for x in given))
     assert read.shape == (BATCH, 0, HEADS, VALUE) and not np.asarray(state).any()

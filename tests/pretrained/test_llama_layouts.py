@@ -88,7 +88,7 @@ def test_packed_weights_are_the_masters_quantized(tmp_path, case, linear_class):
         whole, scale = quantize_weights(jnp.asarray(ours))
         again, scale_again = quantize_weights(jnp.asarray(theirs))
         np.testing.assert_array_equal(whole, again)
-        np.testing.assert_allclose(scale, scale_again, rtol=1e-6)
+        np.testing.assert_allclose(scale, scale_again, rtol=1e-5)  # float32 sums of 480 numbers
 
 
 def test_our_packed_form_computes_the_same():
