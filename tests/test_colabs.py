@@ -35,29 +35,42 @@ def source(cell):
     return "".join(cell["source"])
 
 
-def test_there_are_four():
+def test_there_are_six():
     assert [path.stem for path in NOTEBOOKS] == [
+        "convert",
         "deploy",
         "lm_comparison",
         "quickstart",
         "quweit_vit_cifar10",
+        "tpu",
     ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_in_the_repository(path):
-    cells = code_of(path)
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells), (
-        "strip the outputs"
-    )
-    assert "%pip install --quiet {QUWEIT_SOURCE}" in source(
-        cells[0]
-    ) and 'QUWEIT_SOURCE = "' in source(cells[0])
-    everything = "\n".join(map(source, cells))
+def test_a_notebook_in_the_repository(path, check):
+    assert check.file_faults(path) == []
+    everything = "\n".join(map(source, code_of(path)))
     assert (
         'os.environ.get("QUWEIT_COLAB_SMALL") == "1"' in everything and "plt.show()" in everything
     )
+    assert "assert " in everything.partition("import matplotlib")[2], "it claims nothing"
     assert not re.search(r"""["'](/|~|\.\.)\w*""", everything), "a cell needs a path"
+
+
+def test_the_address_is_one_everywhere_and_can_be_set(check):
+    spec = importlib.util.spec_from_file_location(
+        "colabs_repository", REPOSITORY / "colabs" / "repository.py"
+    )
+    address = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(address)
+    old, new = check.repository(), "https://github.com/somebody/other"
+    for path in address.places():
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        assert "/quweit_jax/blob/" in text or path.suffix != ".ipynb"
+        moved = address.replace(text, old, new)
+        assert old not in moved and old.removeprefix("https://github.com/") not in moved
+        assert moved.count("somebody/other") >= (2 if path.suffix == ".ipynb" else 1)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -108,3 +121,35 @@ def test_faults_of_an_executed_notebook_are_found(check):
     assert check.faults_of({"cells": [cell(good, empty)]}) == ["plot 2 of 2 is empty"]
     assert check.faults_of({"cells": [cell(good, error)]}) == ["cell 0: ValueError: no"]
     assert check.faults_of({"cells": [cell(good), cell(count=None)]}) == ["not every cell was run"]
+
+
+def test_faults_of_a_file_are_found(check, tmp_path):
+    """Each in a copy of a notebook that has none."""
+
+    def faults(change):
+        notebook = json.loads((REPOSITORY / "colabs" / "quickstart.ipynb").read_text("utf-8"))
+        change(notebook["cells"])
+        path = tmp_path / "quickstart.ipynb"
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+        return " ".join(check.file_faults(path))
+
+    def other(cells, index, old, new):
+        cells[index]["source"] = source(cells[index]).replace(old, new)
+
+    def last_code(cells):
+        return [cell for cell in cells if cell["cell_type"] == "code"][-1]
+
+    assert faults(lambda cells: None) == ""
+    assert "badge" in faults(lambda cells: other(cells, 0, "Open in Colab", "Open"))
+    assert "REPOSITORY" in faults(lambda cells: other(cells, 1, "git+{REPOSITORY}", "quweit_jax"))
+    assert "not of its code" in faults(lambda cells: other(cells, 2, "jax", "jaxx"))
+    assert "no plot" in faults(
+        lambda cells: [c.update(outputs=[]) for c in cells if "outputs" in c]
+    )
+    assert "not every" in faults(lambda cells: last_code(cells).update(execution_count=None))
+    big = {"output_type": "stream", "name": "stdout", "text": "x" * 1_000_000}
+    assert "bytes" in faults(lambda cells: last_code(cells).update(outputs=[big]))
+    home = {"output_type": "stream", "name": "stdout", "text": "read /root/x"}
+    assert "/root/" in faults(lambda cells: last_code(cells).update(outputs=[home]))
+    wrong = {"output_type": "error", "ename": "ValueError", "evalue": "no"}
+    assert "ValueError" in faults(lambda cells: last_code(cells).update(outputs=[wrong]))
