@@ -61,8 +61,10 @@ def open_source(args: argparse.Namespace, overrides: Mapping[str, str]) -> Opene
     from quweit_jax import pretrained
     from quweit_jax.data.tokenizers import FileTokenizer
     from quweit_jax.pretrained import saved
+    from quweit_jax.training import stores
 
-    folder = saved.find_model(args.model)
+    there = stores.is_address(args.model)
+    folder = stores.fetched(args.model, "--model") if there else saved.find_model(args.model)
     if saved.is_saved(folder):
         found = saved.load_model(folder)
         shape = found.about.get("input_shape") or [1, _TOKENS]

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from quweit_jax.commands import evaluate, export, train
+from quweit_jax.commands import evaluate, export, generate, pack, report, train
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.training import metrics, stores
 from tests.conftest import REPOSITORY
@@ -102,9 +102,41 @@ def test_a_run_lives_in_a_store(memory, tiny_arguments, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["step"] in (4, 8)
     new = f"--workdir={tmp_path / 'new'}"
     assert train.main([*tiny_arguments(SMALL), new, f"--config.init_from={memory}"]) == 0
-    out = tmp_path / "model.stablehlo"
-    assert export.main([f"--workdir={memory}", f"--out={out}", "--platforms=cpu"]) == 0
-    assert out.stat().st_size > 1000
+    out = memory.replace("/run", "/out/model.stablehlo")
+    arguments = [f"--workdir={memory}", f"--out={out}", "--platforms=cpu"]
+    assert export.main(arguments) == 0
+    assert f"wrote {out}: " in capsys.readouterr().out
+    store = fsspec.filesystem("memory")
+    assert store.size("/bucket/out/model.stablehlo") > 1000
+    assert json.loads(store.cat("/bucket/out/model.json"))["training_step"] in (4, 8)
+    with pytest.raises(InputError, match="--out: .* exists; give another name, or --overwrite"):
+        export.main(arguments)
+    folder = memory.replace("/run", "/packed")
+    assert pack.main([f"--workdir={memory}", f"--out={folder}", "--trained"]) == 0
+    assert names(folder) == {"model.json", "model.safetensors", "tokenizer.json"}
+    with pytest.raises(InputError, match="--out: .* holds a model already"):
+        pack.main([f"--workdir={memory}", f"--out={folder}", "--trained"])
+    assert generate.main([f"--model={folder}", "--max_tokens=2", "--prompt=a"]) == 0
+
+
+def test_data_live_in_a_store(memory, tiny_arguments, tmp_path, monkeypatch):
+    """A text and a folder of documents; what is brought again is known as the same data."""
+    text = "".join(f"{i} and so on\n" for i in range(400))
+    store, data = fsspec.filesystem("memory"), "memory://bucket/data"
+    lines = [json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(8)]
+    store.pipe({"/bucket/data/text.txt": text.encode()})
+    store.pipe({f"/bucket/data/set/{i}.jsonl": line.encode() for i, line in enumerate(lines)})
+    documents = {"data.source": "document_folder", "data.tokenizer": "byte"}
+    for name, values in (("text.txt", {}), ("set", documents)):
+        workdir = f"--workdir={tmp_path / name}"
+        given = SMALL | values | {"data.path": f"{data}/{name}"}
+        assert train.main([*tiny_arguments(given), workdir]) == 0
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+        assert train.main([workdir, "--config.steps=6"]) == 0
+    with pytest.raises(InputError, match="data.path: nothing at memory://bucket/data/none"):
+        train.main([*tiny_arguments(SMALL | {"data.path": f"{data}/none"}), f"{workdir}-2"])
+    with pytest.raises(InputError, match="expected a file or folder of this machine.*copy runs"):
+        report.main(["s3://bucket/run", f"--out={tmp_path / 'report'}"])
 
 
 def test_what_a_store_refuses_is_a_sentence(memory, tiny_arguments, monkeypatch):
