@@ -18,7 +18,6 @@ from quweit_jax.errors import InputError, RunError, first_line, require
 from quweit_jax.ops.kernels.native.build import cache_folder
 from quweit_jax.reading import read_json
 from quweit_jax.training import files
-from quweit_jax.training.hosts import SharedError
 
 # The package that serves a scheme, by fsspec.
 _SERVED = {"gs": "gcsfs", "s3": "s3fs"}
@@ -262,18 +261,13 @@ def brought(data: Mapping[str, Any], *, reads: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def mirrored(address: str) -> Iterator[Copy]:
     """A run directory in a store to train in, its copy here brought up to date; other trainers of
-    this machine are kept out of it.
+    this machine are kept out of it. Of several processes each has a copy of its own.
 
     Raises:
-      InputError: several processes train, which need one folder that all of them reach; or the
-        store cannot be read.
+      InputError: the store cannot be read.
     """
-    if jax.process_count() > 1:
-        raise SharedError(
-            f"--workdir: expected a folder that all {jax.process_count()} processes reach, found "
-            f"{address}; use a file system that is mounted on every host, and copy it."
-        )
-    copy = Copy(address, "--workdir", "train")
+    number = jax.process_index()
+    copy = Copy(address, "--workdir", f"train-{number}" if number else "train")
     files.make_workdir(copy.local.parent)
     with files.exclusive(copy.local.parent):
         copy.pull()

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from quweit_jax.commands import evaluate, export, generate, pack, report, train
 from quweit_jax.errors import InputError, RunError
-from quweit_jax.training import metrics, stores
-from tests.conftest import REPOSITORY
+from quweit_jax.training import loop, metrics, stores
+from tests.conftest import REPOSITORY, read_checkpoint
 from tests.training.test_distributed import free_port
 
 fsspec = pytest.importorskip("fsspec")
@@ -109,12 +110,12 @@ def test_a_run_lives_in_a_store(memory, tiny_arguments, tmp_path, capsys):
     store = fsspec.filesystem("memory")
     assert store.size("/bucket/out/model.stablehlo") > 1000
     assert json.loads(store.cat("/bucket/out/model.json"))["training_step"] in (4, 8)
-    with pytest.raises(InputError, match="--out: .* exists; give another name, or --overwrite"):
+    with pytest.raises(InputError, match=r"--out: .* exists; give another name, or --overwrite"):
         export.main(arguments)
     folder = memory.replace("/run", "/packed")
     assert pack.main([f"--workdir={memory}", f"--out={folder}", "--trained"]) == 0
     assert names(folder) == {"model.json", "model.safetensors", "tokenizer.json"}
-    with pytest.raises(InputError, match="--out: .* holds a model already"):
+    with pytest.raises(InputError, match=r"--out: .* holds a model already"):
         pack.main([f"--workdir={memory}", f"--out={folder}", "--trained"])
     assert generate.main([f"--model={folder}", "--max_tokens=2", "--prompt=a"]) == 0
 
@@ -133,9 +134,9 @@ def test_data_live_in_a_store(memory, tiny_arguments, tmp_path, monkeypatch):
         assert train.main([*tiny_arguments(given), workdir]) == 0
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
         assert train.main([workdir, "--config.steps=6"]) == 0
-    with pytest.raises(InputError, match="data.path: nothing at memory://bucket/data/none"):
+    with pytest.raises(InputError, match=r"data.path: nothing at memory://bucket/data/none"):
         train.main([*tiny_arguments(SMALL | {"data.path": f"{data}/none"}), f"{workdir}-2"])
-    with pytest.raises(InputError, match="expected a file or folder of this machine.*copy runs"):
+    with pytest.raises(InputError, match=r"expected a file or folder of this machine.*copy runs"):
         report.main(["s3://bucket/run", f"--out={tmp_path / 'report'}"])
 
 
@@ -222,3 +223,65 @@ def test_kills_lose_nothing(emulators, tiny_arguments, tmp_path, scheme, capfd):
     assert [[row.get(k) for k in kept] for row in found] == [
         [row.get(k) for k in kept] for row in expected
     ]
+
+
+SHELF = """
+import sys
+from fsspec import register_implementation
+from fsspec.implementations.local import LocalFileSystem
+from quweit_jax.commands import cli, train
+from quweit_jax.training import stores
+
+class Shelf(LocalFileSystem):
+    protocol = "shelf"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return LocalFileSystem._strip_protocol(path.replace("shelf://", {root!r}, 1))
+
+register_implementation("shelf", Shelf)
+stores._SERVED["shelf"] = "fsspec"
+if __name__ == "__main__":
+    cli.run(train.main)
+"""
+
+
+def test_several_hosts_need_no_folder_that_all_reach(tiny_config, tiny_arguments, tmp_path):
+    """Two processes with folders of their own and one store, parameters divided over both; others,
+    whose folders are empty, go on where they ended.
+    """
+    (tmp_path / "store").mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(SHELF.format(root=f"{tmp_path}/store/"))
+    values = SMALL | {"mesh.data": 1, "mesh.fsdp": 2, "eval_every": 2}
+    for steps, machines in ((2, "ab"), (4, "cd")):
+        shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+        shared |= {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, str(program), *tiny_arguments(values | {"steps": steps})]
+        processes = []
+        for i, machine in enumerate(machines):
+            own = {"JAX_PROCESS_ID": str(i), "XDG_CACHE_HOME": str(tmp_path / machine)}
+            processes.append(
+                subprocess.Popen(
+                    [*command, "--workdir=shelf://bucket/run"],
+                    cwd=REPOSITORY,
+                    env=os.environ | shared | own,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        said = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+    run = tmp_path / "store" / "bucket" / "run"
+    assert "where step 2 is saved" in said[0][0]
+    loop.fit(tiny_config(SMALL | {"eval_every": 2}), tmp_path / "one")
+    found, expected = (
+        {(row["step"], row["split"]): row["loss"] for row in metrics.read_rows(where)}
+        for where in (run / "metrics.jsonl", tmp_path / "one" / "metrics.jsonl")
+    )
+    assert found == pytest.approx(expected, abs=1e-5) and len(found) == 6
+    found, expected = read_checkpoint(run), read_checkpoint(tmp_path / "one")
+    for name in expected:
+        if name.startswith("state/params"):
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=name)
