@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError, RunError, first_line, needed
 from quweit_jax.reading import check_local
-from quweit_jax.training import checksums, files, hosts
+from quweit_jax.training import alone, checksums, files, hosts
 from quweit_jax.training.sharding import path_name
 
 with needed("for checkpoints"):
@@ -123,6 +123,9 @@ class Checkpoints:
             return self._open_checkpointer
         there = self.steps()
         self._set_aside(set(there) - self._scores().keys())
+        if self.apart:
+            self._open_checkpointer = alone.LoneCheckpointer(self.directory, self._kept)
+            return self._open_checkpointer
         best = policies.BestN(
             get_metric_fn=lambda m: m["loss"],
             reverse=True,
@@ -130,24 +133,16 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         newest = policies.LatestN(self.keep)
-        with self._alone():
-            self._open_checkpointer = orbax.training.Checkpointer(
-                self.directory,
-                preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                cleanup_tmp_directories=True,
-            )
+        self._open_checkpointer = orbax.training.Checkpointer(
+            self.directory,
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+        )
         return self._open_checkpointer
 
-    def _alone(self) -> contextlib.AbstractContextManager[object]:
-        """Where processes have folders of their own, Orbax waits for no other."""
-        if not self.apart:
-            return contextlib.nullcontext()
-        own = jax.process_index()
-        options = ocp.options.MultiprocessingOptions(
-            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
-        )
-        return orbax.Context(multiprocessing_options=options)
+    def _kept(self) -> set[int | None]:
+        return {self.best_step(), *self.steps()[-self.keep :]}
 
     def save(self, step: int, state: PyTree, loop: dict[str, Any], loss: float | None) -> None:
         """Starts saving in the background; an earlier save's failure shows here (RunError)."""
@@ -160,8 +155,7 @@ class Checkpoints:
         items = {"state": state, "loop": {"json": noted}}
         scores = None if loss is None else {"loss": loss}
         begin = self._checkpointer().save_checkpointables_async
-        with self._alone():
-            self._guard(step, lambda: begin(step, items, metrics=scores))
+        self._guard(step, lambda: begin(step, items, metrics=scores))
         self._unchecked = step, _leaves(state)
 
     def wait(self) -> None:
@@ -169,8 +163,7 @@ class Checkpoints:
         if self._unchecked is None:
             return
         (step, saved), self._unchecked = self._unchecked, None
-        with self._alone():
-            self._guard(step, self._checkpointer().wait)
+        self._guard(step, self._checkpointer().wait)
         if jax.process_index() == 0:
             self._guard(step, lambda: self._find_again(step, saved))
             self._guard(step, lambda: checksums.note(self.workdir, step))
@@ -191,8 +184,7 @@ class Checkpoints:
         """Waits and lets go of the directory."""
         self.wait()
         if self._open_checkpointer is not None:
-            with self._alone():
-                self._open_checkpointer.close()
+            self._open_checkpointer.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -236,7 +228,7 @@ class Checkpoints:
         causes: dict[int, BaseException] = {}
         for candidate in there[::-1] if step is None else [step]:
             try:
-                with self._alone():
+                with alone.by_itself() if self.apart else contextlib.nullcontext():
                     loaded, noted = self._load(abstract_state, candidate)
             except _Damaged as error:
                 causes[candidate] = error.__cause__ or error

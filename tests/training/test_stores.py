@@ -18,7 +18,7 @@ import pytest
 from quweit_jax.commands import evaluate, export, generate, pack, report, train
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.training import loop, metrics, stores
-from tests.conftest import REPOSITORY, read_checkpoint
+from tests.conftest import REPOSITORY, read_checkpoint, write_text
 from tests.training.test_distributed import free_port
 
 fsspec = pytest.importorskip("fsspec")
@@ -190,39 +190,57 @@ def emulators():
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_kills_lose_nothing(emulators, tiny_arguments, tmp_path, scheme, capfd):
-    """Killed again and again, each time on another machine, it ends as a run left alone."""
-    values = SMALL | {"steps": 12, "eval_every": 12}
-    assert train.main([*tiny_arguments(values), f"--workdir={tmp_path / 'alone'}"]) == 0
-    address, kills = f"{scheme}://bucket/{tmp_path.name}/run", 0
+def test_kills_lose_nothing(emulators, tiny_arguments, tmp_path, scheme, monkeypatch, capsys):
+    """Killed five times, each time on another machine, it ends as a run left alone; it can be
+    evaluated and exported there, and its data were there, too.
+    """
+    for name, value in emulators.items():
+        monkeypatch.setenv(name, value)
+    write_text(tmp_path / "text.txt")
+    folder = f"{scheme}://bucket/{tmp_path.name}"
+    store, root = fsspec.core.url_to_fs(folder, skip_instance_cache=True)
+    store.put_file(str(tmp_path / "text.txt"), f"{root}/data/text.txt")
+    values = SMALL | {"steps": 16, "eval_every": 16}
+    alone = values | {"data.path": tmp_path / "text.txt"}
+    assert train.main([*tiny_arguments(alone), f"--workdir={tmp_path / 'alone'}"]) == 0
+    address, kills = f"{folder}/run", 0
+    values["data.path"] = f"{folder}/data/text.txt"
     command = [sys.executable, "-m", "quweit_jax.train", *tiny_arguments(values)]
     for attempt in range(30):
-        environment = os.environ | emulators | {"JAX_NUM_CPU_DEVICES": "1"}
-        environment |= {"XDG_CACHE_HOME": str(tmp_path / f"machine-{attempt}")}
+        machine = tmp_path / f"machine-{attempt}"
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(machine)}
         process = subprocess.Popen(
             [*command, f"--workdir={address}"], cwd=REPOSITORY, env=environment
         )
-        log = tmp_path / f"machine-{attempt}"
-        before = None
         while process.poll() is None and kills < 5:
             time.sleep(0.02)
-            steps = sorted(int(p.stem) for p in log.rglob("checksums/*.json") if p.stem.isdigit())
-            before = steps if before is None and steps else before
+            steps = [int(p.stem) for p in machine.rglob("checksums/*.json") if p.stem.isdigit()]
             # Once it has saved something of its own, at some time around the next save.
-            if steps and steps[-1] >= 2 * (kills + 1):
+            if max(steps, default=0) >= 2 * (kills + 1):
                 time.sleep(0.03 * kills)
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
         if process.wait() == 0:
             break
-    assert process.returncode == 0 and kills >= 2
+    assert process.returncode == 0 and kills == 5
     expected = metrics.read_rows(tmp_path / "alone" / "metrics.jsonl")
-    found = metrics.read_rows(next((tmp_path / f"machine-{attempt}").rglob("run/metrics.jsonl")))
+    found = metrics.read_rows(next(machine.rglob("run/metrics.jsonl")))
     kept = ("step", "split", "loss", "grad_norm")
     assert [[row.get(k) for k in kept] for row in found] == [
         [row.get(k) for k in kept] for row in expected
     ]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    capsys.readouterr()
+    assert evaluate.main([f"--workdir={address}", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert evaluate.main([f"--workdir={tmp_path / 'alone'}", "--json"]) == 0
+    assert (told["step"], told["loss"]) == (16, json.loads(capsys.readouterr().out)["loss"])
+    out = f"{folder}/model.stablehlo"
+    assert export.main([f"--workdir={address}", f"--out={out}", "--platforms=cpu"]) == 0
+    store.invalidate_cache()
+    assert json.loads(store.cat_file(f"{root}/model.json"))["training_step"] == 16
+    assert store.size(f"{root}/model.stablehlo") > 1000
 
 
 SHELF = """
