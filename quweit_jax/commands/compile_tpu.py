@@ -67,7 +67,7 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
     the operations of matrix products (those that remat repeats among them), and, of TPUs, the
     compiler's estimate of a step's time, from cycles in which nothing waits for memory or other
     chips; without our own kernels, of which it has none (benchmarks/tpu_kernels.py says what they
-    take).
+    take). At that time a host reads so many tokens a second, the most it can ever need to.
 
     Raises:
       InputError: the compiler isn't installed, or knows no such topology, or the data's vocabulary
@@ -89,7 +89,12 @@ def compile_step(config: Config, topology: str, outputs: int | None = None) -> d
         "outputs": setup.data.outputs,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
+    facts["hosts"] = hosts = len({device.process_index for device in devices})
     made = _compiled(lambda: step.trace(state, setup.abstract_batch()), topology, devices, "step")
+    seconds: Any = made.get("estimated_seconds")
+    if seconds and setup.tokenizer is not None:
+        tokens = config.batch_size * config.model.context
+        made["tokens_per_second_per_host"] = tokens / seconds / hosts
     return facts | made
 
 
