@@ -21,9 +21,10 @@ def compile_step(config: Any, topology: str) -> Any:
     from quweit_jax.commands import compile_tpu
     from quweit_jax.config import set_value
     from quweit_jax.ops.kernels.choice import compiling_for
+    from quweit_jax.training import topologies
     from quweit_jax.training.setup import assemble
 
-    devices = compile_tpu._devices(topology)
+    devices = topologies.devices_of(topology)
     set_value(config, "mesh.data", str(len(devices)))
     setup = assemble(config, data=compile_tpu._data(config, 65), devices=devices)
     state = setup.abstract_state()

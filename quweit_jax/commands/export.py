@@ -37,6 +37,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    from quweit_jax.training import stores
+
+    with stores.written(args.out, beside=(".json",)) as out:
+        return _write(args, overrides, out)
+
+
+def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) -> int:
     import jax
 
     from quweit_jax.deploy import stablehlo
@@ -44,7 +51,7 @@ def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     from quweit_jax.deploy.pack import stored_bytes
     from quweit_jax.training import rundir
 
-    out, platforms = Path(args.out), (args.platforms or "cpu,tpu,cuda").split(",")
+    platforms = (args.platforms or "cpu,tpu,cuda").split(",")
     stablehlo.check_target(out, args.overwrite)
     stablehlo.check({}, platforms)
     opened = open_source(args, overrides)
@@ -70,7 +77,7 @@ def _stablehlo(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     }
     description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
     print(
-        f"wrote {out}: {description['bytes']:,} bytes, of which weights {about['weight_bytes']:,}; "
+        f"wrote {args.out}: {description['bytes']:,} bytes, of which weights {about['weight_bytes']:,}; "
         f"for {', '.join(platforms)}"
     )
     print("\n".join(description["load"]))

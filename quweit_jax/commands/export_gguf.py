@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Writes a language model as a GGUF file."""
-    from quweit_jax.deploy import gguf
+    from quweit_jax.training import stores
 
     if args.out is None:
         raise InputError("--out: expected the file to write, such as model.gguf; give it.")
@@ -30,7 +30,13 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
             "--to=gguf: expected none of --packed, --step_function and --platforms, which are of "
             "stablehlo; --form says how weights are written."
         )
-    out, form = Path(args.out), args.form or "f16"
+    with stores.written(args.out, beside=()) as out:
+        return _write(args, overrides, out, args.form or "f16")
+
+
+def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path, form: str) -> int:
+    from quweit_jax.deploy import gguf
+
     gguf.check_target(out, args.overwrite)
     opened, named = open_source(args, overrides), args.workdir or args.model
     if opened.tokenizer is None:
@@ -45,6 +51,6 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         overwrite=args.overwrite,
     )
     of_step = "" if opened.step is None else f", of step {opened.step}"
-    print(f"wrote {out}: {size:,} bytes, {form}{of_step}")
-    print(f"use it: llama-cli -m {out} -p TEXT")
+    print(f"wrote {args.out}: {size:,} bytes, {form}{of_step}")
+    print(f"use it: llama-cli -m {args.out} -p TEXT")
     return 0

@@ -105,6 +105,15 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Writes a trained classifier of tables, or a block of an integer-only transformer, as Verilog
     or C, checks and synthesizes it as asked.
     """
+    from quweit_jax.training import stores
+
+    if args.out is None and args.workdir is None:
+        raise InputError("--out: expected the folder to write, found none; give it.")
+    with stores.written(args.out or f"{args.workdir}/{args.to}") as out:
+        return _write(args, overrides, out)
+
+
+def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) -> int:
     from quweit_jax.commands import export_block
     from quweit_jax.deploy.hardware import circuit, description, folder
     from quweit_jax.deploy.hardware.blocks.verilog import NAME as BLOCK_NAME
@@ -114,9 +123,6 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         name: value if (found := getattr(args, name)) is None else found
         for name, value in DEFAULTS.items()
     }
-    if args.out is None and args.workdir is None:
-        raise InputError("--out: expected the folder to write, found none; give it.")
-    out = Path(args.out or Path(args.workdir) / args.to)
     folder.check_target(out, args.overwrite)
     opened, setup = open_setup(args, overrides)
     if setup.tokenizer is not None:

@@ -163,10 +163,12 @@ def config_of(found: Found, overrides: Mapping[str, str] | None = None) -> tuple
 
 def _found(args: argparse.Namespace) -> Found:
     from quweit_jax.pretrained import folders
+    from quweit_jax.training import stores
 
     if getattr(args, "step", None) is not None:
         raise InputError("--model: expected no --step, which is of runs.")
-    return folders.find(args.model)
+    there = stores.is_address(args.model)
+    return folders.find(str(stores.fetched(args.model, "--model")) if there else args.model)
 
 
 def _opened(found: Found) -> Opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from quweit_jax.commands import cli
 from quweit_jax.commands.opening import Opened, add_source, open_source
 from quweit_jax.errors import InputError
+from quweit_jax.reading import check_local
 
 _MEASURES = ("loss", "accuracy")  # of the checkpoint, that are kept
 _OF_INPUTS = ("labels", "pixels")
@@ -29,14 +31,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--trained", action="store_true", help="as trained, not packed")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     args, overrides = cli.parse(parser, argv)
+    from quweit_jax.training import stores
+
+    with stores.written(args.out) as out:
+        return _write(args, overrides, out)
+
+
+def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) -> int:
     from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
     from quweit_jax.models import registry
     from quweit_jax.pretrained import saved
     from quweit_jax.training import rundir
 
-    out = Path(args.out)
+    check_local(out, "--out", "write it here, and copy it")
     if saved.is_saved(out) and not args.overwrite:
-        raise InputError(f"--out: {out} holds a model already; name another, or --overwrite.")
+        raise InputError(f"--out: {args.out} holds a model already; name another, or --overwrite.")
     opened = open_source(args, overrides)
     variables = opened.variables
     if args.trained and "packed" in variables:
@@ -61,9 +70,9 @@ def main(argv: Sequence[str]) -> int:
         about=about,
         overwrite=args.overwrite,
     )
-    print(f"wrote {out}: {stored_bytes(variables):,} bytes of arrays, {about['form']}")
+    print(f"wrote {args.out}: {stored_bytes(variables):,} bytes of arrays, {about['form']}")
     if opened.tokenizer is not None:
-        print(f"use it: python -m quweit_jax generate --model={out}")
+        print(f"use it: python -m quweit_jax generate --model={args.out}")
     return 0
 
 

@@ -62,10 +62,12 @@ def main(argv: Sequence[str]) -> int:
     )
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.costs import technologies
-    from quweit_jax.reading import shown
+    from quweit_jax.reading import check_local, shown
     from quweit_jax.report import owned_folder, page
     from quweit_jax.report.collect import collect
 
+    for what, path in (("--out", args.out), *(("report", run) for run in args.runs)):
+        check_local(path, what, "copy runs here, write the report here, and copy that")
     owned_folder.check(args.out)
     technology = technologies.technology_of(args.technology).name
 

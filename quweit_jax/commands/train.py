@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -42,12 +43,14 @@ def main(argv: Sequence[str]) -> int:
         "--config.model.width=256."
     )
     args, overrides = cli.parse(parser, argv)
-    from quweit_jax.training import stores
+    from quweit_jax.training import hosts, stores
 
     if not stores.is_address(args.workdir):
         return _train(args, overrides, Path(args.workdir), None)
     cli.join_processes()
-    with stores.mirrored(args.workdir) as copy:
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            copy = stack.enter_context(stores.mirrored(args.workdir))
         return _train(args, overrides, copy.local, copy)
 
 
@@ -55,7 +58,9 @@ def _train(
     args: argparse.Namespace, overrides: Mapping[str, str], workdir: Path, copy: Copy | None
 ) -> int:
     """Trains in a folder; copy: where what it holds is taken whenever a checkpoint is whole."""
-    from quweit_jax.training import checkpoints, loop, rundir
+    import jax
+
+    from quweit_jax.training import checkpoints, hosts, loop, rundir
 
     checkpoints.check_path(workdir)
     check_readable(workdir, "--workdir")
@@ -73,6 +78,12 @@ def _train(
     source = teacher(config.get("teacher") or "")
     # How the devices of earlier starts were laid out is no question for those that are here now.
     mesh = None if args.config else rundir.mesh_here(config, overrides)
+
+    def push() -> None:
+        if copy is not None and jax.process_index() == 0:
+            copy.push()
+        hosts.wait_for_all("quweit_jax: taken to the store")
+
     result = loop.fit(
         config,
         workdir,
@@ -81,10 +92,11 @@ def _train(
         teacher=source,
         announce=lambda setup: announce(setup, workdir),
         mesh=mesh,
-        saved=None if copy is None else copy.push,
+        saved=None if copy is None else push,
+        apart=copy is not None,
     )
     if copy is not None:
-        copy.push()  # the loss curve, and what else the end has written
+        push()  # the loss curve, and what else the end has written
     summarize(result, workdir, args.workdir)
     # What a shell would have done after this, `train && report`, it does not do after Ctrl-C.
     return cli.INTERRUPTED if result.signal == "SIGINT" and not result.complete else 0

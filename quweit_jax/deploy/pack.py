@@ -72,8 +72,7 @@ def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
             "there "
             "is nothing to pack."
         )
-    left = {name: without(tree, packed) for name, tree in variables.items() if name != "ranges"}
-    return jax.device_get({name: tree for name, tree in left.items() if tree} | {"packed": packed})
+    return jax.device_get(_with_packed(variables, packed))
 
 
 def linen_form(model: Any, variables: Any) -> tuple[nn.Module, Tree]:
@@ -131,6 +130,20 @@ def packed_or_trained(model: nn.Module, variables: Tree, *inputs: Array | np.nda
     """The deployed form of a model that has one, the trained variables of another."""
     written = jax.eval_shape(lambda v: constants(model, v, *inputs), variables)
     return pack(model, variables, *inputs) if written else variables
+
+
+def deployed_shapes(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
+    """Shapes and dtypes of what `packed_or_trained` gives, of variables that may be shapes, too:
+    nothing is made.
+    """
+    packed = jax.eval_shape(lambda v: constants(model, v, *inputs), variables)
+    return _with_packed(variables, packed) if packed else variables
+
+
+def _with_packed(variables: Tree, packed: Tree) -> Tree:
+    """Variables without those of the layers that have written `packed`, and that."""
+    left = {name: without(tree, packed) for name, tree in variables.items() if name != "ranges"}
+    return {name: tree for name, tree in left.items() if tree} | {"packed": packed}
 
 
 def constants(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError, RunError, first_line, needed
 from quweit_jax.reading import check_local
-from quweit_jax.training import checksums, files
+from quweit_jax.training import alone, checksums, files, hosts
 from quweit_jax.training.sharding import path_name
 
 with needed("for checkpoints"):
@@ -68,17 +68,21 @@ class Checkpoints:
       workdir: the run directory. keep: how many of the newest to keep (the one of lowest validation
         loss is kept too).
       read_only: for evaluation: nothing is created, cleaned up or moved.
+      apart: each process has a folder of its own in the place of one that all reach; the first one
+        saves all there is, and each reads its own copy.
 
     Attributes:
       damaged: a sentence for each checkpoint that has been passed over.
     """
 
-    def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
+    def __init__(
+        self, workdir: Path, keep: int = 2, *, read_only: bool = False, apart: bool = False
+    ):
         if keep < 1:
             raise InputError(f"keep: expected at least 1 checkpoint, found {keep}.")
         self.workdir = workdir.absolute()  # Orbax reads nothing by a relative path
         self.directory, self.read_only = self.workdir / "checkpoints", read_only
-        self.keep = keep
+        self.keep, self.apart = keep, apart and jax.process_count() > 1
         self.damaged: list[str] = []
         check_path(self.workdir, reading=read_only)
         if read_only and not self.directory.is_dir():
@@ -119,6 +123,9 @@ class Checkpoints:
             return self._open_checkpointer
         there = self.steps()
         self._set_aside(set(there) - self._scores().keys())
+        if self.apart:
+            self._open_checkpointer = alone.LoneCheckpointer(self.directory, self._kept)
+            return self._open_checkpointer
         best = policies.BestN(
             get_metric_fn=lambda m: m["loss"],
             reverse=True,
@@ -134,9 +141,16 @@ class Checkpoints:
         )
         return self._open_checkpointer
 
+    def _kept(self) -> set[int | None]:
+        return {self.best_step(), *self.steps()[-self.keep :]}
+
     def save(self, step: int, state: PyTree, loop: dict[str, Any], loss: float | None) -> None:
         """Starts saving in the background; an earlier save's failure shows here (RunError)."""
         self.wait()
+        if self.apart:
+            state = hosts.gathered(state)
+            if jax.process_index():
+                return
         noted = np.frombuffer(json.dumps(loop).encode(), np.uint8)
         items = {"state": state, "loop": {"json": noted}}
         scores = None if loss is None else {"loss": loss}
@@ -214,7 +228,8 @@ class Checkpoints:
         causes: dict[int, BaseException] = {}
         for candidate in there[::-1] if step is None else [step]:
             try:
-                loaded, noted = self._load(abstract_state, candidate)
+                with alone.by_itself() if self.apart else contextlib.nullcontext():
+                    loaded, noted = self._load(abstract_state, candidate)
             except _Damaged as error:
                 causes[candidate] = error.__cause__ or error
                 if step is None:
@@ -251,7 +266,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} is whole but cannot be loaded "
                 f"({type(error).__name__}: {_reason(error)})."
             ) from error
-        if not (known or self.read_only or jax.process_index()):
+        if not (known or self.read_only or (jax.process_index() and not self.apart)):
             checksums.note(self.workdir, step)
         return loaded["state"], noted
 
@@ -289,8 +304,8 @@ class Checkpoints:
         """Moves checkpoints out of the way; every process calls this, and all wait."""
         if self.read_only:
             return
-        _wait_for_all("quweit_jax: checkpoints looked at")
-        for step in steps if jax.process_index() == 0 else ():
+        hosts.wait_for_all("quweit_jax: checkpoints looked at")
+        for step in steps if jax.process_index() == 0 or self.apart else ():
             target = self.workdir / "damaged" / str(step)
             while target.exists():
                 target = target.with_name(target.name + "_")
@@ -298,14 +313,7 @@ class Checkpoints:
             shutil.move(self.directory / str(step), target)
             checksums.forget(self.workdir, step)  # a later checkpoint of this step has its own
             logging.warning("set it aside in %s.", target)
-        _wait_for_all("quweit_jax: checkpoints set aside")
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
+        hosts.wait_for_all("quweit_jax: checkpoints set aside")
 
 
 def _reason(error: BaseException) -> str:

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError, RunError, first_line
+from quweit_jax.training import alive
 
 TIMEOUT = "QUWEIT_HEARTBEAT_TIMEOUT"  # seconds after which a silent process counts as dead
 _TIMEOUT_SECONDS = 100  # JAX's own
 _PATIENCE = 15.0  # seconds in which a file system on a network shows a new file
+_PIECE = 2**28  # bytes of an array that are gathered at a time
 _LONGEST = 4000  # bytes of a message that all are told
 # How JAX's errors begin where a device or a process no longer answers; not that of full memory.
 _LOST = re.compile("UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED")
@@ -36,7 +39,7 @@ class SharedError(InputError):
 
 def join(address: str | None = None, count: int | None = None, number: int | None = None) -> None:
     """`jax.distributed.initialize`; without arguments JAX finds the others by itself. Where a
-    process is silent for $QUWEIT_HEARTBEAT_TIMEOUT seconds (100), JAX ends the others and says so.
+    process is silent for $QUWEIT_HEARTBEAT_TIMEOUT seconds (100), the others end and say so.
 
     Raises:
       InputError: the time is no whole number of seconds.
@@ -44,13 +47,16 @@ def join(address: str | None = None, count: int | None = None, number: int | Non
     text = os.environ.get(TIMEOUT, str(_TIMEOUT_SECONDS))
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
         raise InputError(f"{TIMEOUT}: expected a whole number of seconds, found '{text}'.")
+    timeout = int(text)
     jax.distributed.initialize(
         address,
         count,
         number,
-        heartbeat_timeout_seconds=int(text),
-        shutdown_timeout_seconds=int(text),
+        # JAX ends a process as abruptly, with a message of its own: only where we could not.
+        heartbeat_timeout_seconds=min(2 * timeout + 20, 2**31 - 1),
+        shutdown_timeout_seconds=timeout,
     )
+    alive.watch(timeout, _DEAD)
 
 
 def leave(error: BaseException, status: int) -> None:
@@ -89,6 +95,41 @@ def _gather(message: str) -> list[str]:
     padded = np.frombuffer(data.ljust(_LONGEST, b"\0"), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """Arrays that are divided over processes, whole in the first one's memory, as NumPy's; the
+    others, which all have to ask, get None in the place of each. Larger ones come in pieces, of
+    which no device ever holds more than one.
+    """
+
+    def whole(leaf: jax.Array) -> np.ndarray | None:
+        if leaf.is_fully_replicated or leaf.is_fully_addressable:
+            return np.asarray(leaf.addressable_data(0) if leaf.is_fully_replicated else leaf)
+        rows = max(1, len(leaf) * _PIECE // max(1, leaf.nbytes))
+        pieces = []
+        for start in range(0, len(leaf), rows):
+            piece = multihost_utils.process_allgather(leaf[start : start + rows], tiled=True)
+            pieces += [np.asarray(piece)] * (jax.process_index() == 0)
+        return np.concatenate(pieces) if pieces else None
+
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(whole, tree)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def check_same(what: str, value: int, advice: str) -> None:
+    """Raises InputError on all processes unless they have the same number."""
+    if jax.process_count() > 1 and len(found := set(_gather(str(value)))) > 1:
+        raise SharedError(f"{what}: found {', '.join(sorted(found))} on different hosts; {advice}.")
 
 
 def check_shared(workdir: Path) -> None:

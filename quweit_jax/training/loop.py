@@ -79,6 +79,7 @@ def fit(
     announce: Callable[[Setup], None] | None = None,
     mesh: sharding.MeshConfig | None = None,
     saved: Callable[[], None] | None = None,
+    apart: bool = False,
 ) -> Result:
     """Trains to `config.steps`, or until asked to stop; begins where the newest whole checkpoint in
     `workdir` ends.
@@ -92,6 +93,8 @@ def fit(
       announce: called once nothing is left to refuse, before the first step.
       mesh: of these devices, instead of the config's, which stays the run's.
       saved: called whenever a checkpoint is whole, which is then waited for.
+      apart: each process has a `workdir` of its own with the same content, and only the first one
+        writes to it.
 
     Raises:
       InputError: something in the config, the data or the directory is wrong; nothing was changed.
@@ -110,9 +113,12 @@ def fit(
         stack.enter_context(hosts.connected())
         with hosts.together():
             stack.enter_context(rundir.claimed(workdir, setup))
-        hosts.check_shared(workdir)
-        checkpoints = stack.enter_context(Checkpoints(workdir, config.keep))
+        if not apart:
+            hosts.check_shared(workdir)
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.keep, apart=apart))
         begun = _begin(setup, checkpoints, workdir, initial)
+        if apart:
+            hosts.check_same("the newest whole checkpoint", begun[2], "start all of them again")
         if announce is not None:
             announce(setup)
         return _train(setup, checkpoints, workdir, progress, on_step, begun, saved)

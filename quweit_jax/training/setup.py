@@ -21,7 +21,7 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.errors import InputError, first_line
 from quweit_jax.models import stack
-from quweit_jax.training import distill, profiling, sharding, solve, state, tracking
+from quweit_jax.training import distill, profiling, sharding, solve, state, stores, tracking
 from quweit_jax.training.defaults import check_types
 from quweit_jax.training.distill import DistillConfig
 from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -221,7 +221,9 @@ def assemble(
         sharding.check_batch(at_a_time, made_mesh, what)
     model_config = config.model.to_dict()
     models.build(model_config, 1)  # a wrong model key shows before the data is read
-    data_config = from_mapping(DataConfig, config.data.to_dict(), "data")
+    reads = data is None and (tokenizer is None or read_data)
+    values = stores.brought(config.data.to_dict(), reads=reads)
+    data_config = from_mapping(DataConfig, values, "data")
     if data is None and tokenizer is not None and not read_data:
         data = Dataset([], [], tokenizer.vocab_size, "", tokenizer=tokenizer)
     elif data is None:

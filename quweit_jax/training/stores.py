@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from quweit_jax.errors import InputError, RunError, first_line, require
 from quweit_jax.ops.kernels.native.build import cache_folder
 from quweit_jax.reading import read_json
 from quweit_jax.training import files
-from quweit_jax.training.hosts import SharedError
 
 # The package that serves a scheme, by fsspec.
 _SERVED = {"gs": "gcsfs", "s3": "s3fs"}
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://[^/]+/.")
+# Without these nobody takes what lies beside them for whole; they are the last to be written.
+_LAST = ("checksums", "model.json")
+_FOREVER = -1.0  # what another process brings is waited for
 _KNOWN = ".store.json"  # what the store held when both were last alike: {name: [size, tag]}
 
 
@@ -30,6 +32,14 @@ def is_address(path: str) -> bool:
     """Whether a path names something in a store that may be served."""
     found = _ADDRESS.match(path)
     return found is not None and found[1] in _SERVED
+
+
+def place_of(address: str, purpose: str = "read") -> Path:
+    """Where the copy of what is at an address lies on this machine."""
+    address = address.rstrip("/")
+    digest = hashlib.sha256(address.encode()).hexdigest()[:12]
+    name = re.sub(r"[^A-Za-z0-9_.=+-]", "-", address.rpartition("/")[2])[:100]
+    return cache_folder() / "copies" / digest / purpose / name
 
 
 class Copy:
@@ -48,9 +58,7 @@ class Copy:
         fsspec: Any = require("fsspec", f"for {what}={address}")
         with self._told(InputError):
             self._store, self._root = fsspec.core.url_to_fs(self.address)
-        digest = hashlib.sha256(self.address.encode()).hexdigest()[:12]
-        name = re.sub(r"[^A-Za-z0-9_.=+-]", "-", self.address.rpartition("/")[2])[:100]
-        self.local = cache_folder() / "copies" / digest / purpose / name
+        self.local = place_of(address, purpose)
 
     def _told(self, kind: type[Exception]) -> _Told:
         return _Told(self, kind)
@@ -78,8 +86,7 @@ class Copy:
         with self._told(InputError):
             there = self._there()
             if "" in there:  # a file, not a folder
-                self.local.parent.mkdir(parents=True, exist_ok=True)
-                self._store.get_file(self._root, str(self.local))
+                self.pull_file(self.local)
                 return self.local
             self.local.mkdir(parents=True, exist_ok=True)
             for name, path in self._here():
@@ -93,8 +100,33 @@ class Copy:
                     self._store.get_file(f"{self._root}/{name}", str(part))
                     part.replace(path)
             self._remove_empty()
-            files.replace_json(self.local / _KNOWN, there)
+            if there:
+                files.replace_json(self.local / _KNOWN, there)
+            else:
+                (self.local / _KNOWN).unlink(missing_ok=True)
         return self.local
+
+    def pull_file(self, path: Path) -> bool:
+        """Brings the file beside the address that has this path's suffix, if there is one."""
+        with self._told(InputError):
+            name = self._beside(path)
+            self._store.invalidate_cache()
+            if not self._store.isfile(name):
+                path.unlink(missing_ok=True)
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part")  # whole or not at all
+            self._store.get_file(name, str(part))
+            part.replace(path)
+        return True
+
+    def push_file(self, path: Path) -> None:
+        """Takes a file there, beside the address with this path's suffix."""
+        with self._told(RunError):
+            self._store.put_file(str(path), self._beside(path))
+
+    def _beside(self, path: Path) -> str:
+        return self._root if path == self.local else str(Path(self._root).with_suffix(path.suffix))
 
     def push(self) -> None:
         """Makes the store hold what is here: a run's own files, then its checkpoints, and only then
@@ -140,7 +172,7 @@ class Copy:
 
 def _order(name: str) -> tuple[int, str]:
     top = name.partition("/")[0]
-    return ({"checkpoints": 1, "checksums": 2}.get(top, 0), name)
+    return (2 if top in _LAST else int(top == "checkpoints"), name)
 
 
 class _Told:
@@ -173,7 +205,7 @@ def fetched(path: str, what: str = "--workdir") -> Path:
         return Path(path)
     copy = Copy(path, what, "read")
     files.make_workdir(copy.local.parent)
-    with files.exclusive(copy.local.parent):
+    with files.exclusive(copy.local.parent, patience=_FOREVER):
         found = copy.pull()
     if found.is_dir() and not any(copy.names()):
         raise InputError(f"{what}: nothing at {path}; check the address.")
@@ -181,20 +213,61 @@ def fetched(path: str, what: str = "--workdir") -> Path:
 
 
 @contextlib.contextmanager
-def mirrored(address: str) -> Iterator[Copy]:
-    """A run directory in a store to train in, its copy here brought up to date; other trainers of
-    this machine are kept out of it.
+def written(path: str, beside: Sequence[str] | None = None, what: str = "--out") -> Iterator[Path]:
+    """Where to write what is to be at a path: that path, and of an address a copy of what is there,
+    which is taken there once the block has ended well.
+
+    beside: None for a folder; of a file the suffixes of those that belong to it, to be written
+      after it.
 
     Raises:
-      InputError: several processes train, which need one folder that all of them reach; or the
-        store cannot be read.
+      InputError: the store cannot be read. RunError: it cannot be written to.
     """
-    if jax.process_count() > 1:
-        raise SharedError(
-            f"--workdir: expected a folder that all {jax.process_count()} processes reach, found "
-            f"{address}; use a file system that is mounted on every host, and copy it."
-        )
-    copy = Copy(address, "--workdir", "train")
+    if not is_address(path):
+        yield Path(path)
+        return
+    copy = Copy(path, what, "write")
+    files.make_workdir(copy.local.parent)
+    with files.exclusive(copy.local.parent, patience=_FOREVER):
+        if beside is None:
+            copy.pull()
+            copy.local.mkdir(exist_ok=True)
+            yield copy.local
+            copy.push()
+        else:
+            each = [copy.local, *(copy.local.with_suffix(suffix) for suffix in beside)]
+            for file in each:
+                copy.pull_file(file)
+            yield copy.local
+            for file in each:
+                copy.push_file(file)
+
+
+def brought(data: Mapping[str, Any], *, reads: bool) -> dict[str, Any]:
+    """The section `data` of a config with paths of this machine in the place of addresses; what is
+    there is brought here, if it is to be read.
+
+    Raises:
+      InputError: see `fetched`.
+    """
+    found = dict(data)
+    for key in ("path", "tokenizer_path"):
+        if is_address(address := found.get(key) or ""):
+            place = fetched(address, f"data.{key}") if reads else place_of(address)
+            found[key] = str(place)
+    return found
+
+
+@contextlib.contextmanager
+def mirrored(address: str) -> Iterator[Copy]:
+    """A run directory in a store to train in, its copy here brought up to date; other trainers of
+    this machine are kept out of it. Of several processes each has a copy of its own.
+
+    Raises:
+      InputError: the store cannot be read.
+    """
+    number = jax.process_index()
+    copy = Copy(address, "--workdir", f"train-{number}" if number else "train")
     files.make_workdir(copy.local.parent)
     with files.exclusive(copy.local.parent):
         copy.pull()

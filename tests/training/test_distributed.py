@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from quweit_jax.training import loop, metrics
 from tests.conftest import REPOSITORY, read_checkpoint, write_text
@@ -167,3 +168,33 @@ def test_a_process_that_is_killed_ends_the_other(tiny_arguments, tmp_path):
     assert processes[0].returncode == 1, said
     assert "error: another process of this run has died" in said and "Traceback" not in said
     processes[1].communicate()
+
+
+WAITS = """
+import sys, time
+from quweit_jax.training import hosts
+hosts.join(sys.argv[1], 2, int(sys.argv[2]))
+print("joined", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(("silent", "other"), [(1, 0), (0, 1)])
+def test_a_process_that_falls_silent_ends_the_others(silent, other, monkeypatch):
+    """Stopped, not killed: no connection breaks. Of process 0 all others hear of each other."""
+    monkeypatch.setenv("QUWEIT_HEARTBEAT_TIMEOUT", "6")
+    command = [sys.executable, "-c", WAITS, f"localhost:{free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(i)], cwd=REPOSITORY, **pipes) for i in range(2)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "joined\n"
+        processes[silent].send_signal(signal.SIGSTOP)
+        _, said = processes[other].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+        processes[silent].communicate()
+    assert processes[other].returncode == 1, said
+    error = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert f"reached (process {silent} was silent for 6 s); see what it said last" in error
