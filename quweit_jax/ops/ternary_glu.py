@@ -103,9 +103,7 @@ def _product(x: Array, kernel: Array, dtype: DTypeLike) -> Array:
     return jnp.matmul(x.astype(dtype), weights, preferred_element_type=jnp.float32)
 
 
-def _read(
-    sums: Array, tables: Array, step: int, code_bits: int, silu_step: float | None
-) -> Array:
+def _read(sums: Array, tables: Array, step: int, code_bits: int, silu_step: float | None) -> Array:
     """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
     codes: Array = pair_table.codes(sums, step, code_bits)
     first, second = jnp.split(codes, 2, axis=-1)
@@ -141,30 +139,43 @@ def _forward(
     total_digits, total_transposed = calls.ternary_digits(total.astype(jnp.float32), inverses[1])
     offsets = jnp.clip(shift, -_FAR, _FAR).astype(jnp.int32)
     out, addresses, read = calls.glu_forward(
-        x.T.astype(jnp.int8), mix_digits, offsets, tables.astype(jnp.int8), total_digits, step
+        x, mix_digits, offsets, tables.astype(jnp.int8), total_digits, step
     )
     like = [jnp.zeros((0,), a.dtype) for a in (mix, shift, total)]
     kept = x, addresses, read, tables, mix_transposed, total_transposed, inverses, like
-    return out.T, kept
+    return out, kept
 
 
 def _backward(step: int, trained: bool, kept, gradient: Array):
     x, addresses, read, tables, mix_transposed, total_transposed, inverses, like = kept
-    along = [jnp.gradient(tables, axis=axis) / step for axis in (1, 2)]
-    to_sums, to_x, to_read = calls.glu_backward(
-        gradient.T, addresses, jnp.stack(along, -1), total_transposed, mix_transposed, trained
+    slopes = _slopes_of_addresses(tables, step)
+    to_x, *to_weights, to_read = calls.glu_backward(
+        gradient.astype(jnp.float32),
+        x,
+        addresses,
+        read,
+        slopes,
+        total_transposed,
+        mix_transposed,
+        jnp.stack(inverses),
+        to_entries=trained,
     )
-    to_mix = (to_sums @ x).T * inverses[0]
-    to_total = (read.astype(jnp.float32) @ gradient) * inverses[1]
     to_tables = _to_tables(addresses, to_read, tables) if trained else jnp.zeros_like(tables)
-    to_shift = -to_sums.sum(1)
-    others = [g.astype(a.dtype) for g, a in zip((to_mix, to_shift, to_total), like)]
-    return to_x.T, others[0], others[1], to_tables, others[2]
+    to_mix, to_shift, to_total = [g.astype(a.dtype) for g, a in zip(to_weights, like)]
+    return to_x, to_mix, to_shift, to_tables, to_total
+
+
+def _slopes_of_addresses(tables: Array, step: int) -> Array:
+    """What `calls.glu_backward` takes: 0 along a sum that is outside."""
+    entries = [jnp.gradient(tables, axis=axis).reshape(len(tables), -1) / step for axis in (1, 2)]
+    both = jnp.stack(entries, -1)  # (G, C * C, 2)
+    inside = jnp.asarray([[0, 0], [1, 0], [0, 1], [1, 1]], both.dtype)
+    return (inside[:, None] * both[:, None]).reshape(len(tables), -1, 2).astype(jnp.float32)
 
 
 def _to_tables(addresses: Array, to_read: Array, tables: Array) -> Array:
     """The gradients to the entries: of each, the sum of those that read it."""
-    (groups, side, _), (units, _) = tables.shape, addresses.shape
+    (groups, side, _), (_, units, _) = tables.shape, addresses.shape
     group = jnp.arange(units, dtype=jnp.int32)[:, None] // (units // groups)
     at = group * side**2 + (addresses & (side**2 - 1)).astype(jnp.int32)
     entries = jnp.zeros(tables.size, jnp.float32).at[at].add(to_read, mode="promise_in_bounds")

@@ -70,42 +70,79 @@ def ternary_digits(
 
 
 def glu_forward(
-    x: Int8[Array, "I T"],
+    x: Float32[Array, "T I"],
     mix: UInt16[Array, "mix_rows two_H 4"],
     offsets: Int32[Array, " two_H"],
     tables: Int8[Array, "G C C"],
     total: UInt16[Array, "total_rows O 4"],
     step: int,
-) -> tuple[Float32[Array, "O T"], UInt16[Array, "H T"], Int8[Array, "H T"]]:
-    """`glu_sums` of weights in `ternary_digits`, tokens last: the sums, the addresses that
-    `glu_backward` takes, and the entries that were read.
+) -> tuple[Float32[Array, "T O"], UInt16[Array, "blocks H 16"], Int8[Array, "blocks H 16"]]:
+    """`glu_sums` of whole numbers and of weights in `ternary_digits`: the sums, the addresses that
+    `glu_backward` takes, and the entries that were read; token t is number t % 16 of block t // 16.
     """
-    units, tokens = offsets.shape[0] // 2, x.shape[1]
+    units, tokens = offsets.shape[0] // 2, x.shape[0]
+    kept = (-(-tokens // 16), units, 16)
     out = [
-        jax.ShapeDtypeStruct((total.shape[1], tokens), jnp.float32),
-        jax.ShapeDtypeStruct((units, tokens), jnp.uint16),
-        jax.ShapeDtypeStruct((units, tokens), jnp.int8),
+        jax.ShapeDtypeStruct((tokens, total.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct(kept, jnp.uint16),
+        jax.ShapeDtypeStruct(kept, jnp.int8),
     ]
     return tuple(_call("glu_forward", out)(x, mix, offsets, tables, total, step=np.int32(step)))
 
 
 def glu_backward(
-    gradient: Float32[Array, "O T"],
-    addresses: UInt16[Array, "H T"],
-    slopes: Float32[Array, "G C C 2"],
+    gradient: Float32[Array, "T O"],
+    x: Float32[Array, "T I"],
+    addresses: UInt16[Array, "blocks H 16"],
+    read: Int8[Array, "blocks H 16"],
+    slopes: Float32[Array, "G addresses 2"],
     total: UInt16[Array, "total_rows H 4"],
     mix: UInt16[Array, "mix_rows I 4"],
+    scales: Float32[Array, " 2"],
+    *,
     to_entries: bool,
-) -> tuple[Float32[Array, "two_H T"], Float32[Array, "I T"], Float32[Array, "read T"]]:
-    """The gradients to the sums of `mix`, to x and, if asked for, to the entries that were read.
+) -> tuple[Float32[Array, "..."], ...]:
+    """The gradients to x (T, I), to mix (I, 2 H), to the offsets (2 H,), to total (H, O) and, if
+    asked for, to the entries that were read, (blocks, H, 16).
 
     Args:
-      slopes: of an entry along the first and the second sum. total, mix: transposed.
+      slopes: along the first and the second sum, by addresses: the number of an entry, plus C * C
+        where the first sum is inside its codes' range, plus 2 C * C where the second one is. total, mix: transposed. scales: that
+        the gradients to mix and total are multiplied with.
     """
-    (units, tokens), inputs = addresses.shape, mix.shape[1]
-    rows = (2 * units, inputs, units if to_entries else 0)
-    out = [jax.ShapeDtypeStruct((count, tokens), jnp.float32) for count in rows]
-    return tuple(_call("glu_backward", out)(gradient, addresses, slopes, total, mix))
+    (tokens, inputs), units = x.shape, addresses.shape[1]
+    shapes = (
+        (tokens, inputs),
+        (inputs, 2 * units),
+        (2 * units,),
+        (units, gradient.shape[1]),
+        addresses.shape if to_entries else (0, 0, 0),
+    )
+    out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arguments = gradient, x, addresses, read, slopes, total, mix, scales
+    return tuple(_call("glu_backward", out)(*arguments))
+
+
+def bit_sums(
+    x: Float32[Array, "T D"],
+    thresholds: Float32[Array, "#D z"],
+    vectors: Int8[Array, "L d"],
+    layers: Sequence[Array],
+) -> Int32[Array, "T d"]:
+    """See `ops.bit_models.bit_sums`; layers: wiring, int32, and tables, in turn."""
+    out = jax.ShapeDtypeStruct((x.shape[0], vectors.shape[1]), jnp.int32)
+    return _call("bit_sums", [out])(x, thresholds, vectors, *layers)[0]
+
+
+def bit_counts(
+    x: Float32[Array, "T D"],
+    thresholds: Float32[Array, "#D z"],
+    layers: Sequence[Array],
+    num_classes: int,
+) -> Int32[Array, "T classes"]:
+    """See `ops.bit_models.bit_counts`; layers as of `bit_sums`."""
+    out = jax.ShapeDtypeStruct((x.shape[0], num_classes), jnp.int32)
+    return _call("bit_counts", [out])(x, thresholds, *layers)[0]
 
 
 def _call(handler: str, out: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., Sequence[Array]]:

@@ -13,6 +13,8 @@
 #include <new>
 
 #include "blocks.h"
+#include "parallel.h"
+#include "ternary.h"
 
 namespace quweit {
 
