@@ -9,7 +9,7 @@ with the same sizes and the same batch.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import statistics
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import timing
 
 from quweit_jax import models
 from quweit_jax.config import load_file
+from quweit_jax.ops.kernels import choice
 from quweit_jax.ops.kernels.native import library
 from quweit_jax.training import optimizers, sharding, state
 
@@ -30,17 +31,9 @@ KINDS = ("dense", "swiglu", "weightless", "lookup_glu", "lookup_glu, XLA", "bitg
 def ours(kind: str, batch: dict[str, np.ndarray]):
     """A call that runs one step of our own train loop's compiled function to the end."""
     mlp, _, xla = kind.partition(", ")
-    before = os.environ.get(library.VARIABLE)
-    if xla:
-        os.environ[library.VARIABLE] = "0"
-    try:
-        call = _ours(mlp, batch)
-        call()  # traced, with or without native code
-    finally:
-        if xla:
-            os.environ.pop(library.VARIABLE)
-        if xla and before is not None:
-            os.environ[library.VARIABLE] = before
+    call = _ours(mlp, batch)
+    with choice.compiling_for("cpu", portable=True) if xla else contextlib.nullcontext():
+        call()  # traced; a program that could be exported has no native code
     return call
 
 

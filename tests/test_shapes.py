@@ -233,7 +233,7 @@ CALLS = {
         (ONES_INT8, WORDS_OF_5, jnp.ones(6, jnp.int16), jnp.ones((1, 4, 4), jnp.int8), WORDS_OF_5),
         {"step": 3, "num_outputs": 7},
     ),
-    "inverse_scale": (ternary.inverse_scale, (WEIGHT,), {}),
+    "inverse_scale of weights": (ternary.inverse_scale, (WEIGHT,), {}),
     "ternary_glu": (
         ternary_glu.ternary_glu,
         (X, jnp.ones((5, 6)), jnp.zeros(6), jnp.ones((1, 4, 4)), jnp.ones((3, 7))),

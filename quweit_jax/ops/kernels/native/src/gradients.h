@@ -52,6 +52,7 @@ struct WeightGradient {
   float scale;
   float* out;  // (rows, columns), or (columns, rows) where `transposed`
   bool transposed;
+  float* row_sums;  // (rows,), from which the rows' values are taken; or null
 };
 
 // Of the rows from `begin` to `end`; left: [block][rows][16] of float or int8.
@@ -68,11 +69,18 @@ QUWEIT_INLINE void GradientRows(const WeightGradient& f, const Number* left, con
     for (size_t start = 0; start < f.tokens; start += kTileTokens) {
       const size_t tokens = std::min(kTileTokens, f.tokens - start);
       for (size_t row = 0; row < rows; ++row) {
+        float sums[kFloats] = {};
         float* to = packed + row / kTileRows * kTileRows * tokens + row % kTileRows;
         for (size_t t = 0; t < tokens; t += kFloats) {
           const Number* from = left + ((start + t) / kFloats * f.rows + first + row) * kFloats;
           const size_t most = std::min(kFloats, tokens - t);
           for (size_t i = 0; i < most; ++i) to[(t + i) * kTileRows] = static_cast<float>(from[i]);
+          for (size_t i = 0; i < most; ++i) sums[i] += static_cast<float>(from[i]);
+        }
+        if (f.row_sums) {
+          float total = 0;
+          for (size_t i = 0; i < kFloats; ++i) total += sums[i];
+          f.row_sums[first + row] -= total;
         }
       }
       for (size_t column = 0; column < f.columns; column += width) {

@@ -332,20 +332,13 @@ inline void GluBackward(xla::ffi::ThreadPool& pool, Level level, const TrainedBa
       block(f, start + piece * kFloats, to_sums + piece * 2 * f.units * kFloats);
     });
     WeightGradients(pool, level,
-                    {tokens, 2 * units, inputs, f.x + start * inputs, f.mix_scale, f.to_mix, true},
+                    {tokens, 2 * units, inputs, f.x + start * inputs, f.mix_scale, f.to_mix, true,
+                     f.to_shift},
                     static_cast<const float*>(to_sums));
     WeightGradients(pool, level,
                     {tokens, units, f.outputs, f.gradient + start * f.outputs, f.total_scale,
-                     f.to_total, false},
+                     f.to_total, false, nullptr},
                     f.read + start * units);
-    for (size_t i = 0; i < blocks; ++i) {
-      for (size_t u = 0; u < 2 * units; ++u) {
-        const float* from = to_sums + (i * 2 * units + u) * kFloats;
-        float parts[4] = {};
-        for (size_t t = 0; t < kFloats; ++t) parts[t % 4] += from[t];
-        f.to_shift[u] -= (parts[0] + parts[1]) + (parts[2] + parts[3]);
-      }
-    }
   }
 }
 
