@@ -206,36 +206,45 @@ QUWEIT_INLINE typename Register<uint32_t, Bytes>::Vector Multiplex(
   }
 }
 
+// Tables of n inputs, and of n + more: then as many tables of n, whose bits the other inputs choose
+// between.
 template <int n, size_t Bytes>
-QUWEIT_INLINE void LookUp(const LutLayer& layer, const uint64_t* bits, uint64_t* out) {
+QUWEIT_INLINE void LookUp(const LutLayer& layer, int more, const uint64_t* bits, uint64_t* out) {
   using Vector = typename Register<uint32_t, Bytes>::Vector;
   constexpr size_t parts = kBits / 8 / Bytes;
   const int32_t* wiring = layer.wiring;
   const uint32_t* entries = layer.entries.data();
-  for (size_t l = 0; l < layer.count; ++l, out += kBitWords, wiring += n, entries += 1 << n) {
+  for (size_t l = 0; l < layer.count; ++l, out += kBitWords, wiring += n + more) {
     for (size_t p = 0; p < parts; ++p) {
-      Vector inputs[n];
+      const auto input = [&](int i) {
+        return reinterpret_cast<const Vector*>(bits + wiring[i] * kBitWords + p * (Bytes / 8));
+      };
+      Vector inputs[n], found[4];
 #pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) {
-        inputs[i] = *reinterpret_cast<const Vector*>(bits + wiring[i] * kBitWords +
-                                                     p * (Bytes / 8));
+      for (int i = 0; i < n; ++i) inputs[i] = *input(i);
+      for (int i = 0; i < 1 << more; ++i) {
+        found[i] = Multiplex<n, Bytes>(entries + (i << n), inputs);
       }
-      *reinterpret_cast<Vector*>(out + p * (Bytes / 8)) = Multiplex<n, Bytes>(entries, inputs);
+      for (int i = more; i > 0; --i) {
+        const Vector high = *input(n + i - 1);
+        const int half = 1 << (i - 1);
+        for (int j = 0; j < half; ++j) found[j] ^= (found[j] ^ found[j + half]) & high;
+      }
+      *reinterpret_cast<Vector*>(out + p * (Bytes / 8)) = found[0];
     }
+    entries += size_t{1} << (n + more);
   }
 }
 
 template <size_t Bytes>
 QUWEIT_INLINE void LookUpLayer(const LutLayer& layer, const uint64_t* bits, uint64_t* out) {
   switch (layer.inputs) {
-    case 1: return LookUp<1, Bytes>(layer, bits, out);
-    case 2: return LookUp<2, Bytes>(layer, bits, out);
-    case 3: return LookUp<3, Bytes>(layer, bits, out);
-    case 4: return LookUp<4, Bytes>(layer, bits, out);
-    case 5: return LookUp<5, Bytes>(layer, bits, out);
-    case 6: return LookUp<6, Bytes>(layer, bits, out);
-    case 7: return LookUp<7, Bytes>(layer, bits, out);
-    default: return LookUp<8, Bytes>(layer, bits, out);
+    case 1: return LookUp<1, Bytes>(layer, 0, bits, out);
+    case 2: return LookUp<2, Bytes>(layer, 0, bits, out);
+    case 3: return LookUp<3, Bytes>(layer, 0, bits, out);
+    case 4: return LookUp<4, Bytes>(layer, 0, bits, out);
+    case 5: return LookUp<5, Bytes>(layer, 0, bits, out);
+    default: return LookUp<6, Bytes>(layer, static_cast<int>(layer.inputs) - 6, bits, out);
   }
 }
 
@@ -256,10 +265,8 @@ QUWEIT_INLINE const uint64_t* BitsOf(const BitModel& m, const Ladder& ladder, si
 
 // How many bits of each class are set: the classes' bits lie next to one another. out (tokens,
 // classes) from `start` on.
-template <size_t Bytes>
-QUWEIT_INLINE void Count(const BitModel& m, const Ladder& ladder, size_t start, size_t classes,
+QUWEIT_INLINE void Count(const BitModel& m, const uint64_t* bits, size_t start, size_t classes,
                          int32_t* out) {
-  const uint64_t* bits = BitsOf<Bytes>(m, ladder, start);
   const size_t each = m.Bits() / classes, count = std::min(kBits, m.tokens - start);
   alignas(64) int32_t totals[kBits];
   for (size_t c = 0; c < classes; ++c) {
@@ -302,10 +309,8 @@ constexpr size_t kGroupsOfWords = 42;       // whose sums fit int16: 42 x 6 x 12
 constexpr size_t kTokensOfSums = 4096;      // whose numbers of sums are held
 
 // numbers [group][tokens of a pass]: which of each group's vectors are to be added.
-template <size_t Bytes>
-QUWEIT_INLINE void Numbers(const BitModel& m, const Ladder& ladder, size_t start, size_t stride,
+QUWEIT_INLINE void Numbers(const BitModel& m, const uint64_t* bits, size_t stride,
                            uint8_t* numbers) {
-  const uint64_t* bits = BitsOf<Bytes>(m, ladder, start);
   const size_t count = m.Bits(), groups = (count + kGroup - 1) / kGroup;
   for (size_t g = 0; g < groups; ++g) {
     uint8_t* to = numbers + g * stride;
@@ -399,19 +404,24 @@ QUWEIT_INLINE void AddNumbered(const VectorsOfBits& f, const uint8_t* numbers, s
 }
 
 struct BitKernels {
-  void (*count)(const BitModel&, const Ladder&, size_t, size_t, int32_t*);
-  void (*numbers)(const BitModel&, const Ladder&, size_t, size_t, uint8_t*);
+  const uint64_t* (*bits)(const BitModel&, const Ladder&, size_t);
+  void (*count)(const BitModel&, const uint64_t*, size_t, size_t, int32_t*);
+  void (*numbers)(const BitModel&, const uint64_t*, size_t, uint8_t*);
   void (*add)(const VectorsOfBits&, const uint8_t*, size_t, size_t, size_t, size_t, int32_t*);
 };
 
 #define QUWEIT_BIT_KERNELS(name, target, bytes)                                                   \
-  target inline void name##Count(const BitModel& m, const Ladder& ladder, size_t start,           \
-                                 size_t classes, int32_t* out) {                                  \
-    Count<bytes>(m, ladder, start, classes, out);                                                 \
+  target inline const uint64_t* name##Bits(const BitModel& m, const Ladder& ladder,               \
+                                           size_t start) {                                        \
+    return BitsOf<bytes>(m, ladder, start);                                                       \
   }                                                                                               \
-  target inline void name##Numbers(const BitModel& m, const Ladder& ladder, size_t start,         \
-                                   size_t stride, uint8_t* numbers) {                             \
-    Numbers<bytes>(m, ladder, start, stride, numbers);                                            \
+  target inline void name##Count(const BitModel& m, const uint64_t* bits, size_t start,           \
+                                 size_t classes, int32_t* out) {                                  \
+    Count(m, bits, start, classes, out);                                                          \
+  }                                                                                               \
+  target inline void name##Numbers(const BitModel& m, const uint64_t* bits, size_t stride,        \
+                                   uint8_t* numbers) {                                            \
+    Numbers(m, bits, stride, numbers);                                                            \
   }                                                                                               \
   target inline void name##Add(const VectorsOfBits& f, const uint8_t* numbers, size_t stride,     \
                                size_t feature, size_t begin, size_t end, int32_t* out) {          \
@@ -421,24 +431,24 @@ struct BitKernels {
 QUWEIT_BIT_KERNELS(Portable, , 16)
 #if defined(__x86_64__)
 QUWEIT_BIT_KERNELS(Avx2, QUWEIT_AVX2, 32)
-QUWEIT_BIT_KERNELS(Avx512, QUWEIT_AVX512, 32)
 #endif
 #undef QUWEIT_BIT_KERNELS
 
 inline BitKernels KernelsOfBits(Level level) {
 #if defined(__x86_64__)
-  if (level == kAvx512) return {Avx512Count, Avx512Numbers, Avx512Add};
-  if (level == kAvx2) return {Avx2Count, Avx2Numbers, Avx2Add};
+  if (level != kPortable) return {Avx2Bits, Avx2Count, Avx2Numbers, Avx2Add};
 #endif
-  return {PortableCount, PortableNumbers, PortableAdd};
+  return {PortableBits, PortableCount, PortableNumbers, PortableAdd};
 }
 
 inline void CountBits(xla::ffi::ThreadPool& pool, Level level, const BitModel& m, size_t classes,
                       int32_t* out) {
   const Ladder ladder(m);
-  const auto count = KernelsOfBits(level).count;
-  InParallel(pool, (m.tokens + kBits - 1) / kBits,
-             [&, count](size_t piece) { count(m, ladder, piece * kBits, classes, out); });
+  const BitKernels kernels = KernelsOfBits(level);
+  InParallel(pool, (m.tokens + kBits - 1) / kBits, [&](size_t piece) {
+    const uint64_t* bits = kernels.bits(m, ladder, piece * kBits);
+    kernels.count(m, bits, piece * kBits, classes, out);
+  });
 }
 
 inline void AddVectorsOfBits(xla::ffi::ThreadPool& pool, Level level, const BitModel& m,
@@ -453,7 +463,8 @@ inline void AddVectorsOfBits(xla::ffi::ThreadPool& pool, Level level, const BitM
     const size_t blocks = (tokens + kBits - 1) / kBits, stride = blocks * kBits;
     uint8_t* numbers = numbers_of.Get(groups * stride);
     InParallel(pool, blocks, [&, start, stride, numbers](size_t piece) {
-      kernels.numbers(m, ladder, start + piece * kBits, stride, numbers + piece * kBits);
+      const uint64_t* bits = kernels.bits(m, ladder, start + piece * kBits);
+      kernels.numbers(m, bits, stride, numbers + piece * kBits);
     });
     // The sums of a group's vectors are made again for every part of the tokens.
     const size_t parts = std::max<size_t>(1, std::min(2 * Threads(pool) / slices, tokens / 512));
