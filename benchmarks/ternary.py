@@ -26,7 +26,8 @@ from quweit_jax.ops.kernels.native import library
 
 BEYOND_CACHES = 256 * 2**20  # bytes
 SHAPES = ((4096, 4096), (5120, 13824))
-BLOCKS = ((128, 1), (128, 768), (768, 1), (768, 256))  # width, tokens
+PARTS = ("products", "blocks")
+BLOCKS = ((128, 1), (128, 768), (768, 1), (768, 16), (768, 64), (768, 768))  # width, tokens
 
 
 def cpu_seconds(calls, rounds: int, least: float = 0.02) -> dict[str, dict[str, float]]:
@@ -151,13 +152,14 @@ def lines_of(found, baseline: str) -> list[str]:
 def main() -> None:
     parser = timing.parser(__doc__, rounds=15)
     parser.add_argument("--tokens", type=int, default=96, help="of a prefill")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     level = library.loaded().use(library.LEVELS[-1])
     lines = [f"{timing.machine()}, {jax.default_backend()}, native: {level}"]
     results: dict[str, object] = {"machine": lines[0], "rounds": args.rounds}
     print(lines[0])
     read = reading()
-    for inputs, outputs in SHAPES:
+    for inputs, outputs in SHAPES if "products" in args.parts else ():
         calls = {"read": read, **product_calls(inputs, outputs, args.tokens)}
         found = cpu_seconds(calls, args.rounds)
         bandwidth = BEYOND_CACHES / found.pop("read")["median"]
@@ -177,7 +179,7 @@ def main() -> None:
         lines += ["", title, *lines_of(found, "float32")]
         lines += [f"{name}: {value:.2f}" for name, value in facts.items()]
         print("\n".join(lines[-len(found) - len(facts) - 1 :]), flush=True)
-    for width, tokens in BLOCKS:
+    for width, tokens in BLOCKS if "blocks" in args.parts else ():
         found = cpu_seconds(block_calls(width, tokens), args.rounds)
         title = f"block of width {width}, {tokens} tokens"
         results[title] = {"seconds": found}

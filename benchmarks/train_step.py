@@ -1,29 +1,43 @@
 """One training step of nanogpt_cpu with every channel mixer, beside the dense step in PyTorch 2:
-python benchmarks/train_step.py
+taskset -c 0 python benchmarks/train_step.py
 
-All in one process, in turn, medians. PyTorch takes part if it is installed (pip install torch); its
+All in one process, in turn, medians of the process's own time and the quartiles around them.
+"lookup_glu, XLA" is that block without native code. PyTorch takes part if it is installed (pip install torch); its
 model is written here, in the usual way (fused attention, AdamW with foreach, gradient clipping),
 with the same sizes and the same batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 from pathlib import Path
 
 import jax
 import numpy as np
+import roofline
 import timing
 
 from quweit_jax import models
 from quweit_jax.config import load_file
+from quweit_jax.ops.kernels import choice
+from quweit_jax.ops.kernels.native import library
 from quweit_jax.training import optimizers, sharding, state
 
 VOCABULARY = 65
-KINDS = ("dense", "swiglu", "weightless", "lookup_glu", "bitglu", "none")
+KINDS = ("dense", "swiglu", "weightless", "lookup_glu", "lookup_glu, XLA", "bitglu", "none")
 
 
-def ours(mlp: str, batch: dict[str, np.ndarray]):
+def ours(kind: str, batch: dict[str, np.ndarray]):
     """A call that runs one step of our own train loop's compiled function to the end."""
+    mlp, _, xla = kind.partition(", ")
+    call = _ours(mlp, batch)
+    with choice.compiling_for("cpu", portable=True) if xla else contextlib.nullcontext():
+        call()  # traced; a program that could be exported has no native code
+    return call
+
+
+def _ours(mlp: str, batch: dict[str, np.ndarray]):
     experiment = Path(__file__).parents[1] / "experiments" / "configs" / "gpt_char.py"
     config = load_file(f"{experiment}:nanogpt_cpu,mlp={mlp}")
     model = models.build(config.model.to_dict(), VOCABULARY)
@@ -103,32 +117,47 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
     return call
 
 
+def _level() -> str:
+    if library.hindrance() is not None:
+        return "none"
+    with library.using(library.LEVELS[-1]) as level:
+        return level
+
+
 def main() -> None:
     parser = timing.parser(__doc__, rounds=31)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="the channel mixers")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     batch = {
         k: rng.integers(0, VOCABULARY, (12, 64)).astype(np.int32) for k in ("inputs", "targets")
     }
-    contenders = {f"jax {mlp}": ours(mlp, batch) for mlp in KINDS}
+    contenders = {f"jax {mlp}": ours(mlp, batch) for mlp in args.kinds}
     packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
     try:
         contenders["torch dense"] = torch_dense(batch)
         packages.append("torch")
     except ImportError:
         print("PyTorch is not installed: its row is left out (pip install torch).")
-    medians = timing.side_by_side(contenders, args.rounds)
+    seconds = timing.samples(contenders | roofline.contenders(), args.rounds)
+    limits = roofline.rates({k: statistics.median(seconds.pop(k)) for k in roofline.LIMITS})
+    found = timing.summary(seconds)
+    base = found["jax dense"]["median_ms"]
+    ratios = {name: of["median_ms"] / base for name, of in found.items()}
     lines = [
         "one training step of nanogpt_cpu (4 layers, width 128, 12 x 64 tokens), "
-        f"{jax.default_backend()}",
+        f"{jax.default_backend()}, native: {_level()}",
         timing.machine(packages),
-        timing.table(medians, "jax dense"),
+        timing.cores(),
+        timing.spread_table(found, "jax dense"),
+        "of the dense step's time: "
+        + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()),
+        "roofline: " + ", ".join(f"{k} {v:.1f}" for k, v in limits.items()),
     ]
-    if "torch dense" in medians:
-        ratio = medians["jax dense"] / medians["torch dense"]
-        lines.append(f"jax dense / torch dense: {ratio:.3f}")
     print("\n".join(lines))
     timing.write(args.out, lines)
+    facts = {"machine": timing.machine(packages), "native": _level(), "timed": timing.cores()}
+    timing.write_json(args.out, facts | {"contenders": found, "ratios": ratios, "roofline": limits})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ taskset -c 0 python benchmarks/weightless_block.py
 
 Blocks of the default GPT on a CPU (width 128, 896 tables of 4 inputs, 768 tokens) and of a larger
 one (width 192, 1,536 tables of 6 inputs, 4,096 tokens). The dense MLP is two float32 products, 4
-times wider inside, with a ReLU, which costs next to nothing; GPT's has a GELU. All forms of a sum give the same integers, which is checked before
-anything is timed. Shares of the roofline count the operations of the dense MLP, 16 width**2 a
+times wider inside, with a ReLU, which costs next to nothing; GPT's has a GELU. The parts are XLA's. All forms of a sum give
+the same integers, which is checked before anything is timed. Shares of the roofline count the operations of the dense MLP, 16 width**2 a
 token, and of the block's dense sum, 2 L width.
 """
 
@@ -23,12 +23,14 @@ from jax import Array
 from quweit_jax.layers.mlp import MLP
 from quweit_jax.layers.weightless import WeightlessBlock, above
 from quweit_jax.ops import packed_lut
+from quweit_jax.ops.kernels import choice
 
 BLOCKS = {
     "d 128, L 896, n 4, 768 tokens": (128, 896, 4, 768),
     "d 192, L 1536, n 6, 4096 tokens": (192, 1536, 6, 4096),
 }
 MLP_NAME, BLOCK, BEFORE = "dense MLP", "packed block", "packed block, a token at a time"
+IN_XLA = "packed block, XLA"
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -66,11 +68,14 @@ def contenders(width: int, luts: int, inputs: int, tokens: int) -> dict[str, Cal
     bits = above(x.T, packed["thresholds"])
     words = packed_lut.pack_bits(bits)
     read = packed_lut.look_up_words(words, layer["wiring"], layer["tables"])
+    with choice.compiling_for("cpu", portable=True):  # without native code
+        in_xla = compiled(lambda p, x: block.apply({"packed": p}, x), packed, x)
     made: dict[str, Callable[[], Any]] = {
         MLP_NAME: compiled(lambda x, up, down: jax.nn.relu(x @ up) @ down, x, up, down),
         "dense MLP with an exact GELU": compiled(mlp.apply, weights, x),
         BEFORE: compiled(token_at_a_time, packed, x),
         BLOCK: compiled(lambda p, x: block.apply({"packed": p}, x), packed, x),
+        IN_XLA: in_xla,
         "  comparing and packing": compiled(
             lambda x, t: packed_lut.pack_above(x.T, t), x, packed["thresholds"]
         ),
@@ -97,7 +102,8 @@ def contenders(width: int, luts: int, inputs: int, tokens: int) -> dict[str, Cal
             packed["vectors"],
         ),
     }
-    np.testing.assert_array_equal(made[BLOCK](), made[BEFORE]())
+    for name in (BLOCK, IN_XLA):
+        np.testing.assert_array_equal(made[name](), made[BEFORE]())
     sums = [made[name]() for name in made if name.startswith("  adding")]
     for other in sums[1:]:
         np.testing.assert_array_equal(sums[0], other)

@@ -20,6 +20,7 @@ from jaxtyping import AbstractArray, Float, TypeCheckError, jaxtyped
 from quweit_jax import layers, models, ops
 from quweit_jax.layers import norms
 from quweit_jax.ops import (
+    bit_models,
     delta,
     fusion,
     int64,
@@ -36,6 +37,7 @@ from quweit_jax.ops import (
     sums,
     ternary,
     ternary_fit,
+    ternary_glu,
     thermometer,
     vector_lut,
     wiring,
@@ -245,6 +247,18 @@ CALLS = {
         (ONES_INT8, WORDS_OF_5, jnp.ones(6, jnp.int16), jnp.ones((1, 4, 4), jnp.int8), WORDS_OF_5),
         {"step": 3, "num_outputs": 7},
     ),
+    "inverse_scale of weights": (ternary.inverse_scale, (WEIGHT,), {}),
+    "ternary_glu": (
+        ternary_glu.ternary_glu,
+        (X, jnp.ones((5, 6)), jnp.zeros(6), jnp.ones((1, 4, 4)), jnp.ones((3, 7))),
+        {"step": 3},
+    ),
+    "bit_sums": (
+        bit_models.bit_sums,
+        (X[0], jnp.zeros((1, 2)), [], jnp.ones((10, 3), jnp.int8)),
+        {},
+    ),
+    "bit_counts": (bit_models.bit_counts, (X[0], jnp.zeros((5, 2)), [], 5), {}),
     "packed_matmul scaled": (packed_ternary.packed_matmul, (ONES_INT8, WORDS_OF_5, X[..., :1]), {}),
     "magnitude": (int64.magnitude, (INTS,), {}),
     "multiply": (int64.multiply, (WORDS, WORDS[0]), {}),

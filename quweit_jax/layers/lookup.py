@@ -163,6 +163,11 @@ class LUTLayer(Packable):
         self.show(bits=out)
         return out
 
+    def held(self) -> tuple[Array, Array]:
+        """The packed form's wiring (L, n) and tables."""
+        wiring, tables = self.read("wiring", "tables")
+        return wiring, tables
+
     def _trained(self, bits_FT: Array) -> Array:
         check_lookup(self, "LUTLayer: ")
         init = symmetric_uniform if self.table_init == "uniform" else residual_tables

@@ -26,6 +26,7 @@ from quweit_jax.ops import packed_ternary, pair_table, ternary
 from quweit_jax.ops.counts import BYTES, FLOAT, INT, Elementwise, LayerCosts
 from quweit_jax.ops.integer import straight_through
 from quweit_jax.ops.packed_glu import packed_glu
+from quweit_jax.ops.ternary_glu import ternary_glu
 
 SUMS = ("ternary", "vector", "int8")
 groups.declare("no_decay", "gates", "offsets")
@@ -118,8 +119,17 @@ class LookupGLU(Packable):
         scale = ternary.quantize_weights(total)[1] / entries
         self._write_weights(mix, total, tables)
         self.write(offsets=shift.astype(_offset_type(width)), scale=scale, bias=bias)
-        read = self._gate(self._product(x, mix) - shift, tables, width)
-        return (self._product(read, total) * scale + bias).astype(self.dtype)
+        sums = ternary_glu(
+            x,
+            mix,
+            shift,
+            tables,
+            total,
+            step=self.step(width),
+            silu_step=None if self.train_tables else self.code_step,
+            dtype=self.dtype,
+        )
+        return (sums * scale + bias).astype(self.dtype)
 
     def _parameters(self, width: int) -> tuple[Array, Array, Array, Array]:
         """mix (d_in, 2 H), sum (H, d), offsets (2 H,) in standard deviations, bias (d,)."""
@@ -184,11 +194,6 @@ class LookupGLU(Packable):
         """x (..., I), whole numbers, times the ternary weights of a float kernel (I, O), exact."""
         weights = ternary.ternary_weights(kernel).astype(self.dtype)
         return jnp.matmul(x.astype(self.dtype), weights, preferred_element_type=jnp.float32)
-
-    def _gate(self, sums: Array, tables: Array, width: int) -> Array:
-        """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
-        codes: Array = pair_table.codes(sums, self.step(width), self.code_bits)
-        return self._entries(codes, tables)
 
     def _entries(self, codes: Array, tables: Array) -> Array:
         """Codes (..., 2 H) -> the entries that each unit's pair addresses, (..., H)."""

@@ -42,9 +42,14 @@ class Packable(nn.Module):
         """The constants of these names in the packed form."""
         return [jnp.asarray(self.get_variable("packed", name)) for name in names]
 
+    @property
+    def is_showing(self) -> bool:
+        """Whether bits are put into the collection `intermediates`."""
+        return not self.is_initializing() and self.is_mutable_collection("intermediates")
+
     def show(self, **bits: Array | Bits) -> None:
         """Puts bits, unpacked, into the collection `intermediates`, if that is mutable."""
-        if not self.is_initializing() and self.is_mutable_collection("intermediates"):
+        if self.is_showing:
             for name, value in bits.items():
                 unpacked = value.unpack() if isinstance(value, Bits) else value
                 self.sow("intermediates", name, unpacked)

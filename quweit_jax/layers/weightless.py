@@ -33,7 +33,7 @@ from quweit_jax.layers.lookup import (
     check_shared,
 )
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import packed_lut, sums, thermometer
+from quweit_jax.ops import bit_models, packed_lut, sums, thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, Elementwise, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS
 from quweit_jax.ops.packed_lut import Bits
@@ -124,8 +124,12 @@ class WeightlessBlock(Packable):
         A block from which tables were pruned has an `offset`, int32 (d,), where its sums begin.
         """
         thresholds, vectors, scale, bias = self.read("thresholds", "vectors", "scale", "bias")
-        bits = packed_lut.pack_above(x_DT, thresholds)
-        total = self._add(self._look_up_packed(bits, self._layers()), vectors, by_product=True)
+        if vectors.ndim == 2 and not self.is_showing:
+            tables = [layer.held() for layer in self._luts(self._layers())]
+            total = bit_models.bit_sums(x_DT.T, thresholds, tables, vectors, by_product=True)
+        else:
+            bits = packed_lut.pack_above(x_DT, thresholds)
+            total = self._add(self._look_up_packed(bits, self._layers()), vectors, by_product=True)
         if self.signed:  # sum (2 bit - 1) v = 2 sum bit v - sum v
             total = 2 * total - self._per_feature(vectors.astype(jnp.int32)).sum(0)
         if self.has_variable("packed", "offset"):

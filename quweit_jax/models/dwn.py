@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
 
@@ -16,7 +17,7 @@ from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.costs import Call
 from quweit_jax.layers.lookup import MAPPINGS, GroupSum, LearnableReduction, LUTLayer, check_shared
 from quweit_jax.layers.packing import Packable
-from quweit_jax.ops import packed_lut, thermometer
+from quweit_jax.ops import bit_models, packed_lut, thermometer
 from quweit_jax.ops.counts import BYTES, FLOAT, LayerCosts, packed_bits
 from quweit_jax.ops.lut import DECAYS, MAX_LUT_INPUTS
 from quweit_jax.ops.packed_lut import Bits
@@ -98,6 +99,10 @@ class DWN(Packable):
         c = self.config
         features = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
         thresholds = self._thresholds(features)
+        if self.is_packed and self._has_equal_groups():
+            tables = [layer.held() for layer in self._luts()]
+            counts = bit_models.bit_counts(features, thresholds, tables, c.num_classes)
+            return counts.astype(jnp.float32) / c.tau
         if self.is_packed:
             bits = self._look_up_packed(features.T, thresholds).unpack().T
         else:
@@ -108,6 +113,13 @@ class DWN(Packable):
         if c.reduction == "group_sum":
             return GroupSum(c.num_classes, c.tau, name="reduction")(bits)
         return LearnableReduction(c.num_classes, c.lut_inputs, 1.0 / c.tau, name="reduction")(bits)
+
+    def _has_equal_groups(self) -> bool:
+        """Whether nothing but its classes' bits are counted: a reduction from which tables were
+        pruned has vectors, and bits that are shown are needed themselves.
+        """
+        pruned = self.variables.get("packed", {}).get("reduction")
+        return self.config.reduction == "group_sum" and not pruned and not self.is_showing
 
     def _look_up_packed(self, features_FB: Array, thresholds: Array) -> Bits:
         """Packed layers, between which bits stay packed: features (F, B) -> bits (L, B)."""

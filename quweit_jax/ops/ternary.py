@@ -45,8 +45,16 @@ def quantize_weights(weight: Float[Array, "I O"]) -> tuple[Int8[Array, "I O"], F
     1 (I, O), scale () float32 = mean|weight|). No gradient.
     """
     weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
-    inverse = 1 / jnp.maximum(jnp.abs(weight).mean() if weight.size else jnp.float32(0), _SMALLEST)
+    inverse = inverse_scale(weight)
     return jnp.clip(jnp.round(weight * inverse), -1, 1).astype(jnp.int8), 1 / inverse
+
+
+def inverse_scale(weight: Float[Array, "I O"]) -> Float32[Array, ""]:
+    """What `quantize_weights` multiplies weights with before it rounds them: 1 / mean|weight|. No
+    gradient.
+    """
+    weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
+    return 1 / jnp.maximum(jnp.abs(weight).mean() if weight.size else jnp.float32(0), _SMALLEST)
 
 
 def to_bytes(weights: Int8[Array, "I O"]) -> UInt8[Array, "I//4 O"]:

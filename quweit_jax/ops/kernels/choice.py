@@ -120,6 +120,21 @@ def native(hindrance: Hindrance) -> Hindrance:
     return checked
 
 
+def undivided(hindrance: Hindrance) -> Hindrance:
+    """The hindrance of native code in programs for several devices: what `hindrance` says, and
+    that the compiler cannot divide it.
+    """
+
+    def checked(at: str) -> str | None:
+        told = _division.value
+        alone = told.mesh.size == 1 if told else jax.device_count() == 1
+        if not alone and not _inside_shard_map():
+            return "cannot be divided over devices by the compiler (call it inside jax.shard_map)"
+        return hindrance(at)
+
+    return checked
+
+
 def kernels_for(*platforms: str) -> Hindrance:
     """The hindrance of Pallas kernels for some platforms: others, and several devices between which
     nothing says how to divide them.

@@ -1,4 +1,4 @@
-"""The native functions, as JAX calls them: exact sums of whole numbers, without gradients.
+"""The native functions, as JAX calls them: none of them has a gradient of its own.
 
 They may be traced, compiled, mapped (`jax.vmap`), scanned and used inside `jax.shard_map`, where
 each device computes with what it has. More tokens by `vmap` are more tokens of one call; mapped
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
-from jaxtyping import Int8, Int32, UInt8, UInt32
+from jaxtyping import Float32, Int8, Int32, UInt8, UInt16, UInt32
 
 from quweit_jax.ops.kernels.native.library import loaded
 
@@ -55,6 +55,99 @@ def vector_sums(
 ) -> Int32[Array, "T d"]:
     """`sum_l vectors[l, addresses[t, l]]`; addresses below A."""
     return _by_tokens("vectors", vectors.shape[2])(addresses, vectors)
+
+
+def ternary_digits(
+    weights: Float32[Array, "I O"], inverse: Float32[Array, ""]
+) -> tuple[UInt16[Array, "rows O 4"], UInt16[Array, "transposed_rows I 4"]]:
+    """The ternary weights round(weights * inverse), at most 1, as `glu_forward` takes them; and
+    those of the transposed matrix.
+    """
+    inputs, outputs = weights.shape
+    shapes = ((-(-inputs // 16), outputs, 4), (-(-outputs // 16), inputs, 4))
+    made = _call("digits", [jax.ShapeDtypeStruct(shape, jnp.uint16) for shape in shapes])
+    return tuple(made(weights, inverse))
+
+
+def glu_forward(
+    x: Float32[Array, "T I"],
+    mix: UInt16[Array, "mix_rows two_H 4"],
+    offsets: Int32[Array, " two_H"],
+    tables: Int8[Array, "G C C"],
+    total: UInt16[Array, "total_rows O 4"],
+    step: int,
+) -> tuple[Float32[Array, "T O"], UInt16[Array, "blocks H 16"], Int8[Array, "blocks H 16"]]:
+    """`glu_sums` of whole numbers and of weights in `ternary_digits`: the sums, the addresses that
+    `glu_backward` takes, and the entries that were read; token t is number t % 16 of block t // 16.
+    """
+    units, tokens = offsets.shape[0] // 2, x.shape[0]
+    kept = (-(-tokens // 16), units, 16)
+    out = [
+        jax.ShapeDtypeStruct((tokens, total.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct(kept, jnp.uint16),
+        jax.ShapeDtypeStruct(kept, jnp.int8),
+    ]
+    return tuple(_call("glu_forward", out)(x, mix, offsets, tables, total, step=np.int32(step)))
+
+
+def glu_backward(
+    gradient: Float32[Array, "T O"],
+    x: Float32[Array, "T I"],
+    addresses: UInt16[Array, "blocks H 16"],
+    read: Int8[Array, "blocks H 16"],
+    slopes: Float32[Array, "G addresses 2"],
+    total: UInt16[Array, "total_rows H 4"],
+    mix: UInt16[Array, "mix_rows I 4"],
+    scales: Float32[Array, " 2"],
+    *,
+    to_entries: bool,
+) -> tuple[Float32[Array, "..."], ...]:
+    """The gradients to x (T, I), to mix (I, 2 H), to the offsets (2 H,), to total (H, O) and, if
+    asked for, to the entries that were read, (blocks, H, 16).
+
+    Args:
+      slopes: along the first and the second sum, by addresses: the number of an entry, plus C * C
+        where the first sum is inside its codes' range, plus 2 C * C where the second one is. total, mix: transposed. scales: that
+        the gradients to mix and total are multiplied with.
+    """
+    (tokens, inputs), units = x.shape, addresses.shape[1]
+    shapes = (
+        (tokens, inputs),
+        (inputs, 2 * units),
+        (2 * units,),
+        (units, gradient.shape[1]),
+        addresses.shape if to_entries else (0, 0, 0),
+    )
+    out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arguments = gradient, x, addresses, read, slopes, total, mix, scales
+    return tuple(_call("glu_backward", out)(*arguments))
+
+
+def bit_sums(
+    x: Float32[Array, "T D"],
+    thresholds: Float32[Array, "#D z"],
+    vectors: Int8[Array, "L d"],
+    layers: Sequence[Array],
+) -> Int32[Array, "T d"]:
+    """See `ops.bit_models.bit_sums`; layers: wiring, int32, and tables, in turn."""
+    out = jax.ShapeDtypeStruct((x.shape[0], vectors.shape[1]), jnp.int32)
+    return _call("bit_sums", [out])(x, thresholds, vectors, *layers)[0]
+
+
+def bit_counts(
+    x: Float32[Array, "T D"],
+    thresholds: Float32[Array, "#D z"],
+    layers: Sequence[Array],
+    num_classes: int,
+) -> Int32[Array, "T classes"]:
+    """See `ops.bit_models.bit_counts`; layers as of `bit_sums`."""
+    out = jax.ShapeDtypeStruct((x.shape[0], num_classes), jnp.int32)
+    return _call("bit_counts", [out])(x, thresholds, *layers)[0]
+
+
+def _call(handler: str, out: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., Sequence[Array]]:
+    """A handler as a function of arrays; mapped, it is one call after another."""
+    return jax.ffi.ffi_call(loaded().target(handler), out, vmap_method="sequential")
 
 
 @functools.cache

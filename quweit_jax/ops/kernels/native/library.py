@@ -23,7 +23,16 @@ from quweit_jax.errors import InputError
 from quweit_jax.ops.kernels.native import build
 
 LEVELS = ("portable", "avx2", "avx512")
-HANDLERS = ("ternary", "glu", "vectors")
+HANDLERS = (
+    "ternary",
+    "glu",
+    "vectors",
+    "digits",
+    "glu_forward",
+    "glu_backward",
+    "bit_sums",
+    "bit_counts",
+)
 VARIABLE = "QUWEIT_NATIVE"
 _OFF, _ON = ("0", "off", "false", "no"), ("", "1", "on", "true", "yes")
 _log = logging.getLogger(__name__)
