@@ -1,6 +1,6 @@
 """Tokens a second of one prompt and of several together, as `generate` makes them.
 
-    python -m benchmarks.generation --model=shakespeare-lookup --out=benchmarks/results/generation.txt
+    python -m benchmarks.generation --out=benchmarks/results/generation.txt
 
 Each is continued in turn, a piece of some tokens at a time, in one process.
 """
@@ -32,9 +32,9 @@ def piece(variables: dict, found: folders.Found, prompts: int, tokens: int) -> C
 
 
 def main() -> None:
-    parser = timing.parser(__doc__, rounds=21)
+    parser = timing.parser(__doc__, rounds=11)
     parser.add_argument("--model", default="shakespeare-lookup")
-    parser.add_argument("--prompts", default="1,2,4,8,16")
+    parser.add_argument("--prompts", default="1,8")
     parser.add_argument("--tokens", type=int, default=20, help="of a piece")
     args = parser.parse_args()
     found = folders.find(args.model)

@@ -269,17 +269,14 @@ def _read_data(found: Found, config: Config, overrides: Mapping[str, str], outpu
 
 def _data_of(found: Found) -> dict[str, Any]:
     """What is known of how a model's data are read, as keys of `config.data`."""
-    from quweit_jax.costs.count import IMAGES
-
     about = found.about
     if isinstance(own := about.get("data_config"), dict):
         return own
-    name, given = about.get("data"), {}
+    given: dict[str, Any] = {}
+    name = about.get("data")
     if name:
         own_source = name in ("digits", "python_stdlib")
         given = {"source": name} if own_source else {"source": "tfds", "name": name}
-        if name in IMAGES and IMAGES[name][2]:
-            given["image_size"] = 0
     if found.published and "pixels" in about:
         given |= {"image_size": about["input_shape"][1], "to_rgb": about["input_shape"][3] == 3}
         given |= {"crop_fraction": about.get("crop_fraction", 1.0)}

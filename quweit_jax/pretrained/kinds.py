@@ -22,9 +22,9 @@ KINDS: dict[str, Callable[[Path], Opened]] = {
 }
 # Hugging Face's model_type; and options that say so in a config.json without one.
 _TYPES = {
-    "gpt2": "gpt2",
+    "gpt2": "nanogpt",
     "hgrn_bit": "matmulfree",
-    **dict.fromkeys(("llama", "mistral", "qwen2", "bitnet"), "llama"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "bitnet"), "transformer_pp"),
     "vit": "vit",
     "deit": "vit",  # which says what is the matter with it
 }

@@ -113,7 +113,7 @@ def _thresholds(layers: Sequence[LayerInsight], name: str) -> Picture:
     for i, layer in enumerate(layers):
         mean = layer.influence.reshape(-1, layer.thresholds).mean(0)
         label, places = figures.shortened(layer.name, 22), np.arange(1, layer.thresholds + 1)
-        axes.plot(places, mean, markersize=5, label=label, **figures.series_style(i))
+        axes.plot(places, mean, markersize=5, label=label, **looks.style("", i))
         said.append(f"{layer.name}: " + ", ".join(f"{v:.2f}" for v in mean))
     axes.set(xlabel="threshold, from the lowest", ylabel="influence of its bits")
     axes.set_ylim(bottom=0)

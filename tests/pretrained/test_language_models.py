@@ -234,7 +234,7 @@ def test_options_that_may_be_left_out(tmp_path):
     with pytest.raises(
         InputError, match=r"gate_proj\.weight: expected shape \[1536, 24\], found \[512, 24\]"
     ):
-        matmulfree.load(tmp_path)
+        matmulfree.opened(tmp_path).read()
     kind = "transformer_pp"
     changes = {
         "rope_parameters": None,
