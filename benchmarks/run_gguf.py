@@ -96,7 +96,8 @@ def main() -> None:
             print(f"  spells {len(start)} characters as ours: {theirs.spell(start) == spelled}")
             found = theirs.greedy(prompt, GREEDY)
             same = next((i for i, (a, b) in enumerate(zip(found, ours)) if a != b), len(found))
-            print(f"  greedy tokens equal to ours: {same} of {len(ours)}", flush=True)
+            distinct = f"{len(set(ours))} different ones among them"
+            print(f"  greedy tokens equal to ours: {same} of {len(ours)}, {distinct}", flush=True)
             apart, agreed, count = [], 0, 0
             for end in range(1, len(tokens) + 1):
                 seen = tokens[max(0, end - context) : end]

@@ -45,8 +45,9 @@ def _projection(
     if attention.linear == "ternary":
         own_norm = getattr(attention, "own_norms", True)
         return BitLinear(features, init, dtype=dtype, use_norm=own_norm, name=name)
-    if name == "proj" and getattr(attention, "output_bias", None) is not None:
-        use_bias = attention.output_bias  # type: ignore[union-attr]
+    output_bias: bool | None = getattr(attention, "output_bias", None)
+    if name == "proj" and output_bias is not None:
+        use_bias = output_bias
     return nn.Dense(features, use_bias, dtype, kernel_init=init, name=name)
 
 

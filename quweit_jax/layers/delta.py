@@ -161,21 +161,23 @@ class GatedDelta(nn.Module):
         if valid is not None:  # padding leaves the state as it is
             log_gate, rate = (jnp.where(valid[..., None], p, 0) for p in (log_gate, rate))
         given = (q, k, v, log_gate, rate)
-        read = self._decode(*given) if decode else self._all(given, None)[0]
+        read = self._decode(given) if decode else self._all(given, None)[0]
         read = RMSNorm(self.epsilon, name="read_norm")(read).reshape(batch, tokens, heads * head)
         gate = linear("gate", heads * head, self.kernel_init)(x).astype(jnp.float32)
         gated = (read * jax.nn.silu(gate)).astype(self.dtype)
         return linear("proj", width, self.output_init)(gated)
 
     def _all(self, given: tuple[Array, ...], state: Array | None) -> tuple[Array, Array]:
-        return gated_delta(*given, state, implementation=self.implementation)
+        q, k, v, log_gate, rate = given
+        return gated_delta(q, k, v, log_gate, rate, state, implementation=self.implementation)
 
-    def _decode(self, *given: Array) -> Array:
+    def _decode(self, given: tuple[Array, ...]) -> Array:
         batch, tokens, heads, head = given[0].shape
         shape = (batch, heads, head, head)
         state = self.variable("cache", "state", jnp.zeros, shape, jnp.float32)
         if tokens == 1:
-            one, final = gated_delta_step(*(x[:, 0] for x in given), state.value)
+            q, k, v, log_gate, rate = (x[:, 0] for x in given)
+            one, final = gated_delta_step(q, k, v, log_gate, rate, state.value)
             read = one[:, None]
         else:
             read, final = self._all(given, state.value)

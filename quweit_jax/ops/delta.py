@@ -71,12 +71,12 @@ def gated_delta(
         state = initial_state.astype(exact)
     if not jax.export.is_symbolic_dim(steps) and steps == 0:
         return v, state
-    given = [x.astype(exact) for x in (q, k, v, log_gate, rate)]
+    q, k, wide, log_gate, rate = (x.astype(exact) for x in (q, k, v, log_gate, rate))
     short = not jax.export.is_symbolic_dim(steps) and steps <= 16
     if implementation == "sequential" or (implementation == "auto" and short):
-        read, state = _sequential(*given, state)
+        read, state = _sequential(q, k, wide, log_gate, rate, state)
     else:
-        read, state = _chunked(*given, state, chunk)
+        read, state = _chunked(q, k, wide, log_gate, rate, state, chunk)
     return read.astype(v.dtype), state
 
 
@@ -117,7 +117,8 @@ def _sequential(
     q: Array, k: Array, v: Array, log_gate: Array, rate: Array, state: Array
 ) -> tuple[Array, Array]:
     def step(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
-        read, state = gated_delta_step(*now, state)
+        q, k, v, log_gate, rate = now
+        read, state = gated_delta_step(q, k, v, log_gate, rate, state)
         return state, read
 
     inputs = tuple(x.swapaxes(0, 1) for x in (q, k, v, log_gate, rate))
