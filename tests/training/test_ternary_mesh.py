@@ -88,17 +88,19 @@ def gathered(setup):
 def test_a_step_gathers_ternary_matrices_at_two_bits(config_of):
     """In bfloat16 each of them would be two bytes a weight, eight times as much."""
     setup = assemble(config_of(DEEP | {"mesh.fsdp": 8}))
-    kernels = [
-        leaf.shape[-2:]
+    kernels = {
+        jax.tree_util.keystr(path): leaf.shape[-2:]
         for path, leaf in jax.tree_util.tree_leaves_with_path(setup.abstract_state().params)
-        if "blocks" in str(path) and "kernel" in str(path)
-    ]
-    packed = [shape for kind, shape in gathered(setup) if kind == "u8"]
-    assert {(4 * rows, columns) for rows, columns in packed} == set(kernels)
+        if "kernel" in str(path)
+    }
+    received = gathered(setup)
+    packed = {(4 * shape[0], shape[1]) for kind, shape in received if kind == "u8"}
+    assert packed == set(kernels.values()) and len(packed) >= 4
+    inner = {shape for name, shape in kernels.items() if "blocks" in name}
     wide = [
         (kind, shape)
-        for kind, shape in gathered(setup)
-        if kind != "u8" and {shape[-2:], shape[-2:][::-1]} & set(kernels)
+        for kind, shape in received
+        if kind != "u8" and {shape[-2:], shape[-2:][::-1]} & inner
     ]
     assert not wide, "the same matrices in another type, in one of the passes"
     whole = assemble(config_of(DEEP | {"mesh.fsdp": 8, "mesh.pack_ternary": False}))
