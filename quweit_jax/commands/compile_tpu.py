@@ -19,6 +19,11 @@ _ADVICE = (
     "--config.model.remat=true, --config.model.scan_layers=true, a smaller --config.batch_size or "
     "larger --config.grad_accum, --config.mesh.data=1 --config.mesh.fsdp=-1, or more chips"
 )
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+}
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")
 
 
@@ -49,7 +54,9 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(parser, argv)
     if not args.step and not args.decode:
         raise InputError("--no-step: nothing is left to compile; add --decode.")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # What is at hand is neither asked nor taken; JAX, which reads these, is not imported yet.
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     config = cli.load_config(args.config, overrides)
     facts: dict[str, object] = {}
     if args.step:
