@@ -118,12 +118,18 @@ def table(rows: dict[str, dict[str, Any]], machine: str) -> str:
         more = "".join(f", {part.removeprefix('--config.')}" for part in row["more"])
         cells = [f"`{row['config']}`{more}", row["topology"], fits]
         sizes = ("argument", "temporary", *COLLECTIVES)
-        cells += [_giga(row.get(f"{kind}_bytes_per_chip"), row.get("fits")) for kind in sizes]
+        known = {"argument", "temporary"} if "collectives_and_estimate" in row else {*sizes}
+        cells += [
+            _giga(row.get(f"{kind}_bytes_per_chip"), row.get("fits") and kind in known)
+            for kind in sizes
+        ]
         cells += [f"{row['flops_per_chip'] / 1e12:,.2f}" if row.get("fits") else ""]
         estimate, share = row.get("estimated_seconds"), row.get("share_of_peak")
         cells += [f"{estimate:.3f}" if estimate else "", f"{100 * share:.1f} %" if share else ""]
         cells += [f"{row['process_cpu_seconds']:,}"]
         lines.append("| " + " | ".join(cells) + " |")
+        if reason := row.get("collectives_and_estimate"):
+            notes += ["", f"`{name_of(size)}`: collectives and estimate are {reason}."]
         if row.get("error"):
             notes += ["", f"`{name_of(size)}`: {row['error'].removeprefix('error: ')}"]
     return "\n".join([*lines, *notes, "", *_ratios(rows)]).strip() + "\n"

@@ -12,7 +12,7 @@ import numpy as np
 
 from quweit_jax.commands import cli
 from quweit_jax.config import Config
-from quweit_jax.errors import InputError, RunError
+from quweit_jax.errors import InputError, RunError, first_line
 
 _NO_ROOM = re.compile(r"\(([\d.]+[KMG]?)\) exceeds available HBM \(([\d.]+[KMG]?)\)")
 _ADVICE = (
@@ -192,11 +192,16 @@ def _compiled(
         if not (found := _NO_ROOM.search(str(error))):
             raise
         raise no_room(f"{found[1]} of temporaries", found[2]) from None
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    text, unread = "", ""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # of a compiler that is newer than JAX
+        unread = first_line(error, 160)
+    memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if gpu is not None and held > gpu.memory:  # XLA compiles for GPUs whatever they hold
         raise no_room(f"{held / 1e9:.2f}G", f"{gpu.memory / 1e9:.2f}G")
-    program = reading.read_program(text)
+    program = reading.read_program(text) if text else reading.Program(0, {})
     operations = reading.flops(traced.jaxpr) / len(devices)
     facts: dict[str, object] = {
         "compile_seconds": round(time.monotonic() - since),
@@ -205,6 +210,8 @@ def _compiled(
         "code_bytes": memory.generated_code_size_in_bytes,
         "flops_per_chip": operations,
     }
+    if unread:
+        facts["collectives_and_estimate"] = f"not known: JAX cannot read the program ({unread})"
     for kind, size in program.collectives.items():
         facts[f"{kind.replace('-', '_')}_bytes_per_chip"] = size
     if kernels := sum(text.count(f'custom_call_target="{name}"') for name in _KERNELS):
