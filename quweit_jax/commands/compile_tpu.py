@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quweit_jax.commands import cli
 from quweit_jax.config import Config
-from quweit_jax.errors import InputError, RunError, first_line
+from quweit_jax.errors import InputError, RunError
 
 _NO_ROOM = re.compile(r"\(([\d.]+[KMG]?)\) exceeds available HBM \(([\d.]+[KMG]?)\)")
 _ADVICE = (
@@ -187,16 +189,11 @@ def _compiled(
         )
 
     try:
-        compiled = lowered.compile()
+        compiled, text = _with_text(lowered, dumps=gpu is None)
     except jax.errors.JaxRuntimeError as error:
         if not (found := _NO_ROOM.search(str(error))):
             raise
         raise no_room(f"{found[1]} of temporaries", found[2]) from None
-    text, unread = "", ""
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # of a compiler that is newer than JAX
-        unread = first_line(error, 160)
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if gpu is not None and held > gpu.memory:  # XLA compiles for GPUs whatever they hold
@@ -210,8 +207,8 @@ def _compiled(
         "code_bytes": memory.generated_code_size_in_bytes,
         "flops_per_chip": operations,
     }
-    if unread:
-        facts["collectives_and_estimate"] = f"not known: JAX cannot read the program ({unread})"
+    if not text:
+        facts["collectives_and_estimate"] = "not known: JAX cannot read the compiled program"
     for kind, size in program.collectives.items():
         facts[f"{kind.replace('-', '_')}_bytes_per_chip"] = size
     if kernels := sum(text.count(f'custom_call_target="{name}"') for name in _KERNELS):
@@ -225,6 +222,24 @@ def _compiled(
             "share_of_peak": operations / seconds / chip.peak,
         }
     return facts
+
+
+def _with_text(lowered: Any, *, dumps: bool) -> tuple[Any, str]:
+    """A compiled program and its text: JAX's, or where JAX doesn't know all that the compiler writes
+    the compiler's own; '' without either.
+
+    dumps: whether the compiler writes its own.
+    """
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if dumps else None
+        compiled = lowered.compile(compiler_options=options)
+        try:
+            return compiled, compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            written = [path.read_text() for path in Path(folder).rglob("*.after_codegen.txt")]
+            return compiled, max(written, key=len, default="")
 
 
 def _data(config: Config, outputs: int | None) -> Any:
