@@ -26,8 +26,6 @@ import timing
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "tpu_sizes.json"
-READING = RESULTS.with_name("reading.json")
-CONTEXT = 2048  # tokens of a text of the published sizes
 CHAR = "gpt_char.py:nanogpt,mlp={}"
 VIT = "vit_cifar.py:paper,mlp={}"
 UNSCANNED = ("--config.model.scan_layers=false",)
@@ -120,15 +118,21 @@ def table(rows: dict[str, dict[str, Any]], machine: str) -> str:
         more = "".join(f", {part.removeprefix('--config.')}" for part in row["more"])
         cells = [f"`{row['config']}`{more}", row["topology"], fits]
         sizes = ("argument", "temporary", *COLLECTIVES)
-        cells += [_giga(row.get(f"{kind}_bytes_per_chip"), row.get("fits")) for kind in sizes]
+        known = {"argument", "temporary"} if "collectives_and_estimate" in row else {*sizes}
+        cells += [
+            _giga(row.get(f"{kind}_bytes_per_chip"), row.get("fits") and kind in known)
+            for kind in sizes
+        ]
         cells += [f"{row['flops_per_chip'] / 1e12:,.2f}" if row.get("fits") else ""]
         estimate, share = row.get("estimated_seconds"), row.get("share_of_peak")
         cells += [f"{estimate:.3f}" if estimate else "", f"{100 * share:.1f} %" if share else ""]
         cells += [f"{row['process_cpu_seconds']:,}"]
         lines.append("| " + " | ".join(cells) + " |")
+        if reason := row.get("collectives_and_estimate"):
+            notes += ["", f"`{name_of(size)}`: collectives and estimate are {reason}."]
         if row.get("error"):
             notes += ["", f"`{name_of(size)}`: {row['error'].removeprefix('error: ')}"]
-    return "\n".join([*lines, *notes, "", *_ratios(rows), "", *_input(rows)]).strip() + "\n"
+    return "\n".join([*lines, *notes, "", *_ratios(rows)]).strip() + "\n"
 
 
 def _giga(size: int | None, fits: bool | None) -> str:
@@ -149,37 +153,6 @@ def _ratios(rows: dict[str, dict[str, Any]]) -> list[str]:
             "unscanned time."
         )
     return lines
-
-
-def _input(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """What a host has to read for the published sizes, and what one core does read."""
-    measured = json.loads(READING.read_text())["rows"]
-    rates = [row["cpu"] for row in measured if row["tokenizer"] == "bpe"]
-    lines = [
-        "Tokens a second that a host of 4 chips has to read at the estimate, which nothing can be "
-        f"faster than; one core reads {min(rates):,.0f} to {max(rates):,.0f} with a trained "
-        "tokenizer, by kind of file (`reading.txt`, `cpu`):",
-        "",
-        "| config | topology | hosts | tokens/s a host | twice that, cores |",
-        "|---|---|---:|---:|---:|",
-    ]
-    begun = len(lines)
-    for size in SIZES:
-        row = rows.get(name_of(size), {})
-        if (
-            size[2]
-            or not row.get("estimated_seconds")
-            or "nanogpt" in size[0]
-            or size[0].startswith("vit")
-        ):
-            continue
-        hosts = row.get("hosts", row["chips"] // 4)
-        needed = row["batch_size"] * CONTEXT / row["estimated_seconds"] / hosts
-        lines.append(
-            f"| `{size[0]}` | {size[1]} | {hosts} | {needed:,.0f} | "
-            f"{2 * needed / max(rates):.2f} to {2 * needed / min(rates):.2f} |"
-        )
-    return lines if len(lines) > begun else []
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class LoneCheckpointer:
     the steps of those that stay.
     """
 
-    def __init__(self, directory: Path, keeps: Callable[[], Collection[int]]):
+    def __init__(self, directory: Path, keeps: Callable[[], Collection[int | None]]):
         self._directory, self._keeps = directory, keeps
 
     def save_checkpointables_async(

@@ -4,7 +4,6 @@ for CUDA."""
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -123,7 +122,8 @@ def gpu_of(topology: str) -> Gpu | None:
 
 def devices_of(topology: str) -> Sequence[Any]:
     """The devices of TPUs such as 'v5e:4x4', or of GPUs: 'h100:8', 'h100:2x8' on two hosts. They
-    can be compiled for, and nothing else.
+    can be compiled for, and nothing else. Without a GPU at hand JAX knows its plugin for CUDA only
+    where JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 was set before it first asked for devices.
 
     Raises:
       InputError: libtpu or JAX's plugin for CUDA isn't there, or knows no such topology.
@@ -138,8 +138,6 @@ def devices_of(topology: str) -> Sequence[Any]:
         assert found is not None
         shape = f"1x{found[2] or 1}x{found[3]}"
         options = {"topology_name": "", "target_config": gpu.described(), "topology": shape}
-        # Whether a GPU could run what is compiled doesn't matter here.
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     platform = "tpu" if gpu is None else "cuda"
     try:
         return topologies.get_topology_desc(platform=platform, **options).devices

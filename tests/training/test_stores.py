@@ -120,6 +120,7 @@ def test_a_run_lives_in_a_store(memory, tiny_arguments, tmp_path, capsys):
     assert generate.main([f"--model={folder}", "--max_tokens=2", "--prompt=a"]) == 0
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_data_live_in_a_store(memory, tiny_arguments, tmp_path, monkeypatch):
     """A text and a folder of documents; what is brought again is known as the same data."""
     text = "".join(f"{i} and so on\n" for i in range(400))
@@ -267,6 +268,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_several_hosts_need_no_folder_that_all_reach(tiny_config, tiny_arguments, tmp_path):
     """Two processes with folders of their own and one store, parameters divided over both; others,
     whose folders are empty, go on where they ended.

@@ -1,18 +1,14 @@
-"""A model of ternary matrices on eight devices: the same losses however it is compiled, and weights
-that travel at two bits.
-"""
+"""A model of ternary matrices on eight devices, whose weights travel at two bits."""
 
 from __future__ import annotations
 
 import re
 
 import jax
-import numpy as np
 import pytest
 
 from quweit_jax.config import set_value
 from quweit_jax.models.registry import defaults
-from quweit_jax.training import loop, metrics
 from quweit_jax.training.defaults import base_config
 from quweit_jax.training.setup import assemble
 
@@ -52,31 +48,6 @@ def config_of(tiny_text):
     return make
 
 
-def losses(config, workdir):
-    loop.fit(config, workdir)
-    return np.asarray(metrics.curve(metrics.read_rows(workdir / "metrics.jsonl"), "train")[1])
-
-
-@pytest.fixture(scope="module")
-def plain(config_of, tmp_path_factory):
-    found = losses(config_of({}), tmp_path_factory.mktemp("ternary") / "one")
-    assert found.shape == (20,) and found[-1] < found[0] - 0.1
-    return found
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        DEEP | {"mesh.fsdp": 8},
-        DEEP | {"mesh.data": 2, "mesh.fsdp": 4, "mesh.pack_ternary": False},
-        {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.remat": True},
-    ],
-    ids=["packed", "not packed", "tensor"],
-)
-def test_twenty_steps_are_those_of_one_device(changes, config_of, plain, tmp_path):
-    np.testing.assert_allclose(losses(config_of(changes), tmp_path / "run"), plain, atol=1e-4)
-
-
 def gathered(setup):
     """[(dtype, shape)] of what the compiled step's devices gather from all others."""
     state = setup.abstract_state()
@@ -88,17 +59,19 @@ def gathered(setup):
 def test_a_step_gathers_ternary_matrices_at_two_bits(config_of):
     """In bfloat16 each of them would be two bytes a weight, eight times as much."""
     setup = assemble(config_of(DEEP | {"mesh.fsdp": 8}))
-    kernels = [
-        leaf.shape[-2:]
+    kernels = {
+        jax.tree_util.keystr(path): leaf.shape[-2:]
         for path, leaf in jax.tree_util.tree_leaves_with_path(setup.abstract_state().params)
-        if "blocks" in str(path) and "kernel" in str(path)
-    ]
-    packed = [shape for kind, shape in gathered(setup) if kind == "u8"]
-    assert {(4 * rows, columns) for rows, columns in packed} == set(kernels)
+        if "kernel" in str(path)
+    }
+    received = gathered(setup)
+    packed = {(4 * shape[0], shape[1]) for kind, shape in received if kind == "u8"}
+    assert packed == set(kernels.values()) and len(packed) >= 4
+    inner = {shape for name, shape in kernels.items() if "blocks" in name}
     wide = [
         (kind, shape)
-        for kind, shape in gathered(setup)
-        if kind != "u8" and {shape[-2:], shape[-2:][::-1]} & set(kernels)
+        for kind, shape in received
+        if kind != "u8" and {shape[-2:], shape[-2:][::-1]} & inner
     ]
     assert not wide, "the same matrices in another type, in one of the passes"
     whole = assemble(config_of(DEEP | {"mesh.fsdp": 8, "mesh.pack_ternary": False}))
