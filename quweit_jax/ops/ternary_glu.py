@@ -70,7 +70,7 @@ def ternary_glu(
         return _product(read, total, dtype)
     lead = x.shape[:-1]
     flat = x.reshape(math.prod(lead), x.shape[-1]).astype(jnp.float32)
-    arguments = _varying_alike(flat, mix, shift, tables, total)
+    arguments = calls.varying_alike(flat, mix, shift, tables, total)
     out: Array = _native(*arguments, step, silu_step is None)
     return out.reshape(*lead, total.shape[1])
 
@@ -110,18 +110,6 @@ def _read(sums: Array, tables: Array, step: int, code_bits: int, silu_step: floa
     if silu_step is None:
         return pair_table.pair_lookup(first, second, tables)
     return pair_table.gated(first, second, code_bits, silu_step)
-
-
-def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `jax.shard_map`, what is the same on all devices becomes each one's own, so that the
-    gradients to it are added up.
-    """
-    names = [getattr(jax.typeof(a), "vma", frozenset()) for a in arrays]
-    every = frozenset().union(*names)
-    return tuple(
-        jax.lax.pcast(a, tuple(every - own), to="varying") if every - own else a
-        for a, own in zip(arrays, names)
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
