@@ -148,7 +148,10 @@ def _backward(step: int, trained: bool, kept, gradient: Array):
         jnp.stack(inverses),
         to_entries=trained,
     )
-    to_tables = _to_tables(addresses, to_read, tables) if trained else jnp.zeros_like(tables)
+    if trained:
+        to_tables = _to_tables(addresses, to_read, tables)
+    else:
+        to_tables, _ = calls.varying_alike(jnp.zeros_like(tables), x)
     to_mix, to_shift, to_total = [g.astype(a.dtype) for g, a in zip(to_weights, like)]
     return to_x, to_mix, to_shift, to_tables, to_total
 
