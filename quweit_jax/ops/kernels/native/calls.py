@@ -155,7 +155,9 @@ def varying_alike(*arrays: Array) -> tuple[Array, ...]:
 
 def _varies(array: Array) -> frozenset[str]:
     """The axes of the mesh along which an array is not the same."""
-    return getattr(jax.typeof(array), "vma", frozenset())
+    of = jax.typeof(array)
+    of_mesh = getattr(of, "mat", None)  # jax 0.10's name
+    return frozenset(getattr(of, "vma", ()) if of_mesh is None else of_mesh.varying)
 
 
 def _varying(array: Array, axes: frozenset[str]) -> Array:
