@@ -70,7 +70,7 @@ def ternary_glu(
         return _product(read, total, dtype)
     lead = x.shape[:-1]
     flat = x.reshape(math.prod(lead), x.shape[-1]).astype(jnp.float32)
-    arguments = _varying_alike(flat, mix, shift, tables, total)
+    arguments = calls.varying_alike(flat, mix, shift, tables, total)
     out: Array = _native(*arguments, step, silu_step is None)
     return out.reshape(*lead, total.shape[1])
 
@@ -112,18 +112,6 @@ def _read(sums: Array, tables: Array, step: int, code_bits: int, silu_step: floa
     return pair_table.gated(first, second, code_bits, silu_step)
 
 
-def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `jax.shard_map`, what is the same on all devices becomes each one's own, so that the
-    gradients to it are added up.
-    """
-    names = [getattr(jax.typeof(a), "vma", frozenset()) for a in arrays]
-    every = frozenset().union(*names)
-    return tuple(
-        jax.lax.pcast(a, tuple(every - own), to="varying") if every - own else a
-        for a, own in zip(arrays, names)
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _native(
     x: Array, mix: Array, shift: Array, tables: Array, total: Array, step: int, trained: bool
@@ -160,7 +148,10 @@ def _backward(step: int, trained: bool, kept, gradient: Array):
         jnp.stack(inverses),
         to_entries=trained,
     )
-    to_tables = _to_tables(addresses, to_read, tables) if trained else jnp.zeros_like(tables)
+    if trained:
+        to_tables = _to_tables(addresses, to_read, tables)
+    else:
+        to_tables, _ = calls.varying_alike(jnp.zeros_like(tables), x)
     to_mix, to_shift, to_total = [g.astype(a.dtype) for g, a in zip(to_weights, like)]
     return to_x, to_mix, to_shift, to_tables, to_total
 

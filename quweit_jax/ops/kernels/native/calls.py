@@ -145,9 +145,35 @@ def bit_counts(
     return _call("bit_counts", [out])(x, thresholds, *layers)[0]
 
 
+def varying_alike(*arrays: Array) -> tuple[Array, ...]:
+    """Inside `jax.shard_map`, what is the same on all devices becomes each one's own where one of
+    the arrays is, so that gradients to it are added up.
+    """
+    every = frozenset().union(*map(_varies, arrays))
+    return tuple(_varying(a, every) for a in arrays)
+
+
+def _varies(array: Array) -> frozenset[str]:
+    """The axes of the mesh along which an array is not the same."""
+    of = jax.typeof(array)
+    of_mesh = getattr(of, "mat", None)  # jax 0.10's name
+    return frozenset(getattr(of, "vma", ()) if of_mesh is None else of_mesh.varying)
+
+
+def _varying(array: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(axes - _varies(array))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
 def _call(handler: str, out: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., Sequence[Array]]:
     """A handler as a function of arrays; mapped, it is one call after another."""
-    return jax.ffi.ffi_call(loaded().target(handler), out, vmap_method="sequential")
+    run = jax.ffi.ffi_call(loaded().target(handler), out, vmap_method="sequential")
+
+    def call(*arrays: Array, **attributes: np.int32) -> Sequence[Array]:
+        every = frozenset().union(*map(_varies, arrays))
+        return [_varying(a, every) for a in run(*arrays, **attributes)]
+
+    return call
 
 
 @functools.cache

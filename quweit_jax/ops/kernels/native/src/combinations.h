@@ -1,6 +1,6 @@
-// Ternary sums of many tokens, four weights an addition: for every four inputs all 81 sums that four
-// ternary weights can make of them are made once (of 64 bytes of tokens at a time), and each output
-// adds the one that its weights ask for (Arlazarov, Dinic, Kronrod & Faradzhev, 1970).
+// Ternary sums of many tokens, four weights an addition: of every four inputs all 81 sums that four
+// ternary weights can make are made once (of 64 bytes of tokens at a time), and each output adds
+// the one that its weights ask for (Arlazarov, Dinic, Kronrod & Faradzhev, 1970).
 //
 // Tokens are last here: values of an input, and of an output, lie next to one another.
 #pragma once

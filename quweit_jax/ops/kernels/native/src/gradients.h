@@ -11,7 +11,7 @@
 
 namespace quweit {
 
-constexpr int kTileRows = 6;  // whose sums, of two registers each, a processor of 16 registers holds
+constexpr int kTileRows = 6;  // whose sums, two registers each, fit 16 registers
 
 constexpr size_t kTileTokens = 256;  // whose values of two registers' columns a first cache holds
 constexpr size_t kBlockRows = 96;    // whose values of as many tokens a second one holds

@@ -1,5 +1,5 @@
 // What XLA calls. Shapes and dtypes are what `calls.py` gives; they are checked all the same.
-#include "bits.h"
+#include "bit_sums.h"
 #include "glu.h"
 #include "many.h"
 #include "ternary.h"

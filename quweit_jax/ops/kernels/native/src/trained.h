@@ -116,8 +116,8 @@ QUWEIT_INLINE int32_t Floor(float x, int32_t half) {
 }
 
 // The addresses of a unit's tokens, of its sums. `glu.h` tells why the product is right.
-QUWEIT_INLINE void UnitAddresses(const int32_t* first, const int32_t* second, const TrainedGate& gate,
-                                 size_t unit, uint16_t* addresses) {
+QUWEIT_INLINE void UnitAddresses(const int32_t* first, const int32_t* second,
+                                 const TrainedGate& gate, size_t unit, uint16_t* addresses) {
   const float step = static_cast<float>(gate.step) + 0.5f;
   const float reciprocal = 1.0f / (2.0f * static_cast<float>(gate.step));
   const int32_t half = 1 << (gate.code_bits - 1), bits = gate.code_bits;
@@ -256,18 +256,23 @@ QUWEIT_INLINE void BackwardBlock(const TrainedBackward& f, size_t start, float* 
   TokensFirst(x, count, f.mix.outputs, kFloats, f.to_x + start * f.mix.outputs);
 }
 
-inline void PortableForward(const TrainedForward& f, const PackedForward* packed, size_t start) { ForwardBlock<16>(f, packed, start); }
+inline void PortableForward(const TrainedForward& f, const PackedForward* packed,
+                            size_t start) {
+  ForwardBlock<16>(f, packed, start);
+}
 inline void PortableBackward(const TrainedBackward& f, size_t start, float* to_sums) {
   BackwardBlock<16>(f, start, to_sums);
 }
 #if defined(__x86_64__)
-QUWEIT_AVX2 inline void Avx2Forward(const TrainedForward& f, const PackedForward* packed, size_t start) {
+QUWEIT_AVX2 inline void Avx2Forward(const TrainedForward& f, const PackedForward* packed,
+                                        size_t start) {
   ForwardBlock<32>(f, packed, start);
 }
 QUWEIT_AVX2 inline void Avx2Backward(const TrainedBackward& f, size_t start, float* to_sums) {
   BackwardBlock<32>(f, start, to_sums);
 }
-QUWEIT_AVX512 inline void Avx512Forward(const TrainedForward& f, const PackedForward* packed, size_t start) {
+QUWEIT_AVX512 inline void Avx512Forward(const TrainedForward& f, const PackedForward* packed,
+                                          size_t start) {
   ForwardBlock<64>(f, packed, start);
 }
 QUWEIT_AVX512 inline void Avx512Backward(const TrainedBackward& f, size_t start, float* to_sums) {
