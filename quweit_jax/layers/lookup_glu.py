@@ -127,7 +127,7 @@ class LookupGLU(Packable):
             total,
             step=self.step(width),
             silu_step=None if self.train_tables else self.code_step,
-            dtype=self.dtype,
+            dtype=jnp.dtype(self.dtype).name,
         )
         return (sums * scale + bias).astype(self.dtype)
 

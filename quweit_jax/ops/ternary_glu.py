@@ -14,7 +14,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from quweit_jax.errors import InputError
@@ -35,7 +34,7 @@ def ternary_glu(
     *,
     step: int,
     silu_step: float | None = None,
-    dtype: DTypeLike = jnp.float32,
+    dtype: str = "float32",
     implementation: str | None = None,
 ) -> Float32[Array, "*tokens O"]:
     """x (..., I), whole numbers of an int8 -> the sums (..., O) of the entries that units read, in
@@ -49,7 +48,7 @@ def ternary_glu(
         of the codes.
       silu_step: where the one table is that of `ops.pair_table.silu_gate` and isn't trained, its
         step: no gradient goes to it.
-      dtype: of XLA's products' operands.
+      dtype: the name of that of XLA's products' operands.
       implementation: None, 'native' (on one device, or inside `jax.shard_map`, for a step below
         2**15; backward sums are in another order) or 'xla', see `ops.kernels`.
 
@@ -97,7 +96,7 @@ def _check(x: Array, mix: Array, shift: Array, tables: Array, total: Array) -> i
     return bits
 
 
-def _product(x: Array, kernel: Array, dtype: DTypeLike) -> Array:
+def _product(x: Array, kernel: Array, dtype: str) -> Array:
     """x (..., I), whole numbers, times the ternary weights of a float kernel (I, O), exact."""
     weights = ternary.ternary_weights(kernel).astype(dtype)
     return jnp.matmul(x.astype(dtype), weights, preferred_element_type=jnp.float32)
