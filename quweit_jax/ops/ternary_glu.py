@@ -157,7 +157,8 @@ def _backward(step: int, trained: bool, kept, gradient: Array):
 
 def _slopes_of_addresses(tables: Array, step: int) -> Array:
     """What `calls.glu_backward` takes: 0 along a sum that is outside."""
-    entries = [jnp.gradient(tables, axis=axis).reshape(len(tables), -1) / step for axis in (1, 2)]
+    steps = [jnp.asarray(jnp.gradient(tables, axis=axis)) for axis in (1, 2)]
+    entries = [along.reshape(len(tables), -1) / step for along in steps]
     both = jnp.stack(entries, -1)  # (G, C * C, 2)
     inside = jnp.asarray([[0, 0], [1, 0], [0, 1], [1, 1]], both.dtype)
     return (inside[:, None] * both[:, None]).reshape(len(tables), -1, 2).astype(jnp.float32)

@@ -66,7 +66,8 @@ def ternary_digits(
     inputs, outputs = weights.shape
     shapes = ((-(-inputs // 16), outputs, 4), (-(-outputs // 16), inputs, 4))
     made = _call("digits", [jax.ShapeDtypeStruct(shape, jnp.uint16) for shape in shapes])
-    return tuple(made(weights, inverse))
+    digits, transposed = made(weights, inverse)
+    return digits, transposed
 
 
 def glu_forward(
@@ -87,7 +88,9 @@ def glu_forward(
         jax.ShapeDtypeStruct(kept, jnp.uint16),
         jax.ShapeDtypeStruct(kept, jnp.int8),
     ]
-    return tuple(_call("glu_forward", out)(x, mix, offsets, tables, total, step=np.int32(step)))
+    call = _call("glu_forward", out)
+    sums, addresses, read = call(x, mix, offsets, tables, total, step=np.int32(step))
+    return sums, addresses, read
 
 
 def glu_backward(
@@ -107,8 +110,8 @@ def glu_backward(
 
     Args:
       slopes: along the first and the second sum, by addresses: the number of an entry, plus C * C
-        where the first sum is inside its codes' range, plus 2 C * C where the second one is. total, mix: transposed. scales: that
-        the gradients to mix and total are multiplied with.
+        where the first sum is inside its codes' range, plus 2 C * C where the second one is.
+      total, mix: transposed. scales: that the gradients to mix and total are multiplied with.
     """
     (tokens, inputs), units = x.shape, addresses.shape[1]
     shapes = (
