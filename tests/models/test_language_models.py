@@ -40,8 +40,17 @@ KINDS = {
 }
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.ptp(expected), rtol=0)
+def close(found, expected, model=None):
+    """Logits (..., vocabulary), equal but for rounding. Where a model thresholds, a bit turns if what
+    it compares lies within rounding of its threshold, by machines' different sums: then one position
+    in 500 may differ, by what a bit is worth.
+    """
+    apart = np.abs(np.asarray(found) - np.asarray(expected)).max(-1) / np.ptp(expected)
+    turned = apart > 1e-4
+    if model is not None and "weightless" in str(model.config.mlp):
+        assert turned.mean() <= 1 / 500 and apart.max() < 5e-3, (turned.sum(), apart.max())
+    else:
+        assert not turned.any(), apart.max()
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -77,14 +86,14 @@ def test_step_by_step_decoding_equals_the_parallel_form(made):
     for i in range(TOKENS):
         out, cache = generate.decode_step(model, variables, cache, tokens[:, i : i + 1])
         logits.append(out)
-    close(jnp.concatenate(logits, 1), expected)
+    close(jnp.concatenate(logits, 1), expected, model)
     # Prefill in chunks of odd sizes ends with the same cache and the same logits.
     cut, found, other = 0, [], generate.empty_cache(model, 2)
     for size in (1, 130, 369):
         out, other = generate.decode_step(model, variables, other, tokens[:, cut : cut + size])
         found.append(out)
         cut += size
-    close(jnp.concatenate(found, 1), expected)
+    close(jnp.concatenate(found, 1), expected, model)
     for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(cache), strict=True):
         np.testing.assert_allclose(
             np.asarray(one, np.float32),
