@@ -40,6 +40,7 @@ def test_the_list_is_that_of_the_commands_there_are():
         "__init__",
         "cli",
         "export_block",
+        "export_gguf",
         "export_hardware",
         "opening",
         "slurm",

@@ -101,7 +101,8 @@ class DWN(Packable):
         thresholds = self._thresholds(features)
         if self.is_packed and self._has_equal_groups():
             tables = [layer.held() for layer in self._luts()]
-            counts = bit_models.bit_counts(features, thresholds, tables, c.num_classes)
+            rows = jnp.atleast_2d(thresholds)  # one for all features is a row
+            counts = bit_models.bit_counts(features, rows, tables, c.num_classes)
             return counts.astype(jnp.float32) / c.tau
         if self.is_packed:
             bits = self._look_up_packed(features.T, thresholds).unpack().T

@@ -252,7 +252,8 @@ def brought(data: Mapping[str, Any], *, reads: bool) -> dict[str, Any]:
     """
     found = dict(data)
     for key in ("path", "tokenizer_path"):
-        if is_address(address := found.get(key) or ""):
+        address = found.get(key)
+        if isinstance(address, str) and is_address(address):
             place = fetched(address, f"data.{key}") if reads else place_of(address)
             found[key] = str(place)
     return found

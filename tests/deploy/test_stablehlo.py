@@ -354,7 +354,7 @@ def test_a_classifier(tmp_path):
     config.mesh.data = 1
     loop.fit(config.lock(), tmp_path / "run", progress=False)
     out = tmp_path / "digits.stablehlo"
-    with pytest.raises(InputError, match=r"--step_function: .* is a run of a classifier"):
+    with pytest.raises(InputError, match=r"--step_function: .* is a classifier"):
         export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--step_function"])
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}"]) == 0
     about = json.loads(out.with_suffix(".json").read_text())

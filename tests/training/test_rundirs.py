@@ -146,15 +146,19 @@ def test_a_path_in_which_nothing_could_be_saved_is_refused(tiny_config, tmp_path
 
 
 def test_addresses_of_stores_are_refused_before_any_work(tiny_arguments, run, tmp_path):
-    for key in ("data.path", "data.data_dir", "data.tokenizer_path"):
-        new = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'new'}"]
-        with pytest.raises(InputError, match=rf"^{key}: expected a file or folder of this machine"):
-            train.main([*new, f"--config.{key}=gs://bucket/there"])
-    for key in ("init_from", "teacher"):  # read from a store that its package serves
+    new = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'new'}"]
+    with pytest.raises(InputError, match=r"^data.data_dir: expected a .*folder"):
+        train.main([*new, "--config.data.data_dir=gs://bucket/there"])
+    for key in (
+        "data.path",
+        "data.tokenizer_path",
+        "init_from",
+        "teacher",
+    ):  # read from a store that its package serves
         with pytest.raises(InputError, match=rf"{key}=gs://bucket/there"):
             train.main([*new, f"--config.{key}=gs://bucket/there"])
     for to in ("stablehlo", "c"):
-        with pytest.raises(InputError, match=r"^--out: expected .* found s3://"):
+        with pytest.raises(InputError, match=r"--out=s3://bucket/model"):
             export.main([f"--workdir={run}", f"--to={to}", "--out=s3://bucket/model.stablehlo"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

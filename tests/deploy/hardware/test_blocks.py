@@ -153,16 +153,20 @@ def test_descriptions_are_the_packed_model(vit, number):
 def test_the_command_writes_a_block(vit, tmp_path, capsys):
     opened, packed = vit
     options = {"block": 1, "parallel": 3, "pipeline": 2, "examples": 8}
-    made = export_block.run(opened, packed, tmp_path / "v", "verilog", options, {}, False)
+    made = export_block.run(opened.setup, packed, tmp_path / "v", "verilog", options, {}, False)
     said = capsys.readouterr().out
     assert "block 1, lookup_glu, of 12 features; exact on 20 tokens" in said
     assert "there are 0 (weightless), too" in said and made.schedule.rows == 4
     lines = (tmp_path / "v" / "inputs.hex").read_text().splitlines()
     assert len(lines) == 8 + 12 and {len(line.split()) for line in lines} == {24}
     with pytest.raises(InputError, match=r"^--block: expected one of 0 \(weightless\), 1 \(lookup"):
-        export_block.run(opened, packed, tmp_path / "v", "verilog", {**options, "block": 2}, {}, 0)
+        export_block.run(
+            opened.setup, packed, tmp_path / "v", "verilog", {**options, "block": 2}, {}, 0
+        )
     with pytest.raises(InputError, match=r"^--parallel: expected 1 to 10 units"):
-        export_block.run(opened, packed, tmp_path / "w", "c", {**options, "parallel": 11}, {}, 0)
+        export_block.run(
+            opened.setup, packed, tmp_path / "w", "c", {**options, "parallel": 11}, {}, 0
+        )
 
 
 def test_what_is_no_circuit_is_said():
