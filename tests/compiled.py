@@ -2,10 +2,11 @@
 passes change no result that matters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -13,3 +14,20 @@ CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 def quick_jit(function: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit(function, **options)`, compiled fast rather than to run fast."""
     return jax.jit(function, compiler_options=CHEAP, **options)
+
+
+def decoded(module: Any, params: Any, x: Any, pieces: Iterable[int]) -> tuple[Any, Any, Any]:
+    """A mixer's outputs for x (B, T, d), read in pieces of so many tokens with a cache; the cache as
+    it was at the start, and as it is at the end.
+    """
+    cache = start = jax.device_get(module.init(jax.random.key(0), x[:, :1], decode=True)["cache"])
+    step = quick_jit(
+        lambda cache, x: module.apply(
+            {"params": params, "cache": cache}, x, decode=True, mutable=["cache"]
+        )
+    )
+    found, at = [], 0
+    for size in pieces:
+        out, changed = step(cache, x[:, at : at + size])
+        found, cache, at = [*found, out], changed["cache"], at + size
+    return np.concatenate(found, 1), start, cache

@@ -43,7 +43,7 @@ class IntegerLookupGLU(LookupGLU):
             )
             ternary_mix = packed_ternary.unpack_ternary(mix, width, offsets.shape[0])
             sums = integer.matmul_units(x.ints, ternary_mix) - offsets
-            read = self._entries(pair_table.count_codes(sums, halfway), tables)
+            read = pair_table.read_pairs(pair_table.count_codes(sums, halfway), tables)
             whole = packed_ternary.unpack_ternary(total, read.shape[-1], self.features)
             return Quantized(integer.matmul_units(read, whole) + bias)
         mix, total, offsets, bias = self._parameters(width)
@@ -56,14 +56,15 @@ class IntegerLookupGLU(LookupGLU):
         sums = integer.matmul_units(x.ints, ternary.quantize_weights(mix)[0]) - shift
         shadow = x.real @ ternary.ternary_weights(mix) / math.sqrt(2 * width / 3) - offsets
         codes = _codes(sums, shadow / self.code_step, step, self.code_bits)
-        read = self._entries(codes, tables)
+        silu_step = None if self.train_tables else self.code_step
+        read = pair_table.read_pairs(codes, tables, silu_step)
         whole, scale = ternary.quantize_weights(total)
         scale = scale / entries
         bias_int = integer.quantize_bias(bias, scale)
         halfway = pair_table.halfway_points(step.astype(jnp.int32), self.code_bits)
         self.write(offsets=shift, halfway=halfway, bias=bias_int)
         out = integer.matmul_units(jax.lax.stop_gradient(read), whole) + bias_int
-        real = self._product(read, total) * scale + bias
+        real = ternary.ternary_product(read, total, jnp.dtype(self.dtype).name) * scale + bias
         return Quantized.of(out, jnp.broadcast_to(scale, (self.features,)), real)
 
     def costs(self, call: Call) -> list[LayerCosts]:

@@ -177,7 +177,7 @@ class LookupGLU(Packable):
             shape = (width, self.units(width))
             mix = self.param("mix", normal(self.mix_init), shape, jnp.float32)
             self.write(mix=packed_ternary.pack_ternary(ternary.quantize_weights(mix)[0]))
-            sums = self._product(x, mix)
+            sums = ternary.ternary_product(x, mix, jnp.dtype(self.dtype).name)
         tables = WeightlessBlock(
             self.features,
             self.num_luts or self.units(width),
@@ -189,18 +189,6 @@ class LookupGLU(Packable):
             name="luts",
         )
         return tables(sums / whole_numbers(width))
-
-    def _product(self, x: Array, kernel: Array) -> Array:
-        """x (..., I), whole numbers, times the ternary weights of a float kernel (I, O), exact."""
-        weights = ternary.ternary_weights(kernel).astype(self.dtype)
-        return jnp.matmul(x.astype(self.dtype), weights, preferred_element_type=jnp.float32)
-
-    def _entries(self, codes: Array, tables: Array) -> Array:
-        """Codes (..., 2 H) -> the entries that each unit's pair addresses, (..., H)."""
-        first, second = jnp.split(codes, 2, axis=-1)
-        if not self.train_tables and not self.is_packed:
-            return pair_table.gated(first, second, self.code_bits, self.code_step)
-        return pair_table.pair_lookup(first, second, tables)
 
     def costs(self, call: Call) -> list[LayerCosts]:
         """As deployed: additions of int8 into int32 (at most one a weight), comparisons that halve

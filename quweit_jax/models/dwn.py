@@ -101,7 +101,7 @@ class DWN(Packable):
         thresholds = self._thresholds(features)
         if self.is_packed and self._has_equal_groups():
             tables = [layer.held() for layer in self._luts()]
-            rows = jnp.atleast_2d(thresholds)  # one for all features is a row
+            rows = jnp.atleast_2d(thresholds)
             counts = bit_models.bit_counts(features, rows, tables, c.num_classes)
             return counts.astype(jnp.float32) / c.tau
         if self.is_packed:
@@ -138,7 +138,7 @@ class DWN(Packable):
             yield LUTLayer(width, name=f"luts_{i}", **shared, **({} if i else first))
 
     def _thresholds(self, features: Array) -> Array:
-        """The thermometer's (features or 1, z), fitted to the first inputs."""
+        """The thermometer's (features, z), or (z,) for all, fitted to the first inputs."""
         if self.is_packed:
             return self.read("thresholds")[0]
         c, fit = self.config, thermometer.FITS[self.config.thermometer]

@@ -36,8 +36,8 @@ def bit_sums(
     """The sum of the vectors of the set bits: x (T, D) -> int32 (T, d).
 
     Args:
-      thresholds: (D, z), or (1, z) for all D; a bit is `x > threshold`. layers: those of tables, one
-        after another. by_product: see `packed_lut.add_vectors`. implementation: None, 'native' (for
+      thresholds: (D, z), or (1, z) for all D; a bit is `x > threshold`. layers: those of tables,
+        one after another. by_product: see `packed_lut.add_vectors`. implementation: None, 'native' (for
         floats, at most 127 thresholds an input and 8 inputs a table), 'xla' or 'reference', see
         `ops.kernels`.
 
@@ -64,7 +64,8 @@ def bit_counts(
     *,
     implementation: str | None = None,
 ) -> Int32[Array, "T classes"]:
-    """How many bits of each class are set, neighbors in equal parts: x (T, D) -> int32 (T, classes).
+    """How many bits of each class are set, neighbors in equal parts: x (T, D) -> int32 (T,
+    classes).
 
     Args:
       thresholds, layers, implementation: as of `bit_sums`.

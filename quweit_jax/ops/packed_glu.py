@@ -71,8 +71,7 @@ def packed_glu(
     codes: Array = pair_table.codes(
         (sums - offsets.astype(jnp.int32)).astype(jnp.float32), step, code_bits
     )
-    first, second = jnp.split(codes, 2, axis=-1)
-    read = pair_table.pair_lookup(first, second, tables)
+    read = pair_table.read_pairs(codes, tables)
     return packed_sums(read, total, num_outputs=num_outputs, implementation=implementation)
 
 

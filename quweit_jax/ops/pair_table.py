@@ -134,6 +134,25 @@ def gated(
     return _gated(first, second, code_bits, float(step))
 
 
+def read_pairs(
+    codes: Float[Array, "*tokens two_H"],
+    tables: Shaped[Array, "G C C"],
+    silu_step: float | None = None,
+) -> Shaped[Array, "*tokens H"]:
+    """The entries that units read: code j of the first half and of the second one are unit j's
+    pair.
+
+    silu_step: where the one table is that of `silu_gate` and isn't trained, its step; `gated` then.
+
+    Raises:
+      InputError: as of `pair_lookup` and `silu_gate`.
+    """
+    first, second = jnp.split(codes, 2, axis=-1)
+    if silu_step is None:
+        return pair_lookup(first, second, tables)
+    return gated(first, second, (tables.shape[-1] - 1).bit_length(), silu_step)
+
+
 def _whole_gate(code_bits: int, step: float) -> tuple[np.ndarray, float]:
     """The table in whole numbers, (1, C, C), and its scale."""
     gate = silu_gate(code_bits, step)

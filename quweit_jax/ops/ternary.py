@@ -57,6 +57,17 @@ def inverse_scale(weight: Float[Array, "I O"]) -> Float32[Array, ""]:
     return 1 / jnp.maximum(jnp.abs(weight).mean() if weight.size else jnp.float32(0), _SMALLEST)
 
 
+def ternary_product(
+    x: Float[Array, "*tokens I"], kernel: Float[Array, "I O"], dtype: str = "float32"
+) -> Float32[Array, "*tokens O"]:
+    """x (..., I), whole numbers, times the `ternary_weights` of a float kernel (I, O), exact.
+
+    dtype: the name of the operands'; sums are float32.
+    """
+    weights = ternary_weights(kernel).astype(dtype)
+    return jnp.matmul(x.astype(dtype), weights, preferred_element_type=jnp.float32)
+
+
 def to_bytes(weights: Int8[Array, "I O"]) -> UInt8[Array, "I//4 O"]:
     """Ternary weights -1, 0, 1 (I, O), I a multiple of 4, four a byte, for their way between
     devices; `packed_ternary` has the form that is computed with.

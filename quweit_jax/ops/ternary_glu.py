@@ -65,8 +65,10 @@ def ternary_glu(
     offered = {"native": choice.native(choice.undivided(hindrance)), "xla": choice.anywhere}
     chosen = choice.choose("ternary_glu", implementation, offered)
     if chosen == "xla" or not (x.size and total.size):
-        read = _read(_product(x, mix, dtype) - shift, tables, step, code_bits, silu_step)
-        return _product(read, total, dtype)
+        sums = ternary.ternary_product(x, mix, dtype) - shift
+        codes: Array = pair_table.codes(sums, step, code_bits)
+        read = pair_table.read_pairs(codes, tables, silu_step)
+        return ternary.ternary_product(read, total, dtype)
     lead = x.shape[:-1]
     flat = x.reshape(math.prod(lead), x.shape[-1]).astype(jnp.float32)
     arguments = calls.varying_alike(flat, mix, shift, tables, total)
@@ -94,21 +96,6 @@ def _check(x: Array, mix: Array, shift: Array, tables: Array, total: Array) -> i
             f"{list(total.shape)}."
         )
     return bits
-
-
-def _product(x: Array, kernel: Array, dtype: str) -> Array:
-    """x (..., I), whole numbers, times the ternary weights of a float kernel (I, O), exact."""
-    weights = ternary.ternary_weights(kernel).astype(dtype)
-    return jnp.matmul(x.astype(dtype), weights, preferred_element_type=jnp.float32)
-
-
-def _read(sums: Array, tables: Array, step: int, code_bits: int, silu_step: float | None) -> Array:
-    """Sums (..., 2 H), whole numbers -> the entries that their codes address, (..., H)."""
-    codes: Array = pair_table.codes(sums, step, code_bits)
-    first, second = jnp.split(codes, 2, axis=-1)
-    if silu_step is None:
-        return pair_table.pair_lookup(first, second, tables)
-    return pair_table.gated(first, second, code_bits, silu_step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -13,7 +13,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.layers.attention import CausalSelfAttention, pick_attention
 from quweit_jax.layers.mlp import MLP
 from quweit_jax.layers.ternary import BitLinear
-from tests.compiled import quick_jit
+from tests.compiled import decoded, quick_jit
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 7, 12, 3
 
@@ -85,21 +85,10 @@ def test_attention_is_causal(params):
 @pytest.mark.parametrize("pieces", [(1,) * TOKENS, (3, 1, 3)], ids=str)
 def test_decoding_with_a_cache_is_the_parallel_form(params, pieces):
     x, module = normal(BATCH, TOKENS, WIDTH), attention(use_bias=True)
-    cache = jax.device_get(module.init(jax.random.key(0), x[:, :1], decode=True)["cache"])
-    assert cache["length"] == 0 and cache["keys"].shape == (BATCH, TOKENS, HEADS, WIDTH // HEADS)
-    step = quick_jit(
-        lambda cache, x: module.apply(
-            {"params": params, "cache": cache}, x, decode=True, mutable=["cache"]
-        )
-    )
-    found, start = [], 0
-    for size in pieces:
-        out, changed = step(cache, x[:, start : start + size])
-        found, cache, start = [*found, out], changed["cache"], start + size
+    found, empty, cache = decoded(module, params, x, pieces)
+    assert empty["length"] == 0 and empty["keys"].shape == (BATCH, TOKENS, HEADS, WIDTH // HEADS)
     assert cache["length"] == TOKENS
-    np.testing.assert_allclose(
-        np.concatenate(found, axis=1), reference_attention(params, x), atol=1e-4
-    )
+    np.testing.assert_allclose(found, reference_attention(params, x), atol=1e-4)
 
 
 def test_bfloat16(params):

@@ -14,7 +14,7 @@ from quweit_jax.costs import count
 from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.layers.delta import GatedDelta
-from tests.compiled import quick_jit
+from tests.compiled import decoded, quick_jit
 
 BATCH, TOKENS, WIDTH, HEADS, HEAD = 2, 21, 12, 3, 4
 
@@ -77,20 +77,9 @@ def test_decoding_is_the_parallel_form(pieces):
     module, x = mixer(), normal(BATCH, TOKENS, WIDTH)
     params = params_of(module)
     whole = quick_jit(module.apply)({"params": params}, x)
-    cache = jax.device_get(module.init(jax.random.key(0), x[:, :1], decode=True)["cache"])
+    found, cache, _ = decoded(module, params, x, pieces)
     assert cache["state"].shape == (BATCH, HEADS, HEAD, HEAD) and not cache["state"].any()
-    step = quick_jit(
-        lambda cache, x: module.apply(
-            {"params": params, "cache": cache}, x, decode=True, mutable=["cache"]
-        )
-    )
-    found, start = [], 0
-    for size in pieces:
-        out, changed = step(cache, x[:, start : start + size])
-        found, cache, start = [*found, out], changed["cache"], start + size
-    np.testing.assert_allclose(
-        np.concatenate(found, 1), whole, atol=1e-4 * float(np.abs(whole).max())
-    )
+    np.testing.assert_allclose(found, whole, atol=1e-4 * float(np.abs(whole).max()))
 
 
 def test_padding_on_the_left_changes_nothing_and_an_ended_row_keeps_its_state():

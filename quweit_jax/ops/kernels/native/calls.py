@@ -187,10 +187,7 @@ def _by_tokens(handler: str, num_outputs: int, step: int | None = None) -> Calla
     @custom_vmap
     def call(tokens: Array, *weights: Array) -> Array:
         out = jax.ShapeDtypeStruct((tokens.shape[0], num_outputs), jnp.int32)
-        target = loaded().target(handler)
-        return jax.ffi.ffi_call(target, out, vmap_method="sequential")(
-            tokens, *weights, **attributes
-        )
+        return _call(handler, [out])(tokens, *weights, **attributes)[0]
 
     @call.def_vmap
     def mapped(size: int, is_mapped: Sequence[bool], tokens: Array, *weights: Array):
