@@ -1,5 +1,5 @@
-"""Tokens a second of a packed MatMul-free model (random weights), decoding one at a time and reading
-a text at once, with native code and with XLA alone:
+"""Tokens a second of a packed MatMul-free model (random weights), decoding one at a time and
+reading a text at once, with native code and with XLA alone:
 taskset -c 0 python benchmarks/decode_packed.py [--size=370m] [--layers=4]
 
 All in one process, in turn, medians. The packed model is made as in `decode_13b.py`.

@@ -172,7 +172,8 @@ def main() -> int:
         timing.cores(),
         f"{count:,} validation images, {sum(len(l.tables) for l in classifier.layers):,} tables, "
         f"{len(classifier.feature):,} comparators, words of {scaling.bits} bits: {differ} "
-        f"decisions of {(2 + len(FORMS)) * count:,} differ from the packed model's; {args.compiler}",
+        f"decisions of {(2 + len(FORMS)) * count:,} differ from the packed model's; "
+        f"{args.compiler}",
         timing.spread_table(found, base),
         f"compiled with -Os, code and constants: {own:,} bytes",
         "of the published sizes, tables of 6 inputs, 3 thresholds a pixel: "

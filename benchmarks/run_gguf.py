@@ -2,10 +2,11 @@
 
     python benchmarks/run_gguf.py --workdir=runs/x --text=FILE [--forms=f16,q8_0]
 
-It needs the packages gguf and xllamacpp (llama.cpp's own server, on this machine's loopback). For each form: how
-many tokens of a text it spells as ours, whether its greedy continuation of 64 tokens is ours, and at
-each position of a text whether the next token is ours and how far the logits lie apart, as a share
-of their range. llama.cpp tells logarithms of probabilities: both are compared less their mean.
+It needs the packages gguf and xllamacpp (llama.cpp's own server, on this machine's loopback). For
+each form: how many tokens of a text it spells as ours, whether its greedy continuation of 64 tokens
+is ours, and at each position of a text whether the next token is ours and how far the logits lie
+apart, as a share of their range. llama.cpp tells logarithms of probabilities: both are compared
+less their mean.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 taskset -c 0 python benchmarks/train_step.py
 
 All in one process, in turn, medians of the process's own time and the quartiles around them.
-"lookup_glu, XLA" is that block without native code. PyTorch takes part if it is installed (pip install torch); its
-model is written here, in the usual way (fused attention, AdamW with foreach, gradient clipping),
-with the same sizes and the same batch.
+"lookup_glu, XLA" is that block without native code. PyTorch takes part if it is installed (pip
+install torch); its model is written here, in the usual way (fused attention, AdamW with foreach,
+gradient clipping), with the same sizes and the same batch.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@ taskset -c 0 python benchmarks/weightless_block.py
 
 Blocks of the default GPT on a CPU (width 128, 896 tables of 4 inputs, 768 tokens) and of a larger
 one (width 192, 1,536 tables of 6 inputs, 4,096 tokens). The dense MLP is two float32 products, 4
-times wider inside, with a ReLU, which costs next to nothing; GPT's has a GELU. The parts are XLA's. All forms of a sum give
-the same integers, which is checked before anything is timed. Shares of the roofline count the operations of the dense MLP, 16 width**2 a
-token, and of the block's dense sum, 2 L width.
+times wider inside, with a ReLU, which costs next to nothing; GPT's has a GELU. The parts are XLA's.
+All forms of a sum give the same integers, which is checked before anything is timed. Shares of the
+roofline count the operations of the dense MLP, 16 width**2 a token, and of the block's dense sum, 2
+L width.
 """
 
 from __future__ import annotations

@@ -294,8 +294,9 @@ def write(study: Study) -> None:
 
 
 def draw(study: Study, kinds: list[str], measure: str) -> None:
-    """NAME.png: each kind's seeds, the band between them and their mean, as deployed, the best at the top, with the bytes
-    of a block beside it. A control far behind the others is not drawn, but named.
+    """NAME.png: each kind's seeds, the band between them and their mean, as deployed, the best at
+    the top, with the bytes of a block beside it. A control far behind the others is not drawn, but
+    named.
     """
     from matplotlib.figure import Figure
 

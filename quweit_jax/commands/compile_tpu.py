@@ -225,8 +225,8 @@ def _compiled(
 
 
 def _with_text(lowered: Any, *, dumps: bool) -> tuple[Any, str]:
-    """A compiled program and its text: JAX's, or where JAX doesn't know all that the compiler writes
-    the compiler's own; '' without either.
+    """A compiled program and its text: JAX's, or where JAX doesn't know all that the compiler
+    writes the compiler's own; '' without either.
 
     dumps: whether the compiler writes its own.
     """

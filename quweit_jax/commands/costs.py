@@ -1,4 +1,5 @@
-"""python -m quweit_jax costs --config=experiments/configs/vit_cifar.py:paper [--json] [--config.a.b=v]
+"""python -m quweit_jax costs --config=experiments/configs/vit_cifar.py:paper [--json]
+    [--config.a.b=v]
 python -m quweit_jax costs --workdir=runs/x|--model=FOLDER
 """
 

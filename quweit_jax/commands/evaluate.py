@@ -1,4 +1,6 @@
-"""python -m quweit_jax evaluate --workdir=runs/x|--model=FOLDER [--packed] [--tasks=...] [--json]"""
+"""python -m quweit_jax evaluate --workdir=runs/x|--model=FOLDER [--packed] [--tasks=...]
+[--json]
+"""
 
 from __future__ import annotations
 

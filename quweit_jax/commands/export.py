@@ -77,8 +77,8 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
     }
     description = stablehlo.save(program, out, about, given, overwrite=args.overwrite)
     print(
-        f"wrote {args.out}: {description['bytes']:,} bytes, of which weights {about['weight_bytes']:,}; "
-        f"for {', '.join(platforms)}"
+        f"wrote {args.out}: {description['bytes']:,} bytes, of which weights "
+        f"{about['weight_bytes']:,}; for {', '.join(platforms)}"
     )
     print("\n".join(description["load"]))
     return 0

@@ -1,4 +1,6 @@
-"""python -m quweit_jax export --to=gguf --workdir=runs/x|--model=FOLDER --out=model.gguf [--form=f16|q8_0|tq2_0]"""
+"""python -m quweit_jax export --to=gguf --workdir=runs/x|--model=FOLDER --out=model.gguf
+[--form=f16|q8_0|tq2_0]
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of --to=gguf."""
     parser.add_argument(
         "--form",
-        help="of --to=gguf, the numbers of matrices: f16 (default), q8_0, or tq2_0 for ternary ones "
-        "at two bits",
+        help="of --to=gguf, the numbers of matrices: f16 (default), q8_0, or tq2_0 for ternary "
+        "ones at two bits",
     )
 
 

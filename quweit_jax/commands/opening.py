@@ -154,8 +154,8 @@ def config_of(found: Found, overrides: Mapping[str, str] | None = None) -> tuple
     for key, text in (overrides or {}).items():
         if key not in known:
             raise InputError(
-                f"--config.{key}: a model is read as it is; only data, mesh and eval_batch_size may "
-                f"be said of it.{nearest(key, known)}"
+                f"--config.{key}: a model is read as it is; only data, mesh and eval_batch_size "
+                f"may be said of it.{nearest(key, known)}"
             )
         set_value(config, key, text)
     return config, outputs

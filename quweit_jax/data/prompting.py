@@ -1,8 +1,8 @@
 """How a published language model is asked: the special tokens that its tokenizer puts around a
 text, its chat template, and the tokens that end an answer.
 
-Chat templates are Jinja, as Hugging Face's programs write them, and are run in Jinja's sandbox: they
-come with a checkpoint and may do anything to the text, but reach nothing else.
+Chat templates are Jinja, as Hugging Face's programs write them, and are run in Jinja's sandbox:
+they come with a checkpoint and may do anything to the text, but reach nothing else.
 """
 
 from __future__ import annotations

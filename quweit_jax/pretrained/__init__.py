@@ -76,9 +76,9 @@ def save(
 
     Which layout is told from the model: `MatMulFree` is written as HGRNBitForCausalLM,
     `TransformerPP` as LlamaForCausalLM, with biases of queries, keys and values alone as
-    Qwen2ForCausalLM, with sub-norms as BitNetForCausalLM. The tokenizer is not part of it, nor the numbers of its
-    special tokens: without them in config.json, both programs take 1 for the first and 2 for the
-    last. Beside the model one shard is in memory.
+    Qwen2ForCausalLM, with sub-norms as BitNetForCausalLM. The tokenizer is not part of it, nor the
+    numbers of its special tokens: without them in config.json, both programs take 1 for the first
+    and 2 for the last. Beside the model one shard is in memory.
 
     Args:
       variables: {'params': ...} of the model; other collections are left out.

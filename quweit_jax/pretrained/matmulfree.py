@@ -18,7 +18,8 @@ _PROJECTIONS = {"input": "i_proj", "forget": "f_proj", "gate": "g_proj", "output
 
 
 def opened(folder: Path) -> Opened:
-    """The model and a function that reads its variables, {'params': ...} in float32; a tied head becomes one of its own.
+    """The model and a function that reads its variables, {'params': ...} in float32; a tied head
+    becomes one of its own.
 
     Raises:
       InputError: as `pretrained.load`; also an option of the public program that this model does

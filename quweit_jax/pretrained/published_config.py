@@ -20,9 +20,10 @@ from quweit_jax.pretrained.tensors import read_config
 # decides the logits of trained weights.
 _HARMLESS = re.compile(
     r"_.*|architectures?|auto_map|model_type|name|license|torch_dtype|dtype|transformers_version"
-    r"|(\w+_)?token_ids?|id2label|label2id|num_labels|problem_type|task_specific_params|tokenizer_.*"
-    r"|finetuning_task|summary_.*|output_(attentions|hidden_states|scores|past)|return_.*|use_cache|.*initializer_range|initializer_.*"
-    r"|.*drop(out|_rate|_path_rate)?|.*_pdrop|gradient_checkpointing|use_bfloat16|fuse_.*|use_fused.*"
+    r"|(\w+_)?token_ids?|id2label|label2id|num_labels|problem_type|task_specific_params"
+    r"|tokenizer_.*|finetuning_task|summary_.*|output_(attentions|hidden_states|scores|past)"
+    r"|return_.*|use_cache|.*initializer_range|initializer_.*|.*drop(out|_rate|_path_rate)?|.*_pdrop"
+    r"|gradient_checkpointing|use_bfloat16|fuse_.*|use_fused.*"
     r"|temperature|top_[kp]|typical_p|do_sample|num_beams|num_beam_groups|max_length|min_length"
     r"|.*_penalty|early_stopping|num_return_sequences|bad_words_ids|.*no_repeat_ngram_size|prefix"
     r"|(begin_)?suppress_tokens|remove_invalid_values|keys_to_ignore.*|torchscript|tf_legacy_loss"
@@ -89,8 +90,8 @@ class PublishedConfig:
             )
 
     def only_float_weights(self, quantized: bool = False) -> None:
-        """Raises InputError for what Hugging Face's programs can do to any model, and for options of
-        other models that change the arithmetic. quantized: as of `of_type`.
+        """Raises InputError for what Hugging Face's programs can do to any model, and for options
+        of other models that change the arithmetic. quantized: as of `of_type`.
         """
         for key in ("use_sliding_window", "use_qk_norm", "qk_norm"):
             self.only(key, False)

@@ -132,8 +132,8 @@ def published_config(c: TransformerPPConfig, packed: bool = False) -> dict[str, 
 
 def _unwritten(key: str, expected: str, found: object) -> InputError:
     return InputError(
-        f"pretrained.save: {key}: expected {expected}, found {found!r}, which no public layout has; "
-        "keep the run's own checkpoint."
+        f"pretrained.save: {key}: expected {expected}, found {found!r}, which no public layout "
+        "has; keep the run's own checkpoint."
     )
 
 

@@ -1,9 +1,9 @@
-"""Whether the other processes of a run still live: each one tells so at the coordinator's, and looks
-when the others last did.
+"""Whether the other processes of a run still live: each one tells so at the coordinator's, and
+looks when the others last did.
 
 JAX does the same and ends a process whose neighbor is silent, but with a message of its own; this
-is sooner. A process that is stopped (SIGSTOP), swapped out or cut off is silent; one that was killed
-is missed at once, by what is sent next.
+is sooner. A process that is stopped (SIGSTOP), swapped out or cut off is silent; one that was
+killed is missed at once, by what is sent next.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`deploy.gguf`: what is written, by GGUF's own reader where it is installed; `benchmarks/run_gguf.py`
-has llama.cpp run it.
+"""`deploy.gguf`: what is written, by GGUF's own reader where it is installed;
+`benchmarks/run_gguf.py` has llama.cpp run it.
 """
 
 import sys
@@ -35,7 +35,7 @@ def rotated_pairs(rows, heads):
 
 
 def test_tensors_are_llamas():
-    """By the names and shapes of llama.cpp's 'llama', with rows of queries and keys in its order."""
+    """By the names and shapes of llama.cpp's 'llama', rows of queries and keys in its order."""
     model, variables = made(LLAMA | {"biases": "attention", "rope": {"kind": "llama3"}})
     found = gguf._tensors(model.config, variables["params"], "f16")
     assert len(found) == 4 + 2 * (7 + 2 + 4)

@@ -1,5 +1,5 @@
-"""The bit-sliced half of a classifier's C file: as many examples at a time as a word has bits. Words
-of 128 and more are vectors of gcc's and clang's, part by part the same as one of 64.
+"""The bit-sliced half of a classifier's C file: as many examples at a time as a word has bits.
+Words of 128 and more are vectors of gcc's and clang's, part by part the same as one of 64.
 
 Words of the inputs are transposed into planes, one for each bit of an input; of four planes each
 comparison with one of 16 numbers is made once for all comparators of the input; tables are trees of

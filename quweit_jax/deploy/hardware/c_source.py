@@ -35,7 +35,7 @@ typedef uint{part}_t part_t;
 #define WIDEST {widest}
 #define SCORE_BITS {score_bits}
 #define DECISION_BITS {decision_bits}
-/* An input's type has SIZE bits; its word plus LOWEST is a number from 0, of DIGITS times 4 bits. */
+/* An input's type has SIZE bits; its word plus LOWEST is a number from 0, of 4 DIGITS bits. */
 #define SIZE {size}u
 #define LOWEST {lowest}u
 #define DIGITS {digits}u

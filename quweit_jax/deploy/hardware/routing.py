@@ -1,5 +1,5 @@
-"""Place and route by nextpnr for the FPGAs it knows: logic cells, and the frequency that it estimates
-for the placed and routed circuit.
+"""Place and route by nextpnr for the FPGAs it knows: logic cells, and the frequency that it
+estimates for the placed and routed circuit.
 
 A circuit has more ports than a package has pins, so words come in through a chain of registers, a
 bit at a clock edge, and what comes out is held in registers at the pins. The frequency is of the
@@ -52,9 +52,9 @@ _PORT = re.compile(r"(input|output) (?:\[(\d+):0\] )?(\w+)")
 
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """A placed and routed circuit. tool: name and version. cells: logic cells taken, of `available`,
-    those of the registers at its edges among them. megahertz: what nextpnr estimates; None where
-    the circuit does not fit.
+    """A placed and routed circuit. tool: name and version. cells: logic cells taken, of
+    `available`, those of the registers at its edges among them. megahertz: what nextpnr estimates;
+    None where the circuit does not fit.
     """
 
     part: str
