@@ -21,6 +21,9 @@ from quweit_jax.pretrained.kinds import KINDS, kind_of
 
 COLLECTIONS = ("params", "wiring", "ranges")  # caches and packed forms are not carried over
 _Path = tuple[str, ...]  # collection, modules, name
+# A projection that some models have in one piece and others, such as ternary ones of which each
+# part has its own scale, in several: the whole's name and its parts', in order.
+_PARTS = {"qkv": ("query", "key", "value"), "gate": ("gate", "up")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,8 @@ def merge(
     A ViT's positional embedding of another square grid is resampled. Look-up tables mean nothing
     without their wiring, nor a weightless block's vectors without its tables: these are taken
     together or not at all. The norm before a channel mixer is the same whether the model has it or
-    the mixer brings it.
+    the mixer brings it; queries, keys and values are the same in one matrix or in three, and so are
+    a gated unit's two branches.
 
     Args:
       target: the variables of the model to train, {'params': ..., 'wiring': ..., 'ranges': ...} or
@@ -93,7 +97,7 @@ def merge(
       InputError: next to nothing fits.
     """
     ours = _flatten(target)
-    theirs = _with_norms_in_place(_flatten(source), ours)
+    theirs = _with_parts_in_place(_with_norms_in_place(_flatten(source), ours), ours)
     fits = {
         path for path, value in ours.items() if path in theirs and _same_kind(value, theirs[path])
     }
@@ -153,6 +157,37 @@ def _with_norms_in_place(
         return path
 
     return {place(path): value for path, value in theirs.items()}
+
+
+def _with_parts_in_place(
+    theirs: dict[_Path, Array | np.ndarray], ours: Mapping[_Path, Array | np.ndarray]
+) -> dict[_Path, Array | np.ndarray]:
+    """The source's arrays, projections cut into parts, or put together, as the target has them;
+    those whose widths do not add up stay as they are.
+    """
+    placed = dict(theirs)
+    for path in ours.keys() | theirs.keys():
+        if len(path) < 3 or (names := _PARTS.get(path[-2])) is None:
+            continue
+        parts = [(*path[:-2], name, path[-1]) for name in names]
+        if _in_one(theirs, path, parts) and ours.keys() >= set(parts):
+            widths = [np.shape(ours[part])[-1] for part in parts]
+            if np.shape(theirs[path])[-1] == sum(widths):
+                cuts = np.cumsum(widths)[:-1]
+                pieces = np.split(np.asarray(placed.pop(path)), cuts, -1)
+                placed |= dict(zip(parts, pieces))
+        elif _in_one(ours, path, parts) and theirs.keys() >= set(parts):
+            pieces = [np.asarray(theirs[part]) for part in parts]
+            if np.shape(ours[path])[-1] == sum(piece.shape[-1] for piece in pieces):
+                for part in parts:
+                    del placed[part]
+                placed[path] = np.concatenate(pieces, -1)
+    return placed
+
+
+def _in_one(arrays: Mapping[_Path, object], path: _Path, parts: Iterable[_Path]) -> bool:
+    """Whether the whole projection is there, and none of its parts (one may have its name)."""
+    return path in arrays and not any(part in arrays for part in parts if part != path)
 
 
 def _same_kind(ours: Array | np.ndarray, theirs: Array | np.ndarray) -> bool:

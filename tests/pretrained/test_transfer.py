@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from quweit_jax.errors import InputError
 from quweit_jax.models.gpt import GPT, GPTConfig
 from quweit_jax.models.options import WeightlessOptions
+from quweit_jax.models.transformer_pp import TransformerPP, TransformerPPConfig
 from quweit_jax.models.vit import ViT, ViTConfig
 from quweit_jax.ops.patches import resample_positions
 from quweit_jax.pretrained import kind_of, load, merge, read_source
@@ -205,6 +206,49 @@ def test_the_norm_before_a_mixer_is_found_wherever_it_lies(kinds):
     assert {f"block_{i}/{name}" for i in range(2)} <= set(report.taken)
     assert leaves(merged)[f"params/block_1/{name}"][0] == 2
     assert not any("norm" in name for name in (*report.fresh, *report.unused))
+
+
+def _llama(seed, **options):
+    config = TransformerPPConfig(50, width=32, layers=2, heads=4, hidden=40, context=8, **options)
+    made = jax.eval_shape(TransformerPP(config).init, jax.random.key(0), jnp.ones((1, 8), int))
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(draw.integers(1, 100, s.shape), s.dtype), made)
+
+
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_projections_in_one_matrix_and_in_several(kv_heads):
+    """A ternary transformer begins from a dense one, and the way back gives the dense one again."""
+    dense = _llama(1, kv_heads=kv_heads)
+    ternary = _llama(2, kv_heads=kv_heads, linear="ternary", sub_norms=True)
+    begun, report = merge(ternary, dense)
+    assert {name.split("/", 1)[1] for name in report.fresh} == {
+        "mixer/sub_norm/scale",
+        "mlp/sub_norm/scale",
+    }
+    assert not report.unused
+    before, after = leaves(dense["params"]), leaves(begun["params"])
+    keys = 8 * (kv_heads or 4)
+    whole = before["block_1/mixer/qkv/kernel"]
+    assert whole.shape[1] == 32 + 2 * keys
+    for name, first, width in (("query", 0, 32), ("key", 32, keys), ("value", 32 + keys, keys)):
+        np.testing.assert_array_equal(
+            after[f"block_1/mixer/{name}/kernel"], whole[:, first : first + width]
+        )
+    both = before["block_0/mlp/gate/kernel"]
+    np.testing.assert_array_equal(after["block_0/mlp/gate/kernel"], both[:, :40])
+    np.testing.assert_array_equal(after["block_0/mlp/up/kernel"], both[:, 40:])
+    back, report = merge(_llama(3, kv_heads=kv_heads), begun)
+    assert not report.fresh
+    for name, value in leaves(back["params"]).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_projections_of_other_widths_stay_as_they_are():
+    ternary = _llama(2, linear="ternary", kv_heads=2)
+    _, report = merge(ternary, _llama(1))
+    assert "block_0/mixer/qkv/kernel" in report.unused
+    assert "block_0/mixer/query/kernel" in report.fresh
+    assert "block_0/mlp/up/kernel" in report.taken
 
 
 def test_a_weightless_block_keeps_the_norm_that_its_thresholds_are_for():
