@@ -190,3 +190,23 @@ def test_channel_mixers_are_compared_by_kind_and_rate(monkeypatch, tmp_path, tin
     assert len(again) == 4 and " / - |" in again[2]
     shown = capsys.readouterr().out
     assert table[2] in shown and again[2] in shown
+
+
+def test_a_conversion_to_ternary_projections_with_and_without_a_teacher(
+    tmp_path, tiny_config, monkeypatch
+):
+    dense = tiny_config({"model.mlp": "dense", "model.linear": "dense", "steps": 100})
+    monkeypatch.setattr(
+        convert.rundir, "read_config", lambda workdir: dense.copy_and_resolve_references()
+    )
+    told = ["--mlp=dense", "--fit=0", "--continued", "--config.model.linear=ternary"]
+    told += ["--config.distill.blocks=0.1", "--rate=5e-4"]
+    made = convert.configs(convert.arguments([f"--dense={tmp_path}", *told]), tmp_path)
+    assert list(made) == ["converted", "continued", "scratch"]
+    assert {config.model.linear for config in made.values()} == {"ternary"}
+    assert {config.steps for config in made.values()} == {10}
+    converted, continued, scratch = made.values()
+    assert converted.teacher == converted.init_from == continued.init_from == str(tmp_path)
+    assert not continued.teacher and not scratch.init_from and not scratch.teacher
+    assert converted.distill.blocks == 0.1 and not continued.distill.blocks
+    assert converted.optimizer.learning_rate == continued.optimizer.learning_rate == 5e-4

@@ -2,16 +2,20 @@
 the new kind that train from scratch for as many.
 
     python -m experiments.studies.convert --dense RUN [RUN ...] [--solve=16 --rate=1.2e-4]
+    python -m experiments.studies.convert --dense RUN [RUN ...] --mlp=dense --fit=0 --continued
+    --config.model.linear=ternary --config.model.sub_norms=true
 
-Each dense run, of one config but for the seed, is its own student's teacher and beginning
-(docs/howto/distill.md). Runs go into RUNS/NAME-converted and RUNS/NAME-scratch, NAME being the
-dense run's folder; the same command goes on with what is there, and reads what is finished. Every
+The first gives them other mixers, the second makes every projection ternary. Each dense run, of one config but for the seed, is its own student's teacher and beginning
+(docs/howto/distill.md); --continued adds models that begin likewise and have no teacher. Runs go into
+RUNS/NAME-converted, RUNS/NAME-continued and RUNS/NAME-scratch, NAME being the dense run's folder; the
+same command goes on with what is there, and reads what is finished. Every
 last checkpoint is scored on the whole validation split, as deployed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -23,6 +27,7 @@ from quweit_jax.config import Config, set_value
 from quweit_jax.errors import InputError
 from quweit_jax.layers import mlp
 from quweit_jax.training import rundir
+from quweit_jax.training.distill import DistillConfig
 
 # What a conversion that is solved for changes in the dense run's config (docs/howto/distill.md).
 SOLVED = {
@@ -42,7 +47,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     made.add_argument(
         "--dense", type=Path, nargs="+", required=True, help="the run directories to convert"
     )
-    made.add_argument("--mlp", default="lookup_glu", choices=list(mlp.BLOCKS))
+    made.add_argument(
+        "--mlp", default="lookup_glu", choices=[k for k in mlp.kinds() if k != "none"]
+    )
+    made.add_argument("--continued", action="store_true", help="also without a teacher")
     made.add_argument("--share", type=float, default=0.1, help="of the dense run's steps, at most")
     made.add_argument("--fit", type=float, default=0.5, help="the part of them that fits mixers")
     made.add_argument(
@@ -73,11 +81,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def configs(args: argparse.Namespace, dense: Path) -> dict[str, Config]:
-    """The configs of a dense run's two: 'scratch' trains as the dense run did, 'converted' has a
-    teacher, a beginning and the schedule that suits them.
+    """The configs of a dense run's new ones: 'scratch' trains as the dense run did, 'converted' has
+    a teacher, a beginning and the schedule that suits them, 'continued' the same but no teacher.
     """
     made = {}
-    for name in ("converted", "scratch"):
+    for name in ("converted", *(["continued"] if args.continued else []), "scratch"):
         config = rundir.read_config(dense)
         steps = max(1, int(config.steps * args.share))
         with config.unlocked():
@@ -85,11 +93,16 @@ def configs(args: argparse.Namespace, dense: Path) -> dict[str, Config]:
             config.optimizer.warmup = min(config.optimizer.warmup, steps // 10)
             config.eval_every = config.checkpoint_every = max(1, steps // 5)
             config.log_every = max(1, min(config.log_every, steps // 20))
-            config.model.lookup_glu.train_tables |= args.solve > 0
-        if name == "converted":
+            if args.mlp == "lookup_glu":
+                config.model.lookup_glu.train_tables |= args.solve > 0
+        if name != "scratch":
             _begin_with(config, args, dense)
         for path, text in args.overrides.items():
             set_value(config, path, text)
+        if name == "continued":
+            with config.unlocked():
+                config.teacher = ""
+                config.distill.update(dataclasses.asdict(DistillConfig()))
         made[name] = config
     return made
 
@@ -117,11 +130,13 @@ def scored(workdir: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Trains what is missing, and writes NAME.md and NAME.json."""
     args = arguments(argv)
-    results: dict[str, list[dict[str, Any]]] = {"dense": [], "converted": [], "scratch": []}
+    results: dict[str, list[dict[str, Any]]] = {}
     for dense in args.dense:
-        results["dense"].append(scored(dense))
+        results.setdefault("dense", []).append(scored(dense))
         for name, config in configs(args, dense).items():
-            results[name].append(scored(finish(config, args.runs / f"{dense.name}-{name}")))
+            results.setdefault(name, []).append(
+                scored(finish(config, args.runs / f"{dense.name}-{name}"))
+            )
     lines = markdown(
         ["", "steps", "validation loss as deployed", "above dense", "accuracy", "below dense"],
         [_row(name, found, results["dense"]) for name, found in results.items()],
