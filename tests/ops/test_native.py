@@ -32,7 +32,7 @@ needs_compiler = pytest.mark.skipif(WHY is not None, reason=f"native code: {WHY}
 TOKENS, INPUTS = st.sampled_from([0, 1, 2, 3, 5, 7, 13]), st.sampled_from([0, 1, 3, 16, 33, 100])
 OUTPUTS = st.sampled_from([1, 5, 16, 47, 128, 130, 257])
 LEVEL = st.sampled_from(library.LEVELS)
-drawn = settings(max_examples=60, deadline=None, derandomize=True)
+drawn = settings(max_examples=24, deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
