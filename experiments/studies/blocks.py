@@ -83,6 +83,22 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "LookupGLU, 10 units a feature",
         {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 1280},
     ),
+    "lookup_glu_wide_5bit": (
+        "LookupGLU, 10 units a feature, codes of 5 bits over twice the range",
+        {
+            "model.mlp": "lookup_glu",
+            "model.lookup_glu.hidden": 1280,
+            "model.lookup_glu.code_bits": 5,
+        },
+    ),
+    "lookup_glu_368_5bit": (
+        "LookupGLU, 2.9 units a feature, codes of 5 bits over twice the range",
+        {
+            "model.mlp": "lookup_glu",
+            "model.lookup_glu.hidden": 368,
+            "model.lookup_glu.code_bits": 5,
+        },
+    ),
     "lookup_glu_ternary_attention": (
         "LookupGLU, 4 units a feature, ternary projections in attention",
         {"model.mlp": "lookup_glu", "model.linear": "ternary"},
