@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from quweit_jax.config import Config, flat, load_file, set_value
 from quweit_jax.costs import count
 from quweit_jax.errors import InputError
 from quweit_jax.ops.counts import Costs
-from quweit_jax.training import files, looks, metrics, rundir
+from quweit_jax.training import files, metrics, rundir
 
 # kind -> (what the table calls it, what its config changes)
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -314,36 +313,20 @@ def draw(study: Study, kinds: list[str], measure: str) -> None:
     the top, with the bytes of a block beside it. A control far behind the others is not drawn, but
     named.
     """
-    from matplotlib.figure import Figure
-
-    args, found = study.args, {}
-    for kind in kinds:
-        values = [s[f"{measure}_deployed"] for s in study.scores(kind)]
-        size = sum(study.costs(kind).bytes_stored.values())
-        found[kind] = (statistics.mean(values), values, size)
-    order = sorted(found, key=lambda kind: found[kind][0], reverse=measure == "accuracy")
-    drawn = [kind for kind in order if kind != "none"]
-    figure = Figure(figsize=(8, 0.42 * len(drawn) + 1.2), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    for place, kind in enumerate(reversed(drawn)):
-        mean, values, size = found[kind]
-        color = looks.style(kind, 0)["color"]
-        axes.plot([min(values), max(values)], [place] * 2, color=color, alpha=0.3, linewidth=6)
-        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=5)
-        axes.plot([mean], [place], "D", color=color, markersize=7)
-        text = f"  {size / 1000:.0f} KB"
-        axes.text(1.0, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-    names = [textwrap.fill(title(kind, measure == "accuracy"), 34) for kind in reversed(drawn)]
-    axes.set_yticks(range(len(drawn)), names, fontsize=9)
-    axes.set_ylim(-0.6, len(drawn) - 0.4)
-    unit = "" if measure == "accuracy" else ", nats"
-    control = f"; without any: {found['none'][0]:.3f}" if "none" in found else ""
-    figure.supxlabel(
-        f"validation {measure} as deployed{unit}; seeds pale, means dark{control}", fontsize=9
+    args, image = study.args, measure == "accuracy"
+    values = {k: [s[f"{measure}_deployed"] for s in study.scores(k)] for k in kinds}
+    control = (
+        f"; without any: {statistics.mean(values.pop('none')):.3f}" if "none" in values else ""
     )
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.out / f"{args.name}.png")
+    sizes = {kind: sum(study.costs(kind).bytes_stored.values()) for kind in values}
+    common.draw_ends(
+        values,
+        args.out / f"{args.name}.png",
+        {kind: title(kind, image) for kind in values},
+        f"validation {measure} as deployed{'' if image else ', nats'}{control}",
+        beside={kind: f"{size / 1000:.0f} KB" for kind, size in sizes.items()},
+        highest_first=image,
+    )
 
 
 def check(args: Any) -> None:
@@ -368,7 +351,6 @@ def main() -> None:
         more=[
             ("--config", {"default": "gpt_char.py:nanogpt_cpu", "help": "of experiments/configs"}),
             ("--rates", {"nargs": "+", "default": ["1e-3", "2e-3", "4e-3", "8e-3"]}),
-            ("--table", {"action": "store_true", "help": "of what is finished; trains nothing"}),
         ],
     )
     check(args)

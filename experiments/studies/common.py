@@ -10,7 +10,8 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import jax
 from quweit_jax.commands import cli, train
 from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
-from quweit_jax.training import loop, metrics, rundir, state
+from quweit_jax.errors import InputError
+from quweit_jax.reading import read_json
+from quweit_jax.training import looks, loop, metrics, rundir, state
 
 EXPERIMENTS = Path(__file__).parents[1]
 # {kind: {seed: what `score` found}}
@@ -59,6 +62,9 @@ def arguments(
     made.add_argument("--runs", type=Path, default=Path("runs") / runs)
     made.add_argument("--out", type=Path, default=EXPERIMENTS / "results")
     made.add_argument("--name", default=name, help="of the files that are written")
+    made.add_argument(
+        "--table", action="store_true", help="of what NAME.json or RUNS hold; trains nothing"
+    )
     return made.parse_args(rest, argparse.Namespace(overrides=overrides))
 
 
@@ -100,11 +106,13 @@ def conduct(
     argument: Callable[[str], str],
     score: Callable[[Path, str], dict[str, Any]],
 ) -> Results:
-    """Every kind and seed, trained and scored.
+    """Every kind and seed, trained and scored; with --table those that NAME.json has.
 
     argument: kind -> 'FILE.py:VARIANT,key=value' of experiments/configs, without seed and steps.
     score: (run directory, kind) -> what is to be known of it.
     """
+    if args.table:
+        return known(args)
     results: Results = {kind: {} for kind in args.kinds}
     for seed in args.seeds:
         for kind in args.kinds:
@@ -117,6 +125,25 @@ def conduct(
             results[kind][seed] = score(finish(config, args.runs / f"{kind}-{seed}"), kind)
             print(f"{kind} seed {seed}: {json.dumps(results[kind][seed])[:400]}", flush=True)
     return results
+
+
+def read(args: argparse.Namespace) -> dict[str, Any]:
+    """NAME.json, as `write` left it.
+
+    Raises:
+      InputError: there is none.
+    """
+    path = args.out / f"{args.name}.json"
+    if not path.is_file():
+        raise InputError(f"--table: there is no {path} to read; leave --table out to make it.")
+    return read_json(path, "study")
+
+
+def known(args: argparse.Namespace) -> Results:
+    """The results that NAME.json has, of the kinds and seeds that are asked for."""
+    found = read(args)["results"]
+    each = {kind: {s: of[str(s)] for s in args.seeds if str(s) in of} for kind, of in found.items()}
+    return {kind: each[kind] for kind in args.kinds if each.get(kind)}
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -139,32 +166,80 @@ def write(
     header: Sequence[str],
     row: Callable[[str, list[dict[str, Any]]], Sequence[str]],
     title: str,
-):
+    measure: str = "loss",
+) -> None:
     """NAME.md, a table with a row a kind; NAME.json, everything; NAME.png, validation losses, means
-    over seeds in a band from the lowest to the highest.
+    over seeds in a band from the lowest to the highest, or what the kinds end at (`measure`) where
+    NAME.json is read and has no curves.
     """
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [row(kind, list(by_seed.values())) for kind, by_seed in results.items()]
     lines = markdown(header, rows)
     (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n")
-    environment = rundir.describe_environment()["versions"]
-    (args.out / f"{args.name}.json").write_text(
-        json.dumps({"results": results, "environment": environment}, indent=1) + "\n"
-    )
-    curves = {}
-    for kind, by_seed in results.items():
-        each = [metrics.evaluations(args.runs / f"{kind}-{s}") for s in by_seed]
-        curves[kind] = [
-            {
-                "step": rows[0]["step"],
-                "split": "validation",
-                "loss": statistics.mean(r["loss"] for r in rows),
-                "low": min(r["loss"] for r in rows),
-                "high": max(r["loss"] for r in rows),
-            }
-            for rows in zip(*each)
-        ]
-    metrics.plot_losses(
-        curves, args.out / f"{args.name}.png", f"{title}, {len(args.seeds)} seed(s)", unit="nats"
-    )
+    if args.table:  # what was found stays as it is
+        told = read(args)
+    else:
+        told = {
+            "results": results,
+            "environment": rundir.describe_environment()["versions"],
+            "curves": {kind: curve(args, kind, by_seed) for kind, by_seed in results.items()},
+        }
+        (args.out / f"{args.name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    path = args.out / f"{args.name}.png"
+    if "curves" in told:
+        curves = {kind: told["curves"][kind] for kind in results}
+        metrics.plot_losses(curves, path, f"{title}, {len(args.seeds)} seed(s)", unit="nats")
+    else:  # of a study that kept none
+        each = {kind: [r[measure] for r in by_seed.values()] for kind, by_seed in results.items()}
+        names = {kind: kind.replace("_", " ") for kind in each}
+        label, highest = title.replace("loss", measure), measure == "accuracy"
+        draw_ends(each, path, names, f"{label} at the end", highest_first=highest)
     print("\n".join(lines))
+
+
+def curve(args: argparse.Namespace, kind: str, seeds: Iterable[int]) -> list[dict[str, Any]]:
+    """A kind's validation losses: means over its seeds, the lowest and the highest."""
+    each = [metrics.evaluations(args.runs / f"{kind}-{seed}") for seed in seeds]
+    return [
+        {
+            "step": rows[0]["step"],
+            "split": "validation",
+            "loss": statistics.mean(r["loss"] for r in rows),
+            "low": min(r["loss"] for r in rows),
+            "high": max(r["loss"] for r in rows),
+        }
+        for rows in zip(*each)
+    ]
+
+
+def draw_ends(
+    found: Mapping[str, Sequence[float]],
+    path: Path,
+    names: Mapping[str, str],
+    label: str,
+    *,
+    beside: Mapping[str, str] | None = None,
+    highest_first: bool = False,
+) -> None:
+    """A PNG of each kind's seeds, the band between them and their mean, the best at the top, with
+    a few letters `beside` it.
+    """
+    from matplotlib.figure import Figure
+
+    order = sorted(found, key=lambda kind: statistics.mean(found[kind]), reverse=not highest_first)
+    figure = Figure(figsize=(8, 0.42 * len(order) + 1.2), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for place, kind in enumerate(order):
+        values, color = found[kind], looks.style(kind, 0)["color"]
+        axes.plot([min(values), max(values)], [place] * 2, color=color, alpha=0.3, linewidth=6)
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=5)
+        axes.plot([statistics.mean(values)], [place], "D", color=color, markersize=7)
+        if beside:
+            at = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
+            axes.text(1.0, place, f"  {beside[kind]}", **at)
+    axes.set_yticks(range(len(order)), [textwrap.fill(names[k], 34) for k in order], fontsize=9)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    figure.supxlabel(f"{label}; seeds pale, means dark", fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

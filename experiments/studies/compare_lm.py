@@ -91,14 +91,8 @@ def main() -> None:
         name="compare_lm_cpu",
     )
     results = common.conduct(args, lambda kind: f"compare_lm.py:{args.variant},kind={kind}", score)
-    found = speeds({kind: args.runs / f"{kind}-{args.seeds[0]}" for kind in args.kinds})
-    for kind in args.kinds:
-        for result in results[kind].values():
-            relative = found[kind] / found[args.kinds[0]]
-            result |= {
-                "training_tokens_per_second": found[kind],
-                "training_speed_of_the_first_kind": relative,
-            }
+    if not args.table:
+        add_speeds(args, results)
     header = [
         "model",
         "parameters",
@@ -108,6 +102,18 @@ def main() -> None:
         "as deployed",
     ]
     common.write(args, results, header, row, f"compare_lm, {args.variant}: validation loss")
+
+
+def add_speeds(args: Any, results: common.Results) -> None:
+    """What each kind trains a second, and against the first."""
+    found = speeds({kind: args.runs / f"{kind}-{args.seeds[0]}" for kind in args.kinds})
+    for kind in args.kinds:
+        for result in results[kind].values():
+            relative = found[kind] / found[args.kinds[0]]
+            result |= {
+                "training_tokens_per_second": found[kind],
+                "training_speed_of_the_first_kind": relative,
+            }
 
 
 if __name__ == "__main__":

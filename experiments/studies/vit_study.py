@@ -133,7 +133,7 @@ def main() -> None:
         "images decided differently",
         "parameters",
     ]
-    common.write(args, results, header, row, "CIFAR-10 validation loss")
+    common.write(args, results, header, row, "CIFAR-10 validation loss", "accuracy")
 
 
 if __name__ == "__main__":

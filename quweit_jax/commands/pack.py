@@ -1,4 +1,5 @@
-"""python -m quweit_jax pack --workdir=runs/x|--model=FOLDER --out=FOLDER [--trained]"""
+"""python -m quweit_jax pack --workdir=runs/x|--model=FOLDER --out=FOLDER [--trained]
+[--bits=N]"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from quweit_jax.reading import check_local
 
 _MEASURES = ("loss", "accuracy")  # of the checkpoint, that are kept
 _OF_INPUTS = ("labels", "pixels")
-_NEW = ("form", "input_shape", "versions", "format", "version")  # written anew
+_NEW = ("form", "weight_bits", "input_shape", "versions", "format", "version")  # written anew
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,6 +30,14 @@ def main(argv: Sequence[str]) -> int:
     add_source(parser)
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--trained", action="store_true", help="as trained, not packed")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        default=0,
+        metavar="N",
+        help="round matrices that have no packed form "
+        "to N bits a weight, 2 to 8, each column with its scale (default: as they are)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.training import stores
@@ -38,14 +47,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) -> int:
-    from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
+    from quweit_jax.deploy.pack import packed_or_trained
     from quweit_jax.models import registry
-    from quweit_jax.pretrained import saved
+    from quweit_jax.pretrained import rounded, saved
     from quweit_jax.training import rundir
 
     check_local(out, "--out", "write it here, and copy it")
     if saved.is_saved(out) and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a model already; name another, or --overwrite.")
+    if args.bits and args.bits not in rounded.BITS:
+        raise InputError(f"--bits: expected 2 to 8, found {args.bits}.")
     opened = open_source(args, overrides)
     variables = opened.variables
     if args.trained and "packed" in variables:
@@ -57,11 +68,12 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
         model["scan_layers"] = False
     about = {
         "form": "packed" if "packed" in variables else "trained",
+        **({"weight_bits": args.bits} if args.bits else {}),
         "input_shape": [1, *opened.init_inputs.shape[1:]],
         "versions": rundir.describe_environment()["versions"],
     }
     about |= _of_run(args.workdir, opened) if opened.setup is not None else _of_model(opened)
-    saved.save_model(
+    size = saved.save_model(
         out,
         model,
         outputs,
@@ -69,8 +81,9 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
         tokenizer=opened.tokenizer,
         about=about,
         overwrite=args.overwrite,
+        bits=args.bits,
     )
-    print(f"wrote {args.out}: {stored_bytes(variables):,} bytes of arrays, {about['form']}")
+    print(f"wrote {args.out}: {size:,} bytes of arrays, {about['form']}")
     if opened.tokenizer is not None:
         print(f"use it: python -m quweit_jax generate --model={args.out}")
     return 0

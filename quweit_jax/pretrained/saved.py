@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from quweit_jax import models
 from quweit_jax.data import tokenizers
 from quweit_jax.errors import InputError, nearest, require
-from quweit_jax.pretrained import hub
+from quweit_jax.pretrained import hub, rounded
 from quweit_jax.reading import is_whole, read_json, shown, why
 
 FORMAT = "quweit_jax model"
@@ -51,17 +51,19 @@ def save_model(
     tokenizer: tokenizers.Tokenizer | None = None,
     about: Mapping[str, object] | None = None,
     overwrite: bool = False,
-) -> None:
-    """Writes a model's folder; `load_model` reads it.
+    bits: int = 0,
+) -> int:
+    """Writes a model's folder, which `load_model` reads, and returns the bytes of its arrays.
 
     Args:
       config: `config.model` of a run, 'name' and the model's options. outputs: vocabulary or
         classes. variables: as trained, or packed.
       about: further entries of model.json. overwrite: whether a model that is there may be
-        replaced.
+        replaced. bits: of each weight of matrices that are not packed, see `rounded`; 0: as they
+        are.
 
     Raises:
-      InputError: the folder holds a model already, or cannot be written.
+      InputError: the folder holds a model already, or cannot be written; bits not from 2 to 8.
     """
     folder = Path(folder).expanduser()
     if os.path.lexists(folder / _DESCRIPTION) and not overwrite:
@@ -73,6 +75,9 @@ def save_model(
     flat = flatten_dict(dict(variables), sep="/")
     arrays = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flat.items()}
     said = {"format": FORMAT, "version": 1, "model": dict(config), "outputs": outputs}
+    if bits:
+        arrays, shapes = rounded.encode(arrays, bits)
+        said |= {"version": 2, "weights": {"bits": bits, "shapes": shapes}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _DESCRIPTION).unlink(missing_ok=True)
@@ -88,6 +93,7 @@ def save_model(
         raise InputError(
             f"{shown(folder)} cannot be written ({why(error)}); give another folder."
         ) from None
+    return sum(leaf.nbytes for leaf in arrays.values())
 
 
 def is_saved(folder: Path) -> bool:
@@ -111,9 +117,9 @@ def open_model(
     """The same without its arrays, which the last of what it returns reads."""
     folder = Path(folder).expanduser()
     about = read_json(folder / _DESCRIPTION, "model")
-    if about.get("format") != FORMAT or about.get("version") != 1:
+    if about.get("format") != FORMAT or about.get("version") not in (1, 2):
         raise InputError(
-            f"{shown(folder / _DESCRIPTION)}: expected format '{FORMAT}', version 1, found "
+            f"{shown(folder / _DESCRIPTION)}: expected format '{FORMAT}', version 1 or 2, found "
             f"{about.get('format')!r}, {about.get('version')!r}; was it written by `pack --out`?"
         )
     config, outputs = about.pop("model", None), about.pop("outputs", None)
@@ -125,10 +131,12 @@ def open_model(
     model = models.build(config, int(outputs))
     path = folder / _TOKENIZER
     tokenizer = tokenizers.load(path) if os.path.lexists(path) else None
-    return model, tokenizer, about, functools.partial(_read_arrays, folder / _WEIGHTS)
+    weights = about.pop("weights", None)
+    told = None if weights is None else rounded.check(weights)
+    return model, tokenizer, about, functools.partial(_read_arrays, folder / _WEIGHTS, told)
 
 
-def _read_arrays(path: Path) -> dict[str, PyTree]:
+def _read_arrays(path: Path, told: tuple[int, dict[str, list[int]]] | None) -> dict[str, PyTree]:
     reader = require("safetensors", "to read a model", "or safetensors alone")
     try:
         with reader.safe_open(path, framework="numpy") as file:  # mapped, not read as a whole
@@ -137,7 +145,7 @@ def _read_arrays(path: Path) -> dict[str, PyTree]:
         raise InputError(
             f"{shown(path)} cannot be read ({error}); write the folder again."
         ) from None
-    return unflatten_dict(flat, sep="/")
+    return unflatten_dict(rounded.decode(flat, *told) if told else flat, sep="/")
 
 
 def boxed() -> list[str]:

@@ -14,7 +14,7 @@ from quweit_jax.data import pipeline, tokenizers
 from quweit_jax.data.registry import DataConfig
 from quweit_jax.deploy.pack import stored_bytes
 from quweit_jax.errors import InputError
-from quweit_jax.pretrained import saved
+from quweit_jax.pretrained import rounded, saved
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -47,9 +47,46 @@ def test_a_run_is_packed_into_a_folder_and_speaks_as_it_did(tiny_arguments, tmp_
     assert pack.main([f"--workdir={run}", f"--out={out}", "--trained", "--overwrite"]) == 0
     model, variables = pretrained.load(out)
     assert "packed" not in variables and model.config.mlp == "lookup_glu"
+    whole = (out / "model.safetensors").stat().st_size
+    assert pack.main([f"--workdir={run}", f"--out={out}", "--bits=6", "--overwrite"]) == 0
+    assert (out / "model.safetensors").stat().st_size < whole / 2
+    assert saved.load_model(out).about["weight_bits"] == 6
+    with pytest.raises(InputError, match="--bits"):
+        pack.main([f"--workdir={run}", f"--out={out}", "--bits=9", "--overwrite"])
     for wrong in (["--step=1"], ["--config.seed=3"]):
         with pytest.raises(InputError, match="--model"):
             generate.main([f"--model={out}", *wrong])
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 4), (1, 1)])
+def test_rounded_matrices_are_near_and_take_their_bits(bits, shape):
+    rng = np.random.default_rng(bits)
+    matrix = rng.normal(size=shape).astype(np.float32)
+    matrix[..., 0] = 0
+    arrays = {
+        "params/a/kernel": matrix,
+        "params/a/bias": matrix[..., 0].reshape(-1),
+        "wiring/m": np.ones((2, 3), np.int32),
+    }
+    told, shapes = rounded.encode(arrays, bits)
+    assert told["params/a/kernel@codes"].nbytes == -(-matrix.size * bits // 8)
+    again = rounded.decode(told, bits, shapes)
+    assert again.keys() == arrays.keys()
+    steps = np.abs(matrix).reshape(-1, shape[-1]).max(0) / (2 ** (bits - 1) - 1)
+    assert (np.abs(again["params/a/kernel"] - matrix) <= steps / 2 * (1 + 1e-5)).all()
+    twice = rounded.decode(*_rounded_again(again, bits))
+    for name in arrays:
+        np.testing.assert_allclose(twice[name], again[name], rtol=1e-6)
+        if name not in shapes:
+            np.testing.assert_array_equal(again[name], arrays[name])
+    with pytest.raises(InputError, match="params/a/kernel"):
+        rounded.decode(told, bits, {"params/a/kernel": [*shape, 9]})
+
+
+def _rounded_again(arrays, bits):
+    told, shapes = rounded.encode(arrays, bits)
+    return told, bits, shapes
 
 
 def test_damage_is_a_sentence(tmp_path):
@@ -74,6 +111,15 @@ def test_damage_is_a_sentence(tmp_path):
     ):
         about.write_text(damaged)
         with pytest.raises(InputError, match=r"model"):
+            saved.load_model(tmp_path / "m")
+    about.write_text(text)
+    assert saved.save_model(tmp_path / "m", config, 5, variables, overwrite=True, bits=5) < 1000
+    near = saved.load_model(tmp_path / "m").variables
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.1), near, dict(variables))
+    text = about.read_text()
+    for damaged in (text.replace('"bits": 5', '"bits": 6'), text.replace('"shapes"', '"s"')):
+        about.write_text(damaged)
+        with pytest.raises(InputError, match="write the folder again"):
             saved.load_model(tmp_path / "m")
     with pytest.raises(InputError, match="shakespeare-lookup"):
         pretrained.load("shakespear-lookup")
