@@ -29,6 +29,7 @@ with needed("to serve a model"):
 
 _LARGEST = 1 << 20  # bytes of a request
 _PATIENCE = 30  # seconds that a request's body may take to come
+_KEPT = 75  # seconds that an idle connection is kept; clients keep theirs for less
 _LEFT = 499  # the status, which nobody reads, of a request whose client has gone
 
 
@@ -329,6 +330,7 @@ def make_server(engine: Engine, offer: Offer, grace: float) -> Server:
         access_log=False,
         lifespan="off",
         ws="none",
+        timeout_keep_alive=_KEPT,
         timeout_graceful_shutdown=max(1, round(grace)),
     )
     server = Server(config)
