@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
+import signal
 import threading
 import time
 
@@ -15,6 +17,7 @@ import openai
 import pytest
 
 from quweit_jax import models
+from quweit_jax.commands import serve
 from quweit_jax.data.asking import Asking
 from quweit_jax.data.prompting import Prompting
 from quweit_jax.data.tokenizers import CharTokenizer, FileTokenizer
@@ -25,6 +28,7 @@ from quweit_jax.deploy.serving.engine import Engine, Wanted
 from quweit_jax.deploy.serving.requests import ApiError, Offer, check, read_body
 from quweit_jax.deploy.serving.slots import Slots
 from quweit_jax.errors import InputError
+from quweit_jax.pretrained import saved
 from tests.compiled import quick_jit
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -433,6 +437,70 @@ def test_a_failure_ends_what_is_under_way():
     offer = Offer("tiny", Asking(LETTERS, None), 15, None, 5, 1)
     assert asyncio.run(web.Api(engine, offer).health(None)).status_code == 503  # type: ignore[arg-type]
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model as a command is given it."""
+    place = tmp_path_factory.mktemp("models") / "small"
+    _, variables = made("matmulfree")
+    config = MODELS["matmulfree"]
+    saved.save_model(place, config, LETTERS.vocab_size, variables, tokenizer=LETTERS)
+    return place
+
+
+def test_the_command_ends_in_order(serving, folder, monkeypatch, capsys):
+    """At SIGTERM an answer under way is ended first."""
+    listening, said = [], []
+    listen = web.listen
+
+    def remembered(host, port):
+        listening.append(listen(host, port))
+        return listening[0]
+
+    def ask():
+        port = listening[0].getsockname()[1]
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", timeout=30)
+        with (
+            client,
+            client.completions.create(
+                model="small", prompt="ab", max_tokens=200, seed=3, temperature=0, stream=True
+            ) as pieces,
+        ):
+            for number, piece in enumerate(pieces):
+                said.append(piece.choices[0].text)
+                if number == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    run = web.Server.run
+
+    def run_and_ask(server, sockets):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        run(server, sockets)
+        thread.join(20)
+
+    monkeypatch.setattr(web, "listen", remembered)
+    monkeypatch.setattr(web.Server, "run", run_and_ask)
+    given = [f"--model={folder}", "--port=0", "--slots=2", "--queue=0", "--no-packed"]
+    assert serve.main(given) == 0
+    assert "".join(said) == serving.offline("ab", 200, 3, temperature=0)
+    told = capsys.readouterr()
+    assert "serving small at http://127.0.0.1:" in told.out and not told.err
+
+
+def test_the_network_is_warned_of(folder, monkeypatch, capsys):
+    monkeypatch.setattr(web.Server, "run", lambda *_, **__: None)
+    monkeypatch.setattr(Slots, "compile", lambda _: None)
+    for host, warned in (("0.0.0.0", True), ("localhost", False)):
+        assert serve.main([f"--model={folder}", "--port=0", f"--host={host}", "--no-packed"]) == 0
+        assert ("warning: --host=0.0.0.0" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("option", ["slots", "queue", "max_tokens", "grace", "port"])
+def test_options_that_cannot_be(option):
+    with pytest.raises(InputError, match=f"--{option}"):
+        serve.main(["--model=x", f"--{option}=-1"])
 
 
 def test_a_port_that_is_taken_is_named():
