@@ -17,6 +17,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import os
 import random
 import re
 import subprocess
@@ -52,14 +53,15 @@ class Job:
 
 
 def make_jobs(model: str, count: int) -> tuple[list[Job], float]:
-    """Requests and their texts, and how many tokens a second `generate` made of them."""
+    """Requests and their texts, and how many tokens `generate` made of them in a
+    second of this process's work."""
     found = folders.find(model)
     variables, asking = found.read(), Asking(found.tokenizer, found.prompting)
     draw, jobs, made, seconds = random.Random(0), [], 0, 0.0
     for seed in range(count):
         prompt, tokens = _PROMPTS[seed % len(_PROMPTS)], draw.randint(20, 60)
         temperature = _TEMPERATURES[seed % len(_TEMPERATURES)]
-        begun = time.perf_counter()
+        begun = time.process_time()
         ids = list(
             generate_tokens(
                 found.model,
@@ -71,7 +73,7 @@ def make_jobs(model: str, count: int) -> tuple[list[Job], float]:
             )
         )
         if seed >= len(_TEMPERATURES):  # what is compiled for a temperature is compiled
-            made, seconds = made + len(ids), seconds + time.perf_counter() - begun
+            made, seconds = made + len(ids), seconds + time.process_time() - begun
         text = asking.tokenizer.decode(ids)
         jobs.append(Job(prompt, tokens, seed, temperature, text))
     return jobs, made / seconds
@@ -101,6 +103,12 @@ def resident(pid: int) -> float:
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     assert found
     return int(found[1]) / 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """The seconds that a process has worked, on all cores together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Load:
@@ -185,11 +193,12 @@ async def measure(args, jobs: list[Job], pid: int, port: int) -> list[str]:
         load.idle[job] = await load.whole(job)
     rounded = sum(load.idle[job] != job.offline for job in jobs)
     lines = [f"{len(jobs)} requests alone: {rounded} answered otherwise than by generate", ""]
-    lines += ["clients  tokens a second"]
+    lines += ["clients  tokens a second  a CPU second of the server"]
     for count in (1, 8, args.clients):
-        before = load.counts["tokens"]
+        before, worked = load.counts["tokens"], cpu_seconds(pid)
         seconds = await load.clients(count, 0, jobs, args.seconds)
-        lines.append(f"{count:>7}  {(load.counts['tokens'] - before) / seconds:>15,.0f}")
+        made, worked = load.counts["tokens"] - before, cpu_seconds(pid) - worked
+        lines.append(f"{count:>7}  {made / seconds:>15,.0f}  {made / worked:>26,.0f}")
     before = resident(pid)
     await load.breaks(args.broken, jobs)
     await asyncio.sleep(1)
@@ -228,7 +237,7 @@ def main() -> None:
         lines = [
             timing.machine(),
             "wall clock; server and clients on the same cores, beside other work",
-            f"{args.model}, {args.slots} slots; generate makes {speed:,.0f} tokens a second alone",
+            f"{args.model}, {args.slots} slots; generate makes {speed:,.0f} tokens a CPU second, one text alone",
             *asyncio.run(measure(args, jobs, pid, port)),
         ]
     print("\n".join(lines))

@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(
-    model: nn.Module, variables: dict[str, PyTree], state: State, active: Array | np.ndarray
+    model: nn.Module, variables: dict[str, PyTree], state: State, active: Array
 ) -> tuple[Array, State]:
     """A token more for each active text: (tokens (S,), the new state)."""
 
@@ -71,14 +71,14 @@ def _join(
     step: Array | int,
     key: Array,
     settings: Settings,
-    seen: Array | np.ndarray,
+    seen: Array,
 ) -> tuple[Array, State]:
     """A text whose prompt has been read takes a slot: (its next token, the new state). logits, key,
     settings and seen have an axis of one text.
     """
     steps = jnp.asarray(step, jnp.int32)[None]
     picked = pick_each(settings, jax.random.wrap_key_data(key), steps, logits, seen)
-    seen = jnp.asarray(seen).at[0, picked[0]].set(True)
+    seen = seen.at[0, picked[0]].set(True)
     one = State(cache, picked[0], steps[0] + 1, key[0], _first(settings), seen[0])
     return picked[0], jax.tree.map(lambda whole, part: whole.at[slot].set(part), state, one)
 
