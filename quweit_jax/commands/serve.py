@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     from quweit_jax.deploy.serving.requests import Offer
     from quweit_jax.deploy.serving.slots import Slots
 
-    with web.listen(args.host, args.port) as listening:
+    with web.bind(args.host, args.port) as listening:
         opened = open_source(args, overrides)
         asking = Asking(text_of(args, opened), opened.prompting)
         slots = Slots(opened.model, opened.deployed(args.packed), args.slots)
@@ -36,15 +36,7 @@ def main(argv: Sequence[str]) -> int:
         offer = Offer(name, asking, slots.vocab_size, slots.context, args.max_tokens, engine.places)
         server = web.make_server(engine, offer, args.grace)
         engine.start()
-        host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C stops it", flush=True)
-        if not _is_loopback(host):
-            print(
-                f"warning: --host={args.host}: whoever reaches this address may use the model; "
-                "there are no passwords, and nothing is encrypted",
-                file=sys.stderr,
-            )
+        server.on_start = lambda: _tell(name, args.host, *listening.getsockname()[:2])
         try:
             server.run(sockets=[listening])
         finally:
@@ -56,8 +48,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+def _tell(name: str, asked: str, host: str, port: int) -> None:
+    """Where it listens; with a warning if that is not this machine alone."""
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C stops it", flush=True)
+    if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        print(
+            f"warning: --host={asked}: whoever reaches this address may use the model; there are "
+            "no passwords, and nothing is encrypted",
+            file=sys.stderr,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

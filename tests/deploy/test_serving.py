@@ -59,7 +59,7 @@ class Serving:
         size, context = slots.vocab_size, slots.context
         self.offer = Offer("tiny", asking, size, context, 4000, self.engine.places)
         self.server = web.make_server(self.engine, self.offer, grace=1)
-        self.socket = web.listen("127.0.0.1", 0)
+        self.socket = web.bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=30
@@ -69,6 +69,8 @@ class Serving:
         self.engine.start()
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
         return self
 
     def __exit__(self, *_):
@@ -259,6 +261,7 @@ def test_who_hangs_up_frees_a_slot(serving, stream):
         ({"min_p": 2}, 400, "min_p"),
         ({"repetition_penalty": 0}, 400, "repetition_penalty"),
         ({"seed": 2**63}, 400, "seed"),
+        ({"seed": 2**63 - 1, "n": 2}, 400, "seed"),
         ({"stop": [1]}, 400, "stop"),
         ({"stream": 1}, 400, "stream"),
         ({"stream": True, "stream_options": []}, 400, "stream_options"),
@@ -452,10 +455,10 @@ def folder(tmp_path_factory):
 def test_the_command_ends_in_order(serving, folder, monkeypatch, capsys):
     """At SIGTERM an answer under way is ended first."""
     listening, said = [], []
-    listen = web.listen
+    bind = web.bind
 
     def remembered(host, port):
-        listening.append(listen(host, port))
+        listening.append(bind(host, port))
         return listening[0]
 
     def ask():
@@ -475,12 +478,12 @@ def test_the_command_ends_in_order(serving, folder, monkeypatch, capsys):
     run = web.Server.run
 
     def run_and_ask(server, sockets):
-        thread = threading.Thread(target=ask)
-        thread.start()
+        thread, tell = threading.Thread(target=ask), server.on_start
+        server.on_start = lambda: (tell(), thread.start())
         run(server, sockets)
         thread.join(20)
 
-    monkeypatch.setattr(web, "listen", remembered)
+    monkeypatch.setattr(web, "bind", remembered)
     monkeypatch.setattr(web.Server, "run", run_and_ask)
     given = [f"--model={folder}", "--port=0", "--slots=2", "--queue=0", "--no-packed"]
     assert serve.main(given) == 0
@@ -489,8 +492,26 @@ def test_the_command_ends_in_order(serving, folder, monkeypatch, capsys):
     assert "serving small at http://127.0.0.1:" in told.out and not told.err
 
 
+def test_an_answer_that_fails_leaves_the_others(serving, monkeypatch):
+    decode = CharTokenizer.decode
+
+    def refuses(tokenizer, ids):
+        if tokenizer.vocabulary[0] in (text := decode(tokenizer, ids)):
+            raise IndexError("no such token")
+        return text
+
+    monkeypatch.setattr(CharTokenizer, "decode", refuses)
+    one = Wanted(LETTERS.encode("a"), 5, Sampling(0.0))
+    said = {0: [], 1: []}
+    bad = Wanted(LETTERS.encode("a"), 4000, Sampling(1.0), seed=1)
+    serving.engine.submit([bad, one], lambda number, new: said[number].append(new))
+    serving.until(busy=0)
+    assert [said[number][-1].finish for number in (0, 1)] == ["error", "length"]
+    assert serving.engine.failure is None
+
+
 def test_the_network_is_warned_of(folder, monkeypatch, capsys):
-    monkeypatch.setattr(web.Server, "run", lambda *_, **__: None)
+    monkeypatch.setattr(web.Server, "run", lambda server, sockets: server.on_start())
     monkeypatch.setattr(Slots, "compile", lambda _: None)
     for host, warned in (("0.0.0.0", True), ("localhost", False)):
         assert serve.main([f"--model={folder}", "--port=0", f"--host={host}", "--no-packed"]) == 0
@@ -504,7 +525,9 @@ def test_options_that_cannot_be(option):
 
 
 def test_a_port_that_is_taken_is_named():
-    with web.listen("127.0.0.1", 0) as taken, pytest.raises(InputError, match="--port"):
-        web.listen("127.0.0.1", taken.getsockname()[1])
+    with web.bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(InputError, match="--port"):
+            web.bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError, match="--host"):
-        web.listen("no.such.host.invalid", 0)
+        web.bind("no.such.host.invalid", 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -223,7 +224,11 @@ class Engine:
 
     def _take(self, slot: int, seat: _Seat, token: int) -> None:
         """What follows from a new token."""
-        said = seat.hear(token, self._ends)
+        try:
+            said = seat.hear(token, self._ends)
+        except Exception as error:  # of the tokenizer: the other answers go on
+            logging.getLogger(__name__).error("an answer has failed: %s", first_line(error))
+            said = Said("", seat.made, "error")
         if said.finish is not None:
             with self._changed:
                 self._free(slot)

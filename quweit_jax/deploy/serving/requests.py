@@ -134,7 +134,7 @@ def check(body: Mapping[str, Any], kind: str, offer: Offer) -> Asked:
             "n",
         )
     most = _max_tokens(body, kind, offer)
-    seed = _whole(body, "seed", None, -(2**63), 2**63 - 1)
+    seed = _whole(body, "seed", None, -(2**63), 2**63 - count)
     stops = _stops(body)
     echo = _flag(body, "echo")
     stream = _flag(body, "stream")

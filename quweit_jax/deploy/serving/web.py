@@ -54,7 +54,7 @@ class Listener:
         while count:
             number, said = await self._said.get()
             if said.finish == "error":
-                raise ApiError(500, "the server has stopped before the answer was done.")
+                raise ApiError(500, "the server could not end the answer; ask again.")
             count -= said.finish is not None
             yield number, said
 
@@ -281,7 +281,16 @@ async def _tell_mistake(request: Request, error: Exception) -> Response:
 class Server(uvicorn.Server):
     """Ends in order at SIGINT and SIGTERM: takes no more, and waits for what is under way; a second
     one ends it at once.
+
+    on_start: called once it listens.
     """
+
+    on_start: Callable[[], None] = staticmethod(lambda: None)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        await super().startup(sockets)
+        self.on_start()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -302,8 +311,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 for any that is free.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, where nothing listens yet; port 0 for any that is free.
 
     Raises:
       InputError: there is no such host, or the port is taken.
@@ -311,8 +320,15 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
         raise InputError(f"--port: expected 0 to {2**16 - 1}, found {port}.")
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=512)
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except BaseException:
+            made.close()
+            raise
+        return made
     except (OSError, UnicodeError) as error:
         said = why(error) if isinstance(error, OSError) else str(error)
         raise InputError(
