@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "trains a model, or goes on with a run where it ended",
     "evaluate": "evaluates a run on the whole validation split, or on zero-shot tasks",
     "generate": "continues a prompt with a trained language model",
+    "serve": "serves a language model to clients of OpenAI's API",
     "sweep": "trains every point of an experiment's sweep and writes one table",
     "costs": "counts what one inference costs: operations, look-ups, bytes and energy",
     "report": "compares runs in one HTML page",

@@ -27,6 +27,8 @@ EXTRAS = {
     "gguf": "gguf",
     "lm_eval": "harness",
     "libtpu": "tpu",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

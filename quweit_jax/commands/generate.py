@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quweit_jax.commands import cli
-from quweit_jax.commands.opening import add_source, open_source
+from quweit_jax.commands.opening import add_packed, add_source, open_source, text_of
 from quweit_jax.errors import InputError
 from quweit_jax.reading import clean_text, decode_text, read_bytes
 
@@ -27,7 +27,6 @@ def main(argv: Sequence[str]) -> int:
     is told on standard error.
     """
     args, overrides = cli.parse(_parser(), argv)
-    from quweit_jax.deploy.pack import pack, packed_or_trained
     from quweit_jax.deploy.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -36,15 +35,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--samples: expected 1 or more, found {args.samples}.")
     prompts = _prompts(args)
     opened = open_source(args, overrides)
-    model, variables, tokenizer = opened.model, opened.variables, opened.tokenizer
-    if tokenizer is None:
-        given = f"--model: {args.model}" if args.model else f"--workdir: {args.workdir}"
-        raise InputError(f"{given} is a classifier, which generates no text.")
-    if args.packed is not False and "packed" not in variables:
-        form = pack if args.packed else packed_or_trained
-        variables = form(model, variables, opened.init_inputs)
-    elif args.packed is False and "packed" in variables:
-        raise InputError("--no-packed: this folder has the packed form alone; leave that out.")
+    model, tokenizer = opened.model, text_of(args, opened)
+    variables = opened.deployed(args.packed)
     texts = [prompt for prompt in prompts for _ in range(args.samples)]
     seeds = [args.seed + i for _ in prompts for i in range(args.samples)]
     asked = _Asked(tokenizer, opened.prompting, args.chat, args.system)
@@ -83,13 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--min_p", type=float, default=0.0, help="... this many times as likely as the likeliest")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: against what was said")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add(
-        "--packed",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="as deployed: 1-bit tables, ternary weights at 2 bits (default: where the model has "
-        "such a form)",
-    )
+    add_packed(parser)
     return parser
 
 
@@ -118,35 +104,30 @@ def _read(option: str, path: str) -> str:
 
 
 class _Asked:
-    """How prompts become tokens, and where an answer ends: by the tokenizer alone, or as a
-    published model wants it.
+    """What a prompt is: a text to continue, or a message to answer.
 
-    chat: whether a prompt is a message; None: where there is a template.
+    chat: None: a message where the model has a template.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompting: Prompting | None, chat: bool | None, system: str
     ):
-        template = prompting is not None and bool(prompting.chat_template)
-        self.tokenizer, self.prompting = tokenizer, prompting
-        self.chat = template if chat is None else chat
+        from quweit_jax.data.asking import Asking
+
+        self.asking, self.tokenizer = Asking(tokenizer, prompting), tokenizer
+        self.chat = self.asking.has_template if chat is None else chat
         self.system = [{"role": "system", "content": clean_text(system)}] if system else []
         if self.chat and prompting is None:
             raise InputError("--chat: a run has no chat template; leave it out.")
         if system and not self.chat:
             raise InputError("--system: expected a chat; this model has no chat template.")
-        end = tokenizer.end_of_text
-        ends = prompting.ends if prompting is not None else ()
-        self.ends = {*ends, *([end] if end is not None else [])}
+        self.ends = self.asking.ends
 
     def encode(self, prompt: str) -> np.ndarray:
         """The ids (T,) int32 of one prompt."""
-        if self.prompting is None:
-            return self.tokenizer.encode(prompt)
         if not self.chat:
-            return self.prompting.encode(self.tokenizer, prompt)
-        messages = [*self.system, {"role": "user", "content": prompt}]
-        return self.prompting.encode_chat(self.tokenizer, messages)
+            return self.asking.encode(prompt)
+        return self.asking.encode_chat([*self.system, {"role": "user", "content": prompt}])
 
 
 class _Work:

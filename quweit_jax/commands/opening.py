@@ -50,6 +50,21 @@ class Opened:
             return self.variables
         return pack(self.model, self.variables, self.init_inputs)
 
+    def deployed(self, packed: bool | None) -> dict[str, PyTree]:
+        """The variables that text is generated with. packed: as `add_packed` has it.
+
+        Raises:
+          InputError: there is no such form.
+        """
+        from quweit_jax.deploy.pack import pack, packed_or_trained
+
+        if packed is not False and "packed" not in self.variables:
+            form = pack if packed else packed_or_trained
+            return form(self.model, self.variables, self.init_inputs)
+        if packed is False and "packed" in self.variables:
+            raise InputError("--no-packed: this folder has the packed form alone; leave that out.")
+        return self.variables
+
     def about_inputs(self) -> dict[str, Any]:
         """What makes inputs and reads outputs, where the model comes from, and its config, in plain
         values: what describes an exported program.
@@ -93,6 +108,25 @@ def add_model(parser: Any, **options: Any) -> None:
         "one on Hugging Face's hub, ORGANIZATION/NAME, which is fetched",
         **options,
     )
+
+
+def add_packed(parser: argparse.ArgumentParser) -> None:
+    """--packed and --no-packed of what generates text."""
+    parser.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="as deployed: 1-bit tables, ternary weights at 2 bits (default: where the model has "
+        "such a form)",
+    )
+
+
+def text_of(args: argparse.Namespace, opened: Opened) -> Tokenizer:
+    """The tokenizer of a model that generates text; InputError for another."""
+    if opened.tokenizer is None:
+        given = f"--model: {args.model}" if args.model else f"--workdir: {args.workdir}"
+        raise InputError(f"{given} is a classifier, which generates no text.")
+    return opened.tokenizer
 
 
 def open_source(args: argparse.Namespace, overrides: Mapping[str, str]) -> Opened:

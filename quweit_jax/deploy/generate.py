@@ -19,10 +19,10 @@ from jaxtyping import PyTree
 
 from quweit_jax.data.tokenizers import Tokenizer
 from quweit_jax.deploy.sampling import Sampling, pick_batch
+from quweit_jax.deploy.spelling import Speller, Stops
 from quweit_jax.errors import InputError
 
 _PIECE, _LONGEST = 16, 256  # tokens of a prompt that are read at a time
-_KNOWN = 16  # tokens before a piece that are decoded with it
 
 
 def sample_logits(
@@ -88,23 +88,32 @@ def prefill(
     They are read in pieces of few sizes, so that a prompt of another length compiles nothing; the
     first piece is padded on the left where the context has room for that.
     """
+    *_, read = prefill_pieces(model, variables, prompts, empty_cache(model, len(prompts)))
+    return read
+
+
+def prefill_pieces(
+    model: nn.Module, variables: dict[str, PyTree], prompts: Sequence[np.ndarray], cache: PyTree
+) -> Iterator[tuple[Array, PyTree, int]]:
+    """Yields what `prefill` has after each piece; the last is what it returns. cache: an empty one
+    for so many prompts, which stays as it is.
+    """
     longest, context = max(map(len, prompts)), context_of(model)
-    sizes = _pieces(longest, context)
+    sizes = piece_sizes(longest, context)
     total = sum(sizes)
     tokens = np.zeros((len(prompts), total), np.int32)
     valid = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
         tokens[row, total - len(prompt) :], valid[row, total - len(prompt) :] = prompt, True
-    cache, start, logits = empty_cache(model, len(prompts)), 0, None
+    start = 0
     for size in sizes:
         part = slice(start, start + size)
         logits, cache = decode_step(model, variables, cache, tokens[:, part], valid[:, part])
         start += size
-    assert logits is not None
-    return logits[:, -1], cache, total
+        yield logits[:, -1], cache, start
 
 
-def _pieces(longest: int, context: int | None) -> list[int]:
+def piece_sizes(longest: int, context: int | None) -> list[int]:
     """The sizes in which a prompt is read, at least as many tokens as it has."""
     whole, rest = divmod(longest, _PIECE)
     # with room for some tokens more, or the next ones would find the cache full at once
@@ -270,50 +279,26 @@ def _seen(rows: Sequence[_Row], vocab_size: int) -> Array:
 
 
 def cut_at(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pieces of a text up to the first of the stop strings, which is left out; what could be the
-    beginning of one is held back until it is known. Empty stops don't count.
+    """Pieces of a text up to the first of the stop strings, which is left out, see
+    `spelling.Stops`.
     """
-    stops, held = [stop for stop in stops if stop], ""
+    passing = Stops(stops)
     for piece in pieces:
-        held += piece
-        found = [held.index(stop) for stop in stops if stop in held]
-        if found:
-            held = held[: min(found)]
-            break
-        begun = max((_overlap(held, stop) for stop in stops), default=0)
-        if begun < len(held):
-            yield held[: len(held) - begun]
-            held = held[len(held) - begun :]
-    if held:
-        yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of a text that a stop begins with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
+        if text := passing.feed(piece):
+            yield text
+        if passing.found:
+            return
+    if text := passing.rest():
+        yield text
 
 
 def stream_text(
     tokenizer: Tokenizer, tokens: Iterator[int], after: Sequence[int] | np.ndarray = ()
 ) -> Iterator[str]:
-    """Decodes tokens as they come, holding back pieces that aren't whole characters yet.
-
-    after: ids before them (the prompt's), without which some tokenizers take the first token for
-    the beginning of a text.
-    """
-    known, ids, shown = [int(i) for i in after][-_KNOWN:], [], ""
-    before = tokenizer.decode(known) if known else ""
+    """Decodes tokens as they come, see `spelling.Speller`."""
+    speller = Speller(tokenizer, after)
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(known + ids)[len(before) :]
-        # Only the last U+FFFD can be a character that isn't whole yet.
-        whole = text[:-1] if text.endswith("\ufffd") else text
-        if len(whole) > len(shown):
-            yield whole[len(shown) :]
-            shown = whole
-        if whole == text:
-            known, ids, shown = ids[-_KNOWN:], [], ""
-            before = tokenizer.decode(known)
-    if ids:
-        yield tokenizer.decode(known + ids)[len(before) + len(shown) :]
+        if text := speller.feed(token):
+            yield text
+    if text := speller.rest():
+        yield text

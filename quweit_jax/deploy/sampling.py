@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jax import Array
 from quweit_jax.errors import InputError
 
 _FLOAT = np.finfo(np.float32)
+_LARGEST = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +114,80 @@ def pick_batch(
     return jax.vmap(one, in_axes=(0, 0, None if seen is None else 0))(keys, logits, seen)
 
 
-def _nucleus(logits: Array, top_p: float) -> Array:
+def _nucleus(logits: Array, top_p: float | Array) -> Array:
     """Logits (V,) with -inf for all but the likeliest that reach top_p together."""
     order = jnp.argsort(logits, descending=True)
     probabilities = jax.nn.softmax(logits)[order]
     before = jnp.cumsum(probabilities) - probabilities
     kept = (before < top_p).at[0].set(True)
     return jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
+
+
+class Settings(NamedTuple):
+    """The `Sampling` of several texts as arrays (B,), so that one program draws for all of them.
+
+    inverse: of the temperature, float32. greedy: bool, always the likeliest. top_k: int32; top_p,
+    log_min_p (-inf for none), penalty and its inverse: float32.
+    """
+
+    inverse: Array | np.ndarray
+    greedy: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    log_min_p: Array | np.ndarray
+    penalty: Array | np.ndarray
+    inverse_penalty: Array | np.ndarray
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> Settings:
+        """Those of `Sampling`s, rounded as a program that has them as constants rounds them."""
+        temperatures = np.asarray([min(s.temperature, np.inf) for s in samplings], np.float64)
+        greedy = temperatures < float(_FLOAT.tiny)
+        finite = ~greedy & (temperatures <= float(_FLOAT.max))
+        inverse = np.float32(1) / np.where(finite, temperatures, 1).astype(np.float32)
+        min_p = np.asarray([s.min_p for s in samplings], np.float64)
+        penalty = np.asarray([s.repetition_penalty for s in samplings], np.float64)
+        return cls(
+            np.where(finite, inverse, 0).astype(np.float32),
+            greedy,
+            np.asarray([min(s.top_k, _LARGEST) for s in samplings], np.int32),
+            np.asarray([s.top_p for s in samplings], np.float32),
+            np.log(min_p, where=min_p > 0, out=np.full_like(min_p, -np.inf)).astype(np.float32),
+            penalty.astype(np.float32),
+            (1 / penalty).astype(np.float32),
+        )
+
+
+def pick_each(settings: Settings, keys: Array, steps: Array, logits: Array, seen: Array) -> Array:
+    """What `pick_batch` draws for each row of logits (B, V) with settings of its own: (B,) int32.
+    Nothing is sorted while no row's settings ask for it.
+
+    keys: (B,). steps: int (B,), that they are folded with. seen: bool (B, V).
+    """
+    logits = logits.astype(jnp.float32)
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    of_row = jax.tree.map(lambda setting: jnp.asarray(setting)[:, None], settings)
+    lower = jnp.where(logits > 0, of_row.inverse_penalty, of_row.penalty)
+    logits = jnp.where(seen & (of_row.penalty != 1), logits * lower, logits)
+    largest = logits.max(-1, keepdims=True)
+    below = jnp.where(logits == largest, 0.0, logits - largest)
+    scaled = jnp.where(below == -jnp.inf, -jnp.inf, below * of_row.inverse)
+    top_k, top_p = jnp.asarray(settings.top_k), jnp.asarray(settings.top_p)
+    few = (top_k > 0) & (top_k < logits.shape[-1])
+
+    def among_the_top(logits: Array, scaled: Array, few: Array, k: Array, p: Array) -> Array:
+        order = jnp.argsort(logits, descending=True)  # of equal ones the first
+        rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
+        scaled = jnp.where(few & (rank >= k), -jnp.inf, scaled)
+        return jnp.where(p < 1, _nucleus(scaled, p), scaled)
+
+    scaled = jax.lax.cond(
+        (few | (top_p < 1)).any(),
+        lambda: jax.vmap(among_the_top)(logits, scaled, few, top_k, top_p),
+        lambda: scaled,
+    )
+    scaled = jnp.where(scaled < of_row.log_min_p, -jnp.inf, scaled)
+    drawn = jax.vmap(
+        lambda key, step, row: jax.random.categorical(jax.random.fold_in(key, step), row)
+    )(keys, steps, scaled)
+    return jnp.where(settings.greedy, jnp.argmax(logits, -1), drawn).astype(jnp.int32)
