@@ -13,10 +13,9 @@ from jaxtyping import Float32, Int, Int32, UInt8
 
 from quweit_jax.ops.kernels.gpu import common
 
-# Of a table gradient's block: entries times tokens, a sum each; 64 sums a thread.
-_SUMS = 8192
-_MOST_TOKENS, _FEWEST_TOKENS = 1024, 32  # of a block
-_TURNS = 4  # blocks of tokens that a program adds up at least
+# Of a table gradient's program: entries, a sum each in every thread, and threads.
+_ENTRIES, _THREADS = 64, 64
+_TURNS = 8  # in which a program reads tokens at least, if there are so many
 _TOKENS = 512  # of a block of bit gradients
 
 
@@ -25,38 +24,46 @@ def table_gradient(
 ) -> Float32[Array, "L A"]:
     """Gradients added to the entries that were addressed: 0 where none was.
 
-    A thread has a sum for each entry, of its own tokens; where there are few tables, several
-    programs have some of a table's tokens each.
+    A thread has a sum for each of some entries, of its own tokens; to them it adds the product of
+    gradients, in the row of their high address bits, and of ones in the column of their low bits.
+    Where there are few tables, several programs have some of a table's tokens each.
     """
     num_luts, tokens = grad_LT.shape
-    most = max(_FEWEST_TOKENS, min(_MOST_TOKENS, _SUMS // entries))
-    width = min(common.power_above(tokens), most)
+    sums = min(entries, _ENTRIES)
+    low = sums.bit_length() // 2
+    columns, rows = 1 << low, sums >> low
+    width = min(common.power_above(tokens), _THREADS)
     blocks = -(-tokens // width)
     parts = max(1, min(-(-common.PROGRAMS // num_luts), blocks // _TURNS))
     turns = -(-blocks // parts)
 
     def lut_table_gradient(addresses_ref, grad_ref, sums_ref):
-        table, part = common.program(0), common.program(1)
-        entry = common.span(0, entries)
+        table, group, part = (common.program(i) for i in range(3))
+        row = common.span(group, rows)[:, None]
+        column = common.span(0, columns)[:, None]
 
         def add(turn, total):
             token = common.span(part * turns + turn, width)
             inside = token < tokens
             address = common.load(addresses_ref, table * tokens + token, inside)
-            grad = common.load(grad_ref, table * tokens + token, inside)
-            here = address.astype(jnp.int32)[None, :] == entry[:, None]
-            return total + jnp.where(here, grad[None, :], 0.0)
+            address = address.astype(jnp.int32)[None, :]
+            grad = common.load(grad_ref, table * tokens + token, inside)[None, :]
+            grads = jnp.where(address >> low == row, grad, 0.0)
+            ones = jnp.where((address & (columns - 1)) == column, 1.0, 0.0)
+            return total + grads[:, None, :] * ones[None, :, :]
 
-        total = jax.lax.fori_loop(0, turns, add, jnp.zeros((entries, width), jnp.float32))
-        common.store(sums_ref, (part * num_luts + table) * entries + entry, total.sum(1))
+        none = jnp.zeros((rows, columns, width), jnp.float32)
+        total = jax.lax.fori_loop(0, turns, add, none).sum(2)
+        place = common.span(group, rows)[:, None] * columns + common.span(0, columns)[None, :]
+        common.store(sums_ref, (part * num_luts + table) * entries + place, total)
 
-    sums = common.call(
+    added = common.call(
         lut_table_gradient,
-        grid=(num_luts, parts),
+        grid=(num_luts, entries // sums, parts),
         out_shape=jax.ShapeDtypeStruct((parts * num_luts * entries,), jnp.float32),
-        warps=max(1, min(4, width // common.WARP)),
+        warps=max(1, width // common.WARP),
     )(addresses, grad_LT)
-    return sums.reshape(parts, num_luts, entries).sum(0)
+    return added.reshape(parts, num_luts, entries).sum(0)
 
 
 def readers(
