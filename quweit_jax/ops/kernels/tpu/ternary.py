@@ -27,9 +27,9 @@ _BLOCK_BYTES = 2**20  # of words: less is not read at full speed
 _MOST_ROWS = 4096  # of a tile: 2 MB
 
 
-def hindrance(rows: int, sizes_known: bool) -> choice.Hindrance:
-    """What hinders the kernel, on a platform, for a matrix of so many rows of words."""
-    on = choice.kernels_for("tpu")
+def hindrance(packed: tuple[int, ...], sizes_known: bool) -> choice.Hindrance:
+    """What hinders the kernel, on a platform, for words (tiles, rows, lanes)."""
+    on, rows = choice.kernels_for("tpu", "gpu"), packed[1]  # a GPU has its own
 
     def hinders(at: str) -> str | None:
         if not sizes_known:
@@ -41,8 +41,9 @@ def hindrance(rows: int, sizes_known: bool) -> choice.Hindrance:
     return hinders
 
 
-def is_worth(rows: int, lanes: int) -> bool:
+def is_worth(tokens: int, packed: tuple[int, ...]) -> bool:
     """Whether a matrix fills whole registers, so that nothing is copied before it is read."""
+    _, rows, lanes = packed
     return rows % ROWS == 0 and lanes == LANES
 
 
