@@ -4,7 +4,7 @@ python benchmarks/gpu_kernels.py --out=FILE.txt
 Where torch and torch_dwn are installed their look-ups (forward and backward) are timed in the same
 run, in turn with ours. --compile: no GPU is needed; each kernel is compiled for an H100, and the
 registers and the bytes that it spills are printed, for which JAX's plugin for CUDA and ptxas are
-enough (docs/howto/gpu.md). --small: small shapes, to see that all can be compiled.
+enough (docs/howto/kernels.md). --small: small shapes, to see that all can be compiled.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from quweit_jax.ops.kernels.gpu import common
 
 _FEATURES = 64  # of a block
 _TOGETHER = 8  # steps that are read together
-# Threads that fill a GPU's memory bus, and the fewest steps of a chunk.
+# Chunks read their gates twice, so there are some only where a quarter of these threads is more than
+# there are; and the fewest steps of a chunk.
 _THREADS, _FEWEST_STEPS = 2**15, 64
 
 
@@ -51,7 +52,8 @@ class _Cut(NamedTuple):
 def _cut(shape: tuple[int, ...]) -> _Cut:
     batch, steps, features = shape
     block = min(common.power_above(features), _FEATURES)
-    wanted = _THREADS // (batch * features) if 2 * batch * features <= _THREADS else 1
+    threads = batch * features
+    wanted = _THREADS // threads if 4 * threads <= _THREADS else 1
     chunks = max(1, min(wanted, steps // _FEWEST_STEPS))
     turns = -(-steps // (chunks * _TOGETHER))
     return _Cut(batch, steps, features, block, -(-steps // (turns * _TOGETHER)), turns)
