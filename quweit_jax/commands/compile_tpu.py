@@ -139,7 +139,7 @@ def compile_decode(config: Config, topology: str, outputs: int | None = None) ->
         )
 
     model, token = whole.model, jnp.zeros((1, 1), jnp.int32)
-    with compiling_for(devices[0].platform, portable=True):
+    with compiling_for(devices[0].platform):
         variables = whole.abstract_state().variables()
         deployed = deployed_shapes(model, variables, whole.init_inputs)
         cache = jax.eval_shape(lambda: empty_cache(model))
@@ -173,7 +173,7 @@ def _compiled(
     from quweit_jax.training.topologies import gpu_of
 
     since, gpu = time.monotonic(), gpu_of(topology)
-    with compiling_for(devices[0].platform, portable=True):
+    with compiling_for(devices[0].platform):
         traced = trace()
         lowered = traced.lower()
 

@@ -28,7 +28,15 @@ from jaxtyping import Float, Float64, Int, Shaped
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.ops.fusion import no_fusion
 from quweit_jax.ops.kernels import lut_reference, lut_xla
-from quweit_jax.ops.kernels.choice import Division, Hindrance, anywhere, choose, division, platform
+from quweit_jax.ops.kernels.choice import (
+    Division,
+    Hindrance,
+    anywhere,
+    choose,
+    division,
+    kernels_at,
+    platform,
+)
 
 MAX_LUT_INPUTS = 8
 DECAYS = ("exponential", "harmonic")
@@ -119,26 +127,29 @@ class _How(NamedTuple):
     weighting: EFD
     implementation: str
     division: Division | None
+    kernels: str = ""  # 'tpu' or 'gpu', whose kernels 'pallas' are
 
 
 def _choose(asked: str | None, weighting: EFD, sizes: tuple[Any, ...]) -> _How:
     """How to look up F bits of T tokens in L tables, sizes (F, T, L)."""
     offered: dict[str, Hindrance] = dict.fromkeys(_FORMS, anywhere)
-    if asked == "pallas" or (asked is None and platform() == "tpu"):
+    if asked == "pallas" or (asked is None and platform() in ("tpu", "gpu")):
         known = not any(map(jax.export.is_symbolic_dim, sizes))
-        kernels = _kernels()
+        kernels = _kernels(kernels_at())
         if asked or (known and kernels.is_worth(*sizes[1:])):
-            offered = {"pallas": kernels.hindrance(sizes[0], known)} | offered
+            offered = {"pallas": kernels.hindrance(*sizes, known)} | offered
     chosen = choose("lut_lookup", asked, offered)
     if chosen != "pallas":
         return _How(weighting, chosen, None)
-    return _How(weighting, chosen if all(sizes) else "xla", division())
+    return _How(weighting, chosen if all(sizes) else "xla", division(), kernels_at())
 
 
-def _kernels() -> ModuleType:
-    from quweit_jax.ops.kernels import lut_pallas  # importing Pallas takes half a second
-
-    return lut_pallas
+def _kernels(at: str) -> ModuleType:
+    if at == "gpu":  # importing Pallas takes half a second
+        from quweit_jax.ops.kernels.gpu import lut
+    else:
+        from quweit_jax.ops.kernels import lut_pallas as lut
+    return lut
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -150,7 +161,7 @@ def _lookup(
 
 def _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, how):
     if how.implementation == "pallas":
-        out, kept = _kernels().forward(bits_FT, mapping_Ln, tables_LA, how.division)
+        out, kept = _kernels(how.kernels).forward(bits_FT, mapping_Ln, tables_LA, how.division)
     else:
         kept = bits_FT != 0
         out = _FORMS[how.implementation].forward(kept, mapping_Ln, tables_LA)
@@ -169,7 +180,8 @@ def _lookup_backward(how, saved, grad_LT):
     grad_LT = grad_LT.astype(jnp.float32)
     pallas = how.implementation == "pallas"
     if pallas:
-        grad_tables = _kernels().table_gradient(kept, mapping_Ln, grad_LT, how.division)
+        kernels = _kernels(how.kernels)
+        grad_tables = kernels.table_gradient(kept, mapping_Ln, grad_LT, how.division)
     else:
         grad_tables = _FORMS[how.implementation].table_gradient(kept, mapping_Ln, grad_LT)
     grad_tables = grad_tables.astype(tables_LA.dtype)
@@ -177,8 +189,9 @@ def _lookup_backward(how, saved, grad_LT):
         return None, None, None, grad_tables
     differences = finite_differences(tables_LA, how.weighting)
     if pallas:
-        grad_bits = _kernels().bit_gradient(
-            kept, mapping_Ln, differences, grad_LT, bits_like.shape[0], how.division
+        num_inputs = bits_like.shape[0]
+        grad_bits = _kernels(how.kernels).bit_gradient(
+            kept, mapping_Ln, inverse_FK, differences, grad_LT, num_inputs, how.division
         )
     else:
         grad_bits = _FORMS[how.implementation].bit_gradient(
@@ -219,8 +232,8 @@ def lut_lookup(
       beta: decay per unit of distance; 1/3 if None.
       inverse: (F, K) int from `wiring.invert_wiring`, optional: without it the gradient to the
         bits makes one anew each time, if the wiring is even, or scatters.
-      implementation: 'xla', 'pallas' (kernels for TPUs) or 'reference', see `ops.kernels`; None
-        for the fastest.
+      implementation: 'xla', 'pallas' (kernels for TPUs and GPUs) or 'reference', see `ops.kernels`;
+        None for the fastest.
 
     Returns:
       (..., L), the tables' dtype.

@@ -179,7 +179,7 @@ def packed_sums(
 
     Args:
       num_outputs: O; None for all the lanes. implementation: None, 'native', 'pallas' (a kernel for
-        TPUs), 'xla' or 'reference' (which unpacks all of it), see `ops.kernels`.
+        TPUs and GPUs), 'xla' or 'reference' (which unpacks all of it), see `ops.kernels`.
 
     Raises:
       InputError: the shapes don't belong together, or there is no such implementation here.
@@ -205,7 +205,8 @@ def packed_sums(
     elif chosen == "native":
         sums = calls.ternary_sums(x, packed, outputs)
     elif chosen == "pallas" and x.shape[0]:
-        sums = _kernels().ternary_sums(x, packed, choice.division())[:, :outputs]
+        kernels = _kernels(choice.kernels_at())
+        sums = kernels.ternary_sums(x, packed, choice.division())[:, :outputs]
     elif chosen in ("xla", "pallas"):
         sums = _sums_by_tiles(x, packed)[:, :outputs]
     else:
@@ -216,17 +217,19 @@ def packed_sums(
 def _choose(asked: str | None, inputs: tuple[Any, ...], packed: tuple[int, ...]) -> str:
     """The implementation for inputs (..., I) and words (tiles, rows, lanes)."""
     offered = _OFFERED
-    if asked == "pallas" or (asked is None and choice.platform() == "tpu"):
-        kernels = _kernels()
-        if asked or kernels.is_worth(*packed[1:]):
-            known = not any(map(jax.export.is_symbolic_dim, inputs))
-            offered = {"pallas": kernels.hindrance(packed[1], known)} | offered
+    if asked == "pallas" or (asked is None and choice.platform() in ("tpu", "gpu")):
+        kernels = _kernels(choice.kernels_at())
+        known = not any(map(jax.export.is_symbolic_dim, inputs))
+        if asked or (known and kernels.is_worth(math.prod(inputs[:-1]), packed)):
+            offered = {"pallas": kernels.hindrance(packed, known)} | offered
     return choice.choose("packed_matmul", asked, offered)
 
 
-def _kernels() -> ModuleType:
-    from quweit_jax.ops.kernels.tpu import ternary  # importing Pallas takes half a second
-
+def _kernels(at: str) -> ModuleType:
+    if at == "gpu":  # importing Pallas takes half a second
+        from quweit_jax.ops.kernels.gpu import ternary
+    else:
+        from quweit_jax.ops.kernels.tpu import ternary
     return ternary
 
 

@@ -46,7 +46,7 @@ def gated_recurrence(
         first step; None for zeros.
       implementation: 'sequential' (a loop over time), 'associative' (a parallel prefix sum),
         'chunked' (chunks of about sqrt(T) steps side by side, then a loop over chunks), 'pallas' (a
-        kernel for TPUs, float32) or 'auto', by platform and length.
+        kernel for TPUs and GPUs, float32) or 'auto', by platform and length.
 
     Returns:
       (states (B, T, D) in candidate's dtype, final_state (B, D) float32), exact in the sense that
@@ -81,7 +81,8 @@ def gated_recurrence(
     implementation = _choose(implementation, candidate.shape, exact)
     if not candidate.size:
         implementation = "sequential"
-    how = _How(implementation, choice.division() if implementation == "pallas" else None)
+    division = choice.division() if implementation == "pallas" else None
+    how = _How(implementation, division, choice.kernels_at())
     states: Array = _recurrence(forget_gate.astype(exact), candidate.astype(exact), start, how)
     return states.astype(candidate.dtype), states[:, -1]
 
@@ -112,6 +113,7 @@ class _How(NamedTuple):
 
     implementation: str
     division: choice.Division | None
+    kernels: str  # 'tpu' or 'gpu', whose kernels 'pallas' are
 
 
 def _choose(asked: str, shape: tuple[Any, ...], dtype: Any) -> str:
@@ -119,29 +121,33 @@ def _choose(asked: str, shape: tuple[Any, ...], dtype: Any) -> str:
     symbolic = any(map(jax.export.is_symbolic_dim, shape))
     if asked != "pallas" and (asked != "auto" or symbolic or shape[1] <= _SHORT):
         return asked
-    fits_tpu = choice.kernels_for("tpu")
+    fits = choice.kernels_for("tpu", "gpu")
+    if choice.kernels_at() == "gpu":
+        fits = choice.not_exported(fits)
 
     def hindrance(at: str) -> str | None:
         if dtype != jnp.float32:
             return f"computes in float32, not {jnp.dtype(dtype).name}"
         if symbolic:
             return "needs sizes that are numbers"
-        return fits_tpu(at)
+        return fits(at)
 
     offered = {"pallas": hindrance} | dict.fromkeys(("auto", *_FORMS), choice.anywhere)
     return choice.choose("gated_recurrence", None if asked == "auto" else asked, offered)
 
 
-def _kernel() -> ModuleType:
-    from quweit_jax.ops.kernels.tpu import recurrence  # importing Pallas takes half a second
-
+def _kernel(at: str) -> ModuleType:
+    if at == "gpu":  # importing Pallas takes half a second
+        from quweit_jax.ops.kernels.gpu import recurrence
+    else:
+        from quweit_jax.ops.kernels.tpu import recurrence
     return recurrence
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _recurrence(forget_gate: Array, candidate: Array, start: Array, how: _How) -> Array:
     if how.implementation == "pallas":
-        return _kernel().forward(forget_gate, candidate, start, how.division)
+        return _kernel(how.kernels).forward(forget_gate, candidate, start, how.division)
     return _FORMS[how.implementation](forget_gate, candidate, start)
 
 
@@ -159,7 +165,7 @@ def _backward(
     # later.
     forget_gate, states, start = kept
     if how.implementation == "pallas":
-        return _kernel().backward(forget_gate, states, start, gradient, how.division)
+        return _kernel(how.kernels).backward(forget_gate, states, start, gradient, how.division)
     gates = jnp.concatenate([forget_gate[:, 1:], jnp.zeros_like(forget_gate[:, :1])], 1)
     towards = _FORMS[how.implementation](gates[:, ::-1], gradient[:, ::-1], jnp.zeros_like(start))[
         :, ::-1

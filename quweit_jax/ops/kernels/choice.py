@@ -94,6 +94,13 @@ def platform() -> str:
     return _target.value or jax.default_backend()
 
 
+def kernels_at() -> str:
+    """Whose Pallas kernels are taken: a GPU's for a GPU, else a TPU's, also where they are
+    interpreted.
+    """
+    return "gpu" if platform() == "gpu" else "tpu"
+
+
 def anywhere(_: str) -> None:
     """The hindrance of an implementation that works on every platform: none."""
 
@@ -116,6 +123,17 @@ def native(hindrance: Hindrance) -> Hindrance:
         if _portable.value:
             return "cannot be exported"
         return hindrance(at)
+
+    return checked
+
+
+def not_exported(hindrance: Hindrance) -> Hindrance:
+    """The hindrance of kernels that programs cannot take along to another process, as those for
+    GPUs: what `hindrance` says, and such programs.
+    """
+
+    def checked(at: str) -> str | None:
+        return "cannot be exported" if _portable.value else hindrance(at)
 
     return checked
 

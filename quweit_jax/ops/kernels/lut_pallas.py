@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int, Int32, Shaped
 
-from quweit_jax.ops.kernels import choice
+from quweit_jax.ops.kernels import choice, dividing
 from quweit_jax.ops.kernels.choice import Division
-from quweit_jax.ops.kernels.tpu import common, lut, lut_gradients
+from quweit_jax.ops.kernels.tpu import lut, lut_gradients
 
 # Below that the registers of a TPU, of 1,024 tokens and 8 tables, are mostly empty.
 _FEW_TOKENS, _FEW_TABLES = 1024, 128
 
 
-def hindrance(num_inputs: int, sizes_known: bool) -> choice.Hindrance:
+def hindrance(num_inputs: int, tokens: int, num_luts: int, sizes_known: bool) -> choice.Hindrance:
     """What hinders the kernels, on a platform, for so many input bits."""
-    on = choice.kernels_for("tpu")
+    on = choice.kernels_for("tpu", "gpu")  # a GPU has its own
 
     def hinders(at: str) -> str | None:
         if not sizes_known:
@@ -53,7 +53,7 @@ def forward(
         return lut.look_up(words, mapping_Ln, tables_LA, tokens, cut)
 
     axes = (1, None, None)
-    divided = common.over_devices(here, division, bits_FT.shape[1], axes, (1, 0))
+    divided = dividing.over_devices(here, division, bits_FT.shape[1], axes, (1, 0))
     values, addresses = divided(bits_FT, mapping_Ln, tables_LA.astype(jnp.float32))
     return values.astype(tables_LA.dtype), addresses
 
@@ -70,20 +70,23 @@ def table_gradient(
     def here(addresses: Array, grad_LT: Array) -> Array:
         cut = lut.chunks(grad_LT.shape[1], bits)
         added = lut_gradients.table_gradient(addresses, grad_LT, cut)
-        return common.total(added, division, tokens)
+        return dividing.total(added, division, tokens)
 
-    return common.over_devices(here, division, tokens, (0, 1), None)(addresses, grad_LT)
+    return dividing.over_devices(here, division, tokens, (0, 1), None)(addresses, grad_LT)
 
 
 def bit_gradient(
     addresses: Int32[Array, "chunks Lp 1024"],
     mapping_Ln: Int[Array, "L n"],
+    inverse_FK: Int[Array, "F K"] | None,
     differences_nLR: Float32[Array, "n L R"],
     grad_LT: Float32[Array, "L T"],
     num_inputs: int,
     division: Division | None = None,
 ) -> Float32[Array, "F T"]:
-    """For each input, the gradients of the tables that read it times their finite differences."""
+    """For each input, the gradients of the tables that read it times their finite differences;
+    `inverse_FK` isn't needed.
+    """
 
     def here(addresses: Array, mapping_Ln: Array, differences: Array, grad_LT: Array) -> Array:
         cut = lut.chunks(grad_LT.shape[1], mapping_Ln.shape[1])
@@ -92,5 +95,5 @@ def bit_gradient(
         )
 
     axes = (0, None, None, 1)
-    divided = common.over_devices(here, division, grad_LT.shape[1], axes, 1)
+    divided = dividing.over_devices(here, division, grad_LT.shape[1], axes, 1)
     return divided(addresses, mapping_Ln, differences_nLR, grad_LT)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float32, Int, Int32, Shaped
 
+from quweit_jax.ops.kernels import dividing
 from quweit_jax.ops.kernels.tpu import common
 from quweit_jax.ops.kernels.tpu.common import LANES, ROWS
 
@@ -57,7 +58,7 @@ def chunks(tokens: int, lut_inputs: int) -> Chunks:
 
 def table_block(num_luts: int) -> int:
     """Tables of a block."""
-    return min(_TABLES, common.round_up(num_luts, ROWS))
+    return min(_TABLES, dividing.round_up(num_luts, ROWS))
 
 
 def pad_to(x: Shaped[Array, "rows columns"], rows: int, columns: int) -> Shaped[Array, "r c"]:
@@ -69,14 +70,14 @@ def pad_to(x: Shaped[Array, "rows columns"], rows: int, columns: int) -> Shaped[
 def scalars(wiring_Ln: Int[Array, "L n"], block: int) -> Int32[Array, "n Lp"]:
     """The wiring for scalar memory; tables that fill up the last block read input 0."""
     wiring_nL = wiring_Ln.T.astype(jnp.int32)
-    return pad_to(wiring_nL, wiring_nL.shape[0], common.round_up(wiring_nL.shape[1], block))
+    return pad_to(wiring_nL, wiring_nL.shape[0], dividing.round_up(wiring_nL.shape[1], block))
 
 
 def pack(bits_FT: Float32[Array, "F T"], cut: Chunks) -> Int32[Array, "chunks F8 8 128"]:
     """Words of bits, 1 where they are not 0."""
     features = bits_FT.shape[0]
     bits_FT = pad_to(bits_FT, features, cut.count * cut.tokens)
-    block = min(_FEATURES, common.round_up(features, ROWS))
+    block = min(_FEATURES, dividing.round_up(features, ROWS))
 
     def kernel(bits_ref, words_ref, turned_ref):
         @pl.loop(0, block // ROWS)
@@ -101,7 +102,7 @@ def pack(bits_FT: Float32[Array, "F T"], cut: Chunks) -> Int32[Array, "chunks F8
         in_specs=[pl.BlockSpec((block, cut.tokens), lambda c, f: (f, c))],
         out_specs=pl.BlockSpec((None, block, ROWS, LANES), lambda c, f: (c, f, 0, 0)),
         out_shape=jax.ShapeDtypeStruct(
-            (cut.count, common.round_up(features, ROWS), ROWS, LANES), jnp.int32
+            (cut.count, dividing.round_up(features, ROWS), ROWS, LANES), jnp.int32
         ),
         scratch=[pltpu.VMEM((SQUARE, LANES), jnp.int32)],
         semantics=("parallel", "parallel"),
@@ -121,8 +122,8 @@ def look_up(
     """
     num_luts, entries = tables_LA.shape
     block = table_block(num_luts)
-    padded = common.round_up(num_luts, block)
-    width = common.round_up(entries, LANES)
+    padded = dividing.round_up(num_luts, block)
+    width = dividing.round_up(entries, LANES)
     grid = (cut.count, padded // block)
 
     def kernel(wiring_ref, words_ref, tables_ref, values_ref, addresses_ref, turned_ref):

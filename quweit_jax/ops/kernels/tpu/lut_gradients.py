@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float32, Int, Int32
 
+from quweit_jax.ops.kernels import dividing
 from quweit_jax.ops.kernels.tpu import common
 from quweit_jax.ops.kernels.tpu.common import LANES, ROWS
 from quweit_jax.ops.kernels.tpu.lut import (
@@ -47,7 +48,7 @@ def table_gradient(
     num_luts, entries = grad_LT.shape[0], 2**cut.bits
     padded = addresses.shape[1]
     block = table_block(num_luts)
-    width = common.round_up(entries, LANES)
+    width = dividing.round_up(entries, LANES)
     grad_LT = pad_to(grad_LT, padded, cut.count * cut.tokens)
     low = min(cut.bits, _LOW)
     high = cut.bits - low
@@ -147,7 +148,7 @@ def bit_gradient(
     A group of tokens at a time, the inputs' sums are in fast memory.
     """
     tokens = grad_LT.shape[1]
-    bits, padded, features = cut.bits, addresses.shape[1], common.round_up(num_inputs, ROWS)
+    bits, padded, features = cut.bits, addresses.shape[1], dividing.round_up(num_inputs, ROWS)
     block = table_block(grad_LT.shape[0])
     slopes = _slopes(differences_nLR, padded)
     grad_LT = pad_to(grad_LT, padded, cut.count * cut.tokens)
@@ -225,7 +226,7 @@ def sums_that_fit(num_inputs: int) -> int:
     """How many parts of the inputs' sums fit into fast memory beside two blocks of output and two
     of everything else; 0: too many inputs.
     """
-    one = common.round_up(num_inputs, ROWS) * GROUP * 4
+    one = dividing.round_up(num_inputs, ROWS) * GROUP * 4
     return max(0, (common.FAST_MEMORY - _OTHER_BLOCKS) // one - 2)
 
 
@@ -237,7 +238,7 @@ def _slopes(differences_nLR: Array, rows: int) -> Array:
         parts = differences_LR.reshape(num_luts, half >> l, 1, 1 << l)  # bit l between the others
         whole = jnp.broadcast_to(parts, (num_luts, half >> l, 2, 1 << l))
         inputs.append(whole.reshape(num_luts, 2 * half))
-    return pad_to(jnp.concatenate(inputs, 1), rows, common.round_up(2 * half * lut_inputs, LANES))
+    return pad_to(jnp.concatenate(inputs, 1), rows, dividing.round_up(2 * half * lut_inputs, LANES))
 
 
 def _entries_of(

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float32
 
+from quweit_jax.ops.kernels import dividing
 from quweit_jax.ops.kernels.choice import Division
 from quweit_jax.ops.kernels.tpu import common
 from quweit_jax.ops.kernels.tpu.common import ROWS
@@ -31,7 +32,7 @@ def forward(
     division: Division | None = None,
 ) -> Float32[Array, "B T D"]:
     """All states of B sequences, divided over devices as told; no dimension is 0."""
-    divided = common.over_devices(_forward, division, start.shape[0], (0, 0, 0), 0)
+    divided = dividing.over_devices(_forward, division, start.shape[0], (0, 0, 0), 0)
     return divided(gates, candidate, start)
 
 
@@ -43,7 +44,7 @@ def backward(
     division: Division | None = None,
 ) -> tuple[Float32[Array, "B T D"], Float32[Array, "B T D"], Float32[Array, "B D"]]:
     """The gradients to gates, candidate and start, from that to the states."""
-    divided = common.over_devices(_backward, division, start.shape[0], (0, 0, 0, 0), (0, 0, 0))
+    divided = dividing.over_devices(_backward, division, start.shape[0], (0, 0, 0, 0), (0, 0, 0))
     return divided(gates, states, start, gradient)
 
 
@@ -94,7 +95,7 @@ def _backward(
 def _padded(x: Array) -> Array:
     """With whole blocks of steps: what comes after the last step is 0."""
     steps = x.shape[1]
-    end = common.round_up(steps, common.even_block(steps, _STEPS, ROWS)) - steps
+    end = dividing.round_up(steps, common.even_block(steps, _STEPS, ROWS)) - steps
     return jnp.pad(x, ((0, 0), (0, end), (0, 0))) if end else x
 
 

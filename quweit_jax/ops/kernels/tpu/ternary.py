@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int8, Int32, UInt32
 
-from quweit_jax.ops.kernels import choice
+from quweit_jax.ops.kernels import choice, dividing
 from quweit_jax.ops.kernels.choice import Division
 from quweit_jax.ops.kernels.tpu import common
 from quweit_jax.ops.kernels.tpu.common import LANES, ROWS
@@ -27,9 +27,9 @@ _BLOCK_BYTES = 2**20  # of words: less is not read at full speed
 _MOST_ROWS = 4096  # of a tile: 2 MB
 
 
-def hindrance(rows: int, sizes_known: bool) -> choice.Hindrance:
-    """What hinders the kernel, on a platform, for a matrix of so many rows of words."""
-    on = choice.kernels_for("tpu")
+def hindrance(packed: tuple[int, ...], sizes_known: bool) -> choice.Hindrance:
+    """What hinders the kernel, on a platform, for words (tiles, rows, lanes)."""
+    on, rows = choice.kernels_for("tpu", "gpu"), packed[1]  # a GPU has its own
 
     def hinders(at: str) -> str | None:
         if not sizes_known:
@@ -41,8 +41,9 @@ def hindrance(rows: int, sizes_known: bool) -> choice.Hindrance:
     return hinders
 
 
-def is_worth(rows: int, lanes: int) -> bool:
+def is_worth(tokens: int, packed: tuple[int, ...]) -> bool:
     """Whether a matrix fills whole registers, so that nothing is copied before it is read."""
+    _, rows, lanes = packed
     return rows % ROWS == 0 and lanes == LANES
 
 
@@ -52,14 +53,14 @@ def ternary_sums(
     division: Division | None = None,
 ) -> Int32[Array, "T tiles_lanes"]:
     """The exact sums of all lanes; no dimension is 0."""
-    return common.over_devices(_sums, division, x.shape[0], (0, None), 0)(x, packed)
+    return dividing.over_devices(_sums, division, x.shape[0], (0, None), 0)(x, packed)
 
 
 def _sums(x: Array, packed: Array) -> Array:
     tokens = x.shape[0]
     tiles, rows, lanes = packed.shape
     block = common.even_block(tokens, _TOKENS, _BYTE_ROWS)
-    blocks, whole_rows = -(-tokens // block), common.round_up(rows, ROWS)
+    blocks, whole_rows = -(-tokens // block), dividing.round_up(rows, ROWS)
     words = jax.lax.bitcast_convert_type(packed, jnp.int32)
     if whole_rows != rows:
         words = jnp.pad(words, ((0, 0), (0, whole_rows - rows), (0, 0)))

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float32
 
+from quweit_jax.ops.kernels import dividing
 from quweit_jax.ops.kernels.choice import Division
 from quweit_jax.ops.kernels.tpu import common
 from quweit_jax.ops.kernels.tpu.common import LANES, ROWS
@@ -27,7 +28,7 @@ def encode(
 ) -> Float32[Array, "bits T"]:
     """`x > threshold`, (D * z, T); no dimension is 0."""
     axes = (1, None)
-    return common.over_devices(_encode, division, x_DT.shape[1], axes, 1)(x_DT, thresholds)
+    return dividing.over_devices(_encode, division, x_DT.shape[1], axes, 1)(x_DT, thresholds)
 
 
 def gradients(
@@ -43,10 +44,10 @@ def gradients(
 
     def here(x_DT: Array, thresholds: Array, grad: Array) -> tuple[Array, Array]:
         to_x, to_thresholds = _gradients(x_DT, thresholds, grad, window, shape)
-        return to_x, common.total(to_thresholds, division, tokens)
+        return to_x, dividing.total(to_thresholds, division, tokens)
 
     axes = (1, None, 1)
-    return common.over_devices(here, division, tokens, axes, (1, None))(x_DT, thresholds, grad)
+    return dividing.over_devices(here, division, tokens, axes, (1, None))(x_DT, thresholds, grad)
 
 
 def slope(
@@ -61,7 +62,7 @@ def slope(
 
 def _blocks(features: int, tokens: int) -> tuple[int, int, tuple[int, int]]:
     """Features and tokens of a block, and the grid."""
-    block = min(_FEATURES, common.round_up(features, ROWS))
+    block = min(_FEATURES, dividing.round_up(features, ROWS))
     width = common.even_block(tokens, _TOKENS, LANES)
     return block, width, (-(-features // block), -(-tokens // width))
 
