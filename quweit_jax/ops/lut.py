@@ -125,8 +125,9 @@ class _How(NamedTuple):
 def _choose(asked: str | None, weighting: EFD, sizes: tuple[Any, ...], dtype: DTypeLike) -> _How:
     """How to look up F bits of T tokens in L tables, sizes (F, T, L)."""
     known = not any(map(jax.export.is_symbolic_dim, sizes))
-    offered: dict[str, Hindrance] = {"native": lut_native.hindrance(dtype, known)}
-    offered |= dict.fromkeys(_FORMS, anywhere)
+    offered: dict[str, Hindrance] = dict.fromkeys(_FORMS, anywhere)
+    if asked or (known and lut_native.is_worth(sizes[1])):
+        offered = {"native": lut_native.hindrance(dtype, known)} | offered
     if asked == "pallas" or (asked is None and platform() == "tpu"):
         kernels = _kernels()
         if asked or (known and kernels.is_worth(*sizes[1:])):

@@ -27,6 +27,11 @@ def hindrance(tables: DTypeLike, sizes_known: bool) -> choice.Hindrance:
     return choice.native(choice.undivided(hinders))
 
 
+def is_worth(tokens: int) -> bool:
+    """Whether there is a whole block of tokens: with fewer XLA was as fast."""
+    return tokens >= calls.LUT_TOKENS
+
+
 def forward(
     bits_FT: Bool[Array, "F T"], mapping_Ln: Int[Array, "L n"], tables_LA: Float[Array, "L A"]
 ) -> tuple[Float[Array, "L T"], UInt8[Array, "L blocks 64"]]:
