@@ -246,21 +246,22 @@ def lut_lookup(
     sizes = (*tokens_TF.shape[::-1], tables.shape[0])
     how = _choose(implementation, weighting, sizes, tables.dtype)
     mapping, inverse = jnp.asarray(mapping), None if inverse is None else jnp.asarray(inverse)
-    if how.implementation in ("native", "pallas"):
-        values = _look_up_alike(tokens_TF.T, mapping, inverse, tables, how).T
+    if how.implementation == "pallas":
+        turned: Array = _lookup(tokens_TF.T, mapping, inverse, tables, how)
+        values = turned.T
     else:
-        values: Array = _lookup_tokens(tokens_TF, mapping, inverse, tables, how)
+        values: Array = _lookup_tokens(*_alike(how, tokens_TF, mapping, inverse, tables), how)
     return values.reshape(*bits.shape[:-1], tables.shape[0])
 
 
-def _look_up_alike(
-    bits_FT: Array, mapping_Ln: Array, inverse_FK: Array | None, tables_LA: Array, how: _How
-) -> Array:
-    """`_lookup`; for native code, arrays are alike inside `jax.shard_map`."""
-    if how.implementation == "native":
-        bits_FT, mapping_Ln, tables_LA = calls.varying_alike(bits_FT, mapping_Ln, tables_LA)
-        inverse_FK = None
-    return _lookup(bits_FT, mapping_Ln, inverse_FK, tables_LA, how)
+def _alike(
+    how: _How, bits: Array, mapping: Array, inverse: Array | None, tables: Array
+) -> tuple[Array, Array, Array | None, Array]:
+    """The arrays; for native code, alike inside `jax.shard_map`, and without the inverse."""
+    if how.implementation != "native":
+        return bits, mapping, inverse, tables
+    bits, mapping, tables = calls.varying_alike(bits, mapping, tables)
+    return bits, mapping, None, tables
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -271,15 +272,21 @@ def _lookup_tokens(
 
 
 def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, how):
+    like = jnp.zeros((bits_TF.shape[1], 0), bits_TF.dtype)
+    if how.implementation == "native":
+        values_LT, kept = lut_native.forward(calls.turned(bits_TF != 0), mapping_Ln, tables_LA)
+        return calls.turned(values_LT), (kept, like, mapping_Ln, inverse_FK, tables_LA)
     bits_FT = (bits_TF != 0).T
     values_LT: Array = no_fusion(
         lambda b, m, t: _lookup(b, m, None, t, how), bits_FT, mapping_Ln, tables_LA
     )
-    like = jnp.zeros((bits_TF.shape[1], 0), bits_TF.dtype)
     return values_LT.T, (bits_FT, like, mapping_Ln, inverse_FK, tables_LA)
 
 
 def _lookup_tokens_backward(how, saved, grad_TL):
+    if how.implementation == "native":
+        grad_bits, _, _, grad_tables = _lookup_backward(how, saved, calls.turned(grad_TL))
+        return None if grad_bits is None else calls.turned(grad_bits), None, None, grad_tables
     bits_FT, bits_like, *operands = saved
 
     def backward(
@@ -315,7 +322,7 @@ def lut_lookup_feature_major(
     weighting = check_lut_arguments(bits_FT.shape[0], mapping, tables, decay, alpha, beta)
     sizes = (*bits_FT.shape, tables.shape[0])
     how = _choose(implementation, weighting, sizes, tables.dtype)
-    return _look_up_alike(bits_FT, jnp.asarray(mapping), inverse, tables, how)
+    return _lookup(*_alike(how, bits_FT, jnp.asarray(mapping), inverse, tables), how)
 
 
 def _as_index(mapping: ArrayLike) -> Array | np.ndarray:

@@ -16,7 +16,7 @@ from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.ops import lut
 from quweit_jax.ops.kernels import lut_native
 from quweit_jax.ops.kernels.choice import compiling_for, divided
-from quweit_jax.ops.kernels.native import library
+from quweit_jax.ops.kernels.native import calls, library
 from quweit_jax.ops.wiring import invert_wiring, random_wiring
 from tests.compiled import quick_jit
 from tests.ops import test_native
@@ -235,6 +235,15 @@ def test_wiring_to_bits_that_are_not_there():
         with library.using(level):
             for a, b in zip(quick_jit(run)(wiring), quick_jit(run)(jnp.asarray(there))):
                 np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "bfloat16", "float32", "int32"])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (70, 33), (3, 130), (64, 0)], ids=str)
+def test_turned(shape, dtype):
+    x = jnp.asarray(
+        np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 99, shape), dtype
+    )
+    np.testing.assert_array_equal(calls.turned(x), np.asarray(x).T)
 
 
 def test_where_it_is_chosen():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
-from jaxtyping import Bool, Float32, Int8, Int32, UInt8, UInt16, UInt32
+from jaxtyping import Bool, Float32, Int8, Int32, Shaped, UInt8, UInt16, UInt32
 
 from quweit_jax.ops.kernels.native.library import loaded
 
@@ -186,6 +186,12 @@ def lut_backward(
     call = _call("lut_backward", out)
     to_tables, to_bits = call(addresses, wiring, differences, gradient)
     return to_tables, to_bits
+
+
+def turned(x: Shaped[Array, "rows columns"]) -> Shaped[Array, "columns rows"]:
+    """The transpose of numbers of 1, 2, 4 or 8 bytes, in memory: XLA walks along columns."""
+    rows, columns = x.shape
+    return _call("turn", [jax.ShapeDtypeStruct((columns, rows), x.dtype)])(x)[0]
 
 
 def varying_alike(*arrays: Array) -> tuple[Array, ...]:

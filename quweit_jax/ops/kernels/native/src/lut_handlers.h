@@ -1,9 +1,10 @@
-// What XLA calls of look-ups of real tables. Shapes are those of `calls.py`, and checked.
+// What XLA calls of look-ups of real tables, and the transposes around them. Shapes are those of `calls.py`, and checked.
 #pragma once
 
 #include "handling.h"
 #include "lut_forward.h"
 #include "lut_gradients.h"
+#include "turn.h"
 
 namespace {
 
@@ -60,8 +61,28 @@ ffi::Error LutBackward(ffi::ThreadPool pool, Addresses addresses, Int32s wiring,
   return ffi::Error::Success();
 }
 
+ffi::Error TurnMatrix(ffi::ThreadPool pool, ffi::AnyBuffer of, ffi::Result<ffi::AnyBuffer> out) {
+  auto from = of.dimensions(), to = out->dimensions();
+  const size_t bytes = ffi::ByteWidth(of.element_type());
+  if (from.size() != 2 || to.size() != 2 || from[0] != to[1] || from[1] != to[0] ||
+      of.element_type() != out->element_type() || (bytes != 1 && bytes != 2 && bytes != 4 && bytes != 8)) {
+    return Wrong("turn: shapes or types do not belong together");
+  }
+  const auto turn = bytes == 1   ? quweit::Turn<uint8_t>
+                    : bytes == 2 ? quweit::Turn<uint16_t>
+                    : bytes == 4 ? quweit::Turn<uint32_t>
+                                 : quweit::Turn<uint64_t>;
+  turn(pool, of.untyped_data(), from[0], from[1], out->untyped_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quweit_turn, TurnMatrix,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quweit_lut_forward, LutForward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
