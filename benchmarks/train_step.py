@@ -9,7 +9,6 @@ gradient clipping), with the same sizes and the same batch.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from pathlib import Path
 
@@ -40,9 +39,16 @@ def ours(kind: str, batch: dict[str, np.ndarray]):
     """A call that runs one step of our own train loop's compiled function to the end."""
     mlp, _, xla = kind.partition(", ")
     call = _ours(mlp, batch)
-    with choice.compiling_for("cpu", portable=True) if xla else contextlib.nullcontext():
-        call()  # traced; a program that could be exported has no native code
-    return call
+    if not xla:
+        return call
+
+    def without_native_code():
+        # Every call, as what is compiled belongs to the context it is called in; a program that
+        # could be exported has no native code.
+        with choice.compiling_for("cpu", portable=True):
+            call()
+
+    return without_native_code
 
 
 def _ours(mlp: str, batch: dict[str, np.ndarray]):
