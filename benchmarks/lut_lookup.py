@@ -71,6 +71,45 @@ def contender(function, bits, tables, grad_out):
     return lambda: jax.block_until_ready(compiled(bits, tables, grad_out))
 
 
+def trained_contenders(bits, wiring, tables, grad_out):
+    """Look-ups forward and backward, of bits (tokens, inputs), and "feature-major" of bits that are
+    (inputs, tokens) already, as they are inside a block. All give the textbook's numbers.
+    """
+    inverse = invert_wiring(wiring, bits.shape[1])
+
+    def by_tokens(implementation, inverse=None):
+        def read(bits, tables):
+            return lut.lut_lookup(
+                bits, wiring, tables, inverse=inverse, implementation=implementation
+            )
+
+        return contender(read, bits, tables, grad_out)
+
+    def by_features(implementation):
+        def read(bits_FT, tables):
+            return lut.lut_lookup_feature_major(
+                bits_FT, wiring, tables, inverse=inverse, implementation=implementation
+            )
+
+        return contender(read, bits.T + 0, tables, grad_out.T + 0)
+
+    made = {
+        "textbook": contender(lambda b, t: textbook(b, wiring, t), bits, tables, grad_out),
+        "XLA": by_tokens("xla"),
+        "XLA, inverse given": by_tokens("xla", inverse),
+        "reference": by_tokens("reference"),
+        "feature-major, XLA": by_features("xla"),
+    }
+    if timing.native_level() != "none":
+        made |= {"native": by_tokens("native"), "feature-major, native": by_features("native")}
+    expected = made["textbook"]()
+    for name, call in made.items():
+        for ours, theirs in zip(call(), expected):
+            turned = name.startswith("feature-major") and ours.shape != tables.shape
+            np.testing.assert_allclose(ours.T if turned else ours, theirs, atol=2e-3, err_msg=name)
+    return made
+
+
 def packed_contenders(bits_FT, wiring, packed):
     """Packed look-ups of booleans and of words."""
 
@@ -107,26 +146,7 @@ def main() -> None:
     tables = jnp.asarray(rng.uniform(-1, 1, (args.luts, 2**args.lut_inputs)), jnp.float32)
     grad_out = jnp.asarray(rng.normal(size=(args.tokens, args.luts)), jnp.float32)
     wiring = random_wiring(jax.random.key(0), args.inputs, args.luts, args.lut_inputs)
-    inverse = invert_wiring(wiring, args.inputs)
-    contenders = {
-        "textbook": contender(lambda b, t: textbook(b, wiring, t), bits, tables, grad_out),
-        "lut_lookup": contender(lambda b, t: lut.lut_lookup(b, wiring, t), bits, tables, grad_out),
-        "lut_lookup, inverse given": contender(
-            lambda b, t: lut.lut_lookup(b, wiring, t, inverse=inverse), bits, tables, grad_out
-        ),
-        "lut_lookup, reference": contender(
-            lambda b, t: lut.lut_lookup(b, wiring, t, implementation="reference"),
-            bits,
-            tables,
-            grad_out,
-        ),
-    }
-    expected = contenders["textbook"]()
-    for name, call in contenders.items():
-        for ours, theirs in zip(call(), expected):
-            np.testing.assert_allclose(
-                np.asarray(ours), np.asarray(theirs), atol=2e-3, err_msg=name
-            )
+    contenders = trained_contenders(bits, wiring, tables, grad_out)
     trained = timing.samples(contenders | roofline.contenders(), args.rounds, warmup=1)
     limits = roofline.rates({k: statistics.median(trained.pop(k)) for k in roofline.LIMITS})
     packed = packed_contenders(bits.T.astype(bool), wiring, packed_lut.pack_tables(tables))
@@ -136,7 +156,7 @@ def main() -> None:
     }
     size = (
         f"{args.tokens} tokens, F = {args.inputs}, L = {args.luts}, n = {args.lut_inputs}, "
-        f"{jax.default_backend()}"
+        f"{jax.default_backend()}, native: {timing.native_level()}"
     )
     lines = [size, timing.machine(), timing.cores()]
     for name, (summary, baseline) in found.items():

@@ -121,6 +121,16 @@ def machine(packages: Sequence[str] = ("jax", "jaxlib", "flax", "optax", "numpy"
     return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, {versions}"
 
 
+def native_level() -> str:
+    """The instructions that native code uses here; 'none' without it."""
+    from quweit_jax.ops.kernels.native import library
+
+    if library.hindrance() is not None:
+        return "none"
+    with library.using(library.LEVELS[-1]) as level:
+        return level
+
+
 def _cpuinfo() -> list[str]:
     try:
         with open("/proc/cpuinfo") as file:

@@ -2,14 +2,13 @@
 taskset -c 0 python benchmarks/train_step.py
 
 All in one process, in turn, medians of the process's own time and the quartiles around them.
-"lookup_glu, XLA" is that block without native code. PyTorch takes part if it is installed (pip
+"..., XLA" is a block without native code. PyTorch takes part if it is installed (pip
 install torch); its model is written here, in the usual way (fused attention, AdamW with foreach,
 gradient clipping), with the same sizes and the same batch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from pathlib import Path
 
@@ -21,20 +20,35 @@ import timing
 from quweit_jax import models
 from quweit_jax.config import load_file
 from quweit_jax.ops.kernels import choice
-from quweit_jax.ops.kernels.native import library
 from quweit_jax.training import optimizers, sharding, state
 
 VOCABULARY = 65
-KINDS = ("dense", "swiglu", "weightless", "lookup_glu", "lookup_glu, XLA", "bitglu", "none")
+KINDS = (
+    "dense",
+    "swiglu",
+    "weightless",
+    "weightless, XLA",
+    "lookup_glu",
+    "lookup_glu, XLA",
+    "bitglu",
+    "none",
+)
 
 
 def ours(kind: str, batch: dict[str, np.ndarray]):
     """A call that runs one step of our own train loop's compiled function to the end."""
     mlp, _, xla = kind.partition(", ")
     call = _ours(mlp, batch)
-    with choice.compiling_for("cpu", portable=True) if xla else contextlib.nullcontext():
-        call()  # traced; a program that could be exported has no native code
-    return call
+    if not xla:
+        return call
+
+    def without_native_code():
+        # Every call, as what is compiled belongs to the context it is called in; a program that
+        # could be exported has no native code.
+        with choice.compiling_for("cpu", portable=True):
+            call()
+
+    return without_native_code
 
 
 def _ours(mlp: str, batch: dict[str, np.ndarray]):
@@ -117,13 +131,6 @@ def torch_dense(batch: dict[str, np.ndarray], layers: int = 4, heads: int = 4, w
     return call
 
 
-def _level() -> str:
-    if library.hindrance() is not None:
-        return "none"
-    with library.using(library.LEVELS[-1]) as level:
-        return level
-
-
 def main() -> None:
     parser = timing.parser(__doc__, rounds=31)
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="the channel mixers")
@@ -146,7 +153,7 @@ def main() -> None:
     ratios = {name: of["median_ms"] / base for name, of in found.items()}
     lines = [
         "one training step of nanogpt_cpu (4 layers, width 128, 12 x 64 tokens), "
-        f"{jax.default_backend()}, native: {_level()}",
+        f"{jax.default_backend()}, native: {timing.native_level()}",
         timing.machine(packages),
         timing.cores(),
         timing.spread_table(found, "jax dense"),
@@ -156,7 +163,11 @@ def main() -> None:
     ]
     print("\n".join(lines))
     timing.write(args.out, lines)
-    facts = {"machine": timing.machine(packages), "native": _level(), "timed": timing.cores()}
+    facts = {
+        "machine": timing.machine(packages),
+        "native": timing.native_level(),
+        "timed": timing.cores(),
+    }
     timing.write_json(args.out, facts | {"contenders": found, "ratios": ratios, "roofline": limits})
 
 

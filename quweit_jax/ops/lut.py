@@ -1,6 +1,5 @@
-"""Look-up tables (LUTs) trained with the extended finite difference (EFD) rule.
-
-Bacellar et al., "Differentiable Weightless Neural Networks", ICML 2024 (arXiv 2410.11112).
+"""Look-up tables (LUTs) trained with the extended finite difference (EFD) rule: Bacellar
+et al., "Differentiable Weightless Neural Networks", ICML 2024 (arXiv 2410.11112).
 
 Dimensions: F input bits, T tokens (all leading dimensions flattened), L tables, n inputs a table, A
 = 2**n entries.
@@ -22,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Float64, Int, Shaped
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.ops.fusion import no_fusion
-from quweit_jax.ops.kernels import lut_reference, lut_xla
+from quweit_jax.ops.kernels import lut_native, lut_reference, lut_xla
 from quweit_jax.ops.kernels.choice import (
     Division,
     Hindrance,
@@ -37,6 +36,7 @@ from quweit_jax.ops.kernels.choice import (
     kernels_at,
     platform,
 )
+from quweit_jax.ops.kernels.native import calls
 
 MAX_LUT_INPUTS = 8
 DECAYS = ("exponential", "harmonic")
@@ -130,18 +130,21 @@ class _How(NamedTuple):
     kernels: str = ""  # 'tpu' or 'gpu', whose kernels 'pallas' are
 
 
-def _choose(asked: str | None, weighting: EFD, sizes: tuple[Any, ...]) -> _How:
+def _choose(asked: str | None, weighting: EFD, sizes: tuple[Any, ...], dtype: DTypeLike) -> _How:
     """How to look up F bits of T tokens in L tables, sizes (F, T, L)."""
+    known = not any(map(jax.export.is_symbolic_dim, sizes))
     offered: dict[str, Hindrance] = dict.fromkeys(_FORMS, anywhere)
+    if asked or (known and lut_native.is_worth(sizes[1])):
+        offered = {"native": lut_native.hindrance(dtype, known)} | offered
     if asked == "pallas" or (asked is None and platform() in ("tpu", "gpu")):
-        known = not any(map(jax.export.is_symbolic_dim, sizes))
         kernels = _kernels(kernels_at())
         if asked or (known and kernels.is_worth(*sizes[1:])):
             offered = {"pallas": kernels.hindrance(*sizes, known)} | offered
     chosen = choose("lut_lookup", asked, offered)
-    if chosen != "pallas":
+    if chosen not in ("native", "pallas"):
         return _How(weighting, chosen, None)
-    return _How(weighting, chosen if all(sizes) else "xla", division(), kernels_at())
+    of_kernels = division() if chosen == "pallas" else None
+    return _How(weighting, chosen if all(sizes) else "xla", of_kernels, kernels_at())
 
 
 def _kernels(at: str) -> ModuleType:
@@ -162,6 +165,8 @@ def _lookup(
 def _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, how):
     if how.implementation == "pallas":
         out, kept = _kernels(how.kernels).forward(bits_FT, mapping_Ln, tables_LA, how.division)
+    elif how.implementation == "native":
+        out, kept = lut_native.forward(bits_FT != 0, mapping_Ln, tables_LA)
     else:
         kept = bits_FT != 0
         out = _FORMS[how.implementation].forward(kept, mapping_Ln, tables_LA)
@@ -177,27 +182,29 @@ def _lookup_forward(bits_FT, mapping_Ln, inverse_FK, tables_LA, how):
 
 def _lookup_backward(how, saved, grad_LT):
     kept, bits_like, mapping_Ln, inverse_FK, tables_LA = saved
-    grad_LT = grad_LT.astype(jnp.float32)
-    pallas = how.implementation == "pallas"
-    if pallas:
+    grad_LT, num_inputs = grad_LT.astype(jnp.float32), bits_like.shape[0]
+    to_bits = jnp.issubdtype(bits_like.dtype, jnp.floating)
+    differences = finite_differences(tables_LA, how.weighting) if to_bits else None
+    grad_bits = None
+    if how.implementation == "native":
+        grad_tables, grad_bits = lut_native.gradients(
+            kept, mapping_Ln, differences, grad_LT, num_inputs
+        )
+    elif how.implementation == "pallas":
         kernels = _kernels(how.kernels)
         grad_tables = kernels.table_gradient(kept, mapping_Ln, grad_LT, how.division)
+        if differences is not None:
+            grad_bits = kernels.bit_gradient(
+                kept, mapping_Ln, inverse_FK, differences, grad_LT, num_inputs, how.division
+            )
     else:
-        grad_tables = _FORMS[how.implementation].table_gradient(kept, mapping_Ln, grad_LT)
+        form = _FORMS[how.implementation]
+        grad_tables = form.table_gradient(kept, mapping_Ln, grad_LT)
+        if differences is not None:
+            grad_bits = form.bit_gradient(kept, mapping_Ln, inverse_FK, differences, grad_LT)
     grad_tables = grad_tables.astype(tables_LA.dtype)
-    if not jnp.issubdtype(bits_like.dtype, jnp.floating):
-        return None, None, None, grad_tables
-    differences = finite_differences(tables_LA, how.weighting)
-    if pallas:
-        num_inputs = bits_like.shape[0]
-        grad_bits = _kernels(how.kernels).bit_gradient(
-            kept, mapping_Ln, inverse_FK, differences, grad_LT, num_inputs, how.division
-        )
-    else:
-        grad_bits = _FORMS[how.implementation].bit_gradient(
-            kept, mapping_Ln, inverse_FK, differences, grad_LT
-        )
-    return grad_bits.astype(bits_like.dtype), None, None, grad_tables
+    grad_bits = None if grad_bits is None else grad_bits.astype(bits_like.dtype)
+    return grad_bits, None, None, grad_tables
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -232,8 +239,8 @@ def lut_lookup(
       beta: decay per unit of distance; 1/3 if None.
       inverse: (F, K) int from `wiring.invert_wiring`, optional: without it the gradient to the
         bits makes one anew each time, if the wiring is even, or scatters.
-      implementation: 'xla', 'pallas' (kernels for TPUs and GPUs) or 'reference', see `ops.kernels`;
-        None for the fastest.
+      implementation: 'native' (on one device, or inside `jax.shard_map`), 'xla', 'pallas' (kernels
+        for TPUs and GPUs) or 'reference', see `ops.kernels`; None for the fastest.
 
     Returns:
       (..., L), the tables' dtype.
@@ -247,14 +254,25 @@ def lut_lookup(
         bits.shape[-1] if bits.ndim else None, mapping, tables, decay, alpha, beta
     )
     tokens_TF = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
-    how = _choose(implementation, weighting, (*tokens_TF.shape[::-1], tables.shape[0]))
-    inverse = None if inverse is None else jnp.asarray(inverse)
+    sizes = (*tokens_TF.shape[::-1], tables.shape[0])
+    how = _choose(implementation, weighting, sizes, tables.dtype)
+    mapping, inverse = jnp.asarray(mapping), None if inverse is None else jnp.asarray(inverse)
     if how.implementation == "pallas":
-        turned: Array = _lookup(tokens_TF.T, jnp.asarray(mapping), inverse, tables, how)
+        turned: Array = _lookup(tokens_TF.T, mapping, inverse, tables, how)
         values = turned.T
     else:
-        values: Array = _lookup_tokens(tokens_TF, jnp.asarray(mapping), inverse, tables, how)
+        values: Array = _lookup_tokens(*_alike(how, tokens_TF, mapping, inverse, tables), how)
     return values.reshape(*bits.shape[:-1], tables.shape[0])
+
+
+def _alike(
+    how: _How, bits: Array, mapping: Array, inverse: Array | None, tables: Array
+) -> tuple[Array, Array, Array | None, Array]:
+    """The arrays; for native code, alike inside `jax.shard_map`, and without the inverse."""
+    if how.implementation != "native":
+        return bits, mapping, inverse, tables
+    bits, mapping, tables = calls.varying_alike(bits, mapping, tables)
+    return bits, mapping, None, tables
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -265,15 +283,21 @@ def _lookup_tokens(
 
 
 def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, how):
+    like = jnp.zeros((bits_TF.shape[1], 0), bits_TF.dtype)
+    if how.implementation == "native":
+        values_LT, kept = lut_native.forward(calls.turned(bits_TF != 0), mapping_Ln, tables_LA)
+        return calls.turned(values_LT), (kept, like, mapping_Ln, inverse_FK, tables_LA)
     bits_FT = (bits_TF != 0).T
     values_LT: Array = no_fusion(
         lambda b, m, t: _lookup(b, m, None, t, how), bits_FT, mapping_Ln, tables_LA
     )
-    like = jnp.zeros((bits_TF.shape[1], 0), bits_TF.dtype)
     return values_LT.T, (bits_FT, like, mapping_Ln, inverse_FK, tables_LA)
 
 
 def _lookup_tokens_backward(how, saved, grad_TL):
+    if how.implementation == "native":
+        grad_bits, _, _, grad_tables = _lookup_backward(how, saved, calls.turned(grad_TL))
+        return None if grad_bits is None else calls.turned(grad_bits), None, None, grad_tables
     bits_FT, bits_like, *operands = saved
 
     def backward(
@@ -307,8 +331,9 @@ def lut_lookup_feature_major(
     """
     mapping = _as_index(mapping)
     weighting = check_lut_arguments(bits_FT.shape[0], mapping, tables, decay, alpha, beta)
-    how = _choose(implementation, weighting, (*bits_FT.shape, tables.shape[0]))
-    return _lookup(bits_FT, jnp.asarray(mapping), inverse, tables, how)
+    sizes = (*bits_FT.shape, tables.shape[0])
+    how = _choose(implementation, weighting, sizes, tables.dtype)
+    return _lookup(*_alike(how, bits_FT, jnp.asarray(mapping), inverse, tables), how)
 
 
 def _as_index(mapping: ArrayLike) -> Array | np.ndarray:

@@ -5,7 +5,7 @@ each device computes with what it has. More tokens by `vmap` are more tokens of 
 weights are one call after another.
 
 Dimensions: T tokens, I inputs, O outputs, H units, C codes, G groups, L tables, A entries, d
-outputs.
+outputs; of look-ups of real tables F input bits, n inputs a table, R = A / 2.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
-from jaxtyping import Float32, Int8, Int32, UInt8, UInt16, UInt32
+from jaxtyping import Bool, Float32, Int8, Int32, Shaped, UInt8, UInt16, UInt32
 
 from quweit_jax.ops.kernels.native.library import loaded
 
 MAX_STEP = 2**15  # of the codes of a gate; below it
+LUT_TOKENS = 64  # of a block of addresses
 
 
 def ternary_sums(
@@ -146,6 +147,51 @@ def bit_counts(
     """See `ops.bit_models.bit_counts`; layers as of `bit_sums`."""
     out = jax.ShapeDtypeStruct((x.shape[0], num_classes), jnp.int32)
     return _call("bit_counts", [out])(x, thresholds, *layers)[0]
+
+
+def lut_forward(
+    bits: Bool[Array, "F T"], wiring: Int32[Array, "L n"], tables: Float32[Array, "L A"]
+) -> tuple[Float32[Array, "L T"], UInt8[Array, "L blocks 64"]]:
+    """The entries that the bits spell, and their addresses as `lut_backward` takes them: that of
+    token 16 k + i of a block is byte 4 i + k of it. Wiring to a bit that isn't there reads the
+    nearest one.
+    """
+    luts, tokens = wiring.shape[0], bits.shape[1]
+    out = [
+        jax.ShapeDtypeStruct((luts, tokens), jnp.float32),
+        jax.ShapeDtypeStruct((luts, -(-tokens // LUT_TOKENS), LUT_TOKENS), jnp.uint8),
+    ]
+    read, addresses = _call("lut_forward", out)(bits, wiring, tables)
+    return read, addresses
+
+
+def lut_backward(
+    addresses: UInt8[Array, "L blocks 64"],
+    wiring: Int32[Array, "L n"],
+    differences: Float32[Array, "n L R"],
+    gradient: Float32[Array, "L T"],
+    num_inputs: int,
+) -> tuple[Float32[Array, "L A"], Float32[Array, "F T"]]:
+    """The gradients to the tables and to the bits; num_inputs: F, 0 for none to the bits.
+
+    That of an entry is 16 sums, each of every sixteenth token in their order, whose halves are
+    added to each other. That of a bit adds up its readers' in the order of their slots l * L + j,
+    on processors with AVX2 with one rounding for a product and its addition.
+    """
+    luts, lut_inputs = wiring.shape
+    out = [
+        jax.ShapeDtypeStruct((luts, 2**lut_inputs), jnp.float32),
+        jax.ShapeDtypeStruct((num_inputs, gradient.shape[1]), jnp.float32),
+    ]
+    call = _call("lut_backward", out)
+    to_tables, to_bits = call(addresses, wiring, differences, gradient)
+    return to_tables, to_bits
+
+
+def turned(x: Shaped[Array, "rows columns"]) -> Shaped[Array, "columns rows"]:
+    """The transpose of numbers of 1, 2, 4 or 8 bytes, in memory: XLA walks along columns."""
+    rows, columns = x.shape
+    return _call("turn", [jax.ShapeDtypeStruct((columns, rows), x.dtype)])(x)[0]
 
 
 def varying_alike(*arrays: Array) -> tuple[Array, ...]:

@@ -32,6 +32,9 @@ HANDLERS = (
     "glu_backward",
     "bit_sums",
     "bit_counts",
+    "lut_forward",
+    "lut_backward",
+    "turn",
 )
 VARIABLE = "QUWEIT_NATIVE"
 _OFF, _ON = ("0", "off", "false", "no"), ("", "1", "on", "true", "yes")

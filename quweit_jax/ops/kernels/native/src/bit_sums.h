@@ -161,7 +161,7 @@ struct BitKernels {
 #define QUWEIT_BIT_KERNELS(name, target, bytes)                                                   \
   target inline const uint64_t* name##Bits(const BitModel& m, const Ladder& ladder,               \
                                            size_t start) {                                        \
-    return BitsOf<bytes>(m, ladder, start);                                                       \
+    return BitsOf<bytes>(m, ladder, name##Below, name##Above, start);                                                       \
   }                                                                                               \
   target inline void name##Count(const BitModel& m, const uint64_t* bits, size_t start,           \
                                  size_t classes, int32_t* out) {                                  \
@@ -179,12 +179,15 @@ struct BitKernels {
 QUWEIT_BIT_KERNELS(Portable, , 16)
 #if defined(__x86_64__)
 QUWEIT_BIT_KERNELS(Avx2, QUWEIT_AVX2, 32)
+// Of 256 tokens there are no more bits than 32 bytes, but one instruction chooses between them.
+QUWEIT_BIT_KERNELS(Avx512, QUWEIT_AVX512, 32)
 #endif
 #undef QUWEIT_BIT_KERNELS
 
 inline BitKernels KernelsOfBits(Level level) {
 #if defined(__x86_64__)
-  if (level != kPortable) return {Avx2Bits, Avx2Count, Avx2Numbers, Avx2Add};
+  if (level == kAvx512) return {Avx512Bits, Avx512Count, Avx512Numbers, Avx512Add};
+  if (level == kAvx2) return {Avx2Bits, Avx2Count, Avx2Numbers, Avx2Add};
 #endif
   return {PortableBits, PortableCount, PortableNumbers, PortableAdd};
 }

@@ -71,6 +71,12 @@ struct Ladder {
 
 typedef uint8_t Sixteen __attribute__((vector_size(16), may_alias));
 
+#if defined(__clang__)
+#define QUWEIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define QUWEIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Sixteen{__VA_ARGS__})
+#endif
+
 // 16 rows of 16 bytes, transposed: each step interleaves rows that are 8 apart.
 QUWEIT_INLINE void Transpose16(const uint8_t* from, size_t from_stride, uint8_t* to,
                                size_t to_stride) {
@@ -80,12 +86,10 @@ QUWEIT_INLINE void Transpose16(const uint8_t* from, size_t from_stride, uint8_t*
   for (int step = 0; step < 4; ++step) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      others[2 * i] = __builtin_shuffle(
-          rows[i], rows[i + 8],
-          Sixteen{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-      others[2 * i + 1] = __builtin_shuffle(
-          rows[i], rows[i + 8],
-          Sixteen{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+      others[2 * i] = QUWEIT_SHUFFLE(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                     6, 22, 7, 23);
+      others[2 * i + 1] = QUWEIT_SHUFFLE(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28,
+                                         13, 29, 14, 30, 15, 31);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) rows[i] = others[i];
@@ -162,18 +166,47 @@ QUWEIT_AVX2 inline void Avx2Above(const uint8_t* numbers, uint8_t before, uint64
     to[w] = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi8(of, bound)));
   }
 }
+QUWEIT_AVX512 inline void Avx512Below(const BitModel& m, const Ladder& ladder, const float* x,
+                                      uint8_t* above) {
+  const __m512i one = _mm512_set1_epi32(1);
+  size_t i = 0;
+  for (; i + 64 <= m.width; i += 64) {
+    __m512 of_x[4];
+    __m512i total[4];
+    for (int j = 0; j < 4; ++j) {
+      of_x[j] = _mm512_loadu_ps(x + i + 16 * j), total[j] = _mm512_setzero_si512();
+      // Inputs come from memory, and a few lines ahead they come in time.
+      _mm_prefetch(reinterpret_cast<const char*>(x + i + 16 * j + 512), _MM_HINT_T0);
+    }
+    for (size_t s = 0; s < m.steps; ++s) {
+      const float* thresholds = ladder.rising.data() + s * m.width + i;
+      for (int j = 0; j < 4; ++j) {
+        const __m512 than = _mm512_loadu_ps(thresholds + 16 * j);
+        const __mmask16 is = _mm512_cmp_ps_mask(of_x[j], than, _CMP_GT_OQ);
+        total[j] = _mm512_mask_add_epi32(total[j], is, total[j], one);
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(above + i + 16 * j),
+                       _mm512_cvtepi32_epi8(total[j]));
+    }
+  }
+  CountBelow(m, ladder, x, i, m.width, above);
+}
+
+QUWEIT_AVX512 inline void Avx512Above(const uint8_t* numbers, uint8_t before, uint64_t* bits) {
+  const __m512i bound = _mm512_set1_epi8(static_cast<char>(before));
+  for (size_t w = 0; w < kBitWords; ++w) {
+    bits[w] = _mm512_cmpgt_epi8_mask(_mm512_load_si512(numbers + 64 * w), bound);
+  }
+}
 #endif
 
 // bits [width * steps][256] of `count` tokens from `start` on; those past the end are undefined.
-template <size_t Bytes>
-QUWEIT_INLINE void Compare(const BitModel& m, const Ladder& ladder, size_t start, size_t count,
-                           uint64_t* bits) {
+template <typename Below, typename Above>
+QUWEIT_INLINE void Compare(const BitModel& m, const Ladder& ladder, Below below, Above is_above,
+                           size_t start, size_t count, uint64_t* bits) {
   thread_local Scratch<uint8_t> above_of, turned_of;
-  auto below = PortableBelow;
-  auto is_above = PortableAbove;
-#if defined(__x86_64__)
-  if (Bytes > 16) below = Avx2Below, is_above = Avx2Above;
-#endif
   const size_t stride = (m.width + 15) / 16 * 16 + 16;  // no power of two
   uint8_t *above = above_of.Get(kBits * stride), *turned = turned_of.Get(kBits * stride);
   for (size_t t = 0; t < count; ++t) {
@@ -248,13 +281,14 @@ QUWEIT_INLINE void LookUpLayer(const LutLayer& layer, const uint64_t* bits, uint
 }
 
 // The last layer's bits [bits][256] of the tokens from `start` on.
-template <size_t Bytes>
-QUWEIT_INLINE const uint64_t* BitsOf(const BitModel& m, const Ladder& ladder, size_t start) {
+template <size_t Bytes, typename Below, typename Above>
+QUWEIT_INLINE const uint64_t* BitsOf(const BitModel& m, const Ladder& ladder, Below below,
+                                     Above is_above, size_t start) {
   thread_local Scratch<uint64_t> first_of, second_of;
   size_t most = m.width * m.steps;
   for (const LutLayer& layer : m.layers) most = std::max(most, layer.count);
   uint64_t *bits = first_of.Get(most * kBitWords), *out = second_of.Get(most * kBitWords);
-  Compare<Bytes>(m, ladder, start, std::min(kBits, m.tokens - start), bits);
+  Compare(m, ladder, below, is_above, start, std::min(kBits, m.tokens - start), bits);
   for (const LutLayer& layer : m.layers) {
     LookUpLayer<Bytes>(layer, bits, out);
     std::swap(bits, out);

@@ -1,40 +1,18 @@
 // What XLA calls. Shapes and dtypes are what `calls.py` gives; they are checked all the same.
 #include "bit_sums.h"
 #include "glu.h"
+#include "handling.h"
+#include "lut_handlers.h"
 #include "many.h"
 #include "ternary.h"
 #include "trained.h"
 #include "vectors.h"
-#include "xla/ffi/api/ffi.h"
 
-namespace ffi = xla::ffi;
-using quweit::Level;
 using quweit::Packed;
 
 namespace {
 
-Level Best() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
-    return quweit::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2")) {
-    return quweit::kAvx2;
-  }
-#endif
-  return quweit::kPortable;
-}
-
-std::atomic<int> level{Best()};
-
-Level Now() { return static_cast<Level>(level.load(std::memory_order_relaxed)); }
-
 using Int8s = ffi::Buffer<ffi::S8>;
-using Int32s = ffi::Buffer<ffi::S32>;
 using Words = ffi::Buffer<ffi::U32>;
 
 bool IsPacked(const Words& words, size_t inputs, size_t outputs) {
@@ -52,8 +30,6 @@ Packed PackedOf(const Words& words) {
 bool Same(ffi::Span<const int64_t> a, ffi::Span<const int64_t> b) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
-
-ffi::Error Wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
 ffi::Error Ternary(ffi::ThreadPool pool, Int8s x, Words weights, ffi::Result<Int32s> out) {
   auto in = x.dimensions(), to = out->dimensions();
@@ -107,7 +83,6 @@ ffi::Error Vectors(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> addresses, Int8s v
 }
 
 using Digits = ffi::Buffer<ffi::U16>;
-using Floats = ffi::Buffer<ffi::F32>;
 
 bool AreDigits(const Digits& digits, size_t inputs, size_t outputs) {
   auto d = digits.dimensions();
