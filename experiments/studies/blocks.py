@@ -119,6 +119,10 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
     "bitglu": ("ternary GLU (BitGLU)", {"model.mlp": "bitglu"}),
+    "bitglu_wide": (
+        "ternary GLU (BitGLU), 10 units a feature",
+        {"model.mlp": "bitglu", "model.bitglu.hidden": 1280},
+    ),
     "none": ("none (attention alone)", {"model.mlp": "none"}),
     "dense_integer": ("dense MLP, integers alone", {"model.mlp": "dense", "model.integer": True}),
     "lookup_glu_integer": (
