@@ -88,10 +88,10 @@ def check(told: Any) -> tuple[int, dict[str, list[int]]]:
     """
     if isinstance(told, dict):
         bits, shapes = told.get("bits"), told.get("shapes")
-        if is_whole(bits) and int(bits) in BITS and isinstance(shapes, dict):
+        if isinstance(bits, int) and bits in BITS and isinstance(shapes, dict):
             sizes = [size for s in shapes.values() for size in (s if isinstance(s, list) else [0])]
             if all(is_whole(size) and size > 0 for size in sizes):
-                return int(bits), shapes
+                return bits, shapes
     raise InputError(
         "model.json: expected 'weights' with 'bits', 2 to 8, and 'shapes' of matrices; write the "
         "folder again."
