@@ -3,6 +3,7 @@ figures and curves.
 """
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -54,6 +55,24 @@ def test_study_writes_its_results_and_reads_finished_runs(monkeypatch, tmp_path,
     study(monkeypatch, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.json*")} == before
     assert (tmp_path / "out" / "tiny.md").read_text().splitlines() == table
+    shutil.rmtree(tmp_path / "runs")
+    redraws(monkeypatch, tmp_path, table)
+
+
+def redraws(monkeypatch, tmp_path, table):
+    """--table needs no run: curves where the JSON has them, what they end at where it has none."""
+    picture, told = (tmp_path / "out" / f"tiny.{kind}" for kind in ("png", "json"))
+    found, drawn = json.loads(told.read_text()), picture.read_bytes()
+    for kept in (found, {key: value for key, value in found.items() if key != "curves"}):
+        told.write_text(json.dumps(kept))
+        picture.unlink()
+        study(monkeypatch, tmp_path, "--table")
+        assert (picture.read_bytes() == drawn) == ("curves" in kept)
+        assert json.loads(told.read_text()) == kept
+        assert (tmp_path / "out" / "tiny.md").read_text().splitlines() == table
+    told.unlink()
+    with pytest.raises(InputError, match="--table"):
+        study(monkeypatch, tmp_path, "--table")
 
 
 def test_language_models_are_compared_as_deployed_and_take_turns(monkeypatch, tmp_path, tiny_text):

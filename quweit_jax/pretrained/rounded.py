@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,7 @@ def decode(
     return found
 
 
-def check(told: object) -> tuple[int, dict[str, list[int]]]:
+def check(told: Any) -> tuple[int, dict[str, list[int]]]:
     """bits and shapes, of what model.json says of them.
 
     Raises:
@@ -87,7 +88,7 @@ def check(told: object) -> tuple[int, dict[str, list[int]]]:
     """
     if isinstance(told, dict):
         bits, shapes = told.get("bits"), told.get("shapes")
-        if bits in BITS and isinstance(shapes, dict):
+        if isinstance(bits, int) and bits in BITS and isinstance(shapes, dict):
             sizes = [size for s in shapes.values() for size in (s if isinstance(s, list) else [0])]
             if all(is_whole(size) and size > 0 for size in sizes):
                 return bits, shapes

@@ -66,9 +66,9 @@ def color_of_kind(kind: str) -> int | None:
     for known, place in sorted(_KINDS.items(), key=lambda item: -len(item[0])):
         if kind.replace("_", " ").startswith(known.replace("_", " ")):
             return place
-    first, *rest = kind.replace("+", " ").replace("_", " ").split()
-    if first == "integer" and rest:  # what it is in integers
-        return color_of_kind(" ".join(rest))
+    first, _, rest = kind.replace("+", " ").replace("_", " ").partition(" ")
+    if first == "integer" and rest.strip():  # what it is in integers
+        return color_of_kind(rest.strip())
     return _KINDS[_ALIASES[first]] if first in _ALIASES else None
 
 

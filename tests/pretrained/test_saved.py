@@ -18,6 +18,9 @@ from quweit_jax.pretrained import rounded, saved
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
+DENSE = "shakespeare-dense"
+FORMS = {DENSE: "trained"}  # of those that are not packed
+
 
 @pytest.fixture(scope="module")
 def boxed_models():
@@ -127,12 +130,24 @@ def test_damage_is_a_sentence(tmp_path):
 
 def test_the_package_brings_models_that_work(boxed_models):
     names = {"shakespeare-lookup", "shakespeare-ternary", "cifar10-lookup", "digits-dwn"}
-    assert names <= boxed_models.keys()
+    assert names | {"shakespeare-weightless", DENSE} <= boxed_models.keys()
     size = sum(path.stat().st_size for path in saved.BOX.rglob("*") if path.is_file())
     assert size < 2e6
-    for found in boxed_models.values():
-        assert "packed" in found.variables and stored_bytes(found.variables) < 1e6
-        assert found.about["form"] == "packed" and found.about["validation"]
+    for name, found in boxed_models.items():
+        assert found.about["validation"] and found.about["form"] == FORMS.get(name, "packed")
+        if name != DENSE:
+            assert "packed" in found.variables and stored_bytes(found.variables) < 1e6
+
+
+def test_the_boxed_character_models_are_of_one_size_and_as_many_steps(boxed_models):
+    """So that their losses can be compared: the same text, seed, steps, layers and width."""
+    found = [each for name, each in boxed_models.items() if name.startswith("shakespeare-")]
+    assert len(found) == 4
+    for key in ("training_step", "seed", "data_config"):
+        assert all(each.about[key] == found[0].about[key] for each in found)
+    sizes = [(each.model.config.sizes()[:2], each.model.config.context) for each in found]
+    assert all(size == sizes[0] for size in sizes)
+    assert all(each.about["validation"]["count"] == 111_424 for each in found)
 
 
 @pytest.mark.parametrize("name", [n for n in saved.boxed() if "shakes" in n])

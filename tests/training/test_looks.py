@@ -22,6 +22,7 @@ def test_a_study_and_a_report_agree():
         ("gpt", {"name": "gpt", "mlp": "dense"}),
         ("dense_unit", {"name": "vit", "mlp": "dense"}),
         ("matmulfree_weightless", {"name": "matmulfree", "mlp": "weightless"}),
+        ("integer_weightless", {"name": "vit", "mlp": "weightless"}),
         ("transformer_pp", {"name": "transformer_pp", "mlp": "dense"}),
     ):
         assert looks.color_of_kind(kind) == looks.color_of_kind(looks.kind_of(model))
