@@ -237,7 +237,8 @@ def main() -> None:
         lines = [
             timing.machine(),
             "wall clock; server and clients on the same cores, beside other work",
-            f"{args.model}, {args.slots} slots; generate makes {speed:,.0f} tokens a CPU second, one text alone",
+            f"{args.model}, {args.slots} slots; generate makes {speed:,.0f} tokens a CPU second, "
+            "a text at a time, its start included",
             *asyncio.run(measure(args, jobs, pid, port)),
         ]
     print("\n".join(lines))

@@ -504,8 +504,15 @@ def test_an_answer_that_fails_leaves_the_others(serving, monkeypatch):
     one = Wanted(LETTERS.encode("a"), 5, Sampling(0.0))
     said = {0: [], 1: []}
     bad = Wanted(LETTERS.encode("a"), 4000, Sampling(1.0), seed=1)
-    serving.engine.submit([bad, one], lambda number, new: said[number].append(new))
-    serving.until(busy=0)
+    ended = threading.Semaphore(0)
+
+    def hear(number, new):
+        said[number].append(new)
+        if new.finish:
+            ended.release()
+
+    serving.engine.submit([bad, one], hear)
+    assert ended.acquire(timeout=20) and ended.acquire(timeout=20)
     assert [said[number][-1].finish for number in (0, 1)] == ["error", "length"]
     assert serving.engine.failure is None
 
