@@ -145,14 +145,49 @@ def ternaries(tokens: int, inputs: int, outputs: int) -> dict[str, Piece]:
     return {f"ternary {inputs} x {outputs}, tokens: {tokens}": Piece(sums, make, moved)}
 
 
+def packed_look_ups(tokens: int, inputs: int, luts: int, n: int) -> dict[str, Piece]:
+    """Look-ups of packed bits in 1-bit tables."""
+    import jax
+
+    from quweit_jax.ops import packed_lut
+    from quweit_jax.ops.wiring import random_wiring
+
+    words = -(-tokens // packed_lut.WORD)
+
+    def make() -> tuple[Any, ...]:
+        keys = jax.random.split(jax.random.key(0), 3)
+        tables = jax.random.normal(keys[2], (luts, 2**n))
+        return (
+            jax.random.bits(keys[0], (inputs, words)),
+            random_wiring(keys[1], inputs, luts, n),
+            packed_lut.pack_tables(tables),
+        )
+
+    def read(implementation: str) -> Callable[..., Any]:
+        return lambda words, wiring, tables: (
+            packed_lut.look_up_words(
+                packed_lut.Bits(words, tokens), wiring, tables, implementation=implementation
+            ).words
+        )
+
+    return {"packed look-up": Piece(read, make, 4 * words * (inputs + luts))}
+
+
 def pieces(small: bool) -> dict[str, dict[str, Piece]]:
     """What is compared, under the sizes at which it is."""
     if small:
-        return {"small": look_ups(70, 16, 40, 6) | recurrences(1, 130, 40) | ternaries(3, 256, 300)}
+        return {
+            "small": look_ups(70, 16, 40, 6)
+            | packed_look_ups(70, 16, 40, 6)
+            | recurrences(1, 130, 40)
+            | ternaries(3, 256, 300)
+        }
     return {
-        "4,096 tokens, F = L = 1,536, n = 6": look_ups(4096, 1536, 1536, 6),
+        "4,096 tokens, F = L = 1,536, n = 6": look_ups(4096, 1536, 1536, 6)
+        | packed_look_ups(4096, 1536, 1536, 6),
         "2,048 tokens, F = 1,536, L = 2,688, n = 4": look_ups(2048, 1536, 2688, 4),
-        "1,024 tokens, F = L = 1,024, n = 8": look_ups(1024, 1024, 1024, 8),
+        "1,024 tokens, F = L = 1,024, n = 8": look_ups(1024, 1024, 1024, 8)
+        | packed_look_ups(1024, 1024, 1024, 8),
         "(8, 2048, 2048)": recurrences(8, 2048, 2048),
         "(1, 2048, 1024)": recurrences(1, 2048, 1024),
         "decoding": ternaries(1, 4096, 4096) | ternaries(8, 4096, 4096) | ternaries(1, 5120, 13824),

@@ -172,6 +172,30 @@ def ternaries(tokens: int, inputs: int, outputs: int) -> dict[str, Piece]:
     return {name: Piece(sums("pallas"), sums("xla"), shapes, moved, ("ternary_sums",))}
 
 
+def packed_look_ups(tokens: int, inputs: int, luts: int, n: int) -> dict[str, Piece]:
+    """Look-ups of packed bits in 1-bit tables."""
+    from quweit_jax.ops import packed_lut
+
+    words = -(-tokens // packed_lut.WORD)
+
+    def read(implementation: str) -> Callable[..., Any]:
+        return lambda words, wiring, tables: (
+            packed_lut.look_up_words(
+                packed_lut.Bits(words, tokens), wiring, tables, implementation=implementation
+            ).words
+        )
+
+    shapes = (
+        shape(inputs, words, dtype="uint32"),
+        shape(luts, n, dtype="int32"),
+        shape(luts, -(-(2**n) // 8), dtype="uint8"),
+    )
+    moved = 4 * words * (inputs + luts)
+    return {
+        "packed look-up": Piece(read("pallas"), read("xla"), shapes, moved, ("packed_look_up",))
+    }
+
+
 def pieces(small: bool) -> dict[str, dict[str, Piece]]:
     """What is compared, under the sizes at which it is."""
     if small:
@@ -180,9 +204,11 @@ def pieces(small: bool) -> dict[str, dict[str, Piece]]:
             | recurrences(2, 16, 128)
             | thermometers(8, 200, 3)
             | ternaries(3, 256, 300)
+            | packed_look_ups(1100, 16, 40, 5)
         }
     return {
-        "4,096 tokens, F = L = 1,536, n = 6": look_ups(4096, 1536, 1536, 6),
+        "4,096 tokens, F = L = 1,536, n = 6": look_ups(4096, 1536, 1536, 6)
+        | packed_look_ups(4096, 1536, 1536, 6),
         "2,048 tokens, F = 1,536, L = 2,688, n = 4": look_ups(2048, 1536, 2688, 4),
         "(8, 2048, 2048)": recurrences(8, 2048, 2048),
         "384 features, 4 thresholds, 2,048 tokens": thermometers(384, 2048, 4),

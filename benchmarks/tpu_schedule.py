@@ -25,7 +25,7 @@ CHIPS = {
     "v5p": Chip(1.75e9, 2765e9, "v5p:2x2x1"),
     "v6e": Chip(1.75e9, 1640e9, "v6e:2x2"),
 }
-_KERNEL = re.compile(r"(lut|recurrence|ternary|thermometer)_[a-z_]*[a-z]")
+_KERNEL = re.compile(r"(lut|recurrence|ternary|thermometer|packed)_[a-z_]*[a-z]")
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z: ]*):\s*((?:> ?)*)\s*\{")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %s\w+, (\d+)\s*/\* loop exit test")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ from jaxtyping import Bool, Int, Int8, Int32, Integer, Real, Shaped, UInt8, UInt
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.fusion import no_fusion
-from quweit_jax.ops.kernels.choice import anywhere, choose
+from quweit_jax.ops.kernels import choice
+from quweit_jax.ops.kernels.choice import Hindrance, anywhere, choose
 from quweit_jax.ops.kernels.packed_sums import (
     product_of_bits,
     select_and_add,
@@ -147,34 +149,65 @@ def look_up(
     T).
 
     Args:
-      implementation: 'xla' packs the bits and unpacks what comes out, 'reference' reads the table
-        at an address for every token; see `ops.kernels`.
+      implementation: 'xla' and 'pallas' (kernels for TPUs and GPUs) pack the bits and unpack what
+        comes out, 'reference' reads the table at an address for every token; see `ops.kernels`.
 
     Raises:
       InputError: tables that read nothing, or read bits that aren't there.
     """
     _check("look_up", bits_FT.shape, jnp.shape(wiring))
-    offered = {"xla": anywhere, "reference": anywhere}
-    if choose("packed_lut.look_up", implementation, offered) == "xla":
-        return look_up_words(pack_bits(bits_FT), wiring, packed).unpack()
+    if implementation != "reference":
+        bits = pack_bits(bits_FT)
+        return look_up_words(bits, wiring, packed, implementation=implementation).unpack()
     if not jnp.shape(wiring)[0]:
         return jnp.zeros((0, bits_FT.shape[1]), bool)
     return no_fusion(_read_tables, bits_FT, jnp.asarray(wiring, jnp.int32), jnp.asarray(packed))
 
 
 def look_up_words(
-    bits: Bits, wiring: Integer[ArrayLike, "L n"], packed: UInt8[ArrayLike, "L bytes"]
+    bits: Bits,
+    wiring: Integer[ArrayLike, "L n"],
+    packed: UInt8[ArrayLike, "L bytes"],
+    *,
+    implementation: str | None = None,
 ) -> Bits:
     """`look_up` of bits that are packed: the tables' bits (L, T), packed.
 
+    Args:
+      implementation: 'xla' or 'pallas' (kernels for TPUs and GPUs), see `ops.kernels`.
+
     Raises:
-      InputError: see `look_up`.
+      InputError: see `look_up`; or an implementation that the platform lacks.
     """
     _check("look_up_words", bits.shape, jnp.shape(wiring))
+    chosen = _choose(implementation, (*bits.words.shape, jnp.shape(wiring)[0]))
     if not jnp.shape(wiring)[0] or not bits.words.size:
         return Bits(jnp.zeros((jnp.shape(wiring)[0], bits.words.shape[1]), jnp.uint32), bits.tokens)
     wiring, packed = jnp.asarray(wiring, jnp.int32), jnp.asarray(packed)
+    if chosen == "pallas":
+        kernel = _kernel(choice.kernels_at())
+        return Bits(kernel.look_up(bits.words, wiring, packed, choice.division()), bits.tokens)
     return Bits(no_fusion(_multiplex, bits.words, wiring, packed), bits.tokens)
+
+
+def _choose(asked: str | None, sizes: tuple[Any, ...]) -> str:
+    """How to look up F bits in L tables, W words: sizes (F, W, L). The kernels have not been timed:
+    they are taken where they are asked for.
+    """
+    offered: dict[str, Hindrance] = {"xla": anywhere}
+    if asked == "pallas":
+        known = not any(map(jax.export.is_symbolic_dim, sizes))
+        kernel = _kernel(choice.kernels_at())
+        offered = {"pallas": kernel.hindrance(*sizes, known)} | offered
+    return choose("packed_lut.look_up", asked, offered)
+
+
+def _kernel(at: str) -> ModuleType:
+    if at == "gpu":  # importing Pallas takes half a second
+        from quweit_jax.ops.kernels.gpu import packed
+    else:
+        from quweit_jax.ops.kernels.tpu import packed
+    return packed
 
 
 def _check(function: str, bits: tuple[Any, ...], slots: tuple[int, ...]) -> None:

@@ -130,7 +130,7 @@ def test_what_hinders_them_is_said():
     with choice.compiling_for("gpu", portable=True), choice.interpreted(), exported:
         lut.lut_lookup(bits, wired, tables, implementation="pallas")
     with choice.compiling_for("cpu"):
-        x, packed = np.zeros((1, 16), np.int8), pack_ternary(np.zeros((16, 16), np.int8))
+        x, packed = jnp.zeros((1, 16), "int8"), pack_ternary(jnp.zeros((16, 16), "int8"))
         with pytest.raises(InputError, match="'pallas' needs a tpu or gpu"):
             packed_sums(x, packed, implementation="pallas")
         with pytest.raises(InputError, match="'pallas' needs a tpu or gpu"):

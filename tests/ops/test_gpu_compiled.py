@@ -19,6 +19,7 @@ KERNELS = {
     "recurrence_forward",
     "recurrence_backward",
     "ternary_sums",
+    "packed_look_up",
 }
 
 

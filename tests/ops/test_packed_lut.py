@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops import packed_lut, vector_lut
-from quweit_jax.ops.kernels import packed_sums
+from quweit_jax.ops.kernels import choice, packed_sums
 from tests.compiled import quick_jit
 from tests.ops import naive
 
@@ -168,6 +168,32 @@ def test_a_number_of_tokens_that_is_only_a_name():
         found = program.call(jnp.asarray(bits.T[:count], bool))
         for one, other in zip(found, block(jnp.asarray(bits.T[:count], bool))):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("at", ["gpu", "tpu"])
+@pytest.mark.parametrize("n, tokens, inputs, luts", [(1, 1, 1, 1), (4, 70, 5, 9), (7, 4200, 9, 3)])
+def test_kernels_equal_the_reference(at, n, tokens, inputs, luts):
+    rng = np.random.default_rng(n)
+    bits, wiring = rng.integers(0, 2, (inputs, tokens)), rng.integers(0, inputs, (luts, n))
+    packed = packed_lut.pack_tables(rng.normal(size=(luts, 2**n)))
+    with choice.interpreted(), choice.compiling_for(at):
+        found = jax.jit(functools.partial(packed_lut.look_up, implementation="pallas"))(
+            bits, wiring, packed
+        )
+    expected = packed_lut.look_up(bits, wiring, packed, implementation="reference")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_kernels_divide_words_over_devices():
+    rng = np.random.default_rng(0)
+    bits, wiring = rng.integers(0, 2, (3, 128)), rng.integers(0, 3, (5, 2))
+    packed = packed_lut.pack_tables(rng.normal(size=(5, 4)))
+    read = functools.partial(packed_lut.look_up, implementation="pallas")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
+    with choice.interpreted(), choice.compiling_for("gpu"), choice.divided(mesh, "data"):
+        found = jax.jit(read)(bits, wiring, packed)
+    expected = packed_lut.look_up(bits, wiring, packed, implementation="reference")
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_unknown_implementations_are_refused():

@@ -20,6 +20,7 @@ KERNELS = {
     "thermometer_encode",
     "thermometer_gradients",
     "ternary_sums",
+    "packed_look_up",
 }
 
 
