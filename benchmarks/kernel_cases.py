@@ -150,11 +150,14 @@ def bits_of_models(rng: np.random.Generator) -> Drawn:
     classes = next(c for c in (6, 5, 3, 2, 1) if bits % c == 0)
 
     def make(implementation: str) -> Call:
-        how = {"implementation": implementation}
         return called(
             lambda x: {
-                "sums": bit_models.bit_sums(x, thresholds, layers, vectors, **how),
-                "counts": bit_models.bit_counts(x, thresholds, layers, classes, **how),
+                "sums": bit_models.bit_sums(
+                    x, thresholds, layers, vectors, implementation=implementation
+                ),
+                "counts": bit_models.bit_counts(
+                    x, thresholds, layers, classes, implementation=implementation
+                ),
             },
             x,
         )

@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def spread_table(summarized: Summary, baseline: str) -> str:
     return "\n".join(lines)
 
 
-def write_json(out: Path | None, facts: dict[str, object]) -> None:
+def write_json(out: Path | None, facts: Mapping[str, object]) -> None:
     """Writes facts beside `out`, as .json, if it is given."""
     if out:
         out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -49,7 +49,7 @@ def draw(n, tokens, inputs, luts, seed=0):
 def expected_of(bits_FT, wiring, tables, grad_LT, **weighting):
     """Values, gradients to the bits and to the tables, in float64 and by their definition."""
     luts, n = wiring.shape
-    address = sum(bits_FT[wiring[:, l]] << l for l in range(n))
+    address = np.sum([bits_FT[wiring[:, l]] << l for l in range(n)], axis=0)
     to_tables, to_bits = np.zeros(tables.shape), np.zeros(bits_FT.shape)
     np.add.at(to_tables, (np.arange(luts)[:, None], address), grad_LT)
     matrix = lut.efd_matrix(n, lut.efd_weighting(n, **weighting))
@@ -276,7 +276,7 @@ def test_a_block():
     variables = block.init(jax.random.key(1), x)
 
     def loss(params, x):
-        return (block.apply({**variables, "params": params}, x) ** 2).sum()
+        return (jnp.asarray(block.apply({**variables, "params": params}, x)) ** 2).sum()
 
     both = jax.value_and_grad(loss, (0, 1))
     assert "quweit_lut_backward" in jax.jit(both).lower(variables["params"], x).as_text()

@@ -37,7 +37,8 @@ QUWEIT_INLINE void Count(const BitModel& m, const uint64_t* bits, size_t start, 
         }
       }
       for (int d = 0; d < 7; ++d) {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(digits[d]);
+        uint32_t words[kBits / 32];
+        memcpy(words, digits[d], sizeof(words));
         for (size_t w = 0; w < kBits / 32; ++w) {
           const uint32_t word = words[w];
           for (size_t t = 0; t < 32; ++t) {
