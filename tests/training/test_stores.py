@@ -209,9 +209,10 @@ def test_kills_lose_nothing(emulators, tiny_arguments, tmp_path, scheme, monkeyp
     command = [sys.executable, "-m", "quweit_jax.train", *tiny_arguments(values)]
     for attempt in range(30):
         machine = tmp_path / f"machine-{attempt}"
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(machine)}
+        # Each machine would compile native code anew.
+        own = {"JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(machine), "QUWEIT_NATIVE": "0"}
         process = subprocess.Popen(
-            [*command, f"--workdir={address}"], cwd=REPOSITORY, env=environment
+            [*command, f"--workdir={address}"], cwd=REPOSITORY, env=os.environ | own
         )
         while process.poll() is None and kills < 5:
             time.sleep(0.02)
@@ -279,7 +280,7 @@ def test_several_hosts_need_no_folder_that_all_reach(tiny_config, tiny_arguments
     values = SMALL | {"mesh.data": 1, "mesh.fsdp": 2, "eval_every": 2}
     for steps, machines in ((2, "ab"), (4, "cd")):
         shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-        shared |= {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
+        shared |= {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY), "QUWEIT_NATIVE": "0"}
         command = [sys.executable, str(program), *tiny_arguments(values | {"steps": steps})]
         processes = []
         for i, machine in enumerate(machines):
