@@ -438,7 +438,7 @@ def test_a_failure_ends_what_is_under_way():
     with pytest.raises(web.ClosedError, match="no memory"):
         engine.submit([], print)
     offer = Offer("tiny", Asking(LETTERS, None), 15, None, 5, 1)
-    assert asyncio.run(web.Api(engine, offer).health(None)).status_code == 503  # type: ignore[arg-type]
+    assert asyncio.run(web.Api(engine, offer).health(None)).status_code == 503
     engine.close()
 
 

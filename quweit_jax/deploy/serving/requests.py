@@ -1,4 +1,6 @@
-"""What a client may ask for, checked before any work is done, and errors as OpenAI's API has them."""
+"""What a client may ask for, checked before any work is done, and errors as OpenAI's API has
+them.
+"""
 
 from __future__ import annotations
 
