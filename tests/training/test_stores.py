@@ -197,6 +197,7 @@ def test_kills_lose_nothing(emulators, tiny_arguments, tmp_path, scheme, monkeyp
     """
     for name, value in emulators.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("QUWEIT_NATIVE", "0")  # each machine would compile it anew
     write_text(tmp_path / "text.txt")
     folder = f"{scheme}://bucket/{tmp_path.name}"
     store, root = fsspec.core.url_to_fs(folder, skip_instance_cache=True)
@@ -209,8 +210,7 @@ def test_kills_lose_nothing(emulators, tiny_arguments, tmp_path, scheme, monkeyp
     command = [sys.executable, "-m", "quweit_jax.train", *tiny_arguments(values)]
     for attempt in range(30):
         machine = tmp_path / f"machine-{attempt}"
-        # Each machine would compile native code anew.
-        own = {"JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(machine), "QUWEIT_NATIVE": "0"}
+        own = {"JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(machine)}
         process = subprocess.Popen(
             [*command, f"--workdir={address}"], cwd=REPOSITORY, env=os.environ | own
         )
