@@ -288,9 +288,8 @@ def _lookup_tokens_forward(bits_TF, mapping_Ln, inverse_FK, tables_LA, how):
         values_LT, kept = lut_native.forward(calls.turned(bits_TF != 0), mapping_Ln, tables_LA)
         return calls.turned(values_LT), (kept, like, mapping_Ln, inverse_FK, tables_LA)
     bits_FT = (bits_TF != 0).T
-    values_LT: Array = no_fusion(
-        lambda b, m, t: _lookup(b, m, None, t, how), bits_FT, mapping_Ln, tables_LA
-    )
+    form = _FORMS[how.implementation].forward
+    values_LT: Array = no_fusion(form, bits_FT, mapping_Ln, tables_LA)
     return values_LT.T, (bits_FT, like, mapping_Ln, inverse_FK, tables_LA)
 
 
