@@ -113,7 +113,7 @@ def test_chosen_where_there_is_enough_to_do():
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
 
     def chosen(tokens):
-        return lut._choose(None, lut.efd_weighting(2), (64, tokens, 256)).implementation
+        return lut._choose(None, lut.efd_weighting(2), (64, tokens, 256), "float32").implementation
 
     with choice.divided(mesh, "data"):
         assert [chosen(1024), chosen(512)] == ["pallas", "xla"]

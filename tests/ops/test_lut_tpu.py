@@ -115,14 +115,18 @@ def test_refused_where_it_is_not():
 
 
 def test_chosen_on_a_tpu_where_there_is_enough_to_do():
+    def anywhere(tokens):
+        sizes = (64, tokens, 256)
+        return lut._choose(None, lut.efd_weighting(2), sizes, "float32").implementation
+
     def chosen(tokens, parts=1):
         mesh = Mesh(np.asarray(jax.devices()[:parts]), ("data",))
         with choice.compiling_for("tpu"), choice.divided(mesh, "data"):
-            return lut._choose(None, lut.efd_weighting(2), (64, tokens, 256)).implementation
+            return anywhere(tokens)
 
     assert [chosen(1024), chosen(512)] == ["pallas", "xla"]
     assert [chosen(4096, parts=4), chosen(2048, parts=4)] == ["pallas", "xla"]
     with choice.compiling_for("tpu"):  # several devices, and nobody says how to divide
-        assert lut._choose(None, lut.efd_weighting(2), (64, 4096, 256)).implementation == "xla"
+        assert anywhere(4096) == "xla"
     with choice.compiling_for("cpu"):
-        assert lut._choose(None, lut.efd_weighting(2), (64, 4096, 256)).implementation == "xla"
+        assert anywhere(4096) == "xla"
