@@ -7,7 +7,9 @@ CONFIG ?= experiments/configs/gpt_char.py:quick
 
 HARDWARE ?= runs/hardware
 
-.PHONY: train hardware test lint format types docs colabs clean
+COMPILERS := build/compilers
+
+.PHONY: train hardware test lint format types docs colabs compilers clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -41,6 +43,17 @@ hardware: $(VENV)/.runtime
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+
+# For the tests that compile for TPUs and GPUs, which skip without (900 MB).
+compilers: $(COMPILERS)/.done
+
+$(COMPILERS)/.done: requirements-compilers.txt $(VENV)/.runtime
+	@echo "installing compilers for chips that are not here into $(COMPILERS) (900 MB, once)"
+	@version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target $(COMPILERS) -r requirements-compilers.txt jax-cuda13-plugin==$$version \
+	    jax-cuda13-pjrt==$$version
+	@touch $@
 
 lint: $(VENV)/.development
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import pytest
 from quweit_jax.commands import compile_tpu
 from quweit_jax.errors import InputError
 from quweit_jax.training import topologies
+from tests.compilers import compiling_with
 from tests.conftest import REPOSITORY
 
 TINY = ["--config.model.layers=1", "--config.model.width=32", "--config.model.context=32"] + [
@@ -43,10 +44,9 @@ def test_what_cannot_be_compiled_for_is_a_sentence():
 
 def compiled_for_gpus(*arguments):
     """What the command says, or its error; in a process that has not asked for devices yet."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt, --no-deps")
+    environment = compiling_with("jax_cuda13_plugin")
     command = [sys.executable, "-m", "quweit_jax", "compile_tpu", *TINY, *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr
 
 

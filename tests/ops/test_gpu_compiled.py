@@ -1,14 +1,11 @@
 """The kernels for GPUs compile for a Hopper GPU that is not there, and spill no registers."""
 
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 
-import pytest
-
+from tests.compilers import compiling_with
 from tests.conftest import REPOSITORY
 
 KERNELS = {
@@ -24,11 +21,8 @@ KERNELS = {
 
 
 def test_all_kernels_compile(tmp_path):
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt, --no-deps")
-    if not (shutil.which("ptxas") or importlib.util.find_spec("nvidia.cu13")):
-        pytest.skip("needs ptxas: CUDA, or pip install nvidia-cuda-nvcc")
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    on_path = shutil.which("ptxas")
+    environment = compiling_with("jax_cuda13_plugin", *([] if on_path else ["nvidia.cu13"]))
     subprocess.run(
         [
             sys.executable,
@@ -37,7 +31,7 @@ def test_all_kernels_compile(tmp_path):
             "--small",
             f"--out={tmp_path / 'kernels.txt'}",
         ],
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment,
         check=True,
     )
     found = json.loads((tmp_path / "kernels.json").read_text())["found"].values()

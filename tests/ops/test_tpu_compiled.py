@@ -1,13 +1,12 @@
 """The kernels for TPUs compile for one that is not there, and their schedules can be read."""
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.compilers import compiling_with
 from tests.conftest import REPOSITORY
 
 KERNELS = {
@@ -24,26 +23,20 @@ KERNELS = {
 }
 
 
-def test_all_kernels_compile(tmp_path):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for TPUs needs libtpu: pip install libtpu")
-    # libtpu ends a process in whose XLA_FLAGS it finds one of another platform's
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    path = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
-    settings = {
-        "PYTHONPATH": path,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is read from it leaves no schedule
-    }
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_all_kernels_compile(chip, tmp_path):
+    # what is read from a cache of compiled programs leaves no schedule
+    environment = compiling_with("libtpu") | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     subprocess.run(
         [
             sys.executable,
             REPOSITORY / "benchmarks" / "tpu_kernels.py",
+            f"--chip={chip}",
             "--small",
             "--ours",
             f"--out={tmp_path / 'kernels.txt'}",
         ],
-        env=environment | settings,
+        env=environment,
         check=True,
     )
     found = json.loads((tmp_path / "kernels.json").read_text())["found"].values()
