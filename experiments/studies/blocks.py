@@ -123,6 +123,14 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "ternary GLU (BitGLU), 10 units a feature",
         {"model.mlp": "bitglu", "model.bitglu.hidden": 1280},
     ),
+    "bitglu_unit": (
+        "ternary GLU (BitGLU), drawn wider",
+        {"model.mlp": "bitglu", "model.mlp_init": 0.0},
+    ),
+    "bitglu_wide_unit": (
+        "ternary GLU (BitGLU), 10 units a feature, drawn wider",
+        {"model.mlp": "bitglu", "model.bitglu.hidden": 1280, "model.mlp_init": 0.0},
+    ),
     "none": ("none (attention alone)", {"model.mlp": "none"}),
     "dense_integer": ("dense MLP, integers alone", {"model.mlp": "dense", "model.integer": True}),
     "lookup_glu_integer": (
@@ -130,6 +138,20 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         {"model.mlp": "lookup_glu", "model.integer": True},
     ),
 }
+
+
+def _drawn(deviation: float, mark: str, ending: str) -> dict[str, tuple[str, dict[str, object]]]:
+    """The kinds with a LookupGLU, its first ternary weights' floats drawn with a standard deviation
+    (0 for 1 / sqrt(width)).
+    """
+    return {
+        kind + mark: (name + ending, {**changes, "model.lookup_glu.mix_init": deviation})
+        for kind, (name, changes) in KINDS.items()
+        if changes["model.mlp"] == "lookup_glu"
+    }
+
+
+KINDS |= _drawn(0.0, "_unit", ", drawn wider") | _drawn(0.02, "", "")
 
 
 # for the default config

@@ -39,6 +39,9 @@ _FULLEST = 120  # of the tables' int8 entries at the start, which leaves them ro
 _RIDGE = 1e-3  # of the mean square of inputs, added to their products with themselves
 _EXPECTED = 8  # reads that the GELU itself counts for in the mean of an entry
 _EPSILON = 1e-5  # of a LookupGLU's norm
+_MIX = (
+    0.02  # mean magnitude of the floats behind the first ternary weights, where no start is given
+)
 _TINY = 1e-12
 
 
@@ -131,7 +134,7 @@ def solve(layer: LookupGLU, mlp: DenseMLP, reads: np.ndarray, answers: np.ndarra
     total, scale, bias = _sum(np.concatenate(read, 1), answers)
     unit = pair_table.entry_scale(pair_table.silu_gate(layer.code_bits, layer.code_step))
     params = {
-        "mix": ternary_fit.float_weights(mix, near, layer.mix_init),
+        "mix": ternary_fit.float_weights(mix, near, layer.mix_init or _MIX),
         "sum": ternary_fit.float_weights(*total, scale * unit),
         "offsets": np.concatenate([table.offsets for table in tables] + [np.zeros(hidden)]),
         "bias": bias,
