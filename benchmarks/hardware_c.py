@@ -41,8 +41,14 @@ from quweit_jax.training import rundir
 
 PUBLISHED = (690, 2050, 4080, 4600)  # tables; arXiv 2410.11112
 # examples at a time, and how the file is compiled
-FORMS = ((64, "-O2"), (64, "-O3"), (256, "-O3"), (256, "-O3 -march=native"))
-MOST = 256
+FORMS = (
+    (64, "-O2"),
+    (64, "-O3"),
+    (256, "-O3"),
+    (256, "-O3 -march=native"),
+    (512, "-O3 -march=native"),
+)
+MOST = 512
 
 
 def compiled(classifier: Classifier, place: Path, flags: str, compiler: str, word: int) -> Path:

@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--word",
         type=int,
-        help="examples at a time in C: 32 or 64, or 128 or 256 by vectors of gcc and clang "
+        help="examples at a time in C: 32 or 64, or 128, 256 or 512 by vectors of clang and gcc "
         "(default: 64)",
     )
     group.add_argument(

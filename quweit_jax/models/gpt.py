@@ -21,7 +21,14 @@ from quweit_jax.layers.costs import Call, residuals
 from quweit_jax.layers.mlp import GELUS
 from quweit_jax.layers.norms import normal
 from quweit_jax.layers.readout import Pieces, read_out
-from quweit_jax.models.options import DTYPES, ChannelMixers, check_positive, kinds_of_mlp
+from quweit_jax.models.options import (
+    DTYPES,
+    ChannelMixers,
+    check_init,
+    check_positive,
+    first_init,
+    kinds_of_mlp,
+)
 from quweit_jax.models.stack import Depth, run_blocks
 from quweit_jax.ops.counts import BYTES, Elementwise, LayerCosts
 
@@ -61,11 +68,7 @@ class GPTConfig(ChannelMixers, Depth):
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
-        if not 0 <= self.mlp_init < math.inf:
-            raise InputError(
-                "model.mlp_init: expected a positive number, or 0 for 1 / sqrt(width), found "
-                f"{self.mlp_init}."
-            )
+        check_init(self)
         if not 0 < self.epsilon < math.inf:
             raise InputError(f"model.epsilon: expected a positive number, found {self.epsilon}.")
         self.check_depth()
@@ -112,7 +115,7 @@ class GPTBlock(nn.Module):
         )
         y = nn.LayerNorm(name="attention_norm", **norm)(x)
         x = x + attention(y, valid, train=train, decode=decode)
-        first = normal(c.mlp_init or c.width**-0.5)
+        first = first_init(c, c.width)
         mixer = mlp.make(
             self.mlp,
             c.width,

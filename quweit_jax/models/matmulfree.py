@@ -27,7 +27,9 @@ from quweit_jax.layers.ternary import GATES, MLGRU, BitGLU, BitLinear
 from quweit_jax.models.options import (
     DTYPES,
     ChannelMixers,
+    check_init,
     check_positive,
+    first_init,
     glu_width,
     kinds_of_mlp,
     size_of,
@@ -47,7 +49,8 @@ class MatMulFreeConfig(ChannelMixers, Depth):
     size: 'tiny', '370m', '1.3b', '2.7b' or '13b'. width, layers: other than the size's (0: its
     own). context: tokens of a training example; the model itself has no limit. mlp: 'dense' (the
     GLU), 'weightless' or 'none' for every block, or one for each joined by '+'.
-    hidden: width of the GLU's hidden layer (0: 8 d / 3, rounded up to 256). recurrence: how the
+    hidden: width of the GLU's hidden layer (0: 8 d / 3, rounded up to 256). mlp_init: standard
+    deviation of a gated unit's first kernel at the start; 0 for 1 / sqrt(d). recurrence: how the
     MLGRU runs over time, see `ops.recurrence`. gates: of the MLGRU, 'exact' or, not published,
     'shift' (no products in the token mixer).
     """
@@ -58,6 +61,7 @@ class MatMulFreeConfig(ChannelMixers, Depth):
     layers: int = 0
     context: int = 256
     hidden: int = 0
+    mlp_init: float = 0.02
     epsilon: float = 1e-6
     recurrence: str = "auto"
     gates: str = "exact"
@@ -70,6 +74,7 @@ class MatMulFreeConfig(ChannelMixers, Depth):
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.recurrence", self.recurrence, IMPLEMENTATIONS)
         check_choice("model.gates", self.gates, GATES)
+        check_init(self)
         if not self.epsilon > 0:
             raise InputError(
                 f"model.epsilon: expected a small positive number, found {self.epsilon}."
@@ -119,16 +124,17 @@ class MatMulFreeBlock(nn.Module):
         shared: dict[str, Any] = {"epsilon": c.epsilon, "dtype": dtype}
         mixer = MLGRU(implementation=c.recurrence, gates=c.gates, name="mixer", **shared)
         x = x + mixer(RMSNorm(name="mixer_norm", **shared)(x), lower_bound, valid, decode=decode)
-        output_init = normal(0.02 / math.sqrt(2 * c.sizes()[1]))
+        starts = {
+            "kernel_init": first_init(c, x.shape[-1]),
+            "output_init": normal(0.02 / math.sqrt(2 * c.sizes()[1])),
+        }
         mixer = mlp.make(
             self.mlp,
             x.shape[-1],
             c,
-            lambda: BitGLU(
-                x.shape[-1], c.hidden_width(), output_init=output_init, name="mlp", **shared
-            ),
-            output_init=output_init,
+            lambda: BitGLU(x.shape[-1], c.hidden_width(), name="mlp", **starts, **shared),
             dtype=dtype,
+            **starts,
         )
         if mixer is None:
             return x

@@ -8,10 +8,12 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers import mlp
 from quweit_jax.layers.lookup_glu import LookupGLU, check_glu
+from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.weightless import WeightlessBlock, check_options
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -55,6 +57,20 @@ def check_positive(config: object, *names: str, zero: str = "") -> None:
                 f"model.{name}: expected at most {MOST_BLOCKS:,} blocks, each of which is traced, "
                 f"found {getattr(config, name):,}."
             )
+
+
+def check_init(config: Any) -> None:
+    """Raises InputError for an `mlp_init` that no kernel can be drawn with."""
+    if not 0 <= config.mlp_init < math.inf:
+        raise InputError(
+            "model.mlp_init: expected a positive number, or 0 for 1 / sqrt(width), found "
+            f"{config.mlp_init}."
+        )
+
+
+def first_init(config: Any, width: int) -> Initializer:
+    """Of the first kernel of an MLP or gated unit, by the config's `mlp_init`."""
+    return normal(config.mlp_init or width**-0.5)
 
 
 def kinds_of_mlp(kinds: str | Sequence[str], blocks: int, integer: bool = False) -> tuple[str, ...]:

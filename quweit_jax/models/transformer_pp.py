@@ -26,7 +26,9 @@ from quweit_jax.layers.rotary import RopeScaling
 from quweit_jax.models.options import (
     DTYPES,
     ChannelMixers,
+    check_init,
     check_positive,
+    first_init,
     glu_width,
     kinds_of_mlp,
     repeated,
@@ -43,9 +45,8 @@ MIXERS = ("attention", "gated_delta")
 class TransformerPPConfig(ChannelMixers, Depth):
     """What decides the shape; sizes are those of `MatMulFreeConfig`.
 
-    size, width, layers, mlp, hidden: as there. heads: 0 for the size's own. kv_heads: fewer heads
-      of keys and values (0: as many);
-    head_width: 0 for d / heads. context: tokens of a training example and the most it can attend
+    size, width, layers, mlp, hidden, mlp_init: as there. heads: 0 for the size's own. kv_heads:
+      fewer heads of keys and values (0: as many); head_width: 0 for d / heads. context: tokens of a training example and the most it can attend
     to. rope_theta: of the rotary positions; rope: how they are scaled.
     biases: 'none'; 'qkv', of queries, keys and values alone, as Qwen2 has them; or 'attention', of
       the output projection too. tie_embeddings: whether the head is the embedding's transpose.
@@ -66,6 +67,7 @@ class TransformerPPConfig(ChannelMixers, Depth):
     head_width: int = 0
     context: int = 256
     hidden: int = 0
+    mlp_init: float = 0.02
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
     rope: RopeScaling = dataclasses.field(default_factory=RopeScaling)
@@ -95,6 +97,7 @@ class TransformerPPConfig(ChannelMixers, Depth):
         check_choice("model.attention", self.attention, ATTENTIONS)
         check_choice("model.linear", self.linear, LINEARS)
         check_choice("model.activation", self.activation, mlp.ACTIVATIONS)
+        check_init(self)
         check_choice("model.biases", self.biases, BIASES)
         if self.linear == "ternary" and self.biases != "none":
             raise InputError(
@@ -173,7 +176,7 @@ class TransformerPPBlock(nn.Module):
         """x (B, T, d), positions (B or 1, T), valid (B, T) bool -> (B, T, d)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         width, layers, heads = c.sizes()
-        output_init = normal(0.02 / math.sqrt(2 * layers))
+        first, output_init = first_init(c, width), normal(0.02 / math.sqrt(2 * layers))
         sub_norm = c.epsilon if c.sub_norms else 0.0
         normed = c.norm("mixer_norm")(x)
         if self.mixer == "gated_delta":
@@ -213,6 +216,7 @@ class TransformerPPBlock(nn.Module):
             lambda: mlp.SwiGLU(
                 width,
                 c.hidden_width(),
+                kernel_init=first,
                 output_init=output_init,
                 dtype=dtype,
                 activation=c.activation,
@@ -220,6 +224,7 @@ class TransformerPPBlock(nn.Module):
                 sub_norm=sub_norm,
                 name="mlp",
             ),
+            kernel_init=first,
             output_init=output_init,
             dtype=dtype,
         )

@@ -14,7 +14,7 @@ from quweit_jax.deploy.hardware.circuit import Circuit
 from quweit_jax.deploy.hardware.description import Classifier, Layer
 from quweit_jax.errors import InputError
 
-WORDS = (32, 64, 128, 256)
+WORDS = (32, 64, 128, 256, 512)
 
 _TYPES = """/* {classes} classes from {inputs} words of {bits} bits; input_scaling.json says what they are.
  *
