@@ -194,6 +194,24 @@ def _is_ternary(path, variables):
 TERNARY = {"linear": "ternary", "sub_norms": True, "activation": "relu2", "heads": 2, **SMALL}
 
 
+@pytest.mark.parametrize("mlp", ["dense", "swiglu", "bitglu", "lookup_glu"])
+@pytest.mark.parametrize("name", ["gpt", "matmulfree", "transformer_pp"])
+def test_how_wide_a_channel_mixer_is_drawn(name, mlp):
+    def deviation(**options):
+        config = KINDS.get(name, {}) | {"mlp": mlp, "width": 64, "layers": 1} | options
+        model = models.build(config, VOCAB)
+        params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+        mixer = params["block_0"]["mlp"]
+        kernels = {k: v for k, v in mixer.items() if k in ("mix", "up", "gate")}
+        return np.std(jax.tree.leaves(kernels)[0])
+
+    if mlp == "lookup_glu":
+        found = [deviation(), deviation(lookup_glu={"mix_init": 0.02})]
+    else:
+        found = [deviation(mlp_init=0.0), deviation()]
+    np.testing.assert_allclose(found, [64**-0.5, 0.02], rtol=0.1)
+
+
 @pytest.mark.parametrize("mixer", ["attention", "gated_delta"])
 def test_a_ternary_transformer_decodes_and_packs(mixer):
     """Sums of floats depend on their order, so that now and then an activation is rounded to the
