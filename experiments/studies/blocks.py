@@ -123,11 +123,11 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "ternary GLU (BitGLU), 10 units a feature",
         {"model.mlp": "bitglu", "model.bitglu.hidden": 1280},
     ),
-    "bitglu_unit": (
+    "bitglu_drawn": (
         "ternary GLU (BitGLU), drawn wider",
         {"model.mlp": "bitglu", "model.mlp_init": 0.0},
     ),
-    "bitglu_wide_unit": (
+    "bitglu_wide_drawn": (
         "ternary GLU (BitGLU), 10 units a feature, drawn wider",
         {"model.mlp": "bitglu", "model.bitglu.hidden": 1280, "model.mlp_init": 0.0},
     ),
@@ -142,7 +142,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
 
 def _drawn(deviation: float, mark: str, ending: str) -> dict[str, tuple[str, dict[str, object]]]:
     """The kinds with a LookupGLU, its first ternary weights' floats drawn with a standard deviation
-    (0 for 1 / sqrt(width)).
+    (0 for 2 / sqrt(width)).
     """
     return {
         kind + mark: (name + ending, {**changes, "model.lookup_glu.mix_init": deviation})
@@ -151,7 +151,7 @@ def _drawn(deviation: float, mark: str, ending: str) -> dict[str, tuple[str, dic
     }
 
 
-KINDS |= _drawn(0.0, "_unit", ", drawn wider") | _drawn(0.02, "", "")
+KINDS |= _drawn(0.0, "_drawn", ", drawn wider") | _drawn(0.02, "", "")
 
 
 # for the default config

