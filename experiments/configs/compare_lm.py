@@ -1,5 +1,6 @@
-"""Five language models of one size on the same text, tokens and steps: GPT and QuWeiT GPT,
-Transformer++, MatMul-free, MatMul-free + weightless.
+"""Language models of one size on the same text, tokens and steps: GPT and QuWeiT GPT, Transformer++
+and a ternary one as BitNet b1.58, MatMul-free and MatMul-free + weightless, the gated delta rule in
+attention's place (dense and ternary projections), and a hybrid, three blocks of it to one of attention.
 
 --config=experiments/configs/compare_lm.py[:VARIANT][,kind=KIND][,key=value,...]; `sweep` trains
 every kind at every rate, and experiments/studies/compare_lm.py compares the five.
@@ -19,13 +20,21 @@ from quweit_jax.models.registry import defaults
 from quweit_jax.training.defaults import base_config, with_shortcuts
 
 VARIANTS = ("cpu", "stdlib", "gpu")
-# kind -> (model, its mlp, learning rate)
-KINDS: dict[str, tuple[str, str, float]] = {
-    "gpt": ("gpt", "dense", 4e-3),
-    "quweit": ("gpt", "weightless", 4e-3),
-    "transformer_pp": ("transformer_pp", "dense", 1e-3),
-    "matmulfree": ("matmulfree", "dense", 1e-3),
-    "matmulfree_weightless": ("matmulfree", "weightless", 4e-3),
+BITNET = {"linear": "ternary", "sub_norms": True, "activation": "relu2"}
+DELTA = "gated_delta"
+HYBRID = f"{DELTA}+{DELTA}+{DELTA}+attention"
+# kind -> (model, its options, learning rate)
+KINDS: dict[str, tuple[str, dict[str, object], float]] = {
+    "gpt": ("gpt", {}, 4e-3),
+    "quweit": ("gpt", {"mlp": "weightless"}, 4e-3),
+    "transformer_pp": ("transformer_pp", {}, 1e-3),
+    "matmulfree": ("matmulfree", {}, 1e-3),
+    "matmulfree_weightless": ("matmulfree", {"mlp": "weightless"}, 4e-3),
+    "bitnet": ("transformer_pp", BITNET, 1e-3),
+    "gated_delta": ("transformer_pp", {"mixer": DELTA}, 1e-3),
+    "ternary_gated_delta": ("transformer_pp", {**BITNET, "mixer": DELTA}, 1e-3),
+    "hybrid": ("transformer_pp", {"mixer": HYBRID}, 1e-3),
+    "ternary_hybrid": ("transformer_pp", {**BITNET, "mixer": HYBRID}, 1e-3),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -35,11 +44,11 @@ def get_config(argument: str | None = None):
     variant, shortcuts = parse_argument(argument, VARIANTS, default="cpu")
     kind = shortcuts.pop("kind", "gpt")
     check_choice("compare_lm: kind", kind, KINDS)
-    model, mlp, rate = KINDS[kind]
+    model, options, rate = KINDS[kind]
     on_gpu = variant == "gpu"
     config = base_config()
     config.model = defaults(model)
-    config.model.mlp = mlp  # dense or weightless
+    config.model.update(options)  # what makes it the kind that it is
     config.model.width = 384 if on_gpu else 128  # nanoGPT's sizes for a GPU and for a CPU
     config.model.layers = 6 if on_gpu else 4  # likewise
     config.model.context = 256 if on_gpu else 64  # likewise

@@ -1,4 +1,4 @@
-"""Five language models of one size on the same text, tokens and steps; what they are and what is
+"""Language models of one size on the same text, tokens and steps; what they are and what is
 matched is in experiments/configs/compare_lm.py.
 
     python -m experiments.studies.compare_lm --data_dir=FOLDER [--variant=cpu] [--kinds gpt quweit
