@@ -4,6 +4,7 @@ operations, and the instruction schedules of Pallas kernels, for which it has no
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import tempfile
@@ -109,8 +110,20 @@ def xla_cycles(compiled: Any) -> int:
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())))
 
 
+def kernel_calls(compiled: Any) -> collections.Counter[str]:
+    """How often a compiled program calls each kernel; loops count once."""
+    calls = [
+        line.partition("=")[0]
+        for line in compiled.as_text().splitlines()
+        if 'custom_call_target="tpu_custom_call"' in line
+    ]
+    return collections.Counter(found[0] for call in calls if (found := _KERNEL.search(call)))
+
+
 def kernel_cycles(folder: Path, seldom: Mapping[int, int] | None = None) -> list[tuple[str, int]]:
-    """Kernels compiled since this was asked last: the name and the cycles of each call."""
+    """Kernels compiled since this was asked last, those that are alike once: the name and the
+    cycles of a call.
+    """
     found = []
     for file in sorted(folder.glob("*-final_bundles.txt")):
         name = _KERNEL.search(file.name)  # transformations put words around a kernel's name

@@ -7,8 +7,8 @@ scatter of XLA's has no estimate, so those that are left are listed.
 
 from __future__ import annotations
 
-import collections
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ def measure(config: Any, topology: str, chips: int, folder: Path) -> tuple[list[
     around = tpu_schedule.xla_cycles(compiled)
     kernels = tpu_schedule.kernel_cycles(folder, {inputs: groups, -(-inputs // 8): groups})
     lines = [f"{config.model.mlp}: {around:,} cycles of XLA's"]
-    for name, calls in collections.Counter(name for name, _ in kernels).items():
-        of_name = sum(cycles for other, cycles in kernels if other == name)
-        lines.append(f"  {name}: {calls} calls, {of_name:,} cycles")
-    total = around + sum(cycles for _, cycles in kernels)
+    # Kernels that are alike are compiled once, and called by each block.
+    calls, total = tpu_schedule.kernel_calls(compiled), around
+    for name in dict(kernels):
+        each = statistics.mean(cycles for other, cycles in kernels if other == name)
+        lines.append(f"  {name}: {calls[name]} calls of {each:,.0f} cycles")
+        total += round(calls[name] * each)
     return [*lines, f"  total {total:,}; XLA's {', '.join(left(compiled.as_text()))}"], total
 
 
