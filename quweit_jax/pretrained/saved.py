@@ -133,6 +133,8 @@ def open_model(
     tokenizer = tokenizers.load(path) if os.path.lexists(path) else None
     weights = about.pop("weights", None)
     told = None if weights is None else rounded.check(weights)
+    if told is not None:
+        about["weight_bits"] = told[0]
     return model, tokenizer, about, functools.partial(_read_arrays, folder / _WEIGHTS, told)
 
 

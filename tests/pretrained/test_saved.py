@@ -61,6 +61,24 @@ def test_a_run_is_packed_into_a_folder_and_speaks_as_it_did(tiny_arguments, tmp_
             generate.main([f"--model={out}", *wrong])
 
 
+def test_what_became_of_rounded_weights_is_told(tmp_path, capsys):
+    def told(model, *options):
+        capsys.readouterr()
+        out = f"--out={tmp_path / 'model'}"
+        assert pack.main([f"--model={model}", out, "--overwrite", *options]) == 0
+        return capsys.readouterr().out
+
+    said = told(DENSE)  # which has 5 bits a weight
+    assert "as trained" in said and "had 5 bits a weight" in said and "--bits=5" in said
+    said = told(DENSE, "--bits=3")
+    assert "matrices at 3 bits" in said and "rounded again: --bits=5" in said
+    said = told(DENSE, "--bits=5")
+    assert "matrices at 5 bits" in said and "had" not in said and "trained" not in said
+    assert "packed, other matrices at 6 bits" in told("shakespeare-lookup", "--bits=6")
+    with pytest.raises(InputError, match="--bits: expected matrices"):
+        told("digits-dwn", "--bits=4")
+
+
 @pytest.mark.parametrize("bits", [2, 5, 8])
 @pytest.mark.parametrize("shape", [(7, 3), (2, 5, 4), (1, 1)])
 def test_rounded_matrices_are_near_and_take_their_bits(bits, shape):
