@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.training import stores
 
+    if not args.out:
+        raise InputError("--out: expected the folder to write, found nothing; give it.")
     with stores.written(args.out) as out:
         return _write(args, overrides, out)
 
@@ -53,8 +55,7 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
     from quweit_jax.training import rundir
 
     check_local(out, "--out", "write it here, and copy it")
-    if saved.is_saved(out) and not args.overwrite:
-        raise InputError(f"--out: {args.out} holds a model already; name another, or --overwrite.")
+    saved.check_target(out, args.overwrite)
     if args.bits and args.bits not in rounded.BITS:
         raise InputError(f"--bits: expected 2 to 8, found {args.bits}.")
     opened = open_source(args, overrides)
