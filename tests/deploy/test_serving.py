@@ -490,6 +490,7 @@ def test_the_command_ends_in_order(serving, folder, monkeypatch, capsys):
     assert "".join(said) == serving.offline("ab", 200, 3, temperature=0)
     told = capsys.readouterr()
     assert "serving small at http://127.0.0.1:" in told.out and not told.err
+    assert "stopping small; answers under way: 1, which have 30 seconds" in told.out
 
 
 def test_an_answer_that_fails_leaves_the_others(serving, monkeypatch):

@@ -282,15 +282,21 @@ class Server(uvicorn.Server):
     """Ends in order at SIGINT and SIGTERM: takes no more, and waits for what is under way; a second
     one ends it at once.
 
-    on_start: called once it listens.
+    on_start: called once it listens. on_stop: called when it takes no more.
     """
 
     on_start: Callable[[], None] = staticmethod(lambda: None)
+    on_stop: Callable[[], None] = staticmethod(lambda: None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
         await super().startup(sockets)
         self.on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for what is under way."""
+        self.on_stop()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
