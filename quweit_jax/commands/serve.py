@@ -17,6 +17,8 @@ from quweit_jax.errors import InputError, RunError, first_line, require
 if TYPE_CHECKING:
     from quweit_jax.deploy.serving.engine import Engine
 
+_LONGEST = 7 * 24 * 3600  # seconds of grace
+
 
 def main(argv: Sequence[str]) -> int:
     """Serves a language model by OpenAI's API until it is told to stop (Ctrl-C, SIGTERM)."""
@@ -24,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     for name, least in {"slots": 1, "queue": 0, "max_tokens": 1, "grace": 0}.items():
         if not getattr(args, name) >= least:
             raise InputError(f"--{name}: expected {least} or more, found {getattr(args, name)}.")
+    if args.grace > _LONGEST:
+        raise InputError(f"--grace: expected at most {_LONGEST:,} seconds, found {args.grace:g}.")
     for package in ("starlette", "uvicorn"):
         require(package, "to serve a model")
     from quweit_jax.data.asking import Asking
