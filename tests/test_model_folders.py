@@ -4,6 +4,7 @@ every command that takes a run.
 
 import csv
 import json
+import shutil
 
 import jax
 import jax.export
@@ -107,6 +108,15 @@ def test_a_language_model(models, text, tmp_path, capsys, kind):
     got = program.call(np.asarray(rows[:2, :-1], np.int32))
     expected = model.apply(variables, rows[:2, :-1])
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_counting_needs_no_tokenizer(models, tmp_path, capsys):
+    bare = shutil.copytree(models / "llama", tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    whole, counted = (said(capsys, costs, f"--model={f}") for f in (models / "llama", bare))
+    assert counted == whole
+    with pytest.raises(InputError, match="no tokenizer"):
+        generate.main([f"--model={bare}", "--prompt=a"])
 
 
 def test_a_packed_folder_is_as_good_as_what_it_was_made_of(models, text, tmp_path, capsys):

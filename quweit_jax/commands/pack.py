@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = cli.parse(parser, argv)
     from quweit_jax.training import stores
 
+    if not args.out:
+        raise InputError("--out: expected the folder to write, found nothing; give it.")
     with stores.written(args.out) as out:
         return _write(args, overrides, out)
 
@@ -53,8 +55,7 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
     from quweit_jax.training import rundir
 
     check_local(out, "--out", "write it here, and copy it")
-    if saved.is_saved(out) and not args.overwrite:
-        raise InputError(f"--out: {args.out} holds a model already; name another, or --overwrite.")
+    saved.check_target(out, args.overwrite)
     if args.bits and args.bits not in rounded.BITS:
         raise InputError(f"--bits: expected 2 to 8, found {args.bits}.")
     opened = open_source(args, overrides)
@@ -63,6 +64,7 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
         raise InputError(f"--trained: {args.model} has the packed form alone; leave that out.")
     if not args.trained and "packed" not in variables:
         variables = packed_or_trained(opened.model, variables, opened.init_inputs)
+    _check_rounding(args.bits, variables)
     model, outputs = registry.described(opened.model)
     if "scan_layers" in model:  # layers are read and packed one by one
         model["scan_layers"] = False
@@ -83,10 +85,38 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
         overwrite=args.overwrite,
         bits=args.bits,
     )
-    print(f"wrote {args.out}: {size:,} bytes of arrays, {about['form']}")
+    print(f"wrote {args.out}: {size:,} bytes of arrays, {_form(args.bits, variables)}")
+    had = opened.about.get("weight_bits")
+    if had and had != args.bits:
+        now = f"{args.bits} bits, rounded again" if args.bits else "floats of 32 bits"
+        print(
+            f"its matrices had {had} bits a weight, and have {now}: --bits={had} writes them as "
+            "they were"
+        )
     if opened.tokenizer is not None:
         print(f"use it: python -m quweit_jax generate --model={args.out}")
     return 0
+
+
+def _check_rounding(bits: int, variables: Mapping[str, Any]) -> None:
+    """Raises InputError for bits of matrices where there are none that are rounded."""
+    from flax.traverse_util import flatten_dict
+
+    from quweit_jax.pretrained import rounded
+
+    arrays = flatten_dict(dict(variables), sep="/")
+    if bits and not any(rounded.is_rounded(*item) for item in arrays.items()):
+        raise InputError(
+            f"--bits: expected matrices without a packed form, to be rounded to {bits} bits, found "
+            "none in this model; leave it out."
+        )
+
+
+def _form(bits: int, variables: Mapping[str, Any]) -> str:
+    """What became of a model's weights, in words."""
+    if "packed" in variables:
+        return f"packed, other matrices at {bits} bits a weight" if bits else "packed"
+    return f"matrices at {bits} bits a weight" if bits else "as trained"
 
 
 def _of_run(workdir: str, opened: Opened) -> dict[str, Any]:

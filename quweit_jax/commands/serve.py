@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from quweit_jax.commands import cli
 from quweit_jax.commands.opening import add_packed, add_source, open_source, text_of
 from quweit_jax.errors import InputError, RunError, first_line, require
+
+if TYPE_CHECKING:
+    from quweit_jax.deploy.serving.engine import Engine
+
+_LONGEST = 7 * 24 * 3600  # seconds of grace
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     for name, least in {"slots": 1, "queue": 0, "max_tokens": 1, "grace": 0}.items():
         if not getattr(args, name) >= least:
             raise InputError(f"--{name}: expected {least} or more, found {getattr(args, name)}.")
+    if args.grace > _LONGEST:
+        raise InputError(f"--grace: expected at most {_LONGEST:,} seconds, found {args.grace:g}.")
     for package in ("starlette", "uvicorn"):
         require(package, "to serve a model")
     from quweit_jax.data.asking import Asking
@@ -37,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         server = web.make_server(engine, offer, args.grace)
         engine.start()
         server.on_start = lambda: _tell(name, args.host, *listening.getsockname()[:2])
+        server.on_stop = lambda: _tell_end(name, engine, args.grace)
         try:
             server.run(sockets=[listening])
         finally:
@@ -58,6 +68,18 @@ def _tell(name: str, asked: str, host: str, port: int) -> None:
             "no passwords, and nothing is encrypted",
             file=sys.stderr,
         )
+
+
+def _tell_end(name: str, engine: Engine, grace: float) -> None:
+    """That it stops, and what it waits for; nothing of a model that has failed."""
+    if engine.failure is not None:
+        return
+    counts = engine.counts()
+    under_way = counts["busy"] + counts["waiting"]
+    wait = f"; answers under way: {under_way}, which have {grace:g} seconds" * bool(under_way)
+    again = " (Ctrl-C ends them at once)" * bool(under_way)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"stopping {name}{wait}{again}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

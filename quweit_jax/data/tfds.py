@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
+from absl import logging
 
 from quweit_jax.data.documents import DocumentSplits
 from quweit_jax.data.image_sources import image_splits
 from quweit_jax.data.registry import DataConfig, Splits, TextSplits, source
 from quweit_jax.errors import InputError, first_line, require
-from quweit_jax.reading import clean_text
+from quweit_jax.reading import clean_text, why
+
+_PORTS = {"http": 80, "https": 443}
+_HOSTS, _PATIENCE = 3, 5  # how many hosts of downloads are tried, and for how many seconds
 
 
 class TFDSImages:
@@ -188,6 +195,12 @@ def _tfds_builder(tfds: Any, config: DataConfig) -> Any:
             f"build {config.name} --file_format=array_record), "
             "give another folder, or leave data_dir out and let TFDS download it."
         )
+    _check_reachable(builder, config.name)
+    logging.warning(
+        "data.name: '%s' is not prepared in %s; TFDS downloads it now. Where a folder has it, stop "
+        "this and give --config.data.data_dir=FOLDER.",
+        *(config.name, _root(builder)),
+    )
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
@@ -198,6 +211,44 @@ def _tfds_builder(tfds: Any, config: DataConfig) -> Any:
             f"with: tfds build {config.name} --file_format=array_record"
         ) from None
     return builder
+
+
+def _root(builder: Any) -> Path:
+    """The folder that holds NAME/VERSION/ of a set, and what was downloaded."""
+    folder = Path(builder.data_dir)
+    return folder.parents[len(Path(builder.info.full_name).parts) - 1]
+
+
+def _check_reachable(builder: Any, name: str) -> None:
+    """Raises InputError if a set can be downloaded from nowhere: TFDS would try for minutes."""
+    kept = (_root(builder) / "downloads").rglob("*")
+    if any(p.is_file() and ".tmp." not in p.name and p.suffix != ".INFO" for p in kept):
+        return  # perhaps it is there already
+    urls = [urlsplit(url) for url in getattr(builder, "url_infos", {})]
+    places = {(url.hostname, url.port or _PORTS[url.scheme]) for url in urls if _is_plain(url)}
+    if not places:
+        return
+    reason = ""
+    for host, port in sorted(places)[:_HOSTS]:
+        try:
+            socket.create_connection((host, port), timeout=_PATIENCE).close()
+        except (OSError, UnicodeError) as error:
+            said = why(error) if isinstance(error, OSError) else first_line(error)
+            reason = reason or f"{host}: {said}"
+        else:
+            return
+    raise InputError(
+        f"data.data_dir: '{name}' is not prepared in {_root(builder)}, and cannot be downloaded "
+        f"({reason}). Give the folder that holds {name}/VERSION/ with --config.data.data_dir="
+        f"FOLDER, or prepare it where there is a network: tfds build {name} "
+        "--file_format=array_record --data_dir=FOLDER."
+    )
+
+
+def _is_plain(url: SplitResult) -> bool:
+    """Whether a file is fetched from its host by this machine itself, and by no proxy."""
+    proxied = url.scheme in getproxies() and not proxy_bypass(url.hostname or "")
+    return bool(url.hostname) and url.scheme in _PORTS and not proxied
 
 
 def _prepared_folder(config: DataConfig) -> str:

@@ -19,6 +19,7 @@ from quweit_jax.errors import InputError
 
 _FLOAT = np.finfo(np.float32)
 _LARGEST = np.iinfo(np.int32).max
+_LEAST = float(_FLOAT.tiny)  # of what is a float32 number as its inverse is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Sampling:
             raise InputError(
                 f"--min_p: expected a share of the likeliest, 0 (all) to 1, found {self.min_p}."
             )
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not _LEAST <= self.repetition_penalty <= 1 / _LEAST:
             raise InputError(
-                "--repetition_penalty: expected a positive number, 1 for none, found "
-                f"{self.repetition_penalty}."
+                f"--repetition_penalty: expected a positive number, {_LEAST:.1e} to "
+                f"{1 / _LEAST:.1e}, 1 for none, found {self.repetition_penalty}."
             )
 
     def pick(self, key: Array, logits: Array, seen: Array | None = None) -> Array:

@@ -56,16 +56,17 @@ class Found:
         return np.zeros(shape, np.int32 if self.tokenizer is not None else np.float32)
 
 
-def find(given: str) -> Found:
+def find(given: str, *, speaks: bool = True) -> Found:
     """Opens what a person has named, without reading its arrays.
 
     Args:
       given: a folder or a file of weights, the name of a model that comes with the package
         (`saved.boxed()`), or one on a hub, see `hub.fetch`.
+      speaks: whether a published language model's tokenizer is needed; False leaves it unread.
 
     Raises:
       InputError: there is none, or it is damaged or of no kind known here; of a published language
-        model, it has no tokenizer.json.
+        model that is to speak, it has no tokenizer.json.
     """
     place = saved.find_model(given)
     if saved.is_saved(place):
@@ -77,6 +78,8 @@ def find(given: str) -> Found:
     about: dict[str, Any] = {"kind": kind, "form": "trained"}
     if opened.image_shape is not None:
         about |= _about_images(place, opened, *_USUAL.get(kind, _IMAGENET))
+        return Found(place, opened.model, opened.read, None, Prompting(), about)
+    if not speaks:
         return Found(place, opened.model, opened.read, None, Prompting(), about)
     tokenizer = _tokenizer(place)
     prompting = Prompting.read(_folder(place), tokenizer)

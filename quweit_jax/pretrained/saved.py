@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from jaxtyping import PyTree
 
 from quweit_jax import models
 from quweit_jax.data import tokenizers
-from quweit_jax.errors import InputError, nearest, require
+from quweit_jax.errors import InputError, first_line, nearest, require
 from quweit_jax.pretrained import hub, rounded
 from quweit_jax.reading import is_whole, read_json, shown, why
 
 FORMAT = "quweit_jax model"
 BOX = Path(__file__).parent / "box"
 _DESCRIPTION, _WEIGHTS, _TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"
+_PUBLISHED = "config.json"  # what runs and published checkpoints have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +64,12 @@ def save_model(
         are.
 
     Raises:
-      InputError: the folder holds a model already, or cannot be written; bits not from 2 to 8.
+      InputError: see `check_target`; the folder cannot be written; bits not from 2 to 8.
     """
     folder = Path(folder).expanduser()
-    if os.path.lexists(folder / _DESCRIPTION) and not overwrite:
-        raise InputError(
-            f"{shown(folder)} holds a model already; give another folder, or --overwrite."
-        )
+    check_target(folder, overwrite)
     models.build(config, outputs)  # refuses what could not be read again
-    writer = require("safetensors.numpy", "to write a model", "or safetensors alone")
+    require("safetensors.numpy", "to write a model", "or safetensors alone")
     flat = flatten_dict(dict(variables), sep="/")
     arrays = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flat.items()}
     said = {"format": FORMAT, "version": 1, "model": dict(config), "outputs": outputs}
@@ -81,7 +79,8 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _DESCRIPTION).unlink(missing_ok=True)
-        writer.save_file(arrays, folder / _WEIGHTS)
+        _write_arrays(arrays, folder / _WEIGHTS)
+        (folder / _TOKENIZER).unlink(missing_ok=True)  # of a model that was there
         if tokenizer is not None:
             tokenizers.save(tokenizer, folder / _TOKENIZER)
         # last: without it nobody takes what is there for a whole model
@@ -94,6 +93,37 @@ def save_model(
             f"{shown(folder)} cannot be written ({why(error)}); give another folder."
         ) from None
     return sum(leaf.nbytes for leaf in arrays.values())
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raises InputError if a model's folder cannot be written there: it has one already, or files
+    of these names that are something else's, such as a run's or a published checkpoint's.
+    """
+    there = [n for n in (_DESCRIPTION, _WEIGHTS, _TOKENIZER) if os.path.lexists(folder / n)]
+    if _DESCRIPTION not in there and os.path.lexists(folder / _PUBLISHED):
+        raise InputError(
+            f"--out: {shown(folder)} holds a run or a published checkpoint ({_PUBLISHED}), parts "
+            "of which would be replaced; give another folder."
+        )
+    if there and not overwrite:
+        raise InputError(
+            f"--out: {shown(folder)} holds {_a_model(there)}; give another folder, or --overwrite."
+        )
+
+
+def _a_model(there: Sequence[str]) -> str:
+    return "a model already" if _DESCRIPTION in there else f"files already: {', '.join(there)}"
+
+
+def _write_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a file of arrays; OSError if it cannot be."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(arrays, path)
+    except SafetensorError as error:  # what a full disk is in that library
+        raise OSError(first_line(error)) from None
 
 
 def is_saved(folder: Path) -> bool:
@@ -133,6 +163,8 @@ def open_model(
     tokenizer = tokenizers.load(path) if os.path.lexists(path) else None
     weights = about.pop("weights", None)
     told = None if weights is None else rounded.check(weights)
+    if told is not None:
+        about["weight_bits"] = told[0]
     return model, tokenizer, about, functools.partial(_read_arrays, folder / _WEIGHTS, told)
 
 
@@ -169,6 +201,6 @@ def find_model(given: str) -> Path:
     if hub.is_name(given):
         return hub.fetch(given)
     raise InputError(
-        f"--model: no folder {shown(path)}, nor a model of that name.{nearest(given, names)} Here "
-        f"are {', '.join(names) or 'none'}. One of a hub is named ORGANIZATION/NAME."
+        f"--model: no folder {shown(path)}, nor a model of that name.{nearest(given, names)} One "
+        "of a hub is named ORGANIZATION/NAME."
     )

@@ -146,3 +146,40 @@ def test_unknown_splits(shared):
                 validation_split="dev",
             )
         )
+
+
+def test_a_set_that_is_nowhere_is_told_before_it_is_downloaded(tmp_path, monkeypatch, caplog):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("quweit_jax.data.tfds.getproxies", dict)
+    asked, downloads = [], []
+
+    def none_answers(place, timeout):
+        asked.append(place)
+        raise OSError("Name or service not known")
+
+    def cut_off(*args, **options):
+        downloads.append(options)
+        raise OSError("cut off")
+
+    monkeypatch.setattr("socket.create_connection", none_answers)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", cut_off)
+    config = DataConfig("tfds", name="tiny_shakespeare")
+    said = (
+        r"data\.data_dir: .*cannot be downloaded \(.*not known\).*--config\.data\.data_dir=FOLDER"
+    )
+    with pytest.raises(InputError, match=said):
+        registry.load(config)
+    assert asked == [("raw.githubusercontent.com", 443)] and not downloads
+    # behind a proxy, and where files were downloaded before, TFDS tries, and one is told of it
+    monkeypatch.setattr("quweit_jax.data.tfds.getproxies", lambda: {"https": "http://proxy"})
+    with pytest.raises(InputError, match=r"could not be downloaded .*cut off"):
+        registry.load(config)
+    monkeypatch.setattr("quweit_jax.data.tfds.getproxies", dict)
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "input.txt").write_text("there")
+    with pytest.raises(InputError, match=r"could not be downloaded .*cut off"):
+        registry.load(config)
+    assert len(asked) == 1 and len(downloads) == 2
+    assert "--config.data.data_dir=FOLDER" in caplog.text

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -260,6 +261,10 @@ def test_who_hangs_up_frees_a_slot(serving, stream):
         ({"top_k": 1.5}, 400, "top_k"),
         ({"min_p": 2}, 400, "min_p"),
         ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"repetition_penalty": 1e39}, 400, "repetition_penalty"),
+        ({"repetition_penalty": 1e-39}, 400, "repetition_penalty"),
+        ({"stream_options": 5}, 400, "stream_options"),
+        ({"n": 10**30}, 400, "n"),
         ({"seed": 2**63}, 400, "seed"),
         ({"seed": 2**63 - 1, "n": 2}, 400, "seed"),
         ({"stop": [1]}, 400, "stop"),
@@ -278,6 +283,16 @@ def test_bad_requests_are_named(serving, body, status, param):
         check({"model": "tiny", "prompt": "a"} | body, "completion", serving.offer)
     assert (refused.value.status, refused.value.param) == (status, param)
     assert json.dumps(refused.value.to_json(), ensure_ascii=False).encode()
+
+
+def test_no_bound_is_told_that_is_none(serving):
+    """What is refused as too large is not told 'or more', nor is Python's advice passed on."""
+    with pytest.raises(ApiError, match=rf"n: .* 1 to {serving.offer.places}, found 10000"):
+        check({"model": "tiny", "prompt": "a", "n": 10**4}, "completion", serving.offer)
+    for data, said in ((b"9" * 5000, "5000 digits"), (b"null", "found null"), (b"[1]", "[1]")):
+        with pytest.raises(ApiError, match=re.escape(said)) as refused:
+            read_body(data)
+        assert "sys." not in refused.value.message
 
 
 def test_what_asks_for_nothing_is_taken(serving):
@@ -310,17 +325,20 @@ def test_errors_reach_the_client(serving, limited):
     with pytest.raises(openai.BadRequestError) as long:
         limited.complete("a" * 41, 3)
     assert long.value.code == "context_length_exceeded"
-    for method, path, headers, body, status in (
-        ("GET", "/v1/nothing", {}, "", 404),
-        ("GET", "/v1/completions", {}, "", 405),
-        ("POST", "/v1/completions", {"Content-Type": "text/plain"}, "{}", 415),
-        ("POST", "/v1/completions", {"Content-Type": "application/json"}, "x" * (2**20 + 1), 413),
+    kind = "Content-Type"
+    for method, path, headers, body, status, said in (
+        ("GET", "/v1/nothing", {}, "", 404, "/v1/models"),
+        ("POST", "/completions", {}, "", 404, "/v1/completions"),
+        ("GET", "/v1/completions", {}, "", 405, "expected POST, found GET"),
+        ("POST", "/v1/completions", {kind: "text/plain"}, "{}", 415, "found 'text/plain'"),
+        ("POST", "/v1/completions", {kind: "application/json"}, "x" * (2**20 + 1), 413, "bytes"),
     ):
         connection = http.client.HTTPConnection("127.0.0.1", serving.port)
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         assert answer.status == status
-        assert json.loads(answer.read())["error"].keys() == {"message", "type", "param", "code"}
+        error = json.loads(answer.read())["error"]
+        assert error.keys() == {"message", "type", "param", "code"} and said in error["message"]
         connection.close()
 
 
@@ -490,6 +508,7 @@ def test_the_command_ends_in_order(serving, folder, monkeypatch, capsys):
     assert "".join(said) == serving.offline("ab", 200, 3, temperature=0)
     told = capsys.readouterr()
     assert "serving small at http://127.0.0.1:" in told.out and not told.err
+    assert "stopping small; answers under way: 1, which have 30 seconds" in told.out
 
 
 def test_an_answer_that_fails_leaves_the_others(serving, monkeypatch):
@@ -529,6 +548,19 @@ def test_the_network_is_warned_of(folder, monkeypatch, capsys):
 def test_options_that_cannot_be(option):
     with pytest.raises(InputError, match=f"--{option}"):
         serve.main(["--model=x", f"--{option}=-1"])
+
+
+def test_what_would_take_too_long_or_too_much(folder, monkeypatch):
+    for grace in ("inf", "1e30"):
+        with pytest.raises(InputError, match="--grace"):
+            serve.main([f"--model={folder}", "--port=0", f"--grace={grace}"])
+
+    def full(slots):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    monkeypatch.setattr(Slots, "_start", full)
+    with pytest.raises(InputError, match=r"--slots: .* bytes each, found 9,000; give fewer"):
+        serve.main([f"--model={folder}", "--port=0", "--slots=9000"])
 
 
 def test_a_port_that_is_taken_is_named():

@@ -3,6 +3,8 @@ what comes with the package works.
 """
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -15,6 +17,8 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.deploy.pack import stored_bytes
 from quweit_jax.errors import InputError
 from quweit_jax.pretrained import rounded, saved
+from tests.conftest import REPOSITORY
+from tests.pretrained import folders
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -59,6 +63,53 @@ def test_a_run_is_packed_into_a_folder_and_speaks_as_it_did(tiny_arguments, tmp_
     for wrong in (["--step=1"], ["--config.seed=3"]):
         with pytest.raises(InputError, match="--model"):
             generate.main([f"--model={out}", *wrong])
+
+
+def test_what_became_of_rounded_weights_is_told(tmp_path, capsys):
+    def told(model, *options):
+        capsys.readouterr()
+        out = f"--out={tmp_path / 'model'}"
+        assert pack.main([f"--model={model}", out, "--overwrite", *options]) == 0
+        return capsys.readouterr().out
+
+    said = told(DENSE)  # which has 5 bits a weight
+    assert "as trained" in said and "had 5 bits a weight" in said and "--bits=5" in said
+    said = told(DENSE, "--bits=3")
+    assert "matrices at 3 bits" in said and "rounded again: --bits=5" in said
+    said = told(DENSE, "--bits=5")
+    assert "matrices at 5 bits" in said and "had" not in said and "trained" not in said
+    assert "packed, other matrices at 6 bits" in told("shakespeare-lookup", "--bits=6")
+    with pytest.raises(InputError, match="--bits: expected matrices"):
+        told("digits-dwn", "--bits=4")
+
+
+def test_packing_replaces_nothing_of_others(tmp_path):
+    def packed(model, out, *options):
+        return pack.main([f"--model={model}", f"--out={out}", *options])
+
+    folders.write_language_model(tmp_path / "llama", "llama")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tokenizer.json").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="published checkpoint"):
+        packed(tmp_path / "llama", tmp_path / "llama", "--overwrite")
+    with pytest.raises(InputError, match=r"--out: .*files already: tokenizer\.json"):
+        packed("digits-dwn", tmp_path / "mine")
+    with pytest.raises(InputError, match="--out: expected the folder"):
+        packed("digits-dwn", "")
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    # what replaces a language model is none because of the tokenizer that was there
+    assert packed("shakespeare-lookup", tmp_path / "model") == 0
+    assert packed("digits-dwn", tmp_path / "model", "--overwrite") == 0
+    assert saved.load_model(tmp_path / "model").tokenizer is None
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    command = [sys.executable, "-m", "quweit_jax", "pack", "--model=shakespeare-lookup"]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command, f"--out={tmp_path / 'm'}"]
+    done = subprocess.run(limited, capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be written" in done.stderr and not saved.is_saved(tmp_path / "m")
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])

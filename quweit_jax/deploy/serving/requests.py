@@ -109,9 +109,10 @@ def read_body(data: bytes) -> dict[str, Any]:
     try:
         body = json.loads(data, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"expected a JSON object, found what is none: {error}.") from None
+        said = str(error).partition(";")[0]  # behind it Python's advice to programmers
+        raise ApiError(400, f"expected a JSON object, found what is none: {said}.") from None
     if not isinstance(body, dict):
-        raise ApiError(400, f"expected a JSON object, found {type(body).__name__}.")
+        raise ApiError(400, f"expected a JSON object, found {_shown(body)}.")
     return body
 
 
@@ -127,12 +128,12 @@ def check(body: Mapping[str, Any], kind: str, offer: Offer) -> Asked:
     _check_fields(body, kind)
     sampling = _sampling(body)
     prompts, texts = _prompts(body, offer) if kind == "completion" else _chat(body, offer)
-    count = _whole(body, "n", 1, 1)
+    count = _whole(body, "n", 1, 1, offer.places)
     if len(prompts) * count > offer.places:
         raise ApiError(
             400,
-            f"expected at most {offer.places} answers of a request, found {len(prompts)} prompts "
-            f"with n={count}; ask for fewer.",
+            f"n: expected at most {offer.places} answers of a request, found {len(prompts)} "
+            f"prompts with n={count}; ask for fewer.",
             "n",
         )
     most = _max_tokens(body, kind, offer)
@@ -147,7 +148,8 @@ def check(body: Mapping[str, Any], kind: str, offer: Offer) -> Asked:
     ]
     said = [text if echo else "" for text in texts for _ in range(count)]
     total = sum(map(len, prompts))
-    return Asked(kind, answers, total, said, stream, stream and _usage(body))
+    usage = _usage(body)
+    return Asked(kind, answers, total, said, stream, stream and usage)
 
 
 def _check_model(body: Mapping[str, Any], offer: Offer) -> None:

@@ -24,6 +24,7 @@ from quweit_jax.deploy.generate import (
     prefill_pieces,
 )
 from quweit_jax.deploy.sampling import Sampling, Settings, pick_each
+from quweit_jax.errors import InputError
 
 _PIECES, _MANY = 16, 2**12  # lengths of prompts that have pieces of every size, where one is longer
 Read = tuple[Array, PyTree, int]  # what `generate.prefill` has: logits (1, V), cache, places taken
@@ -91,6 +92,9 @@ class Slots:
     """The slots of a model, and the programs that fill and advance them.
 
     variables may be packed. count: S, at least one.
+
+    Raises:
+      InputError: there is no memory for so many.
     """
 
     def __init__(self, model: nn.Module, variables: dict[str, PyTree], count: int):
@@ -98,7 +102,12 @@ class Slots:
         self.vocab_size, self.context = model.config.vocab_size, context_of(model)
         self._variables = jax.device_put(variables)  # once, and not for each token
         self._empty = empty_cache(model)
-        self._state = self._start()
+        try:
+            self._state = self._start()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise self._too_many() from None
 
     def _start(self) -> State:
         key = jax.random.key_data(jax.random.key(0))
@@ -109,6 +118,13 @@ class Slots:
         settings = jax.tree.map(jnp.asarray, Settings.of([Sampling()] * self.count))
         seen = jnp.zeros((self.count, self.vocab_size), bool)
         return State(caches, counts, jnp.zeros_like(counts), keys, settings, seen)
+
+    def _too_many(self) -> InputError:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._empty))
+        return InputError(
+            f"--slots: expected as many as there is memory for, {size:,} bytes each, found "
+            f"{self.count:,}; give fewer."
+        )
 
     def compile(self) -> None:
         """Compiles all that will ever run: a prompt of another length, or other settings, compile

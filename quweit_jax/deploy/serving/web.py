@@ -30,6 +30,7 @@ with needed("to serve a model"):
 _LARGEST = 1 << 20  # bytes of a request
 _PATIENCE = 30  # seconds that a request's body may take to come
 _KEPT = 75  # seconds that an idle connection is kept; clients keep theirs for less
+_ROUTES = ("/health", "/v1/models", "/v1/completions", "/v1/chat/completions")
 _LEFT = 499  # the status, which nobody reads, of a request whose client has gone
 
 
@@ -248,7 +249,9 @@ async def _body(request: Request) -> bytes:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise error_of(415, "expected the header Content-Type: application/json.")
+        found = f"'{kind[:100]}'" if kind else "none"
+        message = f"expected the header Content-Type: application/json, found {found}."
+        raise error_of(415, message)
     data = b""
     try:
         async with asyncio.timeout(_PATIENCE):
@@ -269,7 +272,13 @@ async def _tell_error(request: Request, error: Any) -> Response:
 
 
 async def _tell_http_error(request: Request, error: Any) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}."
+    path = request.url.path
+    message = f"{request.method} {path[:200]}: {error.detail}."
+    if error.status_code == 404:
+        message = f"expected one of {', '.join(_ROUTES)}, found {path[:200]}."
+    if error.status_code == 405:
+        asked = (error.headers or {}).get("Allow", "another method")
+        message = f"{path[:200]}: expected {asked}, found {request.method}."
     told = error_of(error.status_code, message)
     return JSONResponse(told.to_json(), error.status_code, error.headers)
 
@@ -282,15 +291,21 @@ class Server(uvicorn.Server):
     """Ends in order at SIGINT and SIGTERM: takes no more, and waits for what is under way; a second
     one ends it at once.
 
-    on_start: called once it listens.
+    on_start: called once it listens. on_stop: called when it takes no more.
     """
 
     on_start: Callable[[], None] = staticmethod(lambda: None)
+    on_stop: Callable[[], None] = staticmethod(lambda: None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
         await super().startup(sockets)
         self.on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for what is under way."""
+        self.on_stop()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
