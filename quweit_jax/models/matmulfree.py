@@ -124,7 +124,7 @@ class MatMulFreeBlock(nn.Module):
         shared: dict[str, Any] = {"epsilon": c.epsilon, "dtype": dtype}
         mixer = MLGRU(implementation=c.recurrence, gates=c.gates, name="mixer", **shared)
         x = x + mixer(RMSNorm(name="mixer_norm", **shared)(x), lower_bound, valid, decode=decode)
-        starts = {
+        starts: dict[str, Any] = {
             "kernel_init": first_init(c, x.shape[-1]),
             "output_init": normal(0.02 / math.sqrt(2 * c.sizes()[1])),
         }
