@@ -66,9 +66,9 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
     """Raises InputError unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:
-        raise InputError(
-            f"{what}: expected one of {choices}, found {value!r}.{nearest(str(value), choices)}"
-        )
+        close = nearest(str(value), choices)
+        meant = close if close.startswith(" Did") else ""  # all of them have been named
+        raise InputError(f"{what}: expected one of {choices}, found {value!r}.{meant}")
 
 
 def first_line(error: BaseException, longest: int | None = 200) -> str:

@@ -189,6 +189,11 @@ def test_what_cannot_be_is_a_sentence(models, text, images, tmp_path):
         (costs, [llama, "--outputs=4"], "--outputs"),
         (export, [deit, "--out=m.stablehlo", "--step_function"], "--step_function"),
         (export, [deit, "--to=c"], "--out"),
+        (export, [deit, "--to=c", "--out="], "--out: expected the folder"),
+        (export, [llama, "--out="], "--out: expected the file"),
+        (export, [llama, "--to=gguf", "--out="], "--out: expected the file"),
+        (export, [llama, "--to=onnx"], "found 'onnx'.$"),
+        (export, [llama, "--to=c", f"--out={tmp_path / 'c'}"], "language model"),  # without data
         (export, [llama, "--to=c", f"--out={tmp_path / 'c'}", *text], "language model"),
         (generate, [llama, "--chat"], "chat template"),
         (generate, [llama, "--system=no"], "--system"),

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         return export_gguf.run(args, overrides)
     if args.to != "stablehlo":
         return export_hardware.run(args, overrides)
-    if args.out is None:
+    if not args.out:
         raise InputError("--out: expected the file to write, such as model.stablehlo; give it.")
     return _stablehlo(args, overrides)
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """Writes a language model as a GGUF file."""
     from quweit_jax.training import stores
 
-    if args.out is None:
+    if not args.out:
         raise InputError("--out: expected the file to write, such as model.gguf; give it.")
     if args.packed or args.step_function or args.platforms:
         raise InputError(

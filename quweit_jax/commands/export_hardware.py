@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quweit_jax.commands.opening import Opened, open_setup
+from quweit_jax.commands.opening import Opened, has_tokenizer, open_setup
 from quweit_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """
     from quweit_jax.training import stores
 
-    if args.out is None and args.workdir is None:
+    if not args.out and (args.workdir is None or args.out is not None):
         raise InputError("--out: expected the folder to write, found none; give it.")
     with stores.written(args.out or f"{args.workdir}/{args.to}") as out:
         return _write(args, overrides, out)
@@ -124,12 +124,12 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
         for name, value in DEFAULTS.items()
     }
     folder.check_target(out, args.overwrite)
-    opened, setup = open_setup(args, overrides)
-    if setup.tokenizer is not None:
+    if has_tokenizer(args):  # said before data are read, or even downloaded
         raise InputError(
             "--to: expected a classifier made of tables (model dwn) or an integer-only ViT, found "
             f"{args.workdir or args.model}, a language model; export that as StableHLO."
         )
+    opened, setup = open_setup(args, overrides)
     blocks = not isinstance(setup.model, DWN)
     export_block.check_options(vars(args), blocks)
     if blocks:

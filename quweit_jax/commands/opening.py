@@ -129,6 +129,21 @@ def text_of(args: argparse.Namespace, opened: Opened) -> Tokenizer:
     return opened.tokenizer
 
 
+def has_tokenizer(args: argparse.Namespace) -> bool:
+    """Whether --workdir or --model names a language model, told without arrays and data.
+
+    Raises:
+      InputError: there is neither.
+    """
+    from quweit_jax.training import rundir, stores
+
+    if args.model is not None:
+        return _found(args).tokenizer is not None
+    place = stores.fetched(args.workdir)
+    rundir.read_config(place)  # which says so where there is no run
+    return rundir.read_tokenizer(place) is not None
+
+
 def open_source(args: argparse.Namespace, overrides: Mapping[str, str]) -> Opened:
     """What --workdir or --model names, without data.
 

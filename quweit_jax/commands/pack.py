@@ -104,7 +104,7 @@ def _check_rounding(bits: int, variables: Mapping[str, Any]) -> None:
 
     from quweit_jax.pretrained import rounded
 
-    arrays = flatten_dict(dict(variables), sep="/")
+    arrays: dict[str, Any] = flatten_dict(dict(variables), sep="/")
     if bits and not any(rounded.is_rounded(*item) for item in arrays.items()):
         raise InputError(
             f"--bits: expected matrices without a packed form, to be rounded to {bits} bits, found "

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,8 +109,8 @@ def initial(
     taken from `path`, the rest stays, and both are told.
 
     Args:
-      path: a run directory (its best checkpoint is taken), or a published checkpoint (see
-        `pretrained.transfer.read_source`); '' for none.
+      path: a run directory (its best checkpoint is taken), a published checkpoint or what `pack
+        --trained` wrote (see `pretrained.transfer.read_source`); '' for none.
       workdir: of the run; one that has checkpoints goes on from those and needs no source.
 
     Raises:
@@ -128,10 +128,11 @@ def initial(
         _check_exists("init_from", place)
 
     def begin(fresh: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
-        if _is_run(place):
-            source = jax.device_get(rundir.open_run(place, data=False).variables)
-        else:
-            source = transfer.read_source(place)
+        with _named("init_from"):
+            if _is_run(place):
+                source = jax.device_get(rundir.open_run(place, data=False).variables)
+            else:
+                source = transfer.read_source(place)
         merged, report = transfer.merge(jax.device_get(fresh), source)
         if jax.process_index() == 0:
             print(report.describe(), flush=True)
@@ -160,11 +161,24 @@ def teacher(path: str) -> Teacher | None:
         return None
     place = stores.fetched(path, "teacher").expanduser()
     _check_exists("teacher", place)
-    if _is_run(place):
-        run = rundir.open_run(place, data=False)
-        labels = run.setup.data.labels
-        return Teacher(run.setup.model, jax.device_get(run.variables), run.setup.tokenizer, labels)
-    return Teacher(*pretrained.load(place, pretrained.kind_of(place)))
+    with _named("teacher"):
+        if _is_run(place):
+            run = rundir.open_run(place, data=False)
+            labels, variables = run.setup.data.labels, jax.device_get(run.variables)
+            return Teacher(run.setup.model, variables, run.setup.tokenizer, labels)
+        return Teacher(*pretrained.load(place, pretrained.kind_of(place)))
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """What is wrong with a source is told with the key that names it, not with another's."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        for other in ("--workdir: ", "pretrained: "):
+            message = message.removeprefix(other)
+        raise type(error)(f"{key}: {message}") from None
 
 
 def _check_exists(key: str, place: Path) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.ops.patches import resample_positions
-from quweit_jax.pretrained import deit
+from quweit_jax.pretrained import deit, saved
 from quweit_jax.pretrained.kinds import KINDS, kind_of
 
 COLLECTIONS = ("params", "wiring", "ranges")  # caches and packed forms are not carried over
@@ -54,19 +54,27 @@ class Report:
 
 def read_source(path: str | Path) -> dict[str, PyTree]:
     """The variables of a published checkpoint to start from, of any kind that `pretrained.load`
-    reads; which one is told from what is there.
+    reads, or of a folder that the command `pack` wrote; which one is told from what is there.
 
     Args:
       path: a file (*.safetensors, *.pth, *.pt, *.bin) or a folder that holds one; of a vision model
         config.json may be missing.
 
     Returns:
-      {'params': ...}, of I-ViT also 'ranges'.
+      {'params': ...}, of I-ViT also 'ranges', of a packed folder all that it has.
 
     Raises:
-      InputError: as `pretrained.load`.
+      InputError: as `pretrained.load`; or the folder has the packed form, which is not trained.
     """
     path = Path(path).expanduser()
+    if saved.is_saved(path):
+        variables = saved.load_model(path).variables
+        if "packed" in variables:
+            raise InputError(
+                f"{path} has the packed form alone, from which nothing is trained; give the run, "
+                "or write it with pack --trained."
+            )
+        return variables
     kind = kind_of(path)
     if kind in ("deit", "ivit"):
         return deit.read_variables(path)  # which need not know the number of heads
@@ -117,8 +125,8 @@ def merge(
     if not any(path[0] == "params" and np.ndim(value) > 1 for path, value in merged.items()):
         raise InputError(
             f"init_from: none of the source's {len(theirs)} arrays fits the model's {len(ours)} "
-            f"({_examples(theirs)} there, {_examples(ours)} here); use the same width, depth and "
-            "heads, --config.model.variant."
+            f"({_differing(theirs, ours)}); use the same width, depth and heads, of a ViT "
+            "--config.model.variant."
         )
     report = Report(
         taken=_names(fits),
@@ -233,6 +241,20 @@ def _resample(
 
 def _names(paths: Iterable[_Path]) -> tuple[str, ...]:
     return tuple(sorted("/".join(path if path[0] == "ranges" else path[1:]) for path in paths))
+
+
+def _differing(
+    theirs: Mapping[_Path, Array | np.ndarray], ours: Mapping[_Path, Array | np.ndarray]
+) -> str:
+    """Why nothing fits: a few arrays of other shapes or, where no name is the same, a few names."""
+    same = [p for p in sorted(theirs.keys() & ours.keys()) if p[0] == "params"]
+    other = [p for p in same if np.shape(theirs[p]) != np.shape(ours[p]) and np.ndim(ours[p]) > 1]
+    if not other:
+        return f"{_examples(theirs)} there, {_examples(ours)} here"
+    return "; ".join(
+        f"{'/'.join(p[1:])} is {list(np.shape(theirs[p]))} there, {list(np.shape(ours[p]))} here"
+        for p in other[:2]
+    )
 
 
 def _examples(paths: Iterable[_Path]) -> str:

@@ -171,6 +171,9 @@ def test_nothing_fits():
         merge(variables(1), variables(2, variant="Mi/4", depth=2))
     with pytest.raises(InputError, match="init_from: none"):
         merge(variables(1), {"params": {}})
+    one, two = ({"params": {"a": {"kernel": np.ones((3, n), np.float32)}}} for n in (4, 5))
+    with pytest.raises(InputError, match=r"a/kernel is \[3, 5\] there, \[3, 4\] here"):
+        merge(one, two)
 
 
 @pytest.mark.parametrize("kind", ["nanogpt", "matmulfree", "transformer_pp", "deit", "ivit"])

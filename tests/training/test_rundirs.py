@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from experiments.studies import common
-from quweit_jax.commands import cli, evaluate, export, generate, report, sweep, train
+from quweit_jax.commands import cli, evaluate, export, generate, pack, report, sweep, train
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.models.registry import defaults
+from quweit_jax.pretrained import saved
 from quweit_jax.report import owned_folder
 from quweit_jax.report.collect import collect
 from quweit_jax.training import checksums, files, loop, rundir, setup, sharding
@@ -275,6 +276,31 @@ def test_a_run_can_be_begun_from_without_the_text_it_learned(run, tiny_arguments
     (run / "config.json").write_text(json.dumps(config))
     new = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'new'}", f"--config.init_from={run}"]
     assert train.main(new) == 0
+
+
+def test_what_pack_wrote_is_begun_from_as_trained(run, tiny_arguments, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    assert pack.main([f"--workdir={run}", f"--out={folder}", "--trained"]) == 0
+    new = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'new'}", f"--config.init_from={folder}"]
+    assert train.main(new) == 0
+    told = re.search(r"init_from: (\d+) of (\d+) arrays taken", capsys.readouterr().out)
+    assert told and told[1] == told[2]
+
+
+def test_a_source_that_cannot_be_read_is_told_by_its_key(run, tiny_arguments, tmp_path):
+    (run / "config.json").unlink()
+    (tmp_path / "empty").mkdir()
+    box = saved.BOX / "shakespeare-lookup"
+    for key, source, said in (
+        ("init_from", run, "no run in"),
+        ("teacher", run, "no run in"),
+        ("init_from", tmp_path / "empty", "expected model.safetensors"),
+        ("teacher", tmp_path / "empty", "expected model.safetensors"),
+        ("init_from", box, "packed form alone.*pack --trained"),
+    ):
+        new = [*tiny_arguments(SMALL), f"--workdir={tmp_path / 'new'}", f"--config.{key}={source}"]
+        with pytest.raises(InputError, match=rf"^{key}: .*{said}"):
+            train.main(new)
 
 
 @pytest.mark.parametrize(
