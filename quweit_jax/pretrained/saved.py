@@ -200,7 +200,10 @@ def find_model(given: str) -> Path:
         return BOX / given
     if hub.is_name(given):
         return hub.fetch(given)
+    meant = nearest(given, names)
+    if meant.startswith(" Did"):  # else all of them have been named
+        meant += f" Here are {', '.join(names)}."
     raise InputError(
-        f"--model: no folder {shown(path)}, nor a model of that name.{nearest(given, names)} One "
-        "of a hub is named ORGANIZATION/NAME."
+        f"--model: no folder {shown(path)}, nor a model of that name.{meant} One of a hub is named "
+        "ORGANIZATION/NAME."
     )
