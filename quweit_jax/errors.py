@@ -53,22 +53,25 @@ class MissingPackageError(InputError, ModuleNotFoundError):
     """
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean 'x'?' for the known name closest to `name`, '' when none is close."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the known name closest to `name`, or the whole list when none is
-    close.
-    """
+    """The same, or the whole list when none is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
+    return closest(name, known) or f" Known: {', '.join(known)}."
 
 
 def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
     """Raises InputError unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:
-        close = nearest(str(value), choices)
-        meant = close if close.startswith(" Did") else ""  # all of them have been named
-        raise InputError(f"{what}: expected one of {choices}, found {value!r}.{meant}")
+        raise InputError(
+            f"{what}: expected one of {choices}, found {value!r}.{closest(str(value), choices)}"
+        )
 
 
 def first_line(error: BaseException, longest: int | None = 200) -> str:

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from quweit_jax import models
 from quweit_jax.data import tokenizers
-from quweit_jax.errors import InputError, first_line, nearest, require
+from quweit_jax.errors import InputError, closest, first_line, require
 from quweit_jax.pretrained import hub, rounded
 from quweit_jax.reading import is_whole, read_json, shown, why
 
@@ -200,10 +200,7 @@ def find_model(given: str) -> Path:
         return BOX / given
     if hub.is_name(given):
         return hub.fetch(given)
-    meant = nearest(given, names)
-    if meant.startswith(" Did"):  # else all of them have been named
-        meant += f" Here are {', '.join(names)}."
     raise InputError(
-        f"--model: no folder {shown(path)}, nor a model of that name.{meant} One of a hub is named "
-        "ORGANIZATION/NAME."
+        f"--model: no folder {shown(path)}, nor a model of that name.{closest(given, names)} Here "
+        f"are {', '.join(names) or 'none'}. One of a hub is named ORGANIZATION/NAME."
     )
