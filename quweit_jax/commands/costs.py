@@ -159,18 +159,15 @@ def of_run(workdir: str, outputs: int | None = None) -> tuple[Config, int | None
 
 
 def of_model(given: str) -> tuple[Config, int, tuple[int, int] | None]:
-    """The config of a model that `pretrained.folders.find` finds, its outputs, and of a classifier
-    of images their side and channels. Of a published language model no tokenizer is needed.
+    """The config of a model that `opening.find_model` finds, its outputs, and of a classifier of
+    images their side and channels. Of a published language model no tokenizer is needed.
 
     Raises:
       InputError: there is none.
     """
-    from quweit_jax.commands.opening import config_of
-    from quweit_jax.pretrained import folders
-    from quweit_jax.training import stores
+    from quweit_jax.commands.opening import config_of, find_model
 
-    there = stores.is_address(given)
-    found = folders.find(str(stores.fetched(given, "--model")) if there else given, speaks=False)
+    found = find_model(given, speaks=False)
     config, outputs = config_of(found)
     shape = found.about.get("input_shape", ())
     images = found.tokenizer is None and len(shape) == 4

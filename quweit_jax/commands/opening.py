@@ -210,14 +210,19 @@ def config_of(found: Found, overrides: Mapping[str, str] | None = None) -> tuple
     return config, outputs
 
 
-def _found(args: argparse.Namespace) -> Found:
+def find_model(given: str, *, speaks: bool = True) -> Found:
+    """What `pretrained.folders.find` finds of --model, which may be an address in a store."""
     from quweit_jax.pretrained import folders
     from quweit_jax.training import stores
 
+    there = stores.is_address(given)
+    return folders.find(str(stores.fetched(given, "--model")) if there else given, speaks=speaks)
+
+
+def _found(args: argparse.Namespace) -> Found:
     if getattr(args, "step", None) is not None:
         raise InputError("--model: expected no --step, which is of runs.")
-    there = stores.is_address(args.model)
-    return folders.find(str(stores.fetched(args.model, "--model")) if there else args.model)
+    return find_model(args.model)
 
 
 def _opened(found: Found) -> Opened:
