@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import math
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
@@ -72,6 +73,13 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
         raise InputError(
             f"{what}: expected one of {choices}, found {value!r}.{closest(str(value), choices)}"
         )
+
+
+def check_above_zero(what: str, value: float, zero: str = "") -> None:
+    """Raises InputError unless `value` is positive and finite, or 0 where that stands for `zero`."""
+    if not 0 < value < math.inf and not (zero and value == 0):
+        meaning = f", or 0 for {zero}" if zero else ""
+        raise InputError(f"{what}: expected a positive number{meaning}, found {value}.")
 
 
 def first_line(error: BaseException, longest: int | None = 200) -> str:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.errors import InputError, check_above_zero, check_choice
 from quweit_jax.layers import groups
 from quweit_jax.layers.costs import Call, layer_norm
 from quweit_jax.layers.norms import Initializer, normal
@@ -296,11 +296,5 @@ def check_glu(options: Any, where: str) -> None:
                 f"{where}{name}: expected a positive number, or 0 for its default, found "
                 f"{getattr(options, name)}."
             )
-    for name, zero in (
-        ("code_step", ""),
-        ("mix_init", ", or 0 for 2 / sqrt(width)"),
-        ("sum_init", ""),
-    ):
-        value = getattr(options, name)
-        if not 0 < value < math.inf and not (zero and value == 0):
-            raise InputError(f"{where}{name}: expected a positive number{zero}, found {value}.")
+    for name, zero in {"code_step": "", "mix_init": "2 / sqrt(width)", "sum_init": ""}.items():
+        check_above_zero(f"{where}{name}", getattr(options, name), zero)

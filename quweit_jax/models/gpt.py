@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Integer
 
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.errors import InputError, check_above_zero, check_choice
 from quweit_jax.layers import mlp
 from quweit_jax.layers.attention import ATTENTIONS, LINEARS, CausalSelfAttention, token_positions
 from quweit_jax.layers.costs import Call, residuals
@@ -69,8 +69,7 @@ class GPTConfig(ChannelMixers, Depth):
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout: expected 0 <= dropout < 1, found {self.dropout}.")
         check_init(self)
-        if not 0 < self.epsilon < math.inf:
-            raise InputError(f"model.epsilon: expected a positive number, found {self.epsilon}.")
+        check_above_zero("model.epsilon", self.epsilon)
         self.check_depth()
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.gelu", self.gelu, GELUS)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.errors import InputError, check_above_zero, check_choice
 from quweit_jax.layers import mlp
 from quweit_jax.layers.lookup_glu import LookupGLU, check_glu
 from quweit_jax.layers.norms import Initializer, normal
@@ -61,11 +61,7 @@ def check_positive(config: object, *names: str, zero: str = "") -> None:
 
 def check_init(config: Any) -> None:
     """Raises InputError for an `mlp_init` that no kernel can be drawn with."""
-    if not 0 <= config.mlp_init < math.inf:
-        raise InputError(
-            "model.mlp_init: expected a positive number, or 0 for 1 / sqrt(width), found "
-            f"{config.mlp_init}."
-        )
+    check_above_zero("model.mlp_init", config.mlp_init, "1 / sqrt(width)")
 
 
 def first_init(config: Any, width: int) -> Initializer:

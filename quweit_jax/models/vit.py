@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32
 
-from quweit_jax.errors import InputError, check_choice
+from quweit_jax.errors import InputError, check_above_zero, check_choice
 from quweit_jax.layers import groups, mlp
 from quweit_jax.layers import integer as layers
 from quweit_jax.layers import integer_blocks as blocks
@@ -126,8 +126,7 @@ class ViTConfig(ChannelMixers):
         known = {"pool": POOLS, "dtype": DTYPES, "attention": ATTENTIONS, "linear": LINEARS}
         for name, choices in known.items():
             check_choice(f"model.{name}", getattr(self, name), choices)
-        if not 0 < self.epsilon < math.inf:
-            raise InputError(f"model.epsilon: expected a positive number, found {self.epsilon}.")
+        check_above_zero("model.epsilon", self.epsilon)
         self.mlps()
 
     def sizes(self) -> tuple[int, int, int]:

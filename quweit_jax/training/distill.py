@@ -22,7 +22,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from quweit_jax.config import SECTIONS
-from quweit_jax.errors import InputError
+from quweit_jax.errors import InputError, check_above_zero
 from quweit_jax.layers.integer import Quantized
 from quweit_jax.training import losses, state
 
@@ -54,10 +54,7 @@ class DistillConfig:
     def __post_init__(self):
         if not 0 <= self.weight <= 1:
             raise InputError(f"distill.weight: expected 0 <= weight <= 1, found {self.weight}.")
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                f"distill.temperature: expected a positive number, found {self.temperature}."
-            )
+        check_above_zero("distill.temperature", self.temperature)
         if not 0 <= self.blocks < math.inf:
             raise InputError(f"distill.blocks: expected 0 or more, found {self.blocks}.")
         for name in ("fit_steps", "solve_batches"):
