@@ -2,128 +2,93 @@
 
 from __future__ import annotations
 
-# kind -> (what the table calls it, what its config changes)
-KINDS: dict[str, tuple[str, dict[str, object]]] = {
-    "dense": ("dense MLP (GELU), nanoGPT's start", {"model.mlp": "dense"}),
-    "swiglu": ("dense SwiGLU, nanoGPT's start", {"model.mlp": "swiglu"}),
-    "dense_unit": (
-        "dense MLP (GELU), unit variance at the start",
-        {"model.mlp": "dense", "model.mlp_init": 0.0},
-    ),
-    "swiglu_unit": (
-        "dense SwiGLU, unit variance at the start",
-        {"model.mlp": "swiglu", "model.mlp_init": 0.0},
-    ),
-    "weightless": ("published weightless block", {"model.mlp": "weightless"}),
-    "lookup_glu": ("LookupGLU, 4 units a feature", {"model.mlp": "lookup_glu"}),
-    "lookup_glu_640": (
-        "LookupGLU, 5 units a feature",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 640},
-    ),
-    "lookup_glu_320": (
-        "LookupGLU, 2.5 units a feature",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 320},
-    ),
-    "lookup_glu_368": (
-        "LookupGLU, 2.9 units a feature",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 368},
-    ),
-    "lookup_glu_320_5bit": (
-        "LookupGLU, 2.5 units a feature, codes of 5 bits",
-        {
-            "model.mlp": "lookup_glu",
-            "model.lookup_glu.hidden": 320,
-            "model.lookup_glu.code_bits": 5,
-            "model.lookup_glu.code_step": 0.125,
-        },
-    ),
-    "lookup_glu_320_shift": (
-        "LookupGLU, 2.5 units a feature; token mixer of shifts",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 320, "model.gates": "shift"},
-    ),
-    "bitglu_shift": (
-        "ternary GLU (BitGLU); token mixer of shifts",
-        {"model.mlp": "bitglu", "model.gates": "shift"},
-    ),
-    "lookup_glu_trained": (
-        "LookupGLU, 4 units a feature, trained table",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.train_tables": True},
-    ),
-    "lookup_glu_wide": (
-        "LookupGLU, 10 units a feature",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 1280},
-    ),
-    "lookup_glu_wide_5bit": (
-        "LookupGLU, 10 units a feature, codes of 5 bits over twice the range",
-        {
-            "model.mlp": "lookup_glu",
-            "model.lookup_glu.hidden": 1280,
-            "model.lookup_glu.code_bits": 5,
-        },
-    ),
-    "lookup_glu_368_5bit": (
-        "LookupGLU, 2.9 units a feature, codes of 5 bits over twice the range",
-        {
-            "model.mlp": "lookup_glu",
-            "model.lookup_glu.hidden": 368,
-            "model.lookup_glu.code_bits": 5,
-        },
-    ),
-    "lookup_glu_ternary_attention": (
-        "LookupGLU, 4 units a feature, ternary projections in attention",
-        {"model.mlp": "lookup_glu", "model.linear": "ternary"},
-    ),
-    "lookup_glu_256_ternary_attention": (
-        "LookupGLU, 2 units a feature, ternary projections in attention",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.hidden": 256, "model.linear": "ternary"},
-    ),
-    "one_bit_tables": (
-        "one-bit tables behind ternary sums",
-        {"model.mlp": "lookup_glu", "model.lookup_glu.sum": "int8", "model.lookup_glu.hidden": 800},
-    ),
-    "vector_tables": (
-        "vector tables on thermometer bits",
-        {
-            "model.mlp": "weightless",
-            "model.weightless.sum": "vector",
-            "model.weightless.num_luts": 62,
-        },
-    ),
-    "bitglu": ("ternary GLU (BitGLU)", {"model.mlp": "bitglu"}),
-    "bitglu_wide": (
-        "ternary GLU (BitGLU), 10 units a feature",
-        {"model.mlp": "bitglu", "model.bitglu.hidden": 1280},
-    ),
-    "bitglu_drawn": (
-        "ternary GLU (BitGLU), drawn with 1 / sqrt(d)",
-        {"model.mlp": "bitglu", "model.mlp_init": 0.0},
-    ),
-    "bitglu_wide_drawn": (
-        "ternary GLU (BitGLU), 10 units a feature, drawn with 1 / sqrt(d)",
-        {"model.mlp": "bitglu", "model.bitglu.hidden": 1280, "model.mlp_init": 0.0},
-    ),
-    "none": ("none (attention alone)", {"model.mlp": "none"}),
-    "dense_integer": ("dense MLP, integers alone", {"model.mlp": "dense", "model.integer": True}),
-    "lookup_glu_integer": (
-        "LookupGLU, integers alone",
-        {"model.mlp": "lookup_glu", "model.integer": True},
-    ),
-}
+from collections.abc import Mapping
+
+Kind = tuple[str, dict[str, object]]  # what the table calls it, what its config changes
+_TERNARY_ATTENTION = {"model.linear": "ternary"}
+_SHIFTS = {"model.gates": "shift"}
 
 
-def _drawn(deviation: float, mark: str, ending: str) -> dict[str, tuple[str, dict[str, object]]]:
-    """The kinds with a LookupGLU, its first ternary weights' floats drawn with a standard deviation
-    (0 for 2 / sqrt(width)).
+def _kind(name: str, mlp: str, model: Mapping[str, object] = {}, **options: object) -> Kind:
+    """A kind of the mixer `mlp`. model: other keys. options: the mixer's own."""
+    own = {f"model.{mlp}.{key}": value for key, value in options.items()}
+    return name, {"model.mlp": mlp, **own, **model}
+
+
+def _lookup_glus(deviation: float, ending: str) -> dict[str, Kind]:
+    """The kinds with a LookupGLU. deviation: with which the floats behind its first ternary weights
+    are drawn, 0 for 2 / sqrt(width). ending: of their names.
     """
+
+    def kind(name: str, model: Mapping[str, object] = {}, **options: object) -> Kind:
+        return _kind(name + ending, "lookup_glu", model, mix_init=deviation, **options)
+
     return {
-        kind + mark: (name + ending, {**changes, "model.lookup_glu.mix_init": deviation})
-        for kind, (name, changes) in KINDS.items()
-        if changes["model.mlp"] == "lookup_glu"
+        "lookup_glu": kind("LookupGLU, 4 units a feature"),
+        "lookup_glu_640": kind("LookupGLU, 5 units a feature", hidden=640),
+        "lookup_glu_320": kind("LookupGLU, 2.5 units a feature", hidden=320),
+        "lookup_glu_368": kind("LookupGLU, 2.9 units a feature", hidden=368),
+        "lookup_glu_320_5bit": kind(
+            "LookupGLU, 2.5 units a feature, codes of 5 bits",
+            hidden=320,
+            code_bits=5,
+            code_step=0.125,
+        ),
+        "lookup_glu_320_shift": kind(
+            "LookupGLU, 2.5 units a feature; token mixer of shifts", _SHIFTS, hidden=320
+        ),
+        "lookup_glu_trained": kind(
+            "LookupGLU, 4 units a feature, trained table", train_tables=True
+        ),
+        "lookup_glu_wide": kind("LookupGLU, 10 units a feature", hidden=1280),
+        "lookup_glu_wide_5bit": kind(
+            "LookupGLU, 10 units a feature, codes of 5 bits over twice the range",
+            hidden=1280,
+            code_bits=5,
+        ),
+        "lookup_glu_368_5bit": kind(
+            "LookupGLU, 2.9 units a feature, codes of 5 bits over twice the range",
+            hidden=368,
+            code_bits=5,
+        ),
+        "lookup_glu_ternary_attention": kind(
+            "LookupGLU, 4 units a feature, ternary projections in attention", _TERNARY_ATTENTION
+        ),
+        "lookup_glu_256_ternary_attention": kind(
+            "LookupGLU, 2 units a feature, ternary projections in attention",
+            _TERNARY_ATTENTION,
+            hidden=256,
+        ),
+        "one_bit_tables": kind("one-bit tables behind ternary sums", sum="int8", hidden=800),
+        "lookup_glu_integer": kind("LookupGLU, integers alone", {"model.integer": True}),
     }
 
 
-KINDS |= _drawn(0.0, "_drawn", "") | _drawn(0.02, "", ", drawn with 0.02")
-
+_UNIT = {"model.mlp_init": 0.0}  # 1 / sqrt(width)
+KINDS: dict[str, Kind] = {
+    "dense": _kind("dense MLP (GELU), nanoGPT's start", "dense"),
+    "swiglu": _kind("dense SwiGLU, nanoGPT's start", "swiglu"),
+    "dense_unit": _kind("dense MLP (GELU), unit variance at the start", "dense", _UNIT),
+    "swiglu_unit": _kind("dense SwiGLU, unit variance at the start", "swiglu", _UNIT),
+    "weightless": _kind("published weightless block", "weightless"),
+    **_lookup_glus(0.02, ", drawn with 0.02"),
+    **{f"{name}_drawn": kind for name, kind in _lookup_glus(0.0, "").items()},
+    "vector_tables": _kind(
+        "vector tables on thermometer bits", "weightless", sum="vector", num_luts=62
+    ),
+    "bitglu": _kind("ternary GLU (BitGLU)", "bitglu"),
+    "bitglu_shift": _kind("ternary GLU (BitGLU); token mixer of shifts", "bitglu", _SHIFTS),
+    "bitglu_wide": _kind("ternary GLU (BitGLU), 10 units a feature", "bitglu", hidden=1280),
+    "bitglu_drawn": _kind("ternary GLU (BitGLU), drawn with 1 / sqrt(d)", "bitglu", _UNIT),
+    "bitglu_wide_drawn": _kind(
+        "ternary GLU (BitGLU), 10 units a feature, drawn with 1 / sqrt(d)",
+        "bitglu",
+        _UNIT,
+        hidden=1280,
+    ),
+    "none": _kind("none (attention alone)", "none"),
+    "dense_integer": _kind("dense MLP, integers alone", "dense", {"model.integer": True}),
+}
 
 # for the default config
 DEFAULT = [
