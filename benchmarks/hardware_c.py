@@ -48,7 +48,7 @@ FORMS = (
     (256, "-O3 -march=native"),
     (512, "-O3 -march=native"),
 )
-MOST = 512
+MOST = max(word for word, _ in FORMS)
 
 
 def compiled(classifier: Classifier, place: Path, flags: str, compiler: str, word: int) -> Path:

@@ -107,9 +107,12 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """
     from quweit_jax.training import stores
 
-    if not args.out and (args.workdir is None or args.out is not None):
+    target = args.out
+    if target is None and args.workdir is not None:
+        target = f"{args.workdir}/{args.to}"
+    if not target:
         raise InputError("--out: expected the folder to write, found none; give it.")
-    with stores.written(args.out or f"{args.workdir}/{args.to}") as out:
+    with stores.written(target) as out:
         return _write(args, overrides, out)
 
 

@@ -100,12 +100,14 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
 
 def _check_rounding(bits: int, variables: Mapping[str, Any]) -> None:
     """Raises InputError for bits of matrices where there are none that are rounded."""
+    if not bits:
+        return
     from flax.traverse_util import flatten_dict
 
     from quweit_jax.pretrained import rounded
 
     arrays: dict[str, Any] = flatten_dict(dict(variables), sep="/")
-    if bits and not any(rounded.is_rounded(*item) for item in arrays.items()):
+    if not any(rounded.is_rounded(*item) for item in arrays.items()):
         raise InputError(
             f"--bits: expected matrices without a packed form, to be rounded to {bits} bits, found "
             "none in this model; leave it out."

@@ -74,12 +74,12 @@ def _tell_end(name: str, engine: Engine, grace: float) -> None:
     """That it stops, and what it waits for; nothing of a model that has failed."""
     if engine.failure is not None:
         return
-    counts = engine.counts()
-    under_way = counts["busy"] + counts["waiting"]
-    wait = f"; answers under way: {under_way}, which have {grace:g} seconds" * bool(under_way)
-    again = " (Ctrl-C ends them at once)" * bool(under_way)
+    counts, said = engine.counts(), f"stopping {name}"
+    if under_way := counts["busy"] + counts["waiting"]:
+        said += f"; answers under way: {under_way}, which have {grace:g} seconds"
+        said += " (Ctrl-C ends them at once)"
     with contextlib.suppress(OSError):  # nobody reads it
-        print(f"stopping {name}{wait}{again}", flush=True)
+        print(said, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -198,7 +198,7 @@ TERNARY = {"linear": "ternary", "sub_norms": True, "activation": "relu2", "heads
 @pytest.mark.parametrize("name", ["gpt", "matmulfree", "transformer_pp"])
 def test_how_wide_a_channel_mixer_is_drawn(name, mlp):
     def deviation(**options):
-        config = KINDS.get(name, {}) | {"mlp": mlp, "width": 64, "layers": 1} | options
+        config = KINDS[name] | {"mlp": mlp, "width": 64, "layers": 1} | options
         model = models.build(config, VOCAB)
         params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
         mixer = params["block_0"]["mlp"]

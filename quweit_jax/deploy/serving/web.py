@@ -30,7 +30,6 @@ with needed("to serve a model"):
 _LARGEST = 1 << 20  # bytes of a request
 _PATIENCE = 30  # seconds that a request's body may take to come
 _KEPT = 75  # seconds that an idle connection is kept; clients keep theirs for less
-_ROUTES = ("/health", "/v1/models", "/v1/completions", "/v1/chat/completions")
 _LEFT = 499  # the status, which nobody reads, of a request whose client has gone
 
 
@@ -275,7 +274,8 @@ async def _tell_http_error(request: Request, error: Any) -> Response:
     path = request.url.path
     message = f"{request.method} {path[:200]}: {error.detail}."
     if error.status_code == 404:
-        message = f"expected one of {', '.join(_ROUTES)}, found {path[:200]}."
+        routes = [route.path for route in request.app.routes if not route.param_convertors]
+        message = f"expected one of {', '.join(routes)}, found {path[:200]}."
     if error.status_code == 405:
         asked = (error.headers or {}).get("Allow", "another method")
         message = f"{path[:200]}: expected {asked}, found {request.method}."
