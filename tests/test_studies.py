@@ -105,21 +105,30 @@ def test_language_models_are_compared_as_deployed_and_take_turns(monkeypatch, tm
         "--kinds",
         "quweit",
         "matmulfree",
+        "--rates",
+        "1e-3",
+        "--seeds",
+        "0",
     ]
     monkeypatch.setattr(sys, "argv", ["study", *model, *data, *sizes, *folders])
     compare_lm.main()
-    results = {
-        kind: by_seed["0"]
-        for kind, by_seed in json.loads((tmp_path / "tiny.json").read_text())["results"].items()
-    }
-    for result in results.values():
-        assert (
-            abs(result["loss"] - result["loss_float"]) < 1e-3
-            and result["bytes_deployed"] < 4 * result["parameters"]
-        )
-        assert result["training_tokens_per_second"] > 0
-    assert results["quweit"]["training_speed_of_the_first_kind"] == 1.0
-    assert len((tmp_path / "tiny.md").read_text().splitlines()) == 4
+    found = json.loads((tmp_path / "tiny.json").read_text())
+    assert set(found["runs"]) == {"quweit-1e-3-0", "matmulfree-1e-3-0"}
+    for run in found["runs"].values():
+        assert abs(run["loss"] - run["loss_deployed"]) < 1e-3
+        assert run["bytes_deployed"] < 4 * run["parameters"]
+    speeds = found["speeds"]
+    assert list(speeds) == ["quweit", "matmulfree"] and min(speeds.values()) > 0
+    table = (tmp_path / "tiny.md").read_text().splitlines()
+    assert len(table) == 4 and "(1.00)" in table[2]
+    assert (tmp_path / "tiny.png").stat().st_size > 1000
+    # --table trains and measures nothing
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--table"])
+    for name in ("finish", "score"):
+        monkeypatch.setattr(compare_lm.common, name, lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(compare_lm, "speeds", lambda *_: pytest.fail("measured"))
+    compare_lm.main()
+    assert (tmp_path / "tiny.md").read_text().splitlines() == table
 
 
 def test_a_dense_run_is_converted_and_its_results_are_read_again(

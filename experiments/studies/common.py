@@ -68,6 +68,22 @@ def arguments(
     return made.parse_args(rest, argparse.Namespace(overrides=overrides))
 
 
+def run_config(args: argparse.Namespace, argument: str, changes: Mapping[str, Any]) -> Config:
+    """A run's config: the file's, `changes`, then what the command line says of every run.
+
+    argument: 'FILE.py:VARIANT,key=value' of experiments/configs. changes: flat, by dotted names.
+    """
+    config = load_file(f"{EXPERIMENTS / 'configs' / argument}")
+    with config.unlocked():
+        config.data.data_dir, config.sample_tokens = args.data_dir, 0
+        config.update_from_flattened_dict(dict(changes))
+        if args.steps:
+            config.steps = args.steps
+    for path, text in args.overrides.items():
+        set_value(config, path, text)
+    return config
+
+
 def finish(config: Config, workdir: Path) -> Path:
     """Trains a model, or goes on with it, or finds it finished."""
     if rundir.is_finished(workdir, config.steps):
@@ -116,12 +132,7 @@ def conduct(
     results: Results = {kind: {} for kind in args.kinds}
     for seed in args.seeds:
         for kind in args.kinds:
-            spec = f"{EXPERIMENTS / 'configs' / argument(kind)},seed={seed}"
-            config = load_file(spec + (f",steps={args.steps}" if args.steps else ""))
-            with config.unlocked():
-                config.data.data_dir, config.sample_tokens = args.data_dir, 0
-            for path, text in args.overrides.items():
-                set_value(config, path, text)
+            config = run_config(args, argument(kind), {"seed": seed})
             results[kind][seed] = score(finish(config, args.runs / f"{kind}-{seed}"), kind)
             print(f"{kind} seed {seed}: {json.dumps(results[kind][seed])[:400]}", flush=True)
     return results

@@ -1,49 +1,53 @@
-"""Language models of one size on the same text, tokens and steps; what they are and what is
-matched is in experiments/configs/compare_lm.py.
+"""Language models of one size on the same text, tokens and steps, each at the best of the same
+learning rates, over several seeds; what they are and what is matched is in
+experiments/configs/compare_lm.py.
 
     python -m experiments.studies.compare_lm --data_dir=FOLDER [--variant=cpu] [--kinds gpt quweit
-    ...] [--seeds 0]
+    ...] [--rates 5e-4 1e-3 ...] [--seeds 0 1 2] [--speeds] [--table]
 
-Runs go into runs/compare_lm/KIND-SEED; finished ones are read, not repeated, and interrupted ones
-go on. Every loss is over the whole validation text, of the model as trained and as deployed; speeds
-are of all kinds' training steps, taking turns in one process.
+How rates and seeds are chosen, and where runs go, is in tuned.py. NAME.json keeps what was found as
+it comes; --table writes table and plot from what is finished, and trains nothing. --speeds measures
+the training steps of all kinds anew, which take turns in one process: on a quiet machine.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from experiments.configs.compare_lm import KINDS
+from experiments.configs.compare_lm import KINDS, RATES
 from experiments.studies import common
+from experiments.studies.tuned import Study
 from quweit_jax.commands import cli
+from quweit_jax.config import Config
 from quweit_jax.data import pipeline
-from quweit_jax.training import rundir, sharding
+from quweit_jax.training import sharding
 from quweit_jax.training.setup import assemble
 
 
-def score(workdir: Path, kind: str) -> dict[str, Any]:
-    """What `common.score` finds, 'loss' as deployed and 'loss_float' as trained."""
-    found = common.score(workdir)
-    return {
-        "parameters": found["parameters"],
-        "bytes_deployed": found["bytes_deployed"],
-        "loss_float": found["loss"],
-        "loss": found["loss_deployed"],
-    }
+def title(kind: str) -> str:
+    """What the table and the plot call a kind."""
+    return kind.replace("_", " ")
 
 
-def speeds(workdirs: dict[str, Path], rounds: int = 15) -> dict[str, float]:
+def config_of(args: Any, kind: str, rate: str, seed: int) -> Config:
+    """A run's config."""
+    changes = {"seed": seed, "optimizer.learning_rate": float(rate)}
+    return common.run_config(args, f"compare_lm.py:{args.variant},kind={kind}", changes)
+
+
+def speeds(configs: Mapping[str, Config], rounds: int = 15) -> dict[str, float]:
     """Tokens a second of each kind's compiled training step: all kinds take turns in one process,
     and the medians count.
     """
     states, steps, batches, tokens = {}, {}, {}, {}
-    for kind, workdir in workdirs.items():
-        parts = assemble(rundir.read_config(workdir))
+    for kind, config in configs.items():
+        parts = assemble(config)
         states[kind] = parts.init_state()
         steps[kind] = parts.train_step(states[kind])
         batch = next(
@@ -51,9 +55,9 @@ def speeds(workdirs: dict[str, Path], rounds: int = 15) -> dict[str, float]:
         )
         batches[kind] = sharding.put_batch(batch, sharding.batch_sharding(parts.mesh))
         tokens[kind] = parts.config.batch_size * parts.config.model.context
-    seconds: dict[str, list[float]] = {kind: [] for kind in workdirs}
+    seconds: dict[str, list[float]] = {kind: [] for kind in configs}
     for _ in range(2 + rounds):
-        for kind in workdirs:
+        for kind in configs:
             begun = time.perf_counter()
             states[kind], values = steps[kind](states[kind], batches[kind])
             jax.block_until_ready((states[kind], values))
@@ -61,59 +65,62 @@ def speeds(workdirs: dict[str, Path], rounds: int = 15) -> dict[str, float]:
     return {kind: tokens[kind] / statistics.median(each[2:]) for kind, each in seconds.items()}
 
 
-def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
-    """A kind's row of the table."""
-    losses, plain = [r["loss"] for r in runs], [r["loss_float"] for r in runs]
-    speed, relative = (
-        runs[0]["training_tokens_per_second"],
-        runs[0]["training_speed_of_the_first_kind"],
+def row(study: Study, kind: str) -> list[str] | None:
+    """A kind's row of the table, None if nothing of it is finished at its best rate."""
+    found = study.columns(kind, "loss")
+    if found is None:
+        return None
+    first, measured = study.scores(kind)[0], study.found.get("speeds", {})
+    speed = "-"
+    if kind in measured:
+        relative = measured[kind] / next(iter(measured.values()))
+        speed = f"{measured[kind]:,.0f} ({relative:.2f})"
+    return [title(kind), f"{first['parameters']:,}", f"{first['bytes_deployed']:,}", speed, *found]
+
+
+def write(study: Study) -> None:
+    """NAME.md and NAME.png, of what is finished."""
+    args = study.args
+    header = ["model", "parameters", "bytes at inference", "training tokens/s (of the first)"]
+    rows = {kind: row(study, kind) for kind in args.kinds}
+    finished = {kind: cells for kind, cells in rows.items() if cells}
+    lines = common.markdown([*header, *study.header("loss")], list(finished.values()))
+    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    common.draw_ends(
+        {kind: [s["loss_deployed"] for s in study.scores(kind)] for kind in finished},
+        args.out / f"{args.name}.png",
+        {kind: title(kind) for kind in finished},
+        f"compare_lm, {args.variant}: validation loss as deployed, nats",
+        beside={k: f"{study.scores(k)[0]['bytes_deployed'] / 1e6:.1f} MB" for k in finished},
     )
-    each = f" ({', '.join(f'{x:.4f}' for x in losses)})" if len(runs) > 1 else ""
-    size = f"{runs[0]['bytes_deployed']:,}"
-    return [
-        kind.replace("_", " "),
-        f"{runs[0]['parameters']:,}",
-        size,
-        f"{speed:,.0f} ({relative:.2f})",
-        f"{statistics.mean(plain):.4f}",
-        f"{statistics.mean(losses):.4f}{each}",
-    ]
 
 
 def main() -> None:
-    """Trains what is missing, then writes table and curves."""
+    """Trains what is missing, a run at a time, then writes table and plot."""
+    rates = [f"{rate:.0e}".replace("e-0", "e-") for rate in RATES]
     args = common.arguments(
         __doc__,
         variant="cpu",
         kinds=list(KINDS),
-        seeds=[0],
+        seeds=[0, 1, 2],
         runs="compare_lm",
         name="compare_lm_cpu",
+        more=[
+            ("--rates", {"nargs": "+", "default": rates}),
+            ("--speeds", {"action": "store_true", "help": "measures the training steps anew"}),
+        ],
     )
-    results = common.conduct(args, lambda kind: f"compare_lm.py:{args.variant},kind={kind}", score)
+    study = Study(args, functools.partial(config_of, args))
     if not args.table:
-        add_speeds(args, results)
-    header = [
-        "model",
-        "parameters",
-        "bytes at inference",
-        "training tokens/s (of the first)",
-        "validation loss",
-        "as deployed",
-    ]
-    common.write(args, results, header, row, f"compare_lm, {args.variant}: validation loss")
-
-
-def add_speeds(args: Any, results: common.Results) -> None:
-    """What each kind trains a second, and against the first."""
-    found = speeds({kind: args.runs / f"{kind}-{args.seeds[0]}" for kind in args.kinds})
-    for kind in args.kinds:
-        for result in results[kind].values():
-            relative = found[kind] / found[args.kinds[0]]
-            result |= {
-                "training_tokens_per_second": found[kind],
-                "training_speed_of_the_first_kind": relative,
-            }
+        study.train_all()
+    missing = [kind for kind in args.kinds if kind not in study.found.get("speeds", {})]
+    if args.speeds or (missing and not args.table):
+        configs = {kind: config_of(args, kind, args.rates[0], 0) for kind in args.kinds}
+        measured = speeds(configs)
+        with study.changed() as found:
+            found["speeds"] = measured
+    write(study)
 
 
 if __name__ == "__main__":
