@@ -1,9 +1,10 @@
 """Language models of one size on the same text, tokens and steps: GPT and QuWeiT GPT, Transformer++
 and a ternary one as BitNet b1.58, MatMul-free and MatMul-free + weightless, the gated delta rule in
-attention's place (dense and ternary projections), and a hybrid, three blocks of it to one of attention.
+attention's place (dense and ternary projections), and hybrids, three blocks of it to one of
+attention.
 
 --config=experiments/configs/compare_lm.py[:VARIANT][,kind=KIND][,key=value,...]; `sweep` trains
-every kind at every rate, and experiments/studies/compare_lm.py compares the five.
+every kind at every rate, and experiments/studies/compare_lm.py compares them.
 
 Variants: cpu (the default; Tiny Shakespeare by characters, 4 layers of width 128, 2,000 steps of 12
 x 64 tokens), stdlib (the same models on 20 MB of the Python standard library in 4,096 byte pairs,

@@ -46,8 +46,9 @@ class TransformerPPConfig(ChannelMixers, Depth):
     """What decides the shape; sizes are those of `MatMulFreeConfig`.
 
     size, width, layers, mlp, hidden, mlp_init: as there. heads: 0 for the size's own. kv_heads:
-      fewer heads of keys and values (0: as many); head_width: 0 for d / heads. context: tokens of a training example and the most it can attend
-    to. rope_theta: of the rotary positions; rope: how they are scaled.
+      fewer heads of keys and values (0: as many); head_width: 0 for d / heads.
+    context: tokens of a training example and the most it can attend to.
+    rope_theta: of the rotary positions; rope: how they are scaled.
     biases: 'none'; 'qkv', of queries, keys and values alone, as Qwen2 has them; or 'attention', of
       the output projection too. tie_embeddings: whether the head is the embedding's transpose.
     linear: the projections of attention and gated unit, 'dense' or 'ternary', of which each has a

@@ -14,7 +14,7 @@ from quweit_jax.errors import InputError, require
 from quweit_jax.pretrained.layout import TensorMap, TensorOut, read_params
 from quweit_jax.pretrained.lazy_tensors import SAFETENSORS_INDEX
 from quweit_jax.pretrained.published_config import PublishedConfig
-from quweit_jax.pretrained.tensors import Tensors, read_weights
+from quweit_jax.pretrained.tensors import Tensors, read_weights, write_arrays
 from quweit_jax.reading import shown, why
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's programs split
@@ -82,16 +82,31 @@ def write_checkpoint(
             f"pretrained.save: {folder} already holds {', '.join(p.name for p in old[:5])}; give "
             "another folder, or overwrite=True."
         )
-    writer = require("safetensors.numpy", "to write a checkpoint", "or safetensors alone")
-    for path in old:
-        path.unlink()
+    require("safetensors.numpy", "to write a checkpoint", "or safetensors alone")
+    try:
+        for path in old:
+            path.unlink()
+        _write(folder, config, tensors, shard_bytes)
+    except OSError as error:
+        raise InputError(
+            f"pretrained.save: {shown(folder)} cannot be written ({why(error)}); give another "
+            "folder."
+        ) from None
+
+
+def _write(
+    folder: Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, TensorOut],
+    shard_bytes: int,
+) -> None:
     shards = _split(tensors, shard_bytes)
     places: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         shard = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else shard
         # without the format transformers refuses the file
-        writer.save_file({n: tensors[n].make() for n in names}, folder / file, {"format": "pt"})
+        write_arrays({n: tensors[n].make() for n in names}, folder / file, {"format": "pt"})
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(map(_bytes, tensors.values()))

@@ -21,8 +21,9 @@ from jaxtyping import PyTree
 
 from quweit_jax import models
 from quweit_jax.data import tokenizers
-from quweit_jax.errors import InputError, closest, first_line, require
+from quweit_jax.errors import InputError, closest, require
 from quweit_jax.pretrained import hub, rounded
+from quweit_jax.pretrained.tensors import write_arrays
 from quweit_jax.reading import is_whole, read_json, shown, why
 
 FORMAT = "quweit_jax model"
@@ -79,7 +80,7 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _DESCRIPTION).unlink(missing_ok=True)
-        _write_arrays(arrays, folder / _WEIGHTS)
+        write_arrays(arrays, folder / _WEIGHTS)
         (folder / _TOKENIZER).unlink(missing_ok=True)  # of a model that was there
         if tokenizer is not None:
             tokenizers.save(tokenizer, folder / _TOKENIZER)
@@ -113,17 +114,6 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 def _a_model(there: Sequence[str]) -> str:
     return "a model already" if _DESCRIPTION in there else f"files already: {', '.join(there)}"
-
-
-def _write_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a file of arrays; OSError if it cannot be."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file(arrays, path)
-    except SafetensorError as error:  # what a full disk is in that library
-        raise OSError(first_line(error)) from None
 
 
 def is_saved(folder: Path) -> bool:

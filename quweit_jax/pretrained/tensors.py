@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from quweit_jax.errors import InputError, nearest
+from quweit_jax.errors import InputError, first_line, nearest, require
 from quweit_jax.pretrained.lazy_tensors import (
     SAFETENSORS_INDEX,
     TORCH_INDEX,
@@ -28,6 +28,18 @@ from quweit_jax.reading import list_folder
 # whole model or each of its blocks; and DistributedDataParallel before those of a model.
 _WRAPPED_INSIDE = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 _WRAPPED = ("module.",)
+
+
+def write_arrays(
+    arrays: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a .safetensors file; OSError if it cannot be."""
+    library = require("safetensors", "to write a model's arrays")
+    writer = require("safetensors.numpy", "to write a model's arrays")
+    try:
+        writer.save_file(dict(arrays), path, dict(metadata) if metadata else None)
+    except library.SafetensorError as error:  # what a full disk is in that library
+        raise OSError(first_line(error)) from None
 
 
 def read_config(folder: Path, required: tuple[str, ...]) -> dict[str, Any]:

@@ -39,9 +39,8 @@ _FULLEST = 120  # of the tables' int8 entries at the start, which leaves them ro
 _RIDGE = 1e-3  # of the mean square of inputs, added to their products with themselves
 _EXPECTED = 8  # reads that the GELU itself counts for in the mean of an entry
 _EPSILON = 1e-5  # of a LookupGLU's norm
-_MIX = (
-    0.02  # mean magnitude of the floats behind the first ternary weights, where no start is given
-)
+# Mean magnitude of the floats behind the first ternary weights, where no start is given.
+_MIX = 0.02
 _TINY = 1e-12
 
 

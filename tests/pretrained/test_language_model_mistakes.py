@@ -5,6 +5,7 @@ be.
 import json
 import os
 import pickle
+import resource
 import shutil
 from collections import OrderedDict
 
@@ -279,6 +280,21 @@ def test_nothing_is_overwritten_unasked(tmp_path, kind):
         "model.safetensors",
         "tokenizer.json",
     ]
+
+
+@both
+def test_a_disk_that_is_full_is_a_sentence(tmp_path, kind):
+    model, limits = small(kind), resource.getrlimit(resource.RLIMIT_FSIZE)
+    variables = random_variables(kind, model)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        with pytest.raises(InputError, match=r"pretrained\.save: .*cannot be written .*too large"):
+            pretrained.save(model, variables, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "config.json").exists()
+    pretrained.save(model, variables, tmp_path, overwrite=True)
+    assert_same(pretrained.load(tmp_path, kind)[1], variables)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-2.safetensors", "weights.pth"])
