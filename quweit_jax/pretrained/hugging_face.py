@@ -95,10 +95,7 @@ def write_checkpoint(
 
 
 def _write(
-    folder: Path,
-    config: Mapping[str, object],
-    tensors: Mapping[str, TensorOut],
-    shard_bytes: int,
+    folder: Path, config: Mapping[str, object], tensors: Mapping[str, TensorOut], shard_bytes: int
 ) -> None:
     shards = _split(tensors, shard_bytes)
     places: dict[str, str] = {}
