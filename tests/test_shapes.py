@@ -168,6 +168,7 @@ CALLS = {
     ),
     "binarize": (lut.binarize, (X,), {}),
     "even_inverse": (wiring.even_inverse, (WIRING, 5), {}),
+    "marginal_inputs": (wiring.marginal_inputs, (jax.random.uniform(KEY, (5, 14)),), {}),
     "strongest": (wiring.strongest, (jax.random.uniform(KEY, (5, 14)),), {}),
     "sparse_wiring_feature_major": (
         wiring.sparse_wiring_feature_major,

@@ -135,6 +135,36 @@ def strongest(
     )[:, 0]
 
 
+def marginal_inputs(
+    scores: Float[ArrayLike, "rows columns"],
+    candidates: Int[ArrayLike, "rows columns"] | None = None,
+    *,
+    tau: float = 1.0,
+) -> Float[Array, ""]:
+    """The expected number of inputs that a slot of a learnable wiring reads alone: `sum_m sum_f
+    softmax_f(scores / tau)[f, m] * (no slot but m reads f)`, others reading what they read now.
+
+    Each such input costs a comparator in hardware. The gradient moves slots to inputs that are read
+    already.
+
+    Args:
+      scores: (F, M), or (M, C) with candidates (M, C) int.
+      tau: how soft the expectation is.
+
+    Returns:
+      A float32 scalar, 0 to M.
+    """
+    tau = _temperature("marginal_inputs", tau)
+    scores, axis = jnp.asarray(scores, jnp.float32), int(candidates is not None)
+    reads = strongest(scores, candidates)
+    choices = jnp.arange(scores.shape[0])[:, None] if candidates is None else candidates
+    own = reads if candidates is None else reads[:, None]
+    ordered, choices = jnp.sort(reads), jnp.asarray(choices)
+    readers = jnp.searchsorted(ordered, choices, side="right") - jnp.searchsorted(ordered, choices)
+    alone = readers == (choices == own)
+    return jnp.sum(jax.nn.softmax(scores / tau, axis=axis) * alone)
+
+
 def _inexact(bits: ArrayLike, like: Array) -> Array:
     bits = jnp.asarray(bits)
     return bits if jnp.issubdtype(bits.dtype, jnp.floating) else bits.astype(like.dtype)

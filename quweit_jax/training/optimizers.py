@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 from jax.tree_util import FlattenedIndexKey, KeyPath
 from jaxtyping import PyTree
 
@@ -17,7 +19,7 @@ from quweit_jax.config import SECTIONS
 from quweit_jax.errors import InputError, check_choice
 from quweit_jax.layers.groups import group_of, name_of
 from quweit_jax.models import registry  # noqa: F401 - models declare groups of their own
-from quweit_jax.ops import sums
+from quweit_jax.ops import sums, wiring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,8 @@ class OptimizerConfig:
     tables_min_ratio: where the cosine of tables and scores ends. Tables, scores and thresholds have
       no weight decay.
     spectral_penalty: times the tables' squared spectral norm (arXiv 2410.11112), added to the loss.
+    comparator_penalty: times the inputs that one slot of a learned wiring reads alone, each a
+      comparator in hardware (`ops.wiring.marginal_inputs`), added to the loss.
     clip: of the global gradient norm, 0 for none. ema: decay of the parameters' moving average, 0
     for none.
     """
@@ -54,6 +58,7 @@ class OptimizerConfig:
     thresholds_learning_rate: float | None = None
     vectors_learning_rate: float | None = 4e-3
     spectral_penalty: float = 0.0
+    comparator_penalty: float = 0.0
 
     def __post_init__(self):
         check_choice("optimizer.name", self.name, OPTIMIZERS)
@@ -82,6 +87,7 @@ class OptimizerConfig:
             "weight_decay",
             "clip",
             "spectral_penalty",
+            "comparator_penalty",
         ):
             if not getattr(self, name) >= 0:
                 raise InputError(
@@ -220,6 +226,25 @@ def spectral_penalty(params: PyTree) -> jax.Array:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tables = [leaf for path, leaf in leaves if group_of(path, leaf) == "tables"]
     return sum(map(sums.spectral_penalty, tables), jnp.zeros(()))
+
+
+def comparator_penalty(params: PyTree, constants: PyTree) -> jax.Array:
+    """`ops.wiring.marginal_inputs` of all learned wirings, a scalar; 0 without any.
+
+    params: with their names. constants: the collections beside them, of which 'wiring' has the
+    candidates; of layers that are scanned both have a leading dimension.
+    """
+    trained: dict[tuple[str, ...], Any] = flatten_dict(dict(params))
+    held: dict[tuple[str, ...], Any] = flatten_dict(dict(constants.get("wiring", {})))
+    total = jnp.zeros(())
+    for path, scores in trained.items():
+        if path[-1] == "scores":
+            given = (scores, held.get((*path[:-1], "candidates")))
+            count = wiring.marginal_inputs
+            for _ in range(scores.ndim - 2):
+                count = jax.vmap(count)
+            total = total + jnp.sum(count(*given))
+    return total
 
 
 def group_norms(tree: PyTree) -> dict[str, jax.Array]:

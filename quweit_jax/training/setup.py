@@ -157,6 +157,7 @@ class Setup:
             ema=self.optimizer_config.ema,
             grad_accum=self.config.grad_accum,
             spectral_penalty=self.optimizer_config.spectral_penalty,
+            comparator_penalty=self.optimizer_config.comparator_penalty,
             augment=self.data_config.augment if self.data.image_shape is not None else None,
             **learns,
         )

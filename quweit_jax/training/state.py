@@ -222,6 +222,7 @@ def make_train_step(
     pack_ternary: bool = False,
     augment: AugmentConfig | None = None,
     spectral_penalty: float = 0.0,
+    comparator_penalty: float = 0.0,
     objective: Objective | None = None,
     trains: Callable[[KeyPath], bool] | None = None,
 ) -> TrainStep:
@@ -229,8 +230,8 @@ def make_train_step(
     (donated).
 
     pack_ternary: see `MeshConfig`. augment: for classifiers, how batches are mixed and labels
-    smoothed. spectral_penalty: see `OptimizerConfig`; the metrics are without it. objective: what
-    is made small, the cross-entropy if None; what else it reads the step is given after the batch.
+    smoothed. spectral_penalty, comparator_penalty: see `OptimizerConfig`; the metrics are without
+    them. objective: what is made small, the cross-entropy if None; what else it reads the step is given after the batch.
     trains: says of a parameter's path whether it may move (None: all).
 
     metrics: 'loss' and 'accuracy' (means over the batch), what else the objective tells,
@@ -253,6 +254,8 @@ def make_train_step(
             loss, metrics, moved = objective(variables, inputs, targets, key, *more)
         if spectral_penalty:
             loss = loss + spectral_penalty * optimizers.spectral_penalty(params)
+        if comparator_penalty:
+            loss = loss + comparator_penalty * optimizers.comparator_penalty(params, constants)
         return loss, (metrics, moved)
 
     gradients = _mean_gradients(jax.grad(loss_fn, has_aux=True), grad_accum)

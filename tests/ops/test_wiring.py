@@ -14,9 +14,11 @@ from quweit_jax.ops.wiring import (
     arange_wiring,
     invert_wiring,
     learnable_wiring,
+    marginal_inputs,
     random_candidates,
     random_wiring,
     sparse_learnable_wiring,
+    strongest,
 )
 from tests.compiled import quick_jit
 from tests.ops import naive
@@ -221,3 +223,27 @@ ONES = np.ones((2, 3), np.float32)
 def test_errors(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("choices", [None, 3])
+@pytest.mark.parametrize(("inputs", "slots"), [(7, 12), (40, 12), (1, 1)])
+def test_marginal_inputs_are_those_that_a_slot_reads_alone(inputs, slots, choices):
+    draw = np.random.default_rng(inputs)
+    shape = (inputs, slots) if choices is None else (slots, choices)
+    scores = draw.normal(size=shape).astype(np.float32)
+    candidates = None if choices is None else draw.integers(0, inputs, shape)
+    reads = np.asarray(strongest(scores, candidates))
+    expected, gradient = 0.0, np.zeros(shape)
+    for m in range(slots):
+        own = scores[:, m] if choices is None else scores[m]
+        chance = np.exp(2 * own) / np.exp(2 * own).sum()  # at a temperature of a half
+        of = np.arange(inputs) if choices is None else candidates[m]
+        alone = np.array([f not in np.delete(reads, m) for f in of])
+        expected += chance @ alone
+        slope = 2 * chance * (alone - chance @ alone)
+        gradient[(slice(None), m) if choices is None else m] = slope
+    found = jax.value_and_grad(marginal_inputs)(scores, candidates, tau=0.5)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1], gradient, rtol=1e-4, atol=1e-6)
+    hard = marginal_inputs(scores, candidates, tau=1e-6)
+    np.testing.assert_allclose(hard, (np.bincount(reads) == 1).sum(), atol=1e-5)

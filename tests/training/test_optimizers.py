@@ -15,9 +15,12 @@ from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.layers import groups
 from quweit_jax.layers.weightless import WeightlessBlock
+from quweit_jax.models.dwn import DWN, DWNConfig
+from quweit_jax.ops.wiring import strongest
 from quweit_jax.training import state
 from quweit_jax.training.optimizers import (
     OptimizerConfig,
+    comparator_penalty,
     group_norms,
     groups_of,
     keep_tables_in_range,
@@ -79,6 +82,28 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x, *, train=False):
         return WeightlessBlock(3, num_luts=12, lut_inputs=3, name="block")(x)
+
+
+@pytest.mark.parametrize("mapping", ["learnable", "candidates", "random"])
+def test_the_comparator_penalty_leaves_fewer_inputs_read(mapping):
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(16, 30)).astype(np.float32), np.arange(16) % 3
+    config = DWNConfig(3, (12,), lut_inputs=2, mapping=mapping, thermometer_bits=1)
+    model, adam = DWN(config), optax.adam(0.03)
+
+    def read(weight: float) -> tuple[float, int]:
+        now = jax.jit(state.make_init(model, adam, 0, ema=False))(x)
+        step = state.make_train_step(model, adam, comparator_penalty=weight)
+        for _ in range(60):
+            now, _ = step(now, {"inputs": x, "targets": y})
+        if mapping == "random":
+            return float(comparator_penalty(now.params, now.constants)), 0
+        scores = now.params["luts_0"]["scores"]
+        held = now.constants["wiring"].get("luts_0", {}).get("candidates")
+        return 0.0, len(set(np.asarray(strongest(scores, held)).tolist()))
+
+    (nothing, plain), (_, fewer) = read(0.0), read(1.0)
+    assert not nothing and (fewer < plain or mapping == "random")
 
 
 def test_the_spectral_penalty_moves_tables_alone():
