@@ -34,8 +34,7 @@ class RecallTexts(Sequence):
     """Texts of `context` tokens, each drawn from its own number: {'inputs': (T,) int32, 'targets':
     (T,) int32}.
 
-    texts: how many. split: texts of another are others. mixed: a text has all of the pairs, or a
-    half, a quarter ... of them, each as often, but never fewer than four: few are learned first.
+    texts: how many. split: texts of another are others.
 
     Raises:
       InputError: the context has no room for so many pairs, or too few symbols are there.
@@ -47,7 +46,6 @@ class RecallTexts(Sequence):
     symbols: int
     seed: int
     split: int
-    mixed: bool = False
 
     def __post_init__(self):
         if self.context < 4 * self.pairs:
@@ -67,41 +65,30 @@ class RecallTexts(Sequence):
 
     def __getitem__(self, index):  # type: ignore[override]
         draw = np.random.default_rng((self.seed, self.split, int(index)))
-        pairs, half = self.pairs, 1 + (self.symbols - 1) // 2  # `half` is the first value
-        if self.mixed:
-            pairs = int(draw.choice(_shares(pairs)))
-        keys = draw.choice(np.arange(1, half), pairs, replace=False)
-        values = draw.choice(np.arange(half, self.symbols), pairs, replace=True)
+        half = 1 + (self.symbols - 1) // 2  # the first value
+        keys = draw.choice(np.arange(1, half), self.pairs, replace=False)
+        values = draw.choice(np.arange(half, self.symbols), self.pairs, replace=True)
         inputs = np.zeros(self.context, np.int32)
         targets = np.full(self.context, NOTHING, np.int32)
-        inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
-        room = (self.context - 2 * pairs) // 2
+        inputs[0 : 2 * self.pairs : 2], inputs[1 : 2 * self.pairs : 2] = keys, values
+        room = (self.context - 2 * self.pairs) // 2
         weight = _EXPONENT * np.arange(1, room + 1) ** (_EXPONENT - 1.0)
-        gaps = draw.choice(room, pairs, replace=False, p=weight / weight.sum())
-        places = 2 * pairs + 2 * gaps
+        gaps = draw.choice(room, self.pairs, replace=False, p=weight / weight.sum())
+        places = 2 * self.pairs + 2 * gaps
         inputs[places], targets[places] = keys, values
         return {"inputs": inputs, "targets": targets}
 
 
-def _shares(pairs: int) -> list[int]:
-    """All pairs, a half, a quarter ... of them, down to four."""
-    return [pairs >> halved for halved in range(pairs.bit_length()) if pairs >> halved >= 4] or [
-        pairs
-    ]
-
-
 @source("recall")
 def recall(config: DataConfig) -> RecallSplits:
-    """Texts of `recall_pairs` keys and values of `recall_symbols` symbols; those to train on of
-    fewer, too, with `recall_mixed`.
-    """
+    """Texts of `recall_pairs` keys and values of `recall_symbols` symbols."""
 
-    def texts(count: int, split: int, context: int, mixed: bool = False) -> RecallTexts:
+    def texts(count: int, split: int, context: int) -> RecallTexts:
         sizes = (config.recall_pairs, config.recall_symbols, config.split_seed)
-        return RecallTexts(count, context, *sizes, split, mixed)
+        return RecallTexts(count, context, *sizes, split)
 
     return RecallSplits(
-        lambda context: texts(config.recall_texts, 0, context, config.recall_mixed),
+        lambda context: texts(config.recall_texts, 0, context),
         lambda context: texts(_VALIDATION, 1, context),
         tokenizer(config.recall_symbols),
     )

@@ -45,7 +45,7 @@ class DataConfig(ImageConfig):
     split_seed: of the stratified split of digits and of image folders; test_fraction: its share of
     digits.
     recall_pairs: keys and values in a text of 'recall'; recall_symbols: of its vocabulary;
-    recall_texts: to train on; recall_mixed: those have fewer pairs, too, down to four.
+    recall_texts: to train on.
     """
 
     source: str = "python_stdlib"
@@ -66,7 +66,6 @@ class DataConfig(ImageConfig):
     recall_pairs: int = 4
     recall_symbols: int = 256
     recall_texts: int = 100_000
-    recall_mixed: bool = False
 
     def __post_init__(self):
         super().__post_init__()

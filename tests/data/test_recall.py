@@ -41,18 +41,6 @@ def test_every_key_is_asked_once_and_its_value_is_the_target():
     np.testing.assert_array_equal(data.tokenizer.encode(text), data.train[0]["inputs"])
 
 
-@pytest.mark.parametrize(("pairs", "shares"), [(3, {3}), (4, {4}), (17, {4, 8, 17})])
-def test_texts_to_train_on_may_have_fewer_pairs(pairs, shares):
-    config = DataConfig(source="recall", recall_pairs=pairs, recall_mixed=True)
-    data = pipeline.load(config, 4 * pairs)
-    for split, expected in ((data.train, shares), (data.validation, {pairs})):
-        asked = [int((split[i]["targets"] >= 0).sum()) for i in range(60)]
-        assert set(asked) == expected
-    text = data.train[7]
-    given = text["inputs"][: 2 * int((text["targets"] >= 0).sum())]
-    assert (given > 0).all() and given.size <= 2 * pairs
-
-
 def test_batches_go_on_where_they_were():
     data = pipeline.load(CONFIG, 20)
     batches = pipeline.train_batches(data.train, 4, 0, prefetch=0)
