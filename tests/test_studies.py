@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.studies import blocks, compare_lm, convert, weightless_vs_dense
+from experiments.studies import blocks, compare_lm, convert, recall, weightless_vs_dense
 from quweit_jax.commands import train
 from quweit_jax.errors import InputError
 
@@ -238,3 +238,27 @@ def test_a_conversion_to_ternary_projections_with_and_without_a_teacher(
     assert not continued.teacher and not scratch.init_from and not scratch.teacher
     assert converted.distill.blocks == 0.1 and not continued.distill.blocks
     assert converted.optimizer.learning_rate == continued.optimizer.learning_rate == 5e-4
+
+
+def test_token_mixers_recall_more_and_more_pairs(monkeypatch, tmp_path, capsys):
+    folders = {"runs": tmp_path / "runs", "out": tmp_path / "out", "name": "tiny"}
+    config = {"model.width": 16, "model.hidden": 16, "mesh.data": 1, "eval_batches": 1}
+    config |= {"batch_size": 4, "eval_every": 1, "checkpoint_every": 1}
+    argv = ["study", "--kinds", "hybrid", "matmulfree", "--pairs", "1", "2", "--steps=1"]
+    argv += [f"--{name}={value}" for name, value in folders.items()]
+    argv += [f"--config.{name}={value}" for name, value in config.items()]
+    monkeypatch.setattr(sys, "argv", argv)
+    recall.main()
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())["results"]
+    assert {kind: list(seeds["0"]) for kind, seeds in found.items()} == {
+        "hybrid": ["1", "2"],
+        "matmulfree": ["1", "2"],
+    }
+    saved = json.loads((tmp_path / "runs" / "hybrid-2-0" / "config.json").read_text())
+    assert saved["init_from"] == str(tmp_path / "runs" / "hybrid-1-0")
+    table = (tmp_path / "out" / "tiny.md").read_text()
+    assert len(table.splitlines()) == 4 and "| gated delta+attention | dense |" in table
+    monkeypatch.setattr(sys, "argv", [*argv, "--table"])
+    monkeypatch.setattr(recall.common, "finish", lambda *_: pytest.fail("trained"))
+    recall.main()
+    assert (tmp_path / "out" / "tiny.md").read_text() == table and table in capsys.readouterr().out

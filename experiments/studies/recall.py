@@ -1,0 +1,80 @@
+"""Which token mixer can look up what it has read (MQAR; experiments/configs/recall.py)? Every kind
+learns texts of 4 pairs of key and value, goes on with 16, and then with 64: few are learned first,
+and from there the mechanism is known.
+
+    python -m experiments.studies.recall [--kinds attention gated_delta ...] [--pairs 4 16 64]
+    [--seeds 0] [--table]
+
+Runs go into RUNS/KIND-PAIRS-SEED; finished ones are read, not repeated, interrupted ones go on.
+Accuracies are over all 1,000 texts of the validation split, in which a guess is right in 1 of 128.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from experiments.configs.recall import KINDS, PAIRS
+from experiments.studies import common
+from quweit_jax.commands import cli
+from quweit_jax.training import metrics, rundir
+
+# {kind: {seed: {pairs: accuracy}}}
+Found = dict[str, dict[str, dict[str, float]]]
+
+
+def train(args: Any, kind: str, seed: int) -> dict[str, float]:
+    """The accuracy of a kind at each number of pairs, each run beginning with the one before."""
+    found, before = {}, ""
+    for pairs in args.pairs:
+        argument = f"recall.py:small,kind={kind},pairs={pairs}"
+        config = common.run_config(args, argument, {"seed": seed, "init_from": before})
+        workdir = common.finish(config, args.runs / f"{kind}-{pairs}-{seed}")
+        found[str(pairs)] = metrics.evaluations(workdir)[-1]["accuracy"]
+        before = str(workdir)
+    return found
+
+
+def table(found: Found, pairs: list[int]) -> list[str]:
+    """The lines of the table: means over seeds, and each where there are several."""
+    rows = []
+    for kind, seeds in found.items():
+        cells = [KINDS[kind][1].replace("_", " ") or "MLGRU", KINDS[kind][2] or "ternary"]
+        for number in map(str, pairs):
+            each = [of[number] for of in seeds.values()]
+            listed = f" ({', '.join(f'{x:.1%}' for x in each)})" if len(each) > 1 else ""
+            cells.append(f"{statistics.mean(each):.1%}{listed}")
+        rows.append(cells)
+    return common.markdown(["token mixer", "projections", *(f"{n} pairs" for n in pairs)], rows)
+
+
+def main() -> None:
+    """Trains what is missing, a run at a time, then writes the table."""
+    args = common.arguments(
+        __doc__,
+        variant="",
+        kinds=list(KINDS),
+        seeds=[0],
+        runs="recall",
+        name="recall",
+        more=[("--pairs", {"nargs": "+", "type": int, "default": list(PAIRS)})],
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, found = args.out / f"{args.name}.json", {}
+    if args.table:
+        found = common.read(args)["results"]
+    else:
+        for kind in args.kinds:
+            found[kind] = {str(seed): train(args, kind, seed) for seed in args.seeds}
+            versions = rundir.describe_environment()["versions"]
+            path.write_text(
+                json.dumps({"results": found, "environment": versions}, indent=1) + "\n"
+            )
+    lines = table(found, args.pairs)
+    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(lambda _: main())
