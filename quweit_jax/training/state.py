@@ -231,8 +231,8 @@ def make_train_step(
 
     pack_ternary: see `MeshConfig`. augment: for classifiers, how batches are mixed and labels
     smoothed. spectral_penalty, comparator_penalty: see `OptimizerConfig`; the metrics are without
-    them. objective: what is made small, the cross-entropy if None; what else it reads the step is given after the batch.
-    trains: says of a parameter's path whether it may move (None: all).
+    them. objective: what is made small, the cross-entropy if None; what else it reads the step is
+    given after the batch. trains: says of a parameter's path whether it may move (None: all).
 
     metrics: 'loss' and 'accuracy' (means over the batch), what else the objective tells,
     'grad_norm', 'grad_norm/<group>' and 'update_norm/<group>', float32 scalars. Finite metrics mean

@@ -152,8 +152,8 @@ def readme(export: Export) -> str:
         f"Of {export.fit.examples:,} training examples {exact} by that.",
         "",
         f"`{benches.INPUTS}` and `{benches.EXPECTED}` are golden vectors: {export.real} examples of "
-        f"the data and {len(export.words) - export.real} of mixed and extreme words. A line of the first has "
-        "the words that are read, in the order of the ports, one of the second decision and score, "
+        f"the data and {len(export.words) - export.real} of mixed and extreme words. A line of the "
+        "first has the words that are read, in the order of the ports, one of the second decision and score, "
         "all in hexadecimal.",
         "",
         *(_c_lines(export) if export.kind == "c" else _verilog_lines(export)),
