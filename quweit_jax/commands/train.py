@@ -145,28 +145,30 @@ def teacher(path: str) -> Teacher | None:
     """`config.teacher`: the model that a student learns from.
 
     Args:
-      path: a run directory (its best checkpoint is taken), or a published checkpoint of any kind
-        that `pretrained.load` reads; '' for none.
+      path: a run directory (its best checkpoint is taken), or what the commands' --model takes: a
+        published checkpoint, a folder that `pack` wrote, or a name; '' for none.
 
     Raises:
       InputError: there is nothing at `path`, or it cannot be read.
     """
     import jax
 
-    from quweit_jax import pretrained
+    from quweit_jax.commands import opening
     from quweit_jax.training import rundir, stores
     from quweit_jax.training.teacher import Teacher
 
     if not path:
         return None
     place = stores.fetched(path, "teacher").expanduser()
-    _check_exists("teacher", place)
     with _named("teacher"):
         if _is_run(place):
             run = rundir.open_run(place, data=False)
             labels, variables = run.setup.data.labels, jax.device_get(run.variables)
             return Teacher(run.setup.model, variables, run.setup.tokenizer, labels)
-        return Teacher(*pretrained.load(place, pretrained.kind_of(place)))
+        check_local(place, "teacher", "copy it to a folder first")
+        found = opening.find_model(str(place), speaks=False)
+        labels = () if found.published else tuple(found.about.get("labels") or ())
+        return Teacher(found.model, found.read(), found.tokenizer, labels)
 
 
 @contextlib.contextmanager
@@ -176,7 +178,7 @@ def _named(key: str) -> Iterator[None]:
         yield
     except InputError as error:
         message = str(error)
-        for other in ("--workdir: ", "pretrained: "):
+        for other in ("--workdir: ", "--model: ", "pretrained: "):
             message = message.removeprefix(other)
         raise type(error)(f"{key}: {message}") from None
 

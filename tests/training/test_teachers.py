@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from quweit_jax.commands import train
+from quweit_jax.commands import pack, train
 from quweit_jax.config import set_value
 from quweit_jax.errors import InputError
 from quweit_jax.models.registry import build, defaults
@@ -95,7 +95,7 @@ def test_a_teacher_is_needed_and_stays_the_same(tiny_config, tmp_path):
     with pytest.raises(InputError, match=r"^teacher: "):
         assemble(config).train_step(assemble(config).abstract_state())
     assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match=r"^teacher: nothing at nowhere"):
+    with pytest.raises(InputError, match=r"^teacher: no folder nowhere, .* shakespeare-lookup"):
         train.teacher("nowhere")
     assert train.teacher("") is None
 
@@ -112,3 +112,15 @@ def test_a_teacher_is_needed_and_stays_the_same(tiny_config, tmp_path):
     assert rundir.open_run(tmp_path / "run").step == 1
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["teacher"] == str(dense)
+
+
+def test_what_pack_wrote_teaches(tiny_config, tmp_path):
+    dense, folder = tmp_path / "dense", tmp_path / "packed"
+    plain = {"model.layers": 1, "model.mlp": "weightless", "steps": 1, "eval_every": 1}
+    assert loop.fit(tiny_config(plain), dense, progress=False).complete
+    assert pack.main([f"--workdir={dense}", f"--out={folder}"]) == 0
+    config = tiny_config(GIVEN | {"teacher": str(folder), "steps": 1, "eval_every": 1})
+    teacher = train.teacher(str(folder))
+    assert "packed" in teacher.variables and teacher.tokenizer is not None
+    assert loop.fit(config, tmp_path / "run", teacher=teacher, progress=False).complete
+    assert train.teacher("shakespeare-lookup").tokenizer.vocab_size == 65
