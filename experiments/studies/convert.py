@@ -5,11 +5,12 @@ the new kind that train from scratch for as many.
     python -m experiments.studies.convert --dense RUN [RUN ...] --mlp=dense --fit=0 --continued
     --config.model.linear=ternary --config.model.sub_norms=true
 
-The first gives them other mixers, the second makes every projection ternary. Each dense run, of one config but for the seed, is its own student's teacher and beginning
-(docs/howto/distill.md); --continued adds models that begin likewise and have no teacher. Runs go into
-RUNS/NAME-converted, RUNS/NAME-continued and RUNS/NAME-scratch, NAME being the dense run's folder; the
-same command goes on with what is there, and reads what is finished. Every
-last checkpoint is scored on the whole validation split, as deployed.
+The first gives them other mixers, the second makes every projection ternary. Each dense run, of one
+config but for the seed, is its own student's teacher and beginning (docs/howto/distill.md);
+--continued adds models that begin likewise and have no teacher. Runs go into RUNS/NAME-converted,
+RUNS/NAME-continued and RUNS/NAME-scratch, NAME being the dense run's folder; the same command goes
+on with what is there, and reads what is finished. Every last checkpoint is scored on the whole
+validation split, as deployed.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def run_blocks(
 
     Args:
       make: (kind of block, as of `kinds_of_blocks`, name) -> a block, called as block(x, *own,
-        *shared). kinds: of each block. shared: what all of them are given. own: arrays with a leading axis of blocks,
-        of which each is given its part. decode: nothing is computed again.
+        *shared). kinds: of each block. shared: what all of them are given. own: arrays with a
+        leading axis of blocks, of which each is given its part. decode: nothing is computed again.
     """
 
     def apply(block: nn.Module, x: Array, parts: Sequence[Array]) -> Array:
