@@ -1,4 +1,6 @@
-"""Drawn cases of the functions of `ops` that have several implementations, for `kernel_draws.py`."""
+"""Drawn cases of the functions of `ops` that have several implementations,
+for `kernel_draws.py`.
+"""
 
 from __future__ import annotations
 

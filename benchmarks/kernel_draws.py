@@ -1,8 +1,8 @@
 """Drawn shapes over every implementation of every function of `ops` that has several, against its
 reference: values, gradients and final states. `python benchmarks/kernel_draws.py --draws=300`
 
-Draws go to the functions in turn. Sizes are odd ones, those beside the bounds of blocks, and now and
-then 0. Native code runs with every level of instructions this processor has, Pallas kernels are
+Draws go to the functions in turn. Sizes are odd ones, those beside the bounds of blocks, and now
+and then 0. Native code runs with every level of instructions this processor has, Pallas kernels are
 interpreted. A difference is relative to the largest number of what is compared, where that is above
 1; what is exact must be equal. Exits with 1 if there is any failure.
 """

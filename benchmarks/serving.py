@@ -4,8 +4,8 @@ it is.
     python -m benchmarks.serving --minutes=10 --out=benchmarks/results/serving.txt
 
 50 clients ask at once, again and again, half of them hanging up in the middle. Each answer, and
-what was read of each that was broken off, is compared with what `generate` makes of the same prompt,
-seed and settings alone, and with what the server answers when it has nothing else to do. A
+what was read of each that was broken off, is compared with what `generate` makes of the same
+prompt, seed and settings alone, and with what the server answers when it has nothing else to do. A
 difference from the first alone comes of rounding: a program for eight texts adds floats up in
 another order than one for one text. A difference from the second would be an answer that others
 have changed.

@@ -3,9 +3,9 @@ commands on what is left.
 
 python benchmarks/torture.py [--minutes=10] [--seed=0] [--case=N] [--cases=N]
 
-A tiny language model, a tiny classifier, their data and a published checkpoint are made once. A case
-copies one of them, changes one file, or one value in it, and runs one command in a process that
-lives on from case to case. What a command may do is succeed or say what is wrong (InputError,
+A tiny language model, a tiny classifier, their data and a published checkpoint are made once. A
+case copies one of them, changes one file, or one value in it, and runs one command in a process
+that lives on from case to case. What a command may do is succeed or say what is wrong (InputError,
 RunError). Failures are any other exception; 30 seconds of work, or of waiting; more memory than 8
 times the files and 1 GB; a reading command that changes what it reads; and a whole checkpoint that
 training moves away. Each is printed with the line that repeats it; with any, the status is 1.
@@ -122,7 +122,9 @@ def _scramble(path: Path, draw: random.Random) -> None:
 
 
 def _swap(path: Path, draw: random.Random) -> None:
-    """Exchanges it with a file of the same name (of another checkpoint, say), else with any other."""
+    """Exchanges it with a file of the same name (of another checkpoint, say),
+    else with any other.
+    """
     folder = next((p.parent for p in path.parents if p.name == "checkpoints"), path.parent)
     others: list[Path] = []
     while not others:  # a file that is alone in its folder: the folder above

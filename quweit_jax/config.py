@@ -254,8 +254,9 @@ def load_module(spec: str) -> tuple[ModuleType, str]:
     module_spec = importlib.util.spec_from_file_location(f"quweit_experiment_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
         raise InputError(
-            f"--config: expected an experiment file that ends in .py, found {shown(path)}; give one "
-            "such as experiments/configs/gpt_char.py:quick, or go on with a run by --workdir alone."
+            f"--config: expected an experiment file that ends in .py, found {shown(path)}; give "
+            "one such as experiments/configs/gpt_char.py:quick, or go on with a run by --workdir "
+            "alone."
         )
     module = importlib.util.module_from_spec(module_spec)
     # Experiment files may share what they say, `from experiments.configs import x`, wherever the

@@ -23,8 +23,8 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-# What programs put beside a user's files: file systems, macOS's archives, Windows and Synology's and
-# QNAP's servers.
+# What programs put beside a user's files: file systems, macOS's archives, Windows and Synology's
+# and QNAP's servers.
 _CLUTTER = ("lost+found", "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "#recycle") + (
     "System Volume Information",
     "@eaDir",

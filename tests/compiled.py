@@ -17,8 +17,8 @@ def quick_jit(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def decoded(module: Any, params: Any, x: Any, pieces: Iterable[int]) -> tuple[Any, Any, Any]:
-    """A mixer's outputs for x (B, T, d), read in pieces of so many tokens with a cache; the cache as
-    it was at the start, and as it is at the end.
+    """A mixer's outputs for x (B, T, d), read in pieces of so many tokens with a cache; the cache
+    as it was at the start, and as it is at the end.
     """
     cache = start = jax.device_get(module.init(jax.random.key(0), x[:, :1], decode=True)["cache"])
     step = quick_jit(

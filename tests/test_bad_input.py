@@ -185,7 +185,8 @@ def test_experiment_files(command, tmp_path, monkeypatch):
     workdir = f"--workdir={tmp_path / 'run'}"
     refused(
         command(train, "--config=experiments/configs/gpt_chart.py", workdir),
-        r"no file at experiments/configs/gpt_chart.py. Did you mean 'experiments/configs/gpt_char.py'\?",
+        r"no file at experiments/configs/gpt_chart.py. Did you mean "
+        r"'experiments/configs/gpt_char.py'\?",
     )
     refused(
         command(train, "--config=experiments/configs/gpt_char.py:quik", workdir),
@@ -250,7 +251,10 @@ def test_missing_data(command, tiny_arguments, tmp_path):
 
 def test_another_text(command, tiny_arguments, trained, tmp_path):
     other = write_text(tmp_path / "other.txt", alphabet="ABCDE")
-    said = r"vocabulary mismatch: the text has 'A', 'B', .*, which the \d+ characters this model was trained on do not include"
+    said = (
+        r"vocabulary mismatch: the text has 'A', 'B', .*, which the \d+ characters this model was "
+        r"trained on do not include"
+    )
     refused(command(evaluate, f"--workdir={trained}", f"--config.data.path={other}"), said)
     refused(
         command(train, f"--workdir={trained}", f"--config.data.path={other}", "--config.steps=6"),
@@ -416,7 +420,8 @@ def test_lookups():
         lut.lut_lookup(bits, np.full((5, 2), -1), tables)
     with pytest.raises(
         InputError,
-        match=r"a table can have 1 to 8 inputs, mapping \[5, 9\] asks for 9; use more, smaller tables",
+        match=r"a table can have 1 to 8 inputs, mapping \[5, 9\] asks for 9; use more, smaller "
+        r"tables",
     ):
         lut.lut_lookup(bits, np.zeros((5, 9), np.int32), np.zeros((5, 512), np.float32))
     with pytest.raises(

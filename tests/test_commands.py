@@ -33,7 +33,10 @@ TINY = [
 def trained(tiny_text, tmp_path, monkeypatch, capsys):
     """A run made by the command line in the current folder, and what the command said."""
     monkeypatch.chdir(tmp_path)
-    spec = f"{REPOSITORY / 'experiments/configs/gpt_char.py'}:quick,mlp=weightless,steps=10,data.source=text_file,data.path={tiny_text}"
+    spec = (
+        f"{REPOSITORY / 'experiments/configs/gpt_char.py'}:quick,mlp=weightless,steps=10,"
+        f"data.source=text_file,data.path={tiny_text}"
+    )
     assert train.main([f"--config={spec}", "--workdir=runs/x", *TINY]) == 0
     return capsys.readouterr().out
 

@@ -1,8 +1,8 @@
 """Five forms of the same ViT on CIFAR-10: dense, weightless and no MLPs in floats; dense and
 weightless MLPs in integers.
 
-    python -m experiments.studies.vit_study --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds dense
-    weightless ...] [--out=experiments/results]
+    python -m experiments.studies.vit_study --data_dir=FOLDER [--variant=quick] [--seeds 0] [--kinds
+    dense weightless ...] [--out=experiments/results]
 
 Same data, batches, steps and seeds. Runs go into runs/vit_cifar/KIND-SEED; finished ones are read,
 not repeated, and interrupted ones go on. Accuracy is that of the last checkpoint on all test

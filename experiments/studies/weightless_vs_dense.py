@@ -1,8 +1,8 @@
 """Dense, weightless and no MLPs in the same GPT: same data, batches, steps and seeds. Makes the
 table and curves in experiments/results/.
 
-    python -m experiments.studies.weightless_vs_dense --data_dir=FOLDER [--seeds 0 1 2] [--kinds dense
-    weightless none] [--out=experiments/results]
+    python -m experiments.studies.weightless_vs_dense --data_dir=FOLDER [--seeds 0 1 2] [--kinds
+    dense weightless none] [--out=experiments/results]
 
 Runs go into runs/weightless_vs_dense/KIND-SEED; finished ones are read, not repeated, and
 interrupted ones go on. The weightless models are evaluated as deployed (tables at 1 bit, sums in

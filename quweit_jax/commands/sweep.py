@@ -186,7 +186,8 @@ def _point(
         )
     if bad := [text for text in shortcuts if not text.isprintable()]:
         raise InputError(
-            f"--config: sweep(add): expected letters that can be written in a line, found {bad[0]!r}."
+            "--config: sweep(add): expected letters that can be written in a line, found "
+            f"{bad[0]!r}."
         )
     file = spec.partition(":")[0]
     point_spec = f"{file}:{','.join([*filter(None, [argument]), *shortcuts])}"

@@ -201,8 +201,8 @@ def _class_files(
             if not is_file and not skip_bad:
                 raise InputError(
                     f"data.path: expected an image at {shown(folder / name / image)}, found a "
-                    "pipe, a device or a link to nothing; take it away, or leave such images out with "
-                    "--config.data.skip_bad=True."
+                    "pipe, a device or a link to nothing; take it away, or leave such images out "
+                    "with --config.data.skip_bad=True."
                 )
             images.append(image)
         # A folder's own images stand before those of the folders in it.

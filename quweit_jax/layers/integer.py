@@ -197,7 +197,9 @@ class IntegerDense(Packable):
         )
 
     def moved(self, call: Call) -> int:
-        """Bytes of the results; a quantizer that follows makes them smaller on the way to memory."""
+        """Bytes of the results; a quantizer that follows makes them smaller on the way
+        to memory.
+        """
         follows = call.following and call.following.layer
         out = follows.bits // 8 if isinstance(follows, ActivationQuantizer) else BYTES[INT]
         return call.rows * self.features * out

@@ -157,7 +157,8 @@ class LUTLayer(Packable):
         return lut.lut_lookup_feature_major(bits_FT.astype(jnp.float32), wiring, tables)
 
     def packed_bits(self, bits: Bits) -> Bits:
-        """The packed form of a layer of bits, for bits that stay packed: (F, T) -> (num_luts, T)."""
+        """The packed form of a layer of bits, for bits that stay packed:
+        (F, T) -> (num_luts, T)."""
         wiring, tables = self.read("wiring", "tables")
         out = packed_lut.look_up_words(bits, wiring, tables)
         self.show(bits=out)

@@ -66,8 +66,8 @@ class SwiGLU(nn.Module):
     """down(silu(a) * b) with [a, b] = gate(x), without biases (Shazeer 2020, arXiv 2002.05202).
 
     hidden: 0 for 8 d / 3 in multiples of 8, as many parameters as an MLP of 4 d.
-    activation: 'silu', or 'relu2', a squared ReLU in its place. linear: 'dense', or 'ternary' without
-      norms of its own: a and b then have a matrix each, gate and up, as in BitNet b1.58.
+    activation: 'silu', or 'relu2', a squared ReLU in its place. linear: 'dense', or 'ternary'
+      without norms of its own: a and b then have a matrix each, gate and up, as in BitNet b1.58.
     sub_norm: epsilon of an RMSNorm before the last matrix, 0 for none.
     """
 

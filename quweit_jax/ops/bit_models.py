@@ -37,9 +37,9 @@ def bit_sums(
 
     Args:
       thresholds: (D, z), or (1, z) for all D; a bit is `x > threshold`. layers: those of tables,
-        one after another. by_product: see `packed_lut.add_vectors`. implementation: None, 'native' (for
-        floats, at most 127 thresholds an input and 8 inputs a table), 'xla' or 'reference', see
-        `ops.kernels`.
+        one after another. by_product: see `packed_lut.add_vectors`. implementation: None, 'native'
+        (for floats, at most 127 thresholds an input and 8 inputs a table), 'xla' or 'reference',
+        see `ops.kernels`.
 
     Raises:
       InputError: the shapes don't belong together, or there is no such implementation here.

@@ -70,8 +70,8 @@ def _finite(name: str, thresholds: Array) -> Array:
     """The thresholds; raises InputError where known ones are no numbers."""
     if not isinstance(thresholds, Tracer) and not bool(jnp.isfinite(thresholds).all()):
         raise InputError(
-            f"{name}: expected values that are numbers, with a spread that fits {thresholds.dtype}, "
-            "found thresholds that are not; clean or rescale the data."
+            f"{name}: expected values that are numbers, with a spread that fits "
+            f"{thresholds.dtype}, found thresholds that are not; clean or rescale the data."
         )
     return thresholds
 

@@ -24,8 +24,8 @@ from quweit_jax.pretrained.lazy_tensors import (
 from quweit_jax.pretrained.torch_files import SUFFIXES, read_torch_checkpoint
 from quweit_jax.reading import list_folder
 
-# What torch's FSDP, `compile` and activation checkpointing put before the names of what they wrap, a
-# whole model or each of its blocks; and DistributedDataParallel before those of a model.
+# What torch's FSDP, `compile` and activation checkpointing put before the names of what they wrap,
+# a whole model or each of its blocks; and DistributedDataParallel before those of a model.
 _WRAPPED_INSIDE = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 _WRAPPED = ("module.",)
 
@@ -266,9 +266,9 @@ def _real(name: str, tensor: LazyTensor) -> np.ndarray:
     values = np.asarray(tensor)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise InputError(
-            f"pretrained: tensor {name}: expected real numbers (float32, float16 or bfloat16), found "
-            f"{values.dtype}; quantized weights are not supported: take the checkpoint they were "
-            "made from."
+            f"pretrained: tensor {name}: expected real numbers (float32, float16 or bfloat16), "
+            f"found {values.dtype}; quantized weights are not supported: take the checkpoint they "
+            "were made from."
         )
     if not np.isfinite(values).all():
         raise InputError(

@@ -36,7 +36,8 @@ def test_deit_tiny_by_hand():
     assert counted.multiplications == {"float32": patch + projections + attention + mlps + head}
     assert counted.additions == counted.multiplications
     assert {kind: part.total_multiplications for kind, part in counted.by_kind().items()} == {
-        "embedding": patch, "projection": projections, "attention": attention, "mlp": mlps, "head": head, "norm": 0, "activation": 0, "residual": 0
+        "embedding": patch, "projection": projections, "attention": attention, "mlp": mlps,
+        "head": head, "norm": 0, "activation": 0, "residual": 0,
     }  # fmt: skip
     # Kernels and biases; norms of scale and bias.
     block = (
@@ -76,7 +77,8 @@ def test_integer_deit_tiny_by_hand():
     tokens, values, scores = 197, 197 * 192, 3 * 197 * 197
     mixing = 12 * scores * 64  # 16-bit weights times 8-bit values
     assert counted.multiplications == {
-        "int8": 196 * 768 * 192 + 12 * (4 * values * 192 + scores * 64 + 8 * values * 192) + 1920, "int16xint8": mixing
+        "int8": 196 * 768 * 192 + 12 * (4 * values * 192 + scores * 64 + 8 * values * 192) + 1920,
+        "int16xint8": mixing,
     }  # fmt: skip
     assert counted.additions == {"int32": total(counted.multiplications)}
     # A multiplication for each branch of a requantization: after norm 1, of q k v, of scores,

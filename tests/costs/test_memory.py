@@ -1,4 +1,6 @@
-"""Bytes of training from the compiled step, with and without remat, and of inference from counts."""
+"""Bytes of training from the compiled step, with and without remat,
+and of inference from counts.
+"""
 
 import types
 

@@ -243,7 +243,8 @@ def test_processes_share_the_documents(processes):
             same(take(again, 3), [{key: batch[key][mine] for key in batch} for batch in after])
     with pytest.raises(
         InputError,
-        match=r"the place in the documents of row 0 of the batch, found those of rows .*join_states",
+        match=r"the place in the documents of row 0 of the batch, found those of rows "
+        r".*join_states",
     ):
         batches(packed(40, context=8), process_index=0, process_count=processes).set_state(
             states[-1]
@@ -471,7 +472,8 @@ def test_errors(sets, tmp_path):
     alone = documents.DocumentSplits(Texts(["alone"]), None)
     with pytest.raises(
         InputError,
-        match=r"expected two or more documents in texts, split train, which has no validation split, found 1",
+        match=r"expected two or more documents in texts, split train, which has no validation "
+        r"split, found 1",
     ):
         documents.held_out(alone, BYTES, 10, 0.1)
     for path in ("", tmp_path / "nowhere"):
@@ -483,7 +485,8 @@ def test_errors(sets, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         InputError,
-        match=r"data\.path: expected documents \(files ending in \.txt, \.jsonl, .*\) in .*empty, found none",
+        match=r"data\.path: expected documents \(files ending in \.txt, \.jsonl, .*\) in .*empty, "
+        r"found none",
     ):
         document_folder(DataConfig(path=str(tmp_path / "empty")))
     with pytest.raises(
@@ -493,7 +496,8 @@ def test_errors(sets, tmp_path):
     (tmp_path / "empty" / "train").mkdir()
     with pytest.raises(
         InputError,
-        match=r"data\.validation_split: no folder 'dev' in .*empty; leave it out for validation, val, test",
+        match=r"data\.validation_split: no folder 'dev' in .*empty; leave it out for validation, "
+        r"val, test",
     ):
         document_folder(DataConfig(path=str(tmp_path / "empty"), validation_split="dev"))
 
@@ -518,7 +522,8 @@ def test_sets_that_cannot_be_read_at_random(sets, tmp_path):
         )
     with pytest.raises(
         InputError,
-        match=r"expected tales as array_record files, found another format in .*1\.0\.0; add them with tfds convert_format",
+        match=r"expected tales as array_record files, found another format in .*1\.0\.0; add them "
+        r"with tfds convert_format",
     ):
         pipeline.load(config(tmp_path), 8)
     information = json.loads((sets / "tales" / "1.0.0" / "dataset_info.json").read_text())

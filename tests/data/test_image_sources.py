@@ -97,7 +97,8 @@ def test_bad_files_are_named(tmp_path):
     every = [data.train, data.validation]
     with pytest.raises(
         InputError,
-        match=rf"data: {re.escape(str(tmp_path))}, split \w+, image \d+ \(dog/3\.png\): .*found an empty file",
+        match=rf"data: {re.escape(str(tmp_path))}, split \w+, image \d+ \(dog/3\.png\): .*found an "
+        r"empty file",
     ):
         [list(examples) for examples in every]
     (tmp_path / "dog" / "3.png").unlink()

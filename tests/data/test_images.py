@@ -116,7 +116,8 @@ def test_normalization_of_grey_images():
     assert ImageExamples(Stored(gray, 1), DataConfig(normalize="half"))[0]["inputs"].min() < -0.9
     with pytest.raises(
         InputError,
-        match=r"data\.normalize: 'imagenet' is for RGB images, found 1 channel; use none or half, or .*to_rgb=True",
+        match=r"data\.normalize: 'imagenet' is for RGB images, found 1 channel; use none or half, "
+        r"or .*to_rgb=True",
     ):
         ImageExamples(Stored(gray, 1), DataConfig(normalize="imagenet"))
     converted = ImageExamples(Stored(gray, 1), DataConfig(normalize="imagenet", to_rgb=True))
@@ -317,7 +318,10 @@ BAD = {
 def test_bad_images_are_named(kind):
     data, message, convertible = BAD[kind]
     examples = with_bad(data)
-    whole = rf"data: animals, split train, image 1: .*{message}.*leave such images out with --config\.data\.skip_bad=True"
+    whole = (
+        rf"data: animals, split train, image 1: .*{message}.*leave such images out with "
+        r"--config\.data\.skip_bad=True"
+    )
     with pytest.raises(InputError, match=whole) as caught:
         examples[1]
     assert (
@@ -380,7 +384,8 @@ def test_differing_sizes(skip_bad):
     examples = with_bad(encoded(picture(9, 8)), skip_bad=skip_bad)
     with pytest.raises(
         InputError,
-        match=r"image 1: expected 8 x 8 pixels like the first images, found 9 x 8; .* --config\.data\.image_size=SIZE",
+        match=r"image 1: expected 8 x 8 pixels like the first images, found 9 x 8; .* "
+        r"--config\.data\.image_size=SIZE",
     ):
         take(examples, 2)
     assert with_bad(encoded(picture(9, 8)), image_size=6)[1]["inputs"].shape == (6, 6, 3)
@@ -432,7 +437,8 @@ def test_skipped_in_evaluation():
 def test_nothing_but_bad_images(caplog):
     with pytest.raises(
         InputError,
-        match=r"none of the 9 images can be used; the first: animals, split train, image 0: .*an empty file",
+        match=r"none of the 9 images can be used; the first: animals, split train, image 0: .*an "
+        r"empty file",
     ):
         ImageExamples(Stored([(b"", 0)] * 9), DataConfig(skip_bad=True))
     assert (

@@ -1,4 +1,6 @@
-"""`data.pieces`: long texts are cut where that changes no token, long words so that learning ends."""
+"""`data.pieces`: long texts are cut where that changes no token,
+long words so that learning ends.
+"""
 
 import random
 import time

@@ -1,4 +1,6 @@
-"""`data.pipeline`: every example once an epoch, the same for every run and any number of processes."""
+"""`data.pipeline`: every example once an epoch, the same for every run and any number
+of processes.
+"""
 
 import itertools
 
@@ -192,7 +194,8 @@ def test_errors(tiny_text, tmp_path):
     short.write_text("word " * 10, encoding="utf-8")
     with pytest.raises(
         InputError,
-        match=r"the validation text has 5 tokens, fewer than the context of 8 .*--config\.model\.context=4",
+        match=r"the validation text has 5 tokens, fewer than the context of 8 "
+        r".*--config\.model\.context=4",
     ):
         pipeline.load(DataConfig("text_file", path=str(short), limit_bytes=0), context=8)
     with pytest.raises(

@@ -1,4 +1,6 @@
-"""`data.registry` and `data.text`: the same text or examples every time, or an error that says what to do."""
+"""`data.registry` and `data.text`: the same text or examples every time,
+or an error that says what to do.
+"""
 
 import numpy as np
 import pytest
@@ -136,7 +138,8 @@ def test_errors(tmp_path):
 def test_unknown_splits(shared):
     with pytest.raises(
         InputError,
-        match=r"data\.validation_split: tiny_shakespeare has no split 'dev'; it has train, validation, test",
+        match=r"data\.validation_split: tiny_shakespeare has no split 'dev'; it has train, "
+        r"validation, test",
     ):
         registry.load(
             DataConfig(

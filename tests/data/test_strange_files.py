@@ -1,6 +1,6 @@
 """Folders of data as they are found in the wild: hidden copies, pipes, loops of links, photographs
-lying on their side, texts of other encodings and halves of characters. What can be read is read, and
-nothing hangs.
+lying on their side, texts of other encodings and halves of characters. What can be read is read,
+and nothing hangs.
 """
 
 import json

@@ -65,7 +65,8 @@ def test_unknown_characters():
     tokenizer = tokenizers.CharTokenizer.train("abc")
     with pytest.raises(
         InputError,
-        match=r"vocabulary mismatch: the text has 'x', 'é', which the 3 characters .*tokenizer=byte",
+        match=r"vocabulary mismatch: the text has 'x', 'é', which the 3 characters "
+        r".*tokenizer=byte",
     ):
         tokenizer.encode("axbé")
     with pytest.raises(InputError, match="'d', 'e', 'f', 'g', 'h' and 2 more"):

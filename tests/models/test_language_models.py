@@ -41,7 +41,9 @@ KINDS = {
 
 
 def close(found, expected, *others):
-    """Logits (..., vocabulary) are the expected ones, or at each position those of one of `others`."""
+    """Logits (..., vocabulary) are the expected ones, or at each position those of one
+    of `others`.
+    """
     apart = [np.abs(np.asarray(found) - np.asarray(form)).max(-1) for form in (expected, *others)]
     np.testing.assert_array_less(np.min(apart, axis=0), 1e-4 * np.ptp(expected))
 
@@ -290,7 +292,9 @@ def test_gates_start_open_by_depth():
 
 @pytest.mark.parametrize("name", ["matmulfree", "transformer_pp"])
 def test_half_precision_remat_and_mixed_blocks(name):
-    """bfloat16 and rematerialized blocks give finite gradients everywhere; remat changes no value."""
+    """bfloat16 and rematerialized blocks give finite gradients everywhere;
+    remat changes no value.
+    """
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 16)).astype(np.int32)
     losses = []
     for options in ({"remat": True}, {}, {"dtype": "bfloat16"}):

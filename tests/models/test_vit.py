@@ -1,4 +1,6 @@
-"""`models.vit`: shapes, variants, positions, drop-path; and the integer form beside its packed one."""
+"""`models.vit`: shapes, variants, positions, drop-path; and the integer form beside
+its packed one.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +189,9 @@ def _constants(packed):
 
 
 def primitives(jaxpr, found=None):
-    """(name, whether a float goes in or comes out) of every primitive, branches and loops included."""
+    """(name, whether a float goes in or comes out) of every primitive,
+    branches and loops included.
+    """
     found = [] if found is None else found
     for equation in jaxpr.eqns:
         inner = [

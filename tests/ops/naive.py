@@ -44,7 +44,9 @@ def lut_gradients(
     alpha: float | None = None,
     beta: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The extended finite difference: (gradient to the bits (T, F), gradient to the tables (L, A))."""
+    """The extended finite difference: (gradient to the bits (T, F),
+    gradient to the tables (L, A)).
+    """
     num_luts, n = mapping_Ln.shape
     grad_bits, grad_tables = np.zeros(bits_TF.shape), np.zeros((num_luts, 2**n))
     weight = [efd_weight(distance, n, decay, alpha, beta) for distance in range(n)]

@@ -24,7 +24,9 @@ DECAYS = ("exponential", "harmonic")
 
 
 def case(tokens=7, inputs=11, luts=6, n=2, seed=0):
-    """bits (T, F), an evenly used mapping (L, n), tables (L, 2**n) and an upstream gradient (T, L)."""
+    """bits (T, F), an evenly used mapping (L, n), tables (L, 2**n) and an upstream
+    gradient (T, L).
+    """
     draw = np.random.default_rng(seed)
     bits = draw.integers(0, 2, (tokens, inputs)).astype(np.float32)
     wiring = np.concatenate(

@@ -1,5 +1,5 @@
-"""Native look-ups of real tables: the values and both gradients of their definition on drawn shapes,
-with every level of instructions, under JAX's transformations, and where they are chosen.
+"""Native look-ups of real tables: the values and both gradients of their definition on drawn
+shapes, with every level of instructions, under JAX's transformations, and where they are chosen.
 """
 
 import jax

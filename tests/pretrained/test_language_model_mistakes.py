@@ -264,7 +264,8 @@ def test_nothing_is_overwritten_unasked(tmp_path, kind):
     pretrained.save(model, first, tmp_path)
     with pytest.raises(
         InputError,
-        match=r"already holds config\.json, model\.safetensors; give another folder, or overwrite=True",
+        match=r"already holds config\.json, model\.safetensors; give another folder, or "
+        r"overwrite=True",
     ):
         pretrained.save(model, second, tmp_path)
     assert_same(pretrained.load(tmp_path, kind)[1], first)

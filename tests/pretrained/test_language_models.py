@@ -109,7 +109,9 @@ def test_golden_is_written_as_it_was(golden, tmp_path, kind):
 @both
 @pytest.mark.parametrize("shard_bytes", [10**9, 3000, 1])
 def test_saved_and_read_again(tmp_path, kind, shard_bytes):
-    """Whole or in shards, from JAX's arrays; every array and every option that matters comes back."""
+    """Whole or in shards, from JAX's arrays; every array and every option that matters
+    comes back.
+    """
     model = small(kind)
     variables = random_variables(kind, model)
     pretrained.save(

@@ -32,7 +32,9 @@ def close(found, expected):
 
 
 def beside(variables, seed):
-    """The variables, every float changed by up to a millionth of itself; with seed 0 as they are."""
+    """The variables, every float changed by up to a millionth of itself;
+    with seed 0 as they are.
+    """
     rng = np.random.default_rng(seed)
 
     def changed(leaf):
@@ -44,8 +46,8 @@ def beside(variables, seed):
 
 
 def as_expected(case, model, variables):
-    """Whether the last logits are transformers' own. Where rounding to 8 bits meets a half, the last
-    bit of a sum decides, which no two programs share: then they may be of variables beside.
+    """Whether the last logits are transformers' own. Where rounding to 8 bits meets a half, the
+    last bit of a sum decides, which no two programs share: then they may be of variables beside.
     """
     compiled, tokens = quick_jit(model.apply), golden.tokens_of(case)
     every = (compiled(beside(variables, seed), tokens)[0, -golden.LAST :] for seed in range(8))

@@ -84,9 +84,8 @@ def test_other_classes_and_image_size():
         report.resampled == ("position_embedding",)
         and report.fresh == ("head/bias", "head/kernel") == report.unused
     )
-    assert (
-        report.describe()
-        == "init_from: 30 of 32 arrays taken; resampled: position_embedding; fresh: head; unused: head"
+    assert report.describe() == (
+        "init_from: 30 of 32 arrays taken; resampled: position_embedding; fresh: head; unused: head"
     )
 
 

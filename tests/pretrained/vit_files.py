@@ -1,4 +1,6 @@
-"""Checkpoints of vision transformers for tests: weights in timm's names, and files of torch.save."""
+"""Checkpoints of vision transformers for tests: weights in timm's names,
+and files of torch.save.
+"""
 
 from typing import Any
 

@@ -18,7 +18,8 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %p = (s32[], f32[8,16]{1,0}) parameter(0)
   %g = f32[8,16]{1,0} get-tuple-element(%p), index=1
   %all-gather.1 = f32[32,16]{1,0} all-gather(%g), dimensions={0}
-  %fusion.2 = f32[8,16]{1,0} fusion(%g), kind=kLoop, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %fusion.2 = f32[8,16]{1,0} fusion(%g), kind=kLoop, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
   ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%g, %fusion.2)
 }
 
@@ -32,9 +33,11 @@ TEXT = """HloModule jit_step, is_scheduled=true
 ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %x = f32[8,16]{1,0} parameter(0)
   %w = (s32[], f32[8,16]{1,0}) while(%x), condition=%condition, body=%body
-  %collective-permute-start.1 = (s8[4,64]{1,0}, s8[4,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1
+  %collective-permute-start.1 = (s8[4,64]{1,0}, s8[4,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=1
   %all-reduce.1 = (bf16[10]{0}, f32[]) all-reduce(%x, %x), to_apply=%add
-  ROOT %fusion.9 = f32[8,16]{1,0} fusion(%w), kind=kLoop, backend_config={"window_config":{"estimated_cycles":"7"}}
+  ROOT %fusion.9 = f32[8,16]{1,0} fusion(%w), kind=kLoop, \
+backend_config={"window_config":{"estimated_cycles":"7"}}
 }
 """
 

@@ -1,4 +1,6 @@
-"""Blocks that are scanned, computed again or divided over devices; logits that never exist whole."""
+"""Blocks that are scanned, computed again or divided over devices;
+logits that never exist whole.
+"""
 
 import re
 

@@ -1,4 +1,6 @@
-"""A model written in NNX learns what its twin in Linen does, keeps its tables in range, and packs."""
+"""A model written in NNX learns what its twin in Linen does, keeps its tables in range,
+and packs.
+"""
 
 import flax.linen as nn
 import jax

@@ -248,7 +248,8 @@ def test_all_checkpoints_damaged(whole, tiny_config, tmp_path):
         truncate(folder)
     with pytest.raises(
         RunError,
-        match=r"every checkpoint in .*checkpoints is damaged \(10, 15, 20\); start again in a new --workdir",
+        match=r"every checkpoint in .*checkpoints is damaged \(10, 15, 20\); start again in a new "
+        r"--workdir",
     ):
         loop.fit(tiny_config(SMALL), workdir)
 
@@ -259,7 +260,8 @@ def test_damaged_checkpoint_asked_for(whole, tmp_path):
     flip(workdir / "checkpoints" / "15")
     with pytest.raises(
         RunError,
-        match=r"the checkpoint of step 15 is damaged .*there are also 10, 20; choose one with --step",
+        match=r"the checkpoint of step 15 is damaged .*there are also 10, 20; choose one with "
+        r"--step",
     ):
         rundir.open_run(workdir, 15)
     assert rundir.open_run(workdir, 10).step == 10
@@ -297,7 +299,8 @@ def test_full_disk_keeps_the_checkpoint_before(whole, tiny_config, tmp_path):
 
         with pytest.raises(
             RunError,
-            match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is whole. Free some space",
+            match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is "
+            r"whole. Free some space",
         ):
             loop.fit(tiny_config(SMALL), workdir, on_step=fill)
         assert rundir.open_run(workdir, 10).step == 10
@@ -322,7 +325,8 @@ def test_refused_writes_keep_the_checkpoint_before(whole, tiny_config, tmp_path)
     try:
         with pytest.raises(
             RunError,
-            match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is whole",
+            match=r"the checkpoint of step 15 could not be written .*the checkpoint of step 10 is "
+            r"whole",
         ):
             loop.fit(tiny_config(SMALL), workdir, on_step=limit)
     finally:
@@ -342,7 +346,8 @@ def test_rows_that_cannot_be_written_end_the_run(whole, tiny_config, tmp_path, m
     monkeypatch.setattr(metrics.MetricsWriter, "write", full)
     with pytest.raises(
         RunError,
-        match=r"cannot go on in .*run \(No space left on device\); the checkpoint of step 10 is whole. Free some space",
+        match=r"cannot go on in .*run \(No space left on device\); the checkpoint of step 10 is "
+        r"whole. Free some space",
     ):
         loop.fit(tiny_config(SMALL), tmp_path / "run")
     monkeypatch.undo()
@@ -373,7 +378,8 @@ def test_loss_that_is_not_finite_stops_the_run(whole, tiny_config, tmp_path, mon
     workdir = tmp_path / "run"
     with pytest.raises(
         RunError,
-        match=r"step 12: .* not finite in the parameter group\(s\) .*Nothing of it was saved; the last good .* step 10",
+        match=r"step 12: .* not finite in the parameter group\(s\) .*Nothing of it was saved; the "
+        r"last good .* step 10",
     ):
         loop.fit(tiny_config(SMALL), workdir)
     assert max(s for s, _ in losses(workdir)) == 11

@@ -112,7 +112,8 @@ def test_the_first_state_does_not_depend_on_the_mesh(tiny_config):
 def test_errors_name_what_to_change(tiny_config):
     with pytest.raises(
         InputError,
-        match=r"batch_size: 8 cannot be divided over 3 devices .* use 6 or 9, or a smaller --config.mesh.data",
+        match=r"batch_size: 8 cannot be divided over 3 devices .* use 6 or 9, or a smaller "
+        r"--config.mesh.data",
     ):
         assemble(tiny_config({"mesh.data": 3}))
     with pytest.raises(
@@ -148,7 +149,8 @@ def test_rules():
     assert sharding.spec_for("params/bias", (7,), mesh, 100) == P(None)
     with pytest.raises(
         InputError,
-        match=r"params/odd \[7, 9\] is above mesh.fsdp_size_limit = 10 but no dimension divides by fsdp = 2",
+        match=r"params/odd \[7, 9\] is above mesh.fsdp_size_limit = 10 but no dimension divides by "
+        r"fsdp = 2",
     ):
         sharding.spec_for("params/odd", (7, 9), mesh, 10)
 

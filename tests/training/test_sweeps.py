@@ -32,7 +32,11 @@ def get_config(argument=None):
 
 def sweep(add):
 """
-GOOD = "    for luts in (20, 40):\n        for seed in (0, 1):\n            add({'seed': seed}, luts=luts)\n"
+GOOD = """\
+    for luts in (20, 40):
+        for seed in (0, 1):
+            add({'seed': seed}, luts=luts)
+"""
 
 
 @pytest.fixture

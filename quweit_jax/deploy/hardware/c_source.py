@@ -16,7 +16,8 @@ from quweit_jax.errors import InputError
 
 WORDS = (32, 64, 128, 256, 512)
 
-_TYPES = """/* {classes} classes from {inputs} words of {bits} bits; input_scaling.json says what they are.
+_TYPES = """\
+/* {classes} classes from {inputs} words of {bits} bits; input_scaling.json says what they are.
  *
  *   int {name}_one(const {word_type} *x, unsigned *score);
  *     The class of x[0..{last}], the lowest of those with the largest count, and that count.

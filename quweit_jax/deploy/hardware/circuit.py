@@ -1,8 +1,8 @@
 """A classifier's circuit: comparators, tables, counters and a tournament, cut by registers.
 
 Stages are the encoder, each layer of tables, each level of counters, the addition that ends a
-count, and each round of the tournament. All registers lie between stages, all at once, so that every
-way from the inputs to the outputs has as many.
+count, and each round of the tournament. All registers lie between stages, all at once, so that
+every way from the inputs to the outputs has as many.
 """
 
 from __future__ import annotations

@@ -145,16 +145,17 @@ def readme(export: Export) -> str:
     lines = [
         f"# A classifier of {c.classes} classes, made of look-up tables",
         "",
-        f"{len(c.feature)} comparators, layers of {', '.join(str(len(l.tables)) for l in c.layers)} "
-        f"tables of {', '.join(str(l.wiring.shape[1]) for l in c.layers)} inputs. Inputs are words "
-        f"of {c.scaling.bits} bits, {sign}; "
+        f"{len(c.feature)} comparators, layers of "
+        f"{', '.join(str(len(l.tables)) for l in c.layers)} tables of "
+        f"{', '.join(str(l.wiring.shape[1]) for l in c.layers)} inputs. Inputs are words of "
+        f"{c.scaling.bits} bits, {sign}; "
         "`input_scaling.json` says how numbers become words and which of them go into which port. "
         f"Of {export.fit.examples:,} training examples {exact} by that.",
         "",
-        f"`{benches.INPUTS}` and `{benches.EXPECTED}` are golden vectors: {export.real} examples of "
-        f"the data and {len(export.words) - export.real} of mixed and extreme words. A line of the "
-        "first has the words that are read, in the order of the ports, one of the second decision and score, "
-        "all in hexadecimal.",
+        f"`{benches.INPUTS}` and `{benches.EXPECTED}` are golden vectors: {export.real} examples "
+        f"of the data and {len(export.words) - export.real} of mixed and extreme words. A line of "
+        "the first has the words that are read, in the order of the ports, one of the second "
+        "decision and score, all in hexadecimal.",
         "",
         *(_c_lines(export) if export.kind == "c" else _verilog_lines(export)),
     ]
@@ -194,8 +195,8 @@ def _verilog_lines(export: Export) -> list[str]:
 def _c_lines(export: Export) -> list[str]:
     return [
         f"`{NAME}.c` is C99 without libraries or allocation. `{NAME}_one` classifies one example, "
-        f"`{NAME}_many` {export.word} at a time, a bit of a word each. The bench compares both with "
-        "the golden vectors:",
+        f"`{NAME}_many` {export.word} at a time, a bit of a word each. The bench compares both "
+        "with the golden vectors:",
         "",
         f"    gcc -std=c99 -O3 -Wall -Wextra -Werror -o bench bench.c {NAME}.c && ./bench",
     ]

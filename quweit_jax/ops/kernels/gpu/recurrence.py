@@ -23,8 +23,8 @@ from quweit_jax.ops.kernels.gpu import common
 
 _FEATURES = 64  # of a block
 _TOGETHER = 8  # steps that are read together
-# Chunks read their gates twice, so there are some only where a quarter of these threads is more than
-# there are; and the fewest steps of a chunk.
+# Chunks read their gates twice, so there are some only where a quarter of these threads is more
+# than there are; and the fewest steps of a chunk.
 _THREADS, _FEWEST_STEPS = 2**15, 64
 
 
@@ -215,7 +215,9 @@ def _forward(gates: Array, candidate: Array, start: Array) -> Array:
 def _backward(
     gates: Array, states: Array, start: Array, gradient: Array
 ) -> tuple[Array, Array, Array]:
-    """d_t = g_t + f_{t+1} d_{t+1} is candidate's gradient; f_t d_t is carried to the step before."""
+    """d_t = g_t + f_{t+1} d_{t+1} is candidate's gradient; f_t d_t is carried to the
+    step before.
+    """
     cut = _cut(gates.shape)
     ends = _ends(cut, gates, gradient, -1)
 

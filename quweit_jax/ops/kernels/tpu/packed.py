@@ -1,5 +1,6 @@
 """Look-ups of packed bits in 1-bit tables on a TPU: rows of words, whose numbers lie in scalar
-memory, are copied beside each other, eight tables a register, and go through a tree of multiplexers.
+memory, are copied beside each other, eight tables a register, and go through a tree of
+multiplexers.
 
 Dimensions: F input bits, L tables, n inputs a table, A = 2**n entries, W words of 32 tokens.
 """
