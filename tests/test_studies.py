@@ -110,7 +110,7 @@ def test_language_models_are_compared_as_deployed_and_take_turns(monkeypatch, tm
         "--seeds",
         "0",
     ]
-    monkeypatch.setattr(sys, "argv", ["study", *model, *data, *sizes, *folders])
+    monkeypatch.setattr(sys, "argv", ["study", *model, *data, *sizes, *folders, "--speeds"])
     compare_lm.main()
     found = json.loads((tmp_path / "tiny.json").read_text())
     assert set(found["runs"]) == {"quweit-1e-3-0", "matmulfree-1e-3-0"}
@@ -123,7 +123,7 @@ def test_language_models_are_compared_as_deployed_and_take_turns(monkeypatch, tm
     assert len(table) == 4 and "(1.00)" in table[2]
     assert (tmp_path / "tiny.png").stat().st_size > 1000
     # --table trains and measures nothing
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--table"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--table"])
     for name in ("finish", "score"):
         monkeypatch.setattr(compare_lm.common, name, lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(compare_lm, "speeds", lambda *_: pytest.fail("measured"))

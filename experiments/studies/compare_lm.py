@@ -114,8 +114,7 @@ def main() -> None:
     study = Study(args, functools.partial(config_of, args))
     if not args.table:
         study.train_all()
-    missing = [kind for kind in args.kinds if kind not in study.found.get("speeds", {})]
-    if args.speeds or (missing and not args.table):
+    if args.speeds:
         configs = {kind: config_of(args, kind, args.rates[0], 0) for kind in args.kinds}
         measured = speeds(configs)
         with study.changed() as found:
