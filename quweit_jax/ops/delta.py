@@ -147,7 +147,7 @@ def _chunked(
     system = jnp.where(jnp.eye(size, dtype=bool), 1, alike)
     since = jnp.exp(gate)[..., None]  # the start of the chunk
     sides = jnp.concatenate([rate * v, rate * since * k], -1)
-    solved = jax.scipy.linalg.solve_triangular(system, sides, lower=True, unit_diagonal=True)
+    solved = jax.lax.platform_dependent(system, sides, cpu=_substituted, default=_solved)
     own, of_state = jnp.split(solved, [v.shape[-1]], axis=-1)
     attended = jnp.einsum("nbhik,nbhjk->nbhij", q, k) * fade
     until = jnp.exp(gate[..., -1:] - gate)[..., None]  # the end of the chunk
@@ -163,3 +163,42 @@ def _chunked(
     state, read = jax.lax.scan(step, state, (own, of_state, attended, q * since, k * until, whole))
     read = jnp.moveaxis(read, (0, 2), (1, 3)).reshape(batch, count * size, *read.shape[2:3], -1)
     return read[:, :steps], state
+
+
+def _solved(system: Array, sides: Array) -> Array:
+    """X (..., C, W) of (unit lower triangular system (..., C, C)) X = sides."""
+    return jax.scipy.linalg.solve_triangular(system, sides, lower=True, unit_diagonal=True)
+
+
+@jax.custom_vjp
+def _substituted(system: Array, sides: Array) -> Array:
+    """The same, a row at a time: XLA's call of LAPACK can wait for itself where a step runs on
+    several threads of a CPU.
+    """
+    return _substitute(jnp.tril(system, -1), sides, reverse=False)
+
+
+def _substitute(strict: Array, sides: Array, *, reverse: bool) -> Array:
+    def row(found: Array, i: Array) -> tuple[Array, None]:
+        factors = jax.lax.dynamic_index_in_dim(strict, i, -2)
+        side = jax.lax.dynamic_index_in_dim(sides, i, -2)
+        new = side - factors @ found
+        return jax.lax.dynamic_update_index_in_dim(found, new, i, -2), None
+
+    order = jnp.arange(sides.shape[-2])
+    return jax.lax.scan(row, jnp.zeros_like(sides), order, reverse=reverse)[0]
+
+
+def _substituted_forward(system: Array, sides: Array) -> tuple[Array, tuple[Array, Array]]:
+    found = _substituted(system, sides)
+    return found, (system, found)
+
+
+def _substituted_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    system, found = saved
+    strict = jnp.swapaxes(jnp.tril(system, -1), -1, -2)
+    sides = _substitute(strict, grad, reverse=True)
+    return -jnp.tril(sides @ jnp.swapaxes(found, -1, -2), -1), sides
+
+
+_substituted.defvjp(_substituted_forward, _substituted_backward)
