@@ -115,8 +115,7 @@ def main() -> None:
     lines += common.markdown(HEADER, rows("gpt_char.py:nanogpt", 65, {}, more))
     lines += ["", "One image of I-ViT-T at 224 pixels, 10 classes; integers only.", ""]
     lines += common.markdown(HEADER, rows("vit_cifar.py:paper", 10, {"image_size": 224}, {}))
-    (args.out / "blocks_costs.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    common.write_lines(args.out / "blocks_costs.md", lines)
 
 
 if __name__ == "__main__":

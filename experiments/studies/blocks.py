@@ -91,8 +91,7 @@ def write(study: Study) -> None:
     ]
     rows = [row(study, kind, measure) for kind in args.kinds]
     lines = common.markdown(header, [cells for cells in rows if cells])
-    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    common.write_lines(args.out / f"{args.name}.md", lines)
     draw(study, [kind for kind, cells in zip(args.kinds, rows) if cells], measure)
 
 

@@ -165,10 +165,23 @@ def mean_and_error(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {error:.4f}"
 
 
+def shares(values: Sequence[float], digits: int) -> str:
+    """The mean of shares of one in percent, and each where there are several."""
+    each = f" ({', '.join(f'{x:.{digits}%}' for x in values)})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}%}{each}"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes a study's table, and shows it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
 
 
 def write(
@@ -183,10 +196,8 @@ def write(
     over seeds in a band from the lowest to the highest, or what the kinds end at (`measure`) where
     NAME.json is read and has no curves.
     """
-    args.out.mkdir(parents=True, exist_ok=True)
     rows = [row(kind, list(by_seed.values())) for kind, by_seed in results.items()]
-    lines = markdown(header, rows)
-    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n")
+    write_lines(args.out / f"{args.name}.md", markdown(header, rows))
     if args.table:  # what was found stays as it is
         told = read(args)
     else:
@@ -205,7 +216,6 @@ def write(
         names = {kind: kind.replace("_", " ") for kind in each}
         label, highest = title.replace("loss", measure), measure == "accuracy"
         draw_ends(each, path, names, f"{label} at the end", highest_first=highest)
-    print("\n".join(lines))
 
 
 def curve(args: argparse.Namespace, kind: str, seeds: Iterable[int]) -> list[dict[str, Any]]:

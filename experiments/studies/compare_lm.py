@@ -85,8 +85,7 @@ def write(study: Study) -> None:
     rows = {kind: row(study, kind) for kind in args.kinds}
     finished = {kind: cells for kind, cells in rows.items() if cells}
     lines = common.markdown([*header, *study.header("loss")], list(finished.values()))
-    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    common.write_lines(args.out / f"{args.name}.md", lines)
     common.draw_ends(
         {kind: [s["loss_deployed"] for s in study.scores(kind)] for kind in finished},
         args.out / f"{args.name}.png",

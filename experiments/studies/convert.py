@@ -22,7 +22,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments.studies.common import EXPERIMENTS, finish, markdown, mean_and_error, score
+from experiments.studies.common import (
+    EXPERIMENTS,
+    finish,
+    markdown,
+    mean_and_error,
+    score,
+    write_lines,
+)
 from quweit_jax.commands import cli
 from quweit_jax.config import Config, set_value
 from quweit_jax.errors import InputError
@@ -142,13 +149,11 @@ def main(argv: list[str]) -> int:
         ["", "steps", "validation loss as deployed", "above dense", "accuracy", "below dense"],
         [_row(name, found, results["dense"]) for name, found in results.items()],
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n")
+    write_lines(args.out / f"{args.name}.md", lines)
     told = {name: getattr(args, name) for name in ("mlp", "share", "fit", "solve", "rate")}
     told["results"] = results
     told["environment"] = rundir.describe_environment()["versions"]
     (args.out / f"{args.name}.json").write_text(json.dumps(told, indent=1) + "\n")
-    print("\n".join(lines))
     return 0
 
 

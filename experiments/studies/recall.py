@@ -12,7 +12,6 @@ Accuracies are over all 1,000 texts of the validation split, in which a guess is
 from __future__ import annotations
 
 import json
-import statistics
 from typing import Any
 
 from experiments.configs.recall import KINDS, PAIRS
@@ -41,10 +40,7 @@ def table(found: Found, pairs: list[int]) -> list[str]:
     rows = []
     for kind, seeds in found.items():
         cells = [KINDS[kind][1].replace("_", " ") or "MLGRU", KINDS[kind][2] or "ternary"]
-        for number in map(str, pairs):
-            each = [of[number] for of in seeds.values()]
-            listed = f" ({', '.join(f'{x:.1%}' for x in each)})" if len(each) > 1 else ""
-            cells.append(f"{statistics.mean(each):.1%}{listed}")
+        cells += [common.shares([of[str(number)] for of in seeds.values()], 1) for number in pairs]
         rows.append(cells)
     return common.markdown(["token mixer", "projections", *(f"{n} pairs" for n in pairs)], rows)
 
@@ -72,8 +68,7 @@ def main() -> None:
                 json.dumps({"results": found, "environment": versions}, indent=1) + "\n"
             )
     lines = table(found, args.pairs)
-    (args.out / f"{args.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    common.write_lines(args.out / f"{args.name}.md", lines)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the two forms decide differently is listed.
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,7 @@ def row(kind: str, runs: list[dict[str, Any]]) -> list[str]:
     """A kind's row of the table."""
 
     def mean(key: str) -> str:
-        each = " (" + ", ".join(f"{r[key]:.2%}" for r in runs) + ")" if len(runs) > 1 else ""
-        return f"{statistics.mean(r[key] for r in runs):.2%}{each}"
+        return common.shares([run[key] for run in runs], 2)
 
     deployed, differ = "-", "-"
     if "accuracy_deployed" in runs[0]:
