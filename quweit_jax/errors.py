@@ -76,8 +76,8 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_above_zero(what: str, value: float, zero: str = "") -> None:
-    """Raises InputError unless `value` is positive and finite,
-    or 0 where that stands for `zero`.
+    """Raises InputError unless `value` is positive and finite, or 0 where that stands for
+    something, which `zero` names.
     """
     if not 0 < value < math.inf and not (zero and value == 0):
         meaning = f", or 0 for {zero}" if zero else ""

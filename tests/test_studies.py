@@ -258,6 +258,10 @@ def test_token_mixers_recall_more_and_more_pairs(monkeypatch, tmp_path, capsys):
     assert saved["init_from"] == str(tmp_path / "runs" / "hybrid-1-0")
     table = (tmp_path / "out" / "tiny.md").read_text()
     assert len(table.splitlines()) == 4 and "| gated delta+attention | dense |" in table
+    # a call for one kind keeps what is known of the others
+    monkeypatch.setattr(sys, "argv", [*argv, "--kinds", "hybrid"])
+    recall.main()
+    assert json.loads((tmp_path / "out" / "tiny.json").read_text())["results"] == found
     monkeypatch.setattr(sys, "argv", [*argv, "--table"])
     monkeypatch.setattr(recall.common, "finish", lambda *_: pytest.fail("trained"))
     recall.main()

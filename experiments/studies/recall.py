@@ -19,9 +19,6 @@ from experiments.studies import common
 from quweit_jax.commands import cli
 from quweit_jax.training import metrics, rundir
 
-# {kind: {seed: {pairs: accuracy}}}
-Found = dict[str, dict[str, dict[str, float]]]
-
 
 def train(args: Any, kind: str, seed: int) -> dict[str, float]:
     """The accuracy of a kind at each number of pairs, each run beginning with the one before."""
@@ -35,8 +32,11 @@ def train(args: Any, kind: str, seed: int) -> dict[str, float]:
     return found
 
 
-def table(found: Found, pairs: list[int]) -> list[str]:
-    """The lines of the table: means over seeds, and each where there are several."""
+def table(found: common.Results, pairs: list[int]) -> list[str]:
+    """The lines of the table: means over seeds, and each where there are several.
+
+    found: of a seed, {pairs: accuracy}.
+    """
     rows = []
     for kind, seeds in found.items():
         cells = [KINDS[kind][1].replace("_", " ") or "MLGRU", KINDS[kind][2] or "ternary"]
@@ -57,17 +57,16 @@ def main() -> None:
         more=[("--pairs", {"nargs": "+", "type": int, "default": list(PAIRS)})],
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    path, found = args.out / f"{args.name}.json", {}
-    if args.table:
-        found = common.read(args)["results"]
-    else:
+    path = args.out / f"{args.name}.json"
+    if not args.table:
+        found = common.read(args)["results"] if path.exists() else {}
         for kind in args.kinds:
-            found[kind] = {str(seed): train(args, kind, seed) for seed in args.seeds}
+            new = {str(seed): train(args, kind, seed) for seed in args.seeds}
+            found[kind] = found.get(kind, {}) | new
             versions = rundir.describe_environment()["versions"]
-            path.write_text(
-                json.dumps({"results": found, "environment": versions}, indent=1) + "\n"
-            )
-    lines = table(found, args.pairs)
+            told = {"results": found, "environment": versions}
+            path.write_text(json.dumps(told, indent=1) + "\n")
+    lines = table(common.known(args), args.pairs)
     common.write_lines(args.out / f"{args.name}.md", lines)
 
 

@@ -125,7 +125,7 @@ def initial(
         return None
     place = stores.fetched(path, "init_from").expanduser()
     if not rundir.has_checkpoints(workdir):
-        _check_exists("init_from", place)
+        _check_exists(place)
 
     def begin(fresh: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
         with _named("init_from"):
@@ -153,7 +153,7 @@ def teacher(path: str) -> Teacher | None:
     """
     import jax
 
-    from quweit_jax.commands import opening
+    from quweit_jax.pretrained import folders
     from quweit_jax.training import rundir, stores
     from quweit_jax.training.teacher import Teacher
 
@@ -166,7 +166,7 @@ def teacher(path: str) -> Teacher | None:
             labels, variables = run.setup.data.labels, jax.device_get(run.variables)
             return Teacher(run.setup.model, variables, run.setup.tokenizer, labels)
         check_local(place, "teacher", "copy it to a folder first")
-        found = opening.find_model(str(place), speaks=False)
+        found = folders.find(str(place), speaks=False)
         labels = () if found.published else tuple(found.about.get("labels") or ())
         return Teacher(found.model, found.read(), found.tokenizer, labels)
 
@@ -183,11 +183,11 @@ def _named(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {message}") from None
 
 
-def _check_exists(key: str, place: Path) -> None:
-    check_local(place, key, "copy it to a folder first")
+def _check_exists(place: Path) -> None:
+    check_local(place, "init_from", "copy it to a folder first")
     if not os.path.exists(place):  # of any name, also one too long for a system
         raise InputError(
-            f"{key}: nothing at {place}; give a run directory, a folder with a published "
+            f"init_from: nothing at {place}; give a run directory, a folder with a published "
             "checkpoint, or its weights file."
         )
 
