@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from quweit_jax.errors import InputError
+from quweit_jax.ops import delta
 from quweit_jax.ops.delta import gated_delta, gated_delta_step
 from tests.compiled import quick_jit
 
@@ -158,3 +159,30 @@ def test_unknown_implementations_and_chunks():
         gated_delta(*inputs(6), implementation="chunk")
     with pytest.raises(InputError, match="chunk: expected"):
         gated_delta(*inputs(6), chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "more"), [(1, 1, ()), (5, 3, (2,)), (64, 7, (2, 3)), (4, 0, ())]
+)
+def test_rows_one_by_one_solve_what_the_library_solves(size, width, more):
+    """Values and both gradients, of systems whose other half is not read."""
+    draw = np.random.default_rng(size)
+    system = draw.normal(size=(*more, size, size)) / size**0.5
+    sides, weights = (draw.normal(size=(*more, size, width)) for _ in range(2))
+
+    def weighed(solve):
+        return jax.value_and_grad(lambda *x: (weights * solve(*x)).sum(), (0, 1))(system, sides)
+
+    with jax.enable_x64(True):
+        found, expected = weighed(delta._substituted), weighed(delta._solved)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, expected)
+
+
+def test_a_step_on_a_cpu_calls_no_library_that_waits_for_its_threads():
+    """A step of several blocks that called LAPACK could wait for itself for ever."""
+    given = inputs(12)
+    step = jax.grad(lambda *x: gated_delta(*x, implementation="chunked", chunk=4)[0].sum())
+    compiled = str(jax.jit(step).lower(*given).compile().as_text())
+    assert "lapack" not in compiled and "triangular-solve" not in compiled
+    waiting = jax.jit(delta._solved).lower(np.eye(4), np.eye(4)).compile()
+    assert "lapack" in str(waiting.as_text())

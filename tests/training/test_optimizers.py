@@ -16,7 +16,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.layers import groups
 from quweit_jax.layers.weightless import WeightlessBlock
 from quweit_jax.models.dwn import DWN, DWNConfig
-from quweit_jax.ops.wiring import strongest
+from quweit_jax.ops.wiring import marginal_inputs, strongest
 from quweit_jax.training import state
 from quweit_jax.training.optimizers import (
     OptimizerConfig,
@@ -104,6 +104,16 @@ def test_the_comparator_penalty_leaves_fewer_inputs_read(mapping):
 
     (nothing, plain), (_, fewer) = read(0.0), read(1.0)
     assert not nothing and (fewer < plain or mapping == "random")
+
+
+def test_the_comparator_penalty_adds_up_layers_that_are_scanned():
+    scores = np.random.default_rng(0).normal(size=(3, 8, 4)).astype(np.float32)
+    choices = np.random.default_rng(1).integers(0, 6, scores.shape)
+    stacked = comparator_penalty(
+        {"blocks": {"scores": scores}}, {"wiring": {"blocks": {"candidates": choices}}}
+    )
+    each = [marginal_inputs(*layer) for layer in zip(scores, choices)]
+    np.testing.assert_allclose(stacked, sum(each), rtol=1e-6)
 
 
 def test_the_spectral_penalty_moves_tables_alone():
