@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, object], float]] = {
     "gated_delta": ("transformer_pp", {"mixer": DELTA}, 1e-3),
     "ternary_gated_delta": ("transformer_pp", {**BITNET, "mixer": DELTA}, 1e-3),
     "hybrid": ("transformer_pp", {"mixer": HYBRID}, 1e-3),
-    "ternary_hybrid": ("transformer_pp", {**BITNET, "mixer": HYBRID}, 1e-3),
+    "ternary_hybrid": ("transformer_pp", {**BITNET, "mixer": HYBRID}, 2e-3),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
