@@ -129,10 +129,19 @@ def strongest(
             f"{list(jnp.shape(scores))}."
         )
     if candidates is None:
-        return jnp.argmax(jnp.asarray(scores), axis=0)
+        return _argmax_of_columns(jnp.asarray(scores))
     return jnp.take_along_axis(
         jnp.asarray(candidates), jnp.argmax(jnp.asarray(scores), axis=1)[:, None], axis=1
     )[:, 0]
+
+
+def _argmax_of_columns(scores: Float[Array, "F M"]) -> Int[Array, " M"]:
+    """`jnp.argmax(scores, axis=0)`, which on CPUs is no vector code and was half of a training
+    step: two reductions take a sixth of its time. In a column with NaN: the last row.
+    """
+    rows = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    largest = jnp.max(scores, axis=0)
+    return jnp.min(jnp.where(scores == largest, rows, scores.shape[0] - 1), axis=0)
 
 
 def marginal_inputs(

@@ -247,3 +247,15 @@ def test_marginal_inputs_are_those_that_a_slot_reads_alone(inputs, slots, choice
     np.testing.assert_allclose(found[1], gradient, rtol=1e-4, atol=1e-6)
     hard = marginal_inputs(scores, candidates, tau=1e-6)
     np.testing.assert_allclose(hard, (np.bincount(reads) == 1).sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "slots"), [(7, 12), (1, 5), (40, 0), (300, 1)])
+def test_each_slot_reads_the_first_of_its_largest_scores(inputs, slots):
+    scores = np.random.default_rng(inputs).integers(0, 3, (inputs, slots)).astype(np.float32)
+    assert np.array_equal(strongest(scores), scores.argmax(0))
+    columns = np.tile(np.arange(inputs)[::-1], (slots, 1))
+    assert np.array_equal(strongest(scores.T, columns), inputs - 1 - scores.argmax(0))
+
+
+def test_scores_that_are_no_numbers_choose_an_input_that_is_there():
+    assert int(strongest(np.full((3, 1), np.nan, np.float32))[0]) in range(3)
