@@ -2,15 +2,15 @@
 the new kind that train from scratch for as many.
 
     python -m experiments.studies.convert --dense RUN [RUN ...] [--solve=16 --rate=1.2e-4]
-    python -m experiments.studies.convert --dense RUN [RUN ...] --mlp=dense --fit=0 --continued
-    --config.model.linear=ternary --config.model.sub_norms=true
+    python -m experiments.studies.convert --dense RUN [RUN ...] --mlp=dense --solve=16 --rate=4e-4
+    --continued --config.model.linear=ternary --config.distill.weight=0.5
 
 The first gives them other mixers, the second makes every projection ternary. Each dense run, of one
 config but for the seed, is its own student's teacher and beginning (docs/howto/distill.md);
---continued adds models that begin likewise and have no teacher. Runs go into RUNS/NAME-converted,
-RUNS/NAME-continued and RUNS/NAME-scratch, NAME being the dense run's folder; the same command goes
-on with what is there, and reads what is finished. Every last checkpoint is scored on the whole
-validation split, as deployed.
+--continued adds models that begin likewise and then have no teacher. Runs go into
+RUNS/NAME-converted, RUNS/NAME-continued and RUNS/NAME-scratch, NAME being the dense run's folder;
+the same command goes on with what is there, and reads what is finished. Every last checkpoint is
+scored on the whole validation split, as deployed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--solve",
         type=int,
         default=0,
-        help="batches on which LookupGLUs are computed, each counted as a step",
+        help="batches on which LookupGLUs or ternary projections are computed, each a step",
     )
     made.add_argument(
         "--rate", type=float, default=0.0, help="of converted runs; 0: the dense run's"
@@ -109,8 +109,11 @@ def configs(args: argparse.Namespace, dense: Path) -> dict[str, Config]:
             set_value(config, path, text)
         if name == "continued":
             with config.unlocked():
-                config.teacher = ""
-                config.distill.update(dataclasses.asdict(DistillConfig()))
+                if args.solve:  # which takes a teacher, who then says nothing more
+                    config.distill.update(weight=0.0, blocks=0.0)
+                else:
+                    config.teacher = ""
+                    config.distill.update(dataclasses.asdict(DistillConfig()))
         made[name] = config
     return made
 

@@ -146,10 +146,10 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
             export_block.synthesize(made)
         return 0
     classifier, fit = description.from_packed(
-        setup.model, packed, _inputs(setup.data.train), options["input_bits"]
+        setup.model, packed, inputs_of(setup.data.train), options["input_bits"]
     )
     made = circuit.build(classifier, options["pipeline"] if args.to == "verilog" else 0)
-    words, real, agreed = _golden(setup, packed, classifier, options["examples"])
+    words, real, agreed = golden_words(setup, packed, classifier, options["examples"])
     shape, about = opened.init_inputs.shape[1:], {**about, **agreed}
     export = folder.Export(args.to, made, fit, words, real, shape, about, options["word"])
     names = folder.write(export, out, overwrite=args.overwrite)
@@ -162,7 +162,7 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
     return 0
 
 
-def _inputs(examples: Any) -> np.ndarray:
+def inputs_of(examples: Any) -> np.ndarray:
     """The inputs of a whole split as they are evaluated, (N, ...) float32."""
     from quweit_jax.data.pipeline import eval_batches
 
@@ -170,7 +170,7 @@ def _inputs(examples: Any) -> np.ndarray:
     return np.concatenate([batch["inputs"][batch["weights"] > 0] for batch in batches])
 
 
-def _golden(
+def golden_words(
     setup: Setup, packed: dict[str, Any], classifier: Classifier, count: int
 ) -> tuple[np.ndarray, int, dict[str, int]]:
     """Golden words, how many of them are of real examples, and on how many of all validation
@@ -180,7 +180,7 @@ def _golden(
 
     from quweit_jax.deploy.hardware import description, vectors
 
-    model, inputs = setup.model, _inputs(setup.data.validation)
+    model, inputs = setup.model, inputs_of(setup.data.validation)
     words = classifier.scaling.words(inputs.reshape(len(inputs), -1))
     found = description.evaluate(classifier, words)
     apply = jax.jit(model.apply)

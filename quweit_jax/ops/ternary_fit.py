@@ -18,6 +18,7 @@ from quweit_jax.errors import InputError
 # Of the mean magnitude: what goes over from 0 to 1 is at 1 / 2, floats of 0 stay below and others
 # above.
 _BELOW, _ABOVE = 0.4, 0.6
+_TINY = 1e-12
 
 
 def fit_ternary(
@@ -69,6 +70,29 @@ def best_scale(
     whole = weights.astype(np.float64)
     answered = float((whole * (gram @ whole)).sum())
     return float((whole * cross).sum()) / answered if answered > 0 else 0.0
+
+
+def fit_ternary_and_scale(
+    gram: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I O"], ridge: float = 1e-3
+) -> tuple[Int8[np.ndarray, "I O"], Float[np.ndarray, "I O"], float]:
+    """T of -1, 0, 1 and one scale for which |X T scale - Y|^2 is small, found in turn from the
+    float weights that answer best.
+
+    Args:
+      gram, cross: as for `fit_ternary`. ridge: of the inputs' mean square, added to their products
+        with themselves.
+
+    Returns:
+      (T, those float weights in units of the scale, the scale).
+    """
+    gram = gram + (ridge * float(np.trace(gram)) / max(1, len(gram)) + _TINY) * np.eye(len(gram))
+    dense = np.linalg.solve(gram, cross)
+    scale = 1.5 * float(np.abs(dense).mean()) + _TINY
+    weights = dense / scale
+    for _ in range(4):
+        weights = fit_ternary(gram, cross, np.asarray([scale]), weights)
+        scale = best_scale(gram, cross, weights) or scale
+    return weights, dense / scale, scale
 
 
 def float_weights(

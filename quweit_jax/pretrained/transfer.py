@@ -15,15 +15,13 @@ from jax import Array
 from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
+from quweit_jax.models.parts import PARTS
 from quweit_jax.ops.patches import resample_positions
 from quweit_jax.pretrained import deit, saved
 from quweit_jax.pretrained.kinds import KINDS, kind_of
 
 COLLECTIONS = ("params", "wiring", "ranges")  # caches and packed forms are not carried over
 _Path = tuple[str, ...]  # collection, modules, name
-# A projection that some models have in one piece and others, such as ternary ones of which each
-# part has its own scale, in several: the whole's name and its parts', in order.
-_PARTS = {"qkv": ("query", "key", "value"), "gate": ("gate", "up")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +173,7 @@ def _with_parts_in_place(
     """
     placed = dict(theirs)
     for path in ours.keys() | theirs.keys():
-        if len(path) < 3 or (names := _PARTS.get(path[-2])) is None:
+        if len(path) < 3 or (names := PARTS.get(path[-2])) is None:
             continue
         parts = [(*path[:-2], name, path[-1]) for name in names]
         if _in_one(theirs, path, parts) and ours.keys() >= set(parts):

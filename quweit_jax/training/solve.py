@@ -25,7 +25,7 @@ from quweit_jax.data import pipeline
 from quweit_jax.errors import InputError
 from quweit_jax.layers.lookup_glu import INPUT_SCALE, LookupGLU, to_int8, whole_numbers
 from quweit_jax.ops import pair_table, ternary_fit
-from quweit_jax.training import distill
+from quweit_jax.training import distill, solve_ternary
 
 if TYPE_CHECKING:
     from quweit_jax.training.setup import Setup
@@ -238,33 +238,48 @@ def _sum(
     means = read.mean(0), answers.mean(0, dtype=np.float64)
     read, answers = read - means[0], answers - means[1]
     gram, cross = read.T @ read / len(read), read.T @ answers / len(read)
-    gram += _ridge(gram) * np.eye(len(gram))
-    dense = np.linalg.solve(gram, cross)
-    scale = 1.5 * float(np.abs(dense).mean()) + _TINY
-    weights = dense / scale
-    for _ in range(4):  # weights and their scale in turn
-        weights = ternary_fit.fit_ternary(gram, cross, np.asarray([scale]), weights)
-        scale = ternary_fit.best_scale(gram, cross, weights) or scale
-    return (weights, dense / scale), scale, means[1] - scale * (means[0] @ weights)
+    weights, wanted, scale = ternary_fit.fit_ternary_and_scale(gram, cross, _RIDGE)
+    return (weights, wanted), scale, means[1] - scale * (means[0] @ weights)
 
 
 def solved(setup: Setup, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The variables with every new LookupGLU computed from the teacher's MLP, on the first
-    `distill.solve_batches` batches of the run.
+    """The variables with every new LookupGLU computed from the teacher's MLP, and every new ternary
+    projection from its dense one, on the first `distill.solve_batches` batches of the run.
     """
     teacher, config = setup.teacher, setup.config
     assert teacher is not None
-    batches = pipeline.train_batches(setup.data.train, config.batch_size, config.seed, prefetch=0)
+    drawn = pipeline.train_batches(setup.data.train, config.batch_size, config.seed, prefetch=0)
+    batches = [next(drawn)["inputs"] for _ in range(setup.distill_config.solve_batches)]
+    ternary = solve_ternary.parts(teacher, setup)
+    if blocks := _new_lookup_glus(teacher, setup, ternary):
+        variables = _with_lookup_glus(teacher, setup, variables, blocks, batches)
+    return solve_ternary.solved(teacher, setup, variables, ternary, batches)
+
+
+def _new_lookup_glus(
+    teacher: Teacher, setup: Setup, ternary: Sequence[solve_ternary.Part]
+) -> list[str]:
+    """The blocks whose channel mixer is new, but not because of the ternary projections in it."""
+    new = distill.new_mixers(setup.abstract_state().params, teacher.variables["params"])
+    return [block for block in new if (block, "mlp") not in {part.path[:2] for part in ternary}]
+
+
+def _with_lookup_glus(
+    teacher: Teacher,
+    setup: Setup,
+    variables: Mapping[str, PyTree],
+    blocks: Sequence[str],
+    batches: Sequence[np.ndarray],
+) -> dict[str, PyTree]:
     read = jax.jit(lambda taught, inputs: distill.branches(teacher.model, taught, inputs))
     lessons: dict[str, list[Sequence[np.ndarray]]] = {}
-    for _ in range(setup.distill_config.solve_batches):
-        found = jax.device_get(read(teacher.variables, next(batches)["inputs"]))
-        for block, pair in found.items():
+    for inputs in batches:
+        for block, pair in jax.device_get(read(teacher.variables, inputs)).items():
             rows = [np.asarray(x, np.float32).reshape(-1, x.shape[-1]) for x in pair]
             lessons.setdefault(block, []).append(rows)
     params = jax.device_get(dict(variables["params"]))
     taught = jax.device_get(teacher.variables["params"])
-    for block in distill.new_mixers(params, taught):
+    for block in blocks:
         reads, answers = (np.concatenate(part) for part in zip(*lessons[block]))
         mlp = DenseMLP.of(taught[block], teacher.model)
         made = solve(_layer_of(setup, reads.shape[-1]), mlp, reads, answers)
@@ -287,11 +302,11 @@ def _layer_of(setup: Setup, width: int) -> LookupGLU:
 
 
 def check(teacher: Teacher, setup: Setup) -> None:
-    """Checks that a teacher's mixers can be solved for, before anything is read.
+    """Checks that a teacher's mixers or projections can be solved for, before anything is read.
 
     Raises:
-      InputError: more than one process; student or teacher have other kinds of mixers, or other
-        numbers of units; tables that are not trained.
+      InputError: more than one process; nothing that differs, or student or teacher have other
+        kinds of mixers, or other numbers of units; tables that are not trained.
     """
     where = "distill.solve_batches: "
     if jax.process_count() > 1:
@@ -301,7 +316,14 @@ def check(teacher: Teacher, setup: Setup) -> None:
         )
     params = setup.abstract_state().params
     taught = teacher.variables["params"]
-    for block in distill.new_mixers(params, taught):
+    ternary = solve_ternary.parts(teacher, setup)
+    blocks = _new_lookup_glus(teacher, setup, ternary)
+    if not blocks and not ternary:
+        raise InputError(
+            f"{where}found no channel mixer and no ternary projection that the teacher has "
+            "otherwise; set --config.model.mlp or --config.model.linear=ternary, or leave it at 0."
+        )
+    for block in blocks:
         theirs = taught[block]["mlp"]
         if not {"gates", "mix", "offsets"} <= set(params[block]["mlp"]):
             raise InputError(

@@ -130,8 +130,8 @@ def _said(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _check_mixers(teacher: Teacher, setup: Setup) -> None:
-    """Raises InputError unless there are new channel mixers, of floats, that correspond to the
-    teacher's.
+    """Raises InputError unless there are new channel mixers to fit, of floats, and all of those
+    correspond to the teacher's.
     """
     where = "distill." + ("fit_steps" if setup.distill_config.fit_steps else "solve_batches")
     for who, model in (("student", setup.model), ("teacher", teacher.model)):
@@ -142,7 +142,7 @@ def _check_mixers(teacher: Teacher, setup: Setup) -> None:
             )
     variables = setup.abstract_state().variables()
     blocks = distill.new_mixers(variables["params"], teacher.variables["params"])
-    if not blocks:
+    if not blocks and setup.distill_config.fit_steps:
         raise InputError(
             f"{where}: found no channel mixer that differs from the teacher's in the same "
             "block; set --config.model.mlp, or leave it at 0."

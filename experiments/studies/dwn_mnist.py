@@ -1,0 +1,149 @@
+"""Weightless classifiers of MNIST as circuits: accuracy against size, the encoder counted, beside
+published ones (experiments/configs/dwn_mnist.py).
+
+    python -m experiments.studies.dwn_mnist --data_dir=FOLDER [--kinds 380 690 ...] [--seeds 0 1 2]
+    [--table]
+
+A kind is a number of tables. Runs go into RUNS/TABLES-SEED; finished ones are read, not repeated,
+interrupted ones go on. Each becomes a circuit (RUNS/TABLES-SEED/verilog), which Icarus checks on
+all 10,000 test images and Yosys counts.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.configs.dwn_mnist import tau_of
+from experiments.studies import common
+from quweit_jax.commands import cli, export_hardware
+from quweit_jax.deploy.hardware import circuit, description, folder, synthesis, tools
+from quweit_jax.deploy.pack import packed_or_trained
+from quweit_jax.training import looks, rundir
+
+# Tables whose circuits are about as large as published ones, and one below 2,000 LUT6.
+KINDS = ("380", "690", "890", "1000", "1550")
+# (LUT6, accuracy) with the encoder counted, arXiv 2410.11112 on an Artix-7.
+PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
+
+
+def config_of(args: Any, kind: str, seed: int) -> Any:
+    """A run's config."""
+    tables = int(kind)
+    changes = {"model.num_luts": (tables,), "model.tau": tau_of(tables), "seed": seed}
+    return common.run_config(args, "dwn_mnist.py:692", changes)
+
+
+def as_circuit(workdir: Path) -> dict[str, Any]:
+    """A finished run as a circuit: what it takes, by module, and on how many test images Icarus
+    and its integer description decide as the packed model.
+
+    Raises:
+      RunError: Icarus finds an output that differs. InputError: it or Yosys is not installed.
+    """
+    run = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
+    setup = run.setup
+    packed = packed_or_trained(setup.model, jax.device_get(run.variables), setup.init_inputs)
+    training = export_hardware.inputs_of(setup.data.train)
+    classifier, fit = description.from_packed(setup.model, packed, training)
+    made = circuit.build(classifier, 1)
+    words, real, agreed = export_hardware.golden_words(setup, packed, classifier, 0)
+    export = folder.Export("verilog", made, fit, words, real, setup.init_inputs.shape[1:], agreed)
+    folder.write(export, workdir / "verilog", overwrite=True)
+    tools.check(tools.verify(workdir / "verilog", "verilog", ["iverilog"]))
+    report = synthesis.synthesize(made)
+    modules = report.modules[6]
+    return {
+        **agreed,
+        "vectors": len(words),
+        "comparators": len(classifier.feature),
+        "input_bits": classifier.scaling.bits,
+        "latency": made.latency,
+        "lut6": {name: module.luts for name, module in modules.items()},
+        "flip_flops": sum(module.flip_flops for module in modules.values()),
+        "counted_by": report.tool,
+    }
+
+
+def total(found: Mapping[str, Any]) -> int:
+    """The LUT6 of a circuit, all of its modules."""
+    return sum(found["lut6"].values())
+
+
+def row(kind: str, seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table's row of a number of tables."""
+
+    def each(values: Sequence[int]) -> str:
+        return f"{statistics.mean(values):,.0f} ({', '.join(f'{v:,}' for v in values)})"
+
+    accuracies = [found["accuracy_deployed"] for found in seeds]
+    agree = sum(found["validation_agree"] for found in seeds)
+    return [
+        f"{int(kind):,}",
+        common.shares(accuracies, 2),
+        each([total(found) for found in seeds]),
+        each([found["comparators"] for found in seeds]),
+        each([found["flip_flops"] for found in seeds]),
+        f"{agree:,} of {sum(found['validation_examples'] for found in seeds):,}",
+    ]
+
+
+def draw(found: common.Results, path: Path) -> None:
+    """A PNG of accuracy against LUT6, each seed and the means, and the published circuits."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    color, other = looks.style("dwn", 0)["color"], looks.style("none", 0)["color"]
+    means = []
+    for seeds in found.values():
+        sizes = [total(of) for of in seeds.values()]
+        shares = [100 * of["accuracy_deployed"] for of in seeds.values()]
+        axes.plot(sizes, shares, "o", color=color, alpha=0.35, markersize=5)
+        means.append((statistics.mean(sizes), statistics.mean(shares)))
+    axes.plot(*zip(*means), "D-", color=color, markersize=7, label="here, by Yosys; seeds pale")
+    sizes, shares = zip(*PUBLISHED)
+    published = [100 * share for share in shares]
+    label = "DWN as published (arXiv 2410.11112), Artix-7"
+    axes.plot(sizes, published, "s--", color=other, label=label)
+    axes.set_xlabel("LUT6, the encoder among them")
+    axes.set_ylabel("accuracy on 10,000 test images, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Trains what is missing, a run at a time, then writes table and plot."""
+    args = common.arguments(
+        __doc__, variant="", kinds=KINDS, seeds=[0, 1, 2], runs="dwn_mnist", name="dwn_mnist"
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.name}.json"
+    if not args.table:
+        for seed in args.seeds:
+            for kind in args.kinds:
+                workdir = common.finish(config_of(args, kind, seed), args.runs / f"{kind}-{seed}")
+                made = common.score(workdir) | as_circuit(workdir)
+                found = common.read(args)["results"] if path.exists() else {}
+                found.setdefault(kind, {})[str(seed)] = made
+                versions = rundir.describe_environment()["versions"]
+                told = {"results": found, "environment": versions}
+                path.write_text(json.dumps(told, indent=1) + "\n")
+                print(f"{kind} tables, seed {seed}: {json.dumps(made)}", flush=True)
+    results = common.known(args)
+    header = ["tables", "accuracy", "LUT6 with the encoder", "comparators", "flip-flops"]
+    header.append("decisions as the packed model's")
+    rows = [row(kind, list(seeds.values())) for kind, seeds in results.items()]
+    common.write_lines(args.out / f"{args.name}.md", common.markdown(header, rows))
+    draw(results, args.out / f"{args.name}.png")
+
+
+if __name__ == "__main__":
+    cli.run(lambda _: main())
