@@ -87,7 +87,7 @@ def fit_ternary_and_scale(
     """
     gram = gram + (ridge * float(np.trace(gram)) / max(1, len(gram)) + _TINY) * np.eye(len(gram))
     dense = np.linalg.solve(gram, cross)
-    scale = 1.5 * float(np.abs(dense).mean()) + _TINY
+    scale = 1.5 * (float(np.abs(dense).mean()) if dense.size else 0.0) + _TINY
     weights = dense / scale
     for _ in range(4):
         weights = fit_ternary(gram, cross, np.asarray([scale]), weights)

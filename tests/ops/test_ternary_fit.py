@@ -97,3 +97,28 @@ def test_shapes_that_do_not_belong_together():
             ternary_fit.fit_ternary(*given)
     with pytest.raises(InputError, match="positive scales"):
         ternary_fit.fit_ternary(*good[:2], np.zeros(2), good[3])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_and_their_scale_are_found_together(seed):
+    x, weights, gram, cross = problem(inputs=24, seed=seed)
+    found, near, scale = ternary_fit.fit_ternary_and_scale(gram, cross, ridge=0.0)
+    np.testing.assert_allclose(near * scale, weights, rtol=1e-4, atol=1e-5)
+    mean = np.abs(weights).mean()  # as `ternary.quantize_weights` rounds
+    rounded = error(x, np.clip(np.round(weights / mean), -1, 1), mean, weights).sum()
+    best = error(x, found, scale, weights).sum()
+    assert best < 0.6 * rounded
+    for other in (0.9, 1.1):
+        assert error(x, found, other * scale, weights).sum() > best
+    kernel = ternary_fit.float_weights(found, near, scale)
+    again, mean = ternary.quantize_weights(kernel)
+    np.testing.assert_array_equal(again, found)
+    np.testing.assert_allclose(mean, scale, rtol=1e-5)
+
+
+def test_weights_and_scale_of_one_weight_of_none_and_of_nothing_wanted():
+    one = ternary_fit.fit_ternary_and_scale(np.asarray([[4.0]]), np.asarray([[-2.0]]))
+    assert one[0].tolist() == [[-1]] and one[2] == pytest.approx(0.5, rel=1e-2)
+    for shape in ((3, 0), (3, 2)):
+        found, near, scale = ternary_fit.fit_ternary_and_scale(np.eye(3), np.zeros(shape))
+        assert found.shape == near.shape == shape and not found.any() and 0 < scale < 1e-6
