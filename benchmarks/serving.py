@@ -232,11 +232,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=60, help="different requests")
     parser.add_argument("--slots", type=int, default=8)
     args = parser.parse_args()
+    busy = f"load of the machine before: {os.getloadavg()[0]:.1f}"
     jobs, speed = make_jobs(args.model, args.jobs)
     with served(args.model, [f"--slots={args.slots}"]) as (pid, port):
         lines = [
             timing.machine(),
-            "wall clock; server and clients on the same cores, beside other work",
+            f"wall clock; server and clients on the same cores; {busy}",
             f"{args.model}, {args.slots} slots; generate makes {speed:,.0f} tokens a CPU second, "
             "a text at a time, its start included",
             *asyncio.run(measure(args, jobs, pid, port)),

@@ -41,8 +41,8 @@ class DistillConfig:
       for none.
     fit_steps: the first steps, in which nothing but new channel mixers is trained, each to do what
       the teacher's does with the teacher's own hidden states; 0 for none.
-    solve_batches: the first batches, on which new LookupGLUs are computed before the first step,
-      see `training.solve`; 0 for none.
+    solve_batches: the first batches, on which new LookupGLUs and ternary projections are computed
+      before the first step, see `training.solve` and `training.solve_ternary`; 0 for none.
     """
 
     weight: float = 0.5

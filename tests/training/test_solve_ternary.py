@@ -1,4 +1,4 @@
-"""Ternary projections solved for from a teacher's dense ones answer as those do, before any step."""
+"""Ternary projections solved for from a teacher's dense ones answer as those do, before steps."""
 
 from __future__ import annotations
 
