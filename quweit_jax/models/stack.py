@@ -122,6 +122,15 @@ def unscanned(model: nn.Module) -> nn.Module:
     return model.clone(config=dataclasses.replace(model.config, scan_layers=False))  # type: ignore[attr-defined]
 
 
+def watchable(model: nn.Module) -> nn.Module:
+    """The same model with a module a block, none computed again in a backward pass: what its layers
+    read can be taken out while it is traced.
+    """
+    if not getattr(getattr(model, "config", None), "remat", False):
+        return unscanned(model)
+    return unscanned(model.clone(config=dataclasses.replace(model.config, remat=False)))  # type: ignore[attr-defined]
+
+
 def unstacked(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The variables {'params': ..., ...} of the unscanned model, from those of a scanned one; of
     another they are what they were.

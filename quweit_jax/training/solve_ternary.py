@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from quweit_jax.errors import InputError
 from quweit_jax.layers.ternary import BitLinear
+from quweit_jax.models import stack
 from quweit_jax.models.parts import PARTS
 from quweit_jax.ops import ternary, ternary_fit
 
@@ -65,7 +66,7 @@ def _watched(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        model.apply(variables, inputs, mutable=[])
+        stack.watchable(model).apply(variables, inputs, mutable=[])
 
 
 def _projections(

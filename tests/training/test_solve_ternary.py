@@ -19,7 +19,7 @@ SOLVED = {"distill.solve_batches": 3, "teacher": "somewhere"}
 KINDS = {
     "with norms": ("transformer_pp", {"linear": "ternary", "sub_norms": True}),
     "without": ("transformer_pp", {"linear": "ternary", "sub_norms": False, "kv_heads": 1}),
-    "attention alone": ("gpt", {"linear": "ternary", "mlp": "dense"}),
+    "attention alone": ("gpt", {"linear": "ternary", "mlp": "dense", "remat": True}),
     "the first block's mixer": (
         "transformer_pp",
         {"linear": "ternary", "mlp": "swiglu+none", "sub_norms": False},
