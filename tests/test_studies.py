@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from experiments.studies import blocks, compare_lm, convert, recall, weightless_vs_dense
+from experiments.studies import blocks, compare_lm, convert, dwn_mnist, recall, weightless_vs_dense
 from quweit_jax.commands import train
+from quweit_jax.deploy.hardware import tools
 from quweit_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -238,6 +239,54 @@ def test_a_conversion_to_ternary_projections_with_and_without_a_teacher(
     assert not continued.teacher and not scratch.init_from and not scratch.teacher
     assert converted.distill.blocks == 0.1 and not continued.distill.blocks
     assert converted.optimizer.learning_rate == continued.optimizer.learning_rate == 5e-4
+    # who only gives the beginning says nothing more
+    told += ["--solve=4"]
+    made = convert.configs(convert.arguments([f"--dense={tmp_path}", *told]), tmp_path)
+    assert {name: config.steps for name, config in made.items()} == {
+        "converted": 6,
+        "continued": 6,
+        "scratch": 10,
+    }
+    continued = made["continued"]
+    assert continued.teacher and continued.distill.solve_batches == 4
+    assert continued.distill.weight == continued.distill.blocks == 0
+
+
+@pytest.mark.parametrize("tool", ["iverilog", "yosys"])
+def test_circuits_need_their_tools_before_anything_is_trained(tool, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["study", f"--out={tmp_path}", f"--runs={tmp_path}"])
+    monkeypatch.setattr(dwn_mnist.common, "finish", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(dwn_mnist.tools, "installed", lambda name: name if name != tool else None)
+    with pytest.raises(InputError, match=f"expected {tool}, found none"):
+        dwn_mnist.main()
+
+
+@pytest.mark.skipif(
+    not (tools.installed("iverilog") and tools.installed("yosys")),
+    reason="needs iverilog and yosys",
+)
+def test_classifiers_become_circuits_that_are_counted(monkeypatch, tmp_path, capsys):
+    config = {"data.source": "digits", "eval_every": 2, "checkpoint_every": 2, "mesh.data": 1}
+    argv = ["study", "--kinds", "360", "--steps=2", "--name=tiny", f"--out={tmp_path / 'out'}"]
+    argv += [f"--runs={tmp_path / 'runs'}"]
+    argv += [f"--config.{name}={value}" for name, value in config.items()]
+    for seed in ("0", "1"):
+        monkeypatch.setattr(sys, "argv", [*argv, "--seeds", seed])
+        dwn_mnist.main()
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())["results"]["360"]
+    assert list(found) == ["0", "1"]
+    for made in found.values():
+        assert made["validation_agree"] == made["validation_examples"] < made["vectors"]
+        assert made["lut6"]["tables"] <= 360 and made["lut6"]["encoder"] <= made["comparators"]
+        assert made["accuracy"] == made["accuracy_deployed"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "0", "1"])
+    monkeypatch.setattr(dwn_mnist.common, "finish", lambda *_: pytest.fail("trained again"))
+    capsys.readouterr()
+    dwn_mnist.main()
+    table = (tmp_path / "out" / "tiny.md").read_text()
+    totals = [sum(made["lut6"].values()) for made in found.values()]
+    assert f"({totals[0]:,}, {totals[1]:,})" in table and table in capsys.readouterr().out
+    assert (tmp_path / "out" / "tiny.png").stat().st_size > 1000
 
 
 def test_token_mixers_recall_more_and_more_pairs(monkeypatch, tmp_path, capsys):

@@ -1,12 +1,12 @@
 """Weightless classifiers of MNIST as circuits: accuracy against size, the encoder counted, beside
 published ones (experiments/configs/dwn_mnist.py).
 
-    python -m experiments.studies.dwn_mnist --data_dir=FOLDER [--kinds 380 690 ...] [--seeds 0 1 2]
+    python -m experiments.studies.dwn_mnist --data_dir=FOLDER [--kinds 360 690 ...] [--seeds 0 1 2]
     [--table]
 
-A kind is a number of tables. Runs go into RUNS/TABLES-SEED; finished ones are read, not repeated,
-interrupted ones go on. Each becomes a circuit (RUNS/TABLES-SEED/verilog), which Icarus checks on
-all 10,000 test images and Yosys counts.
+A kind is a number of tables. Runs go into RUNS/TABLES-SEED; what NAME.json knows is not repeated,
+and interrupted ones go on. Each becomes a circuit (RUNS/TABLES-SEED/verilog), which Icarus checks
+on all 10,000 test images and Yosys counts: both have to be installed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from experiments.studies import common
 from quweit_jax.commands import cli, export_hardware
 from quweit_jax.deploy.hardware import circuit, description, folder, synthesis, tools
 from quweit_jax.deploy.pack import packed_or_trained
+from quweit_jax.errors import InputError
 from quweit_jax.training import looks, rundir
 
 # Tables whose circuits are about as large as published ones, and one below 2,000 LUT6.
-KINDS = ("380", "690", "890", "1000", "1550")
+KINDS = ("360", "690", "890", "1000", "1550")
 # (LUT6, accuracy) with the encoder counted, arXiv 2410.11112 on an Artix-7.
 PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
 
@@ -125,17 +126,28 @@ def main() -> None:
         __doc__, variant="", kinds=KINDS, seeds=[0, 1, 2], runs="dwn_mnist", name="dwn_mnist"
     )
     args.out.mkdir(parents=True, exist_ok=True)
+    if not args.table:  # said before anything is trained
+        for tool in ("iverilog", "yosys"):
+            if not tools.installed(tool):
+                raise InputError(
+                    f"dwn_mnist: expected {tool}, found none; install it "
+                    f"({tools.PACKAGES[tool]}), or take --table."
+                )
     path = args.out / f"{args.name}.json"
     if not args.table:
         for seed in args.seeds:
             for kind in args.kinds:
+                found = common.read(args)["results"] if path.exists() else {}
+                if str(seed) in found.get(kind, {}):
+                    continue
                 workdir = common.finish(config_of(args, kind, seed), args.runs / f"{kind}-{seed}")
                 made = common.score(workdir) | as_circuit(workdir)
+                # another process may have added to it
                 found = common.read(args)["results"] if path.exists() else {}
                 found.setdefault(kind, {})[str(seed)] = made
                 versions = rundir.describe_environment()["versions"]
                 told = {"results": found, "environment": versions}
-                path.write_text(json.dumps(told, indent=1) + "\n")
+                path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
                 print(f"{kind} tables, seed {seed}: {json.dumps(made)}", flush=True)
     results = common.known(args)
     header = ["tables", "accuracy", "LUT6 with the encoder", "comparators", "flip-flops"]
