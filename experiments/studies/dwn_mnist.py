@@ -28,7 +28,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.training import looks, rundir
 
 # Tables whose circuits are about as large as published ones, and one below 2,000 LUT6.
-KINDS = ("360", "690", "890", "1000", "1550")
+KINDS = ("360", "690", "940", "1000", "1550")
 # (LUT6, accuracy) with the encoder counted, arXiv 2410.11112 on an Artix-7.
 PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
 
