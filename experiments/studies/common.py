@@ -55,13 +55,23 @@ def arguments(
     for option, about in more:
         made.add_argument(option, **about)
     made.add_argument(
-        "--kinds", nargs="+", default=list(default_kinds or kinds), choices=list(kinds)
+        "--kinds",
+        nargs="+",
+        default=list(default_kinds or kinds),
+        choices=list(kinds),
+        help="some of them (default: %(default)s)",
     )
-    made.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    made.add_argument(
+        "--seeds", nargs="+", type=int, default=list(seeds), help="(default: %(default)s)"
+    )
     made.add_argument("--steps", type=int, default=0, help="0: the variant's")
-    made.add_argument("--runs", type=Path, default=Path("runs") / runs)
-    made.add_argument("--out", type=Path, default=EXPERIMENTS / "results")
-    made.add_argument("--name", default=name, help="of the files that are written")
+    made.add_argument(
+        "--runs", type=Path, default=Path("runs") / runs, help="of run directories (%(default)s)"
+    )
+    made.add_argument(
+        "--out", type=Path, default=EXPERIMENTS / "results", help="of tables (experiments/results)"
+    )
+    made.add_argument("--name", default=name, help="of the files that are written (%(default)s)")
     made.add_argument(
         "--table", action="store_true", help="of what NAME.json or RUNS hold; trains nothing"
     )

@@ -205,9 +205,9 @@ def _lines(made: Circuit, fit: Any, agreed: Mapping[str, int]) -> Sequence[str]:
     latency = f"; latency {made.latency} clock edges, of {len(made.stages)} stages"
     kept = "no comparator changes" if fit.exact else f"{fit.changed} decisions change"
     return (
-        f"words of {c.scaling.bits} bits: {kept} on {fit.examples:,} training examples; on "
-        f"{agreed['validation_agree']:,} of {agreed['validation_examples']:,} validation examples "
-        "the decision is the packed model's",
+        f"words of {c.scaling.bits} bit{'s' * (c.scaling.bits > 1)}: {kept} on "
+        f"{fit.examples:,} training examples; on {agreed['validation_agree']:,} of "
+        f"{agreed['validation_examples']:,} validation examples the decision is the packed model's",
         f"{len(c.feature):,} comparators, {sum(len(l.tables) for l in c.layers):,} tables, "
         f"{c.classes} classes" + latency * bool(made.latency),
     )
@@ -224,11 +224,13 @@ def _verify(out: Path, kind: str, name: str) -> None:
 
 def _synthesize(made: Circuit) -> None:
     from quweit_jax.costs.table import table
-    from quweit_jax.deploy.hardware import routing, synthesis
+    from quweit_jax.deploy.hardware import routing, synthesis, tools
 
     report = synthesis.synthesize(made)
     print(f"\nby {report.tool}, each module by itself:")
     print("\n".join(table(*synthesis.rows(report, made))))
+    if any(tools.installed(part.tool) for part in routing.PARTS):
+        print("\nplacing and routing, minutes for thousands of tables ...", flush=True)
     if routed := routing.route(made):
         print("\nplaced and routed, with a chain of registers that brings the words in:")
         print("\n".join(routing.lines(routed)))

@@ -140,7 +140,14 @@ class DWN(Packable):
     def _thresholds(self, features: Array) -> Array:
         """The thermometer's (features, z), or (z,) for all, fitted to the first inputs."""
         if self.is_packed:
-            return self.read("thresholds")[0]
+            thresholds = self.read("thresholds")[0]
+            if thresholds.ndim == 2 and len(thresholds) != features.shape[1]:
+                raise InputError(
+                    f"DWN: expected examples (B, ...) of {len(thresholds)} numbers each, found "
+                    f"{features.shape[0]} of {features.shape[1]}; give as many as it was trained "
+                    "on, and of a single example x[None]."
+                )
+            return thresholds
         c, fit = self.config, thermometer.FITS[self.config.thermometer]
         thresholds = self.variable(
             "wiring",

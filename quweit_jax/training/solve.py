@@ -252,6 +252,7 @@ def solved(setup: Setup, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
     batches = [next(drawn)["inputs"] for _ in range(setup.distill_config.solve_batches)]
     ternary = solve_ternary.parts(teacher, setup)
     if blocks := _new_lookup_glus(teacher, setup, ternary):
+        print(f"solving {len(blocks)} LookupGLUs on {len(batches)} batches", flush=True)
         variables = _with_lookup_glus(teacher, setup, variables, blocks, batches)
     return solve_ternary.solved(teacher, setup, variables, ternary, batches)
 
@@ -305,14 +306,26 @@ def check(teacher: Teacher, setup: Setup) -> None:
     """Checks that a teacher's mixers or projections can be solved for, before anything is read.
 
     Raises:
-      InputError: more than one process; nothing that differs, or student or teacher have other
-        kinds of mixers, or other numbers of units; tables that are not trained.
+      InputError: more than one process; no `init_from`; more batches than there are; nothing that
+        differs, or student or teacher have other kinds of mixers, or other numbers of units; tables
+        that are not trained.
     """
     where = "distill.solve_batches: "
     if jax.process_count() > 1:
         raise InputError(
             f"{where}expected one process, found {jax.process_count()}; solve in one, and go on "
             "from that run with init_from."
+        )
+    if not setup.config.get("init_from"):
+        raise InputError(
+            f"{where}expected init_from, without which the rest of the student is drawn, found "
+            "none; set --config.init_from to what the teacher is."
+        )
+    there, wanted = len(setup.data.train), setup.distill_config.solve_batches
+    if wanted * setup.config.batch_size > there:
+        raise InputError(
+            f"{where}expected at most {there // setup.config.batch_size:,}, the batches of "
+            f"{setup.config.batch_size} in {there:,} examples, found {wanted:,}; 16 do well."
         )
     params = setup.abstract_state().params
     taught = teacher.variables["params"]

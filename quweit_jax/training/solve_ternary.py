@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +123,8 @@ def _source(
     found = f"[{theirs[path][0]}, {theirs[path][1]}]" if path in theirs else "none"
     raise InputError(
         f"distill.solve_batches: {'/'.join(path)}: expected a dense projection of [{inputs}, "
-        f"{outputs}] at the same place in the teacher, found {found}; use a teacher of the same "
-        "layers and sizes, or leave it at 0."
+        f"{outputs}] at the same place in the teacher, found {found}; use a dense teacher of the "
+        "same model (model.name), layers and sizes, or leave it at 0."
     )
 
 
@@ -134,9 +135,10 @@ def _products(
     variables: Mapping[str, PyTree],
     values: Mapping[str, PyTree],
     inputs: Array,
-) -> dict[_Path, tuple[Array, Array, Array]]:
+) -> dict[_Path, tuple[Array, Array, Array, Array]]:
     """Of some projections on a batch: the products of what each reads with itself (I, I) and with
-    what it is to answer (I, O), and the mean square of what the teacher's reads; float32.
+    what it is to answer (I, O), and the mean squares of what the teacher's reads and answers, the
+    second added over outputs; float32.
     """
     reads: dict[_Path, Array] = {}
     wanted: dict[_Path, tuple[Array, Array]] = {}
@@ -163,8 +165,10 @@ def _products(
     found = {}
     for part in some:
         x, (read, answer) = reads[part.path], wanted[part.source]
-        products = [jnp.matmul(x.T, y, precision="highest") for y in (x, answer[:, part.outputs])]
-        found[part.path] = (*(each / len(x) for each in products), jnp.square(read).mean())
+        answer = answer[:, part.outputs]
+        gram, cross = (jnp.matmul(x.T, y, precision="highest") / len(x) for y in (x, answer))
+        squares = jnp.square(read).mean(), jnp.square(answer).sum() / len(x)
+        found[part.path] = (gram, cross, *squares)
     return found
 
 
@@ -179,6 +183,10 @@ def solved(
 
     found: of `parts`.
     """
+    if not found:
+        return dict(variables)
+    print(f"solving {len(found)} ternary projections on {len(batches)} batches", flush=True)
+    begun, missed = time.monotonic(), []
     params: dict[_Path, Any] = flatten_dict(jax.device_get(dict(variables["params"])))
     theirs: dict[_Path, Any] = flatten_dict(dict(teacher.variables["params"]))
     for block in dict.fromkeys(part.path[0] for part in found):
@@ -188,7 +196,7 @@ def solved(
             now = {**variables, "params": unflatten_dict(params)}
             sums = _mean(jax.device_get(products(now, teacher.variables, x)) for x in batches)
             for part in (part for part in mine if part.group == group):
-                gram, cross, square = sums[part.path]
+                gram, cross, square, whole = sums[part.path]
                 norm, size = (*part.path[:-1], "sub_norm", "scale"), float(np.sqrt(square))
                 if part.path[-1] in _LAST and norm in params and norm not in theirs and size:
                     # rounding to int8 takes the scale of a token as it is
@@ -197,13 +205,25 @@ def solved(
                 weights, near, scale = ternary_fit.fit_ternary_and_scale(gram, cross)
                 kernel = ternary_fit.float_weights(weights, near, scale)
                 params[(*part.path, "kernel")] = kernel
+                missed.append(_missed(gram, cross, float(whole), scale * weights))
+    print(
+        f"solved in {time.monotonic() - begun:.0f} s; squared errors of the answers: "
+        f"{min(missed):.1%} to {max(missed):.1%}",
+        flush=True,
+    )
     return {**variables, "params": unflatten_dict(params)}
+
+
+def _missed(gram: np.ndarray, cross: np.ndarray, whole: float, kernel: np.ndarray) -> float:
+    """The squared error of what a kernel answers, in what was wanted's own squares."""
+    error = whole - 2 * float((kernel * cross).sum()) + float((kernel * (gram @ kernel)).sum())
+    return max(error, 0.0) / whole if whole else 0.0
 
 
 def _mean(each: Iterable[Mapping[_Path, Sequence[np.ndarray]]]) -> dict[_Path, list[np.ndarray]]:
     """The means over batches, float64."""
     all_of = list(each)
     return {
-        path: [np.asarray([one[path][i] for one in all_of], np.float64).mean(0) for i in range(3)]
+        path: [np.asarray([one[path][i] for one in all_of], np.float64).mean(0) for i in range(4)]
         for path in all_of[0]
     }

@@ -1,11 +1,14 @@
 """`models.dwn`: the plain weightless classifier, from raw inputs to scores."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from quweit_jax import models
+from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.models.dwn import DWN, DWNConfig
 from tests.compiled import quick_jit
@@ -83,6 +86,17 @@ def test_it_learns(reduction):
     for _ in range(60):
         params, after, accuracy, _ = step(params)
     assert after < before and accuracy > 0.8
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (2, 6, 6), (3, 24)])
+def test_a_packed_classifier_says_what_it_reads(shape):
+    model = models.build({"name": "dwn", "num_luts": (20,), "lut_inputs": 2}, 10)
+    images = jax.random.uniform(jax.random.key(0), (4, 5, 5))
+    packed = pack(model, quick_jit(model.init)(jax.random.key(1), images), images)
+    assert quick_jit(model.apply)(packed, images).shape == (4, 10)
+    found = f"25 numbers each, found {shape[0]} of {math.prod(shape[1:])}; "
+    with pytest.raises(InputError, match=found):
+        model.apply(packed, jnp.zeros(shape))
 
 
 def test_build():

@@ -106,6 +106,7 @@ STUDENT = {
     "model.lookup_glu.train_tables": True,
     "model.lookup_glu.hidden": 128,
     "distill.solve_batches": 2,
+    "init_from": "somewhere",
 }
 
 

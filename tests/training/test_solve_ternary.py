@@ -15,7 +15,7 @@ from quweit_jax.training.setup import assemble
 from quweit_jax.training.teacher import Teacher
 from tests.compiled import quick_jit
 
-SOLVED = {"distill.solve_batches": 3, "teacher": "somewhere"}
+SOLVED = {"distill.solve_batches": 3, "teacher": "somewhere", "init_from": "somewhere"}
 KINDS = {
     "with norms": ("transformer_pp", {"linear": "ternary", "sub_norms": True}),
     "without": ("transformer_pp", {"linear": "ternary", "sub_norms": False, "kv_heads": 1}),
@@ -68,7 +68,7 @@ def distance(setup, variables, teacher) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_student_begins_nearer_to_its_teacher_than_by_rounding(config_of, kind):
+def test_a_student_begins_nearer_to_its_teacher_than_by_rounding(config_of, kind, capsys):
     setup = assemble(config_of(*KINDS[kind], SOLVED | {"distill.solve_batches": 8}))
     teacher = teacher_of(setup)
 
@@ -77,6 +77,11 @@ def test_a_student_begins_nearer_to_its_teacher_than_by_rounding(config_of, kind
 
     rounded = begin(setup.init_state().variables())
     made = setup.with_teacher(teacher).init_state(begin).variables()
+    count = len(solve_ternary.parts(teacher, setup))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"solving {count} ternary projections on 8 batches"
+    worst = float(told[-1].split()[-1].rstrip("%")) / 100
+    assert told[-1].startswith("solved in ") and 0.01 < worst < 0.5
     assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, rounded)
     before, after = (distance(setup, values, teacher) for values in (rounded, made))
     assert after < 0.7 * before and after < 0.5, (before, after)
@@ -136,3 +141,16 @@ def test_what_cannot_be_solved_is_named_before_anything_is_read(config_of, kind,
     setup = assemble(config_of(*KINDS[kind], SOLVED))
     with pytest.raises(InputError, match=named):
         setup.with_teacher(teacher_of(setup, **teacher))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"init_from": ""}, "expected init_from"),
+        ({"distill.solve_batches": 10**6}, r"expected at most [\d,]+, .* found 1,000,000"),
+    ],
+)
+def test_it_needs_a_beginning_and_no_more_text_than_there_is(config_of, changes, named):
+    setup = assemble(config_of(*KINDS["without"], SOLVED | changes))
+    with pytest.raises(InputError, match=f"solve_batches: {named}"):
+        setup.with_teacher(teacher_of(setup))
