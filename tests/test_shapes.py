@@ -216,6 +216,7 @@ CALLS = {
     "to_bytes": (ternary.to_bytes, (jnp.ones((8, 4), jnp.int8),), {}),
     "from_bytes": (ternary.from_bytes, (jnp.ones((2, 4), jnp.uint8),), {}),
     "fit_ternary": (ternary_fit.fit_ternary, (GRAM, GRAM, np.ones(4), GRAM), {}),
+    "fit_ternary_and_scale": (ternary_fit.fit_ternary_and_scale, (GRAM, GRAM), {}),
     "best_scale": (ternary_fit.best_scale, (GRAM, GRAM, GRAM), {}),
     "float_weights": (ternary_fit.float_weights, (GRAM, GRAM, 1.0), {}),
     "rms_norm": (ternary.rms_norm, (X.astype(jnp.bfloat16), jnp.ones(5)), {}),
