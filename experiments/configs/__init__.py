@@ -43,3 +43,10 @@ def published_classifier_rates(config: Config) -> None:
     config.optimizer.scores_learning_rate = 1e-2
     config.optimizer.warmup = 0  # nothing here is deep enough to need one
     config.optimizer.clip = 0.0  # nor to clip gradients
+
+
+def mnist_tau(tables: int) -> float:
+    """By what the group sums of a classifier of ten classes are divided: half the square root of
+    the tables of a class, the ratio that digits has, too.
+    """
+    return round((tables / 10) ** 0.5 / 2, 2)

@@ -6,17 +6,12 @@ TFDS's prepared `mnist`; give data_dir=FOLDER. Shortcuts: luts, lut_inputs, mapp
 lr, tau, bits, thermometer, alpha, data_dir.
 """
 
-from experiments.configs import published_classifier_rates
+from experiments.configs import mnist_tau, published_classifier_rates
 from quweit_jax.config import parse_argument
 from quweit_jax.models.registry import defaults
 from quweit_jax.training.defaults import base_config, with_shortcuts
 
 SIZES = {"500": 500, "692": 690, "2055": 2050, "4082": 4080}
-
-
-def tau_of(tables: int) -> float:
-    """Half the square root of the tables of a class, the ratio that digits has, too."""
-    return round((tables / 10) ** 0.5 / 2, 2)
 
 
 def get_config(argument: str | None = None):
@@ -32,7 +27,7 @@ def get_config(argument: str | None = None):
     # Strokes are black or white, and a pixel's comparison with a half is free in hardware: it is
     # the word's upper bit.
     config.model.thermometer_bits = 1
-    config.model.tau = tau_of(SIZES[variant])
+    config.model.tau = mnist_tau(SIZES[variant])
     # A stroke one pixel beside is the same digit: half a point of accuracy, on images never seen.
     config.data.augment.crop = "pad"
     config.data.augment.pad = 1

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from experiments.configs.dwn_mnist import tau_of
+from experiments.configs import mnist_tau
 from experiments.studies import common
 from quweit_jax.commands import cli, export_hardware
 from quweit_jax.deploy.hardware import circuit, description, folder, synthesis, tools
@@ -36,7 +36,7 @@ PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
 def config_of(args: Any, kind: str, seed: int) -> Any:
     """A run's config."""
     tables = int(kind)
-    changes = {"model.num_luts": (tables,), "model.tau": tau_of(tables), "seed": seed}
+    changes = {"model.num_luts": (tables,), "model.tau": mnist_tau(tables), "seed": seed}
     return common.run_config(args, "dwn_mnist.py:692", changes)
 
 
