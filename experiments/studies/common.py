@@ -22,7 +22,7 @@ from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.deploy.pack import packed_or_trained, stored_bytes
 from quweit_jax.errors import InputError
 from quweit_jax.reading import read_json
-from quweit_jax.training import looks, loop, metrics, rundir, state
+from quweit_jax.training import files, looks, loop, metrics, rundir, state
 
 EXPERIMENTS = Path(__file__).parents[1]
 # {kind: {seed: what `score` found}}
@@ -165,6 +165,17 @@ def known(args: argparse.Namespace) -> Results:
     found = read(args)["results"]
     each = {kind: {s: of[str(s)] for s in args.seeds if str(s) in of} for kind, of in found.items()}
     return {kind: each[kind] for kind in args.kinds if each.get(kind)}
+
+
+def note(args: argparse.Namespace, kind: str, seed: int, found: Mapping[str, Any]) -> None:
+    """Keeps in NAME.json what was found of a run; another process may have added to the file."""
+    path = args.out / f"{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.exclusive(path.parent):
+        results = read(args)["results"] if path.exists() else {}
+        results.setdefault(kind, {})[str(seed)] = found
+        versions = rundir.describe_environment()["versions"]
+        files.replace_json(path, {"results": results, "environment": versions})
 
 
 def mean_and_error(values: list[float]) -> str:

@@ -22,13 +22,14 @@ import jax
 from experiments.configs import mnist_tau
 from experiments.studies import common
 from quweit_jax.commands import cli, export_hardware
-from quweit_jax.deploy.hardware import circuit, description, folder, synthesis, tools
+from quweit_jax.deploy.hardware import folder, synthesis, tools
 from quweit_jax.deploy.pack import packed_or_trained
 from quweit_jax.errors import InputError
 from quweit_jax.training import looks, rundir
 
 # Tables whose circuits are about as large as published ones, and one below 2,000 LUT6.
 KINDS = ("360", "690", "940", "1000", "1550")
+OPTIONS = export_hardware.DEFAULTS | {"examples": 0}  # all test images among the golden vectors
 # (LUT6, accuracy) with the encoder counted, arXiv 2410.11112 on an Artix-7.
 PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
 
@@ -48,22 +49,19 @@ def as_circuit(workdir: Path) -> dict[str, Any]:
       RunError: Icarus finds an output that differs. InputError: it or Yosys is not installed.
     """
     run = rundir.open_run(workdir, step=rundir.read_config(workdir).steps)
-    setup = run.setup
-    packed = packed_or_trained(setup.model, jax.device_get(run.variables), setup.init_inputs)
-    training = export_hardware.inputs_of(setup.data.train)
-    classifier, fit = description.from_packed(setup.model, packed, training)
-    made = circuit.build(classifier, 1)
-    words, real, agreed = export_hardware.golden_words(setup, packed, classifier, 0)
-    export = folder.Export("verilog", made, fit, words, real, setup.init_inputs.shape[1:], agreed)
+    model, inputs = run.setup.model, run.setup.init_inputs
+    packed = packed_or_trained(model, jax.device_get(run.variables), inputs)
+    export = export_hardware.exported(run.setup, packed, "verilog", OPTIONS)
     folder.write(export, workdir / "verilog", overwrite=True)
     tools.check(tools.verify(workdir / "verilog", "verilog", ["iverilog"]))
+    made = export.circuit
     report = synthesis.synthesize(made)
     modules = report.modules[6]
     return {
-        **agreed,
-        "vectors": len(words),
-        "comparators": len(classifier.feature),
-        "input_bits": classifier.scaling.bits,
+        **export.about,
+        "vectors": len(export.words),
+        "comparators": len(made.classifier.feature),
+        "input_bits": made.classifier.scaling.bits,
         "latency": made.latency,
         "lut6": {name: module.luts for name, module in modules.items()},
         "flip_flops": sum(module.flip_flops for module in modules.values()),
@@ -120,35 +118,37 @@ def draw(found: common.Results, path: Path) -> None:
     figure.savefig(path)
 
 
+def check_tools() -> None:
+    """Raises InputError unless Icarus and Yosys are installed."""
+    for tool in ("iverilog", "yosys"):
+        if not tools.installed(tool):
+            raise InputError(
+                f"dwn_mnist: expected {tool}, found none; install it ({tools.PACKAGES[tool]}), or "
+                "take --table."
+            )
+
+
+def train_all(args: Any) -> None:
+    """Trains what NAME.json does not know, a run at a time, and makes circuits of it."""
+    path = args.out / f"{args.name}.json"
+    for seed in args.seeds:
+        for kind in args.kinds:
+            if path.exists() and seed in common.known(args).get(kind, {}):
+                continue
+            workdir = common.finish(config_of(args, kind, seed), args.runs / f"{kind}-{seed}")
+            made = common.score(workdir) | as_circuit(workdir)
+            common.note(args, kind, seed, made)
+            print(f"{kind} tables, seed {seed}: {json.dumps(made)}", flush=True)
+
+
 def main() -> None:
-    """Trains what is missing, a run at a time, then writes table and plot."""
+    """Trains what is missing, then writes table and plot."""
     args = common.arguments(
         __doc__, variant="", kinds=KINDS, seeds=[0, 1, 2], runs="dwn_mnist", name="dwn_mnist"
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.table:  # said before anything is trained
-        for tool in ("iverilog", "yosys"):
-            if not tools.installed(tool):
-                raise InputError(
-                    f"dwn_mnist: expected {tool}, found none; install it "
-                    f"({tools.PACKAGES[tool]}), or take --table."
-                )
-    path = args.out / f"{args.name}.json"
     if not args.table:
-        for seed in args.seeds:
-            for kind in args.kinds:
-                found = common.read(args)["results"] if path.exists() else {}
-                if str(seed) in found.get(kind, {}):
-                    continue
-                workdir = common.finish(config_of(args, kind, seed), args.runs / f"{kind}-{seed}")
-                made = common.score(workdir) | as_circuit(workdir)
-                # another process may have added to it
-                found = common.read(args)["results"] if path.exists() else {}
-                found.setdefault(kind, {})[str(seed)] = made
-                versions = rundir.describe_environment()["versions"]
-                told = {"results": found, "environment": versions}
-                path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-                print(f"{kind} tables, seed {seed}: {json.dumps(made)}", flush=True)
+        check_tools()
+        train_all(args)
     results = common.known(args)
     header = ["tables", "accuracy", "LUT6 with the encoder", "comparators", "flip-flops"]
     header.append("decisions as the packed model's")

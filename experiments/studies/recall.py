@@ -11,13 +11,12 @@ Accuracies are over all 1,000 texts of the validation split, in which a guess is
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from experiments.configs.recall import KINDS, PAIRS
 from experiments.studies import common
 from quweit_jax.commands import cli
-from quweit_jax.training import metrics, rundir
+from quweit_jax.training import metrics
 
 
 def train(args: Any, kind: str, seed: int) -> dict[str, float]:
@@ -56,16 +55,10 @@ def main() -> None:
         name="recall",
         more=[("--pairs", {"nargs": "+", "type": int, "default": list(PAIRS)})],
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}.json"
     if not args.table:
-        found = common.read(args)["results"] if path.exists() else {}
         for kind in args.kinds:
-            new = {str(seed): train(args, kind, seed) for seed in args.seeds}
-            found[kind] = found.get(kind, {}) | new
-            versions = rundir.describe_environment()["versions"]
-            told = {"results": found, "environment": versions}
-            path.write_text(json.dumps(told, indent=1) + "\n")
+            for seed in args.seeds:
+                common.note(args, kind, seed, train(args, kind, seed))
     lines = table(common.known(args), args.pairs)
     common.write_lines(args.out / f"{args.name}.md", lines)
 

@@ -17,6 +17,7 @@ from quweit_jax.errors import InputError
 if TYPE_CHECKING:
     from quweit_jax.deploy.hardware.circuit import Circuit
     from quweit_jax.deploy.hardware.description import Classifier
+    from quweit_jax.deploy.hardware.folder import Export
     from quweit_jax.training.setup import Setup
 
 _BATCH = 256
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
 def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) -> int:
     from quweit_jax.commands import export_block
-    from quweit_jax.deploy.hardware import circuit, description, folder
+    from quweit_jax.deploy.hardware import folder
     from quweit_jax.deploy.hardware.blocks.verilog import NAME as BLOCK_NAME
     from quweit_jax.models.dwn import DWN
 
@@ -145,24 +146,44 @@ def _write(args: argparse.Namespace, overrides: Mapping[str, str], out: Path) ->
         if options["synthesize"]:
             export_block.synthesize(made)
         return 0
-    classifier, fit = description.from_packed(
-        setup.model, packed, inputs_of(setup.data.train), options["input_bits"]
-    )
-    made = circuit.build(classifier, options["pipeline"] if args.to == "verilog" else 0)
-    words, real, agreed = golden_words(setup, packed, classifier, options["examples"])
-    shape, about = opened.init_inputs.shape[1:], {**about, **agreed}
-    export = folder.Export(args.to, made, fit, words, real, shape, about, options["word"])
+    export = exported(setup, packed, args.to, options, about)
     names = folder.write(export, out, overwrite=args.overwrite)
     print(f"wrote {out}: {', '.join(names)}")
-    print("\n".join(_lines(made, fit, agreed)))
+    print("\n".join(_lines(export)))
     if options["verify"]:
         _verify(out, args.to, folder.NAME)
     if options["synthesize"]:
-        _synthesize(made)
+        _synthesize(export.circuit)
     return 0
 
 
-def inputs_of(examples: Any) -> np.ndarray:
+def exported(
+    setup: Setup,
+    packed: dict[str, Any],
+    kind: str,
+    options: Mapping[str, Any] = DEFAULTS,
+    about: Mapping[str, Any] | None = None,
+) -> Export:
+    """A packed classifier of tables as it is to be written, with golden vectors.
+
+    Args:
+      kind: 'verilog' or 'c'. options: as DEFAULTS. about: further facts for input_scaling.json,
+        to which 'validation_examples' and 'validation_agree' are added: on how many of them it
+        decides as the packed model.
+    """
+    from quweit_jax.deploy.hardware import circuit, description, folder
+
+    classifier, fit = description.from_packed(
+        setup.model, packed, _inputs(setup.data.train), options["input_bits"]
+    )
+    made = circuit.build(classifier, options["pipeline"] if kind == "verilog" else 0)
+    words, real, agreed = _golden(setup, packed, classifier, options["examples"])
+    shape = setup.init_inputs.shape[1:]
+    about = {**(about or {}), **agreed}
+    return folder.Export(kind, made, fit, words, real, shape, about, options["word"])
+
+
+def _inputs(examples: Any) -> np.ndarray:
     """The inputs of a whole split as they are evaluated, (N, ...) float32."""
     from quweit_jax.data.pipeline import eval_batches
 
@@ -170,7 +191,7 @@ def inputs_of(examples: Any) -> np.ndarray:
     return np.concatenate([batch["inputs"][batch["weights"] > 0] for batch in batches])
 
 
-def golden_words(
+def _golden(
     setup: Setup, packed: dict[str, Any], classifier: Classifier, count: int
 ) -> tuple[np.ndarray, int, dict[str, int]]:
     """Golden words, how many of them are of real examples, and on how many of all validation
@@ -180,7 +201,7 @@ def golden_words(
 
     from quweit_jax.deploy.hardware import description, vectors
 
-    model, inputs = setup.model, inputs_of(setup.data.validation)
+    model, inputs = setup.model, _inputs(setup.data.validation)
     words = classifier.scaling.words(inputs.reshape(len(inputs), -1))
     found = description.evaluate(classifier, words)
     apply = jax.jit(model.apply)
@@ -200,7 +221,8 @@ def _about(opened: Opened) -> dict[str, Any]:
     return about | {"versions": rundir.describe_environment()["versions"]}
 
 
-def _lines(made: Circuit, fit: Any, agreed: Mapping[str, int]) -> Sequence[str]:
+def _lines(export: Export) -> Sequence[str]:
+    made, fit, agreed = export.circuit, export.fit, export.about
     c = made.classifier
     latency = f"; latency {made.latency} clock edges, of {len(made.stages)} stages"
     kept = "no comparator changes" if fit.exact else f"{fit.changed} decisions change"
