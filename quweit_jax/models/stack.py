@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -117,18 +118,21 @@ def is_scanned(model: nn.Module) -> bool:
 
 def unscanned(model: nn.Module) -> nn.Module:
     """The same model with a module a block."""
-    if not is_scanned(model):
-        return model
-    return model.clone(config=dataclasses.replace(model.config, scan_layers=False))  # type: ignore[attr-defined]
+    return _without(model, "scan_layers")
 
 
 def watchable(model: nn.Module) -> nn.Module:
     """The same model with a module a block, none computed again in a backward pass: what its layers
     read can be taken out while it is traced.
     """
-    if not getattr(getattr(model, "config", None), "remat", False):
-        return unscanned(model)
-    return unscanned(model.clone(config=dataclasses.replace(model.config, remat=False)))  # type: ignore[attr-defined]
+    return _without(model, "scan_layers", "remat")
+
+
+def _without(model: nn.Module, *options: str) -> nn.Module:
+    """The same model with options of `Depth` off, those that it has."""
+    config: Any = getattr(model, "config", None)
+    off = {option: False for option in options if getattr(config, option, False)}
+    return model.clone(config=dataclasses.replace(config, **off)) if off else model
 
 
 def unstacked(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:

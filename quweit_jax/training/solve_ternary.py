@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -191,27 +192,40 @@ def solved(
     theirs: dict[_Path, Any] = flatten_dict(dict(teacher.variables["params"]))
     for block in dict.fromkeys(part.path[0] for part in found):
         mine = [part for part in found if part.path[0] == block]
+        # compiled once a block, which takes longer than products that a group has no use for
         products = jax.jit(functools.partial(_products, setup.model, teacher.model, mine))
-        for group in dict.fromkeys(part.group for part in mine):
+        for _, group in itertools.groupby(mine, lambda part: part.group):
             now = {**variables, "params": unflatten_dict(params)}
             sums = _mean(jax.device_get(products(now, teacher.variables, x)) for x in batches)
-            for part in (part for part in mine if part.group == group):
-                gram, cross, square, whole = sums[part.path]
-                norm, size = (*part.path[:-1], "sub_norm", "scale"), float(np.sqrt(square))
-                if part.path[-1] in _LAST and norm in params and norm not in theirs and size:
-                    # rounding to int8 takes the scale of a token as it is
-                    params[norm] = np.full_like(params[norm], size)
-                    gram, cross = gram * size**2, cross * size
-                weights, near, scale = ternary_fit.fit_ternary_and_scale(gram, cross)
-                kernel = ternary_fit.float_weights(weights, near, scale)
-                params[(*part.path, "kernel")] = kernel
-                missed.append(_missed(gram, cross, float(whole), scale * weights))
+            missed += [_solve(part, params, theirs, *sums[part.path]) for part in group]
     print(
         f"solved in {time.monotonic() - begun:.0f} s; squared errors of the answers: "
         f"{min(missed):.1%} to {max(missed):.1%}",
         flush=True,
     )
     return {**variables, "params": unflatten_dict(params)}
+
+
+def _solve(
+    part: Part,
+    params: dict[_Path, Any],
+    theirs: Mapping[_Path, Any],
+    gram: np.ndarray,
+    cross: np.ndarray,
+    read: np.ndarray,
+    wanted: np.ndarray,
+) -> float:
+    """Puts a projection into `params`, and the scale of a new norm before it; returns the squared
+    error of its answers in those of what was wanted. The last four: what `_products` gives.
+    """
+    norm, size = (*part.path[:-1], "sub_norm", "scale"), float(np.sqrt(read))
+    if part.path[-1] in _LAST and norm in params and norm not in theirs and size:
+        # rounding to int8 takes the scale of a token as it is
+        params[norm] = np.full_like(params[norm], size)
+        gram, cross = gram * size**2, cross * size
+    weights, near, scale = ternary_fit.fit_ternary_and_scale(gram, cross)
+    params[(*part.path, "kernel")] = ternary_fit.float_weights(weights, near, scale)
+    return _missed(gram, cross, float(wanted), scale * weights)
 
 
 def _missed(gram: np.ndarray, cross: np.ndarray, whole: float, kernel: np.ndarray) -> float:
