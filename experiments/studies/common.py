@@ -102,6 +102,7 @@ def finish(config: Config, workdir: Path) -> Path:
         "initial": train.initial(config.init_from, workdir),
         "teacher": train.teacher(config.teacher),
     }
+    cli.keep_memory()
     if not loop.fit(config, workdir, **sources).complete:
         raise SystemExit("stopped; the same command goes on")
     return workdir

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import logging as standard_logging
@@ -20,6 +21,8 @@ from quweit_jax.config import Config, load_file, set_value
 from quweit_jax.errors import EXTRAS, InputError, RunError, missing
 from quweit_jax.reading import shown, why, without_surrogates
 
+# of glibc's mallopt
+_MALLOC_TRIM_THRESHOLD, _MALLOC_TOP_PAD, _MALLOC_MMAP_MAX = -1, -2, -4
 INTERRUPTED = 128 + signal.SIGINT  # the status of what Ctrl-C ended before it was done
 
 
@@ -94,6 +97,25 @@ def keep_compiled() -> None:
         return
     if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that it frees, and take it again, for as long as it lives.
+
+    A training step on a CPU frees and takes buffers of many megabytes. By default glibc gives each
+    back to the system, which then hands out pages anew, one fault after the other: a fifth of a
+    small GPT's step, half of one of a classifier that learns its wiring
+    (`benchmarks/kept_memory.py`). Other C libraries are left as they are, and so is glibc where an
+    environment variable (MALLOC_..., GLIBC_TUNABLES) says how it should allocate.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    if platform.libc_ver()[0] != "glibc":
+        return
+    set_option = ctypes.CDLL(None).mallopt
+    set_option(_MALLOC_MMAP_MAX, 0)  # no buffer has a mapping of its own, whatever its size
+    set_option(_MALLOC_TRIM_THRESHOLD, -1)  # nothing is given back
+    set_option(_MALLOC_TOP_PAD, 64 << 20)  # what is taken is taken in pieces of at least that many
 
 
 def _processor() -> str:

@@ -84,6 +84,7 @@ def _train(
             copy.push()
         hosts.wait_for_all("quweit_jax: taken to the store")
 
+    cli.keep_memory()
     result = loop.fit(
         config,
         workdir,
