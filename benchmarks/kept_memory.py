@@ -33,7 +33,11 @@ STEPS = 25
 CASES = {
     "GPT with dense MLPs": ("gpt_char.py:quick,mlp=dense", (12, 64), 96),
     "GPT with LookupGLU": ("gpt_char.py:quick,mlp=lookup_glu", (12, 64), 96),
-    "classifier, 1,000 tables, learned wiring": ("dwn_mnist.py:692,luts=1000", (100, 28, 28, 1), 10),
+    "classifier, 1,000 tables, learned wiring": (
+        "dwn_mnist.py:692,luts=1000",
+        (100, 28, 28, 1),
+        10,
+    ),
 }
 
 
@@ -95,7 +99,7 @@ def main() -> None:
         child(args.case, bool(args.keep))
         return
     lines = [
-        f"CPU time of a training step, medians of {STEPS} steps, then of {args.rounds} processes each",
+        f"CPU time of a training step, medians of {STEPS} steps, then of {args.rounds} processes",
         timing.machine(),
         f"on {len(os.sched_getaffinity(0))} core(s) of a machine that may be busy",
     ]
@@ -106,8 +110,9 @@ def main() -> None:
         ]
         ratio = statistics.median(both[0][0] / both[1][0] for both in rounds)
         lines.append(
-            f"{name}: {1e3 * times[0]:.1f} ms as glibc does by default, {1e3 * times[1]:.1f} ms with "
-            f"memory kept, {ratio:.2f} times faster; {pages[0]:,.0f} and {pages[1]:,.0f} pages a step"
+            f"{name}: {1e3 * times[0]:.1f} ms as glibc does by default, {1e3 * times[1]:.1f} ms "
+            f"with memory kept, {ratio:.2f} times faster; {pages[0]:,.0f} and {pages[1]:,.0f} "
+            "pages a step"
         )
         print(lines[-1], flush=True)
     timing.write(args.out, lines)

@@ -7,6 +7,8 @@ import gzip
 import importlib.util
 import json
 import os
+import platform
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -176,6 +178,38 @@ def test_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     cli.keep_compiled()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ, "nowhere to keep them is no error"
+
+
+_PAGES = """
+import resource
+import numpy as np
+from quweit_jax.commands import cli
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.ones(2**18)  # 2 MB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+cli.keep_memory()
+pages()
+print(pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_kept_unless_the_user_says_how_to_allocate():
+    own = ("MALLOC_", "GLIBC_")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+
+    def pages(**more: str) -> int:
+        """Those that the system hands out while buffers of 10,000 pages in all come and go."""
+        command = [sys.executable, "-c", _PAGES]
+        run = subprocess.run(command, env=plain | more, check=True, capture_output=True, text=True)
+        return int(run.stdout)
+
+    assert pages() < 100
+    assert pages(MALLOC_MMAP_THRESHOLD_="65536") > 9000, "glibc was told to give each back"
 
 
 def test_a_tracker_that_is_not_there_is_told_before_anything_is_written(tiny_config, tmp_path):
