@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-from experiments.studies import blocks, compare_lm, convert, dwn_mnist, recall, weightless_vs_dense
+from experiments.studies import (
+    blocks,
+    compare_lm,
+    convert,
+    dwn_ablation,
+    dwn_mnist,
+    recall,
+    weightless_vs_dense,
+)
 from quweit_jax.commands import train
 from quweit_jax.deploy.hardware import tools
 from quweit_jax.errors import InputError
@@ -315,3 +323,23 @@ def test_token_mixers_recall_more_and_more_pairs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(recall.common, "finish", lambda *_: pytest.fail("trained"))
     recall.main()
     assert (tmp_path / "out" / "tiny.md").read_text() == table and table in capsys.readouterr().out
+
+
+def test_gradients_and_wirings_are_compared(monkeypatch, tmp_path, capsys):
+    argv = ["study", "--kinds", "fd", "efd_learned", "--steps=2", "--name=tiny"]
+    argv += [f"--out={tmp_path / 'out'}", f"--runs={tmp_path / 'runs'}"]
+    config = {"data.source": "digits", "data.augment.crop": "none", "data.augment.flip": False}
+    config |= {"eval_every": 2, "checkpoint_every": 2, "mesh.data": 1, "model.num_luts": (40, 20)}
+    argv += [f"--config.{name}={value}" for name, value in config.items()]
+    monkeypatch.setattr(sys, "argv", argv)
+    dwn_ablation.main()
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())["results"]
+    assert list(found) == ["fd", "efd_learned"] and found["fd"] != found["efd_learned"]
+    model = json.loads((tmp_path / "runs" / "fd-0" / "config.json").read_text())["model"]
+    assert (model["mapping"], model["beta"], model["num_luts"]) == ("random", 0.0, [40, 20])
+    table = (tmp_path / "out" / "tiny.md").read_text()
+    assert "| 57.42% |" in table and len(table.splitlines()) == 4
+    monkeypatch.setattr(sys, "argv", [*argv, "--table"])
+    monkeypatch.setattr(dwn_ablation.common, "finish", lambda *_: pytest.fail("trained"))
+    dwn_ablation.main()
+    assert (tmp_path / "out" / "tiny.md").read_text() == table
