@@ -275,19 +275,24 @@ def test_circuits_need_their_tools_before_anything_is_trained(tool, monkeypatch,
 )
 def test_classifiers_become_circuits_that_are_counted(monkeypatch, tmp_path, capsys):
     config = {"data.source": "digits", "eval_every": 2, "checkpoint_every": 2, "mesh.data": 1}
-    argv = ["study", "--kinds", "360", "--steps=2", "--name=tiny", f"--out={tmp_path / 'out'}"]
-    argv += [f"--runs={tmp_path / 'runs'}"]
+    argv = ["study", "--kinds", "360", "360-plain", "--steps=2", "--name=tiny"]
+    argv += [f"--out={tmp_path / 'out'}", f"--runs={tmp_path / 'runs'}"]
     argv += [f"--config.{name}={value}" for name, value in config.items()]
-    for seed in ("0", "1"):
-        monkeypatch.setattr(sys, "argv", [*argv, "--seeds", seed])
+    for kind, seed in (("360", "0"), ("360", "1"), ("360-plain", "0")):
+        monkeypatch.setattr(sys, "argv", [*argv, "--kinds", kind, "--seeds", seed])
         dwn_mnist.main()
+    rates = [
+        json.loads((tmp_path / "runs" / name / "config.json").read_text())["optimizer"]
+        for name in ("360-0", "360-plain-0")
+    ]
+    assert [(of["tables_learning_rate"], of["ema"]) for of in rates] == [(0.02, 0.999), (0.01, 0.0)]
     found = json.loads((tmp_path / "out" / "tiny.json").read_text())["results"]["360"]
     assert list(found) == ["0", "1"]
     for made in found.values():
         assert made["validation_agree"] == made["validation_examples"] < made["vectors"]
         assert made["lut6"]["tables"] <= 360 and made["lut6"]["encoder"] <= made["comparators"]
         assert made["accuracy"] == made["accuracy_deployed"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "0", "1"])
+    monkeypatch.setattr(sys, "argv", [*argv, "--table"])
     monkeypatch.setattr(dwn_mnist.common, "finish", lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
     dwn_mnist.main()

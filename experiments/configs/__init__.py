@@ -36,11 +36,13 @@ def published_budget(config: Config, size: str) -> None:
     config.optimizer.beta2 = 0.95  # usual for language models of these sizes
 
 
-def published_classifier_rates(config: Config) -> None:
-    """Sets how plain weightless classifiers (DWN, arXiv 2410.11112) are trained."""
-    config.optimizer.learning_rate = 1e-2  # one rate for all, as the published classifiers have it
-    config.optimizer.tables_learning_rate = 1e-2
-    config.optimizer.scores_learning_rate = 1e-2
+def published_classifier_rates(config: Config, rate: float = 1e-2) -> None:
+    """Sets how plain weightless classifiers (DWN, arXiv 2410.11112) are trained. rate: of tables,
+    scores and all else, as the published classifiers have one for all.
+    """
+    config.optimizer.learning_rate = rate
+    config.optimizer.tables_learning_rate = rate
+    config.optimizer.scores_learning_rate = rate
     config.optimizer.warmup = 0  # nothing here is deep enough to need one
     config.optimizer.clip = 0.0  # nor to clip gradients
 

@@ -1,12 +1,13 @@
 """Weightless classifiers of MNIST as circuits: accuracy against size, the encoder counted, beside
 published ones (experiments/configs/dwn_mnist.py).
 
-    python -m experiments.studies.dwn_mnist --data_dir=FOLDER [--kinds 360 690 ...] [--seeds 0 1 2]
-    [--table]
+    python -m experiments.studies.dwn_mnist --data_dir=FOLDER [--kinds 360 690-plain ...]
+    [--seeds 0 1 2] [--table]
 
-A kind is a number of tables. Runs go into RUNS/TABLES-SEED; what NAME.json knows is not repeated,
-and interrupted ones go on. Each becomes a circuit (RUNS/TABLES-SEED/verilog), which Icarus checks
-on all 10,000 test images and Yosys counts: both have to be installed.
+A kind is a number of tables, trained as the config says or ('-plain') at the published rate and
+without the average. Runs go into RUNS/KIND-SEED; what NAME.json knows is not repeated, and
+interrupted ones go on. Each becomes a circuit (RUNS/KIND-SEED/verilog), which Icarus checks on all
+10,000 test images and Yosys counts: both have to be installed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from quweit_jax.errors import InputError
 from quweit_jax.training import looks, rundir
 
 # Tables whose circuits are about as large as published ones, and one below 2,000 LUT6.
-KINDS = ("360", "690", "940", "1000", "1550")
+SIZES = (360, 690, 940, 1000, 1060, 1550)
+KINDS = [f"{tables}{how}" for tables in SIZES for how in ("-plain", "")]
+_RATES = ("learning_rate", "tables_learning_rate", "scores_learning_rate")
+_PLAIN = {f"optimizer.{rate}": 1e-2 for rate in _RATES} | {"optimizer.ema": 0.0}
 OPTIONS = export_hardware.DEFAULTS | {"examples": 0}  # all test images among the golden vectors
 # (LUT6, accuracy) with the encoder counted, arXiv 2410.11112 on an Artix-7.
 PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
@@ -36,8 +40,9 @@ PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
 
 def config_of(args: Any, kind: str, seed: int) -> Any:
     """A run's config."""
-    tables = int(kind)
-    changes = {"model.num_luts": (tables,), "model.tau": mnist_tau(tables), "seed": seed}
+    tables, _, plain = kind.partition("-")
+    changes = {"model.num_luts": (int(tables),), "model.tau": mnist_tau(int(tables))}
+    changes |= {"seed": seed, **(_PLAIN if plain else {})}
     return common.run_config(args, "dwn_mnist.py:692", changes)
 
 
@@ -83,7 +88,8 @@ def row(kind: str, seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     accuracies = [found["accuracy_deployed"] for found in seeds]
     agree = sum(found["validation_agree"] for found in seeds)
     return [
-        f"{int(kind):,}",
+        f"{int(kind.partition('-')[0]):,}",
+        "published" if kind.endswith("plain") else "twice that, averaged",
         common.shares(accuracies, 2),
         each([total(found) for found in seeds]),
         each([found["comparators"] for found in seeds]),
@@ -98,18 +104,23 @@ def draw(found: common.Results, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
-    color, other = looks.style("dwn", 0)["color"], looks.style("none", 0)["color"]
-    means = []
-    for seeds in found.values():
-        sizes = [total(of) for of in seeds.values()]
-        shares = [100 * of["accuracy_deployed"] for of in seeds.values()]
-        axes.plot(sizes, shares, "o", color=color, alpha=0.35, markersize=5)
-        means.append((statistics.mean(sizes), statistics.mean(shares)))
-    axes.plot(*zip(*means), "D-", color=color, markersize=7, label="here, by Yosys; seeds pale")
+    series = {"-plain": "published rate", "": "twice that, averaged"}
+    for place, (ending, how) in enumerate(series.items()):
+        kinds = [kind for kind in found if kind.partition("-")[0] + ending == kind]
+        style = {"color": looks.style("dwn", place)["color"]}
+        means = []
+        for seeds in (found[kind].values() for kind in kinds):
+            sizes = [total(of) for of in seeds]
+            shares = [100 * of["accuracy_deployed"] for of in seeds]
+            axes.plot(sizes, shares, "o", alpha=0.35, markersize=5, **style)
+            means.append((statistics.mean(sizes), statistics.mean(shares)))
+        if means:
+            label = f"here, {how}, by Yosys; seeds pale"
+            axes.plot(*zip(*sorted(means)), "D-", markersize=7, label=label, **style)
     sizes, shares = zip(*PUBLISHED)
     published = [100 * share for share in shares]
     label = "DWN as published (arXiv 2410.11112), Artix-7"
-    axes.plot(sizes, published, "s--", color=other, label=label)
+    axes.plot(sizes, published, "s--", color=looks.style("none", 0)["color"], label=label)
     axes.set_xlabel("LUT6, the encoder among them")
     axes.set_ylabel("accuracy on 10,000 test images, %")
     axes.grid(alpha=0.3)
@@ -138,7 +149,7 @@ def train_all(args: Any) -> None:
             workdir = common.finish(config_of(args, kind, seed), args.runs / f"{kind}-{seed}")
             made = common.score(workdir) | as_circuit(workdir)
             common.note(args, kind, seed, made)
-            print(f"{kind} tables, seed {seed}: {json.dumps(made)}", flush=True)
+            print(f"{kind}, seed {seed}: {json.dumps(made)}", flush=True)
 
 
 def main() -> None:
@@ -150,7 +161,7 @@ def main() -> None:
         check_tools()
         train_all(args)
     results = common.known(args)
-    header = ["tables", "accuracy", "LUT6 with the encoder", "comparators", "flip-flops"]
+    header = ["tables", "rate", "accuracy", "LUT6 with the encoder", "comparators", "flip-flops"]
     header.append("decisions as the packed model's")
     rows = [row(kind, list(seeds.values())) for kind, seeds in results.items()]
     common.write_lines(args.out / f"{args.name}.md", common.markdown(header, rows))
