@@ -30,9 +30,9 @@ def get_config(argument: str | None = None):
     config.model.candidates = 32
     config.model.thermometer_bits = 3  # of each of 3,072 colors
     config.model.tau = round((SIZES[variant][-1] / 10) ** 0.5 / 2, 2)  # as digits and MNIST have it
-    config.steps = 10_000  # 20 passes over 50,000 images
+    config.steps = 6_000  # 12 passes over 50,000 images
     config.batch_size = 100
-    config.eval_every = 2000
-    config.checkpoint_every = 2000
+    config.eval_every = 1200
+    config.checkpoint_every = 1200
     published_classifier_rates(config)
     return with_shortcuts(config, shortcuts)
