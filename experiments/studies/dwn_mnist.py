@@ -104,10 +104,10 @@ def draw(found: common.Results, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
-    series = {"-plain": "published rate", "": "twice that, averaged"}
-    for place, (ending, how) in enumerate(series.items()):
+    series = {"-plain": ("published rate", "white"), "": ("twice that, averaged", None)}
+    style: dict[str, Any] = {"color": looks.style("dwn", 0)["color"]}
+    for ending, (how, face) in series.items():
         kinds = [kind for kind in found if kind.partition("-")[0] + ending == kind]
-        style = {"color": looks.style("dwn", place)["color"]}
         means = []
         for seeds in (found[kind].values() for kind in kinds):
             sizes = [total(of) for of in seeds]
@@ -116,7 +116,9 @@ def draw(found: common.Results, path: Path) -> None:
             means.append((statistics.mean(sizes), statistics.mean(shares)))
         if means:
             label = f"here, {how}, by Yosys; seeds pale"
-            axes.plot(*zip(*sorted(means)), "D-", markersize=7, label=label, **style)
+            axes.plot(
+                *zip(*sorted(means)), "D-", markersize=7, label=label, markerfacecolor=face, **style
+            )
     sizes, shares = zip(*PUBLISHED)
     published = [100 * share for share in shares]
     label = "DWN as published (arXiv 2410.11112), Artix-7"
