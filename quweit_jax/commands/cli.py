@@ -103,19 +103,23 @@ def keep_memory() -> None:
     """Lets this process keep the memory that it frees, and take it again, for as long as it lives.
 
     A training step on a CPU frees and takes buffers of many megabytes. By default glibc gives each
-    back to the system, which then hands out pages anew, one fault after the other: a fifth of a
-    small GPT's step, half of one of a classifier that learns its wiring
-    (`benchmarks/kept_memory.py`). Other C libraries are left as they are, and so is glibc where an
-    environment variable (MALLOC_..., GLIBC_TUNABLES) says how it should allocate.
+    back to the system, which then hands out pages anew, one fault after the other: a quarter to a
+    third of the CPU time of a small model's step (`benchmarks/kept_memory.py`). Other C libraries
+    are left as they are, and so is glibc where an environment variable (MALLOC_...,
+    GLIBC_TUNABLES) says how it should allocate.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    if platform.libc_ver()[0] != "glibc":
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if _has_glibc() else None
+    if set_option is None:
         return
-    set_option = ctypes.CDLL(None).mallopt
     set_option(_MALLOC_MMAP_MAX, 0)  # no buffer has a mapping of its own, whatever its size
     set_option(_MALLOC_TRIM_THRESHOLD, -1)  # nothing is given back
     set_option(_MALLOC_TOP_PAD, 64 << 20)  # what is taken is taken in pieces of at least that many
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def _processor() -> str:
