@@ -18,8 +18,8 @@ from typing import Any
 from experiments.studies import common
 from quweit_jax.commands import cli
 
-_RANDOM = {"model.mapping": "random"}
-_FINITE = {"model.alpha": 0.5, "model.beta": 0.0}
+_RANDOM: dict[str, object] = {"model.mapping": "random"}
+_FINITE: dict[str, object] = {"model.alpha": 0.5, "model.beta": 0.0}
 # what the table calls a kind, its changes to the config, the published accuracy
 KINDS: dict[str, tuple[str, dict[str, object], str]] = {
     "fd": ("finite differences, wiring at random", _RANDOM | _FINITE, "48.37%"),
