@@ -5,11 +5,15 @@ paths.
 import io
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from quweit_jax.commands import evaluate, generate, train
 from quweit_jax.config import flat, load_file
 from quweit_jax.errors import InputError
+from quweit_jax.training.optimizers import OptimizerConfig, make_optimizer
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -133,12 +137,28 @@ def test_prompts_that_cannot_be_are_named(trained, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "name", ["dwn_digits.py:default", "dwn_mnist.py:692", "dwn_cifar.py:small"]
+)
+def test_a_rate_given_to_a_classifier_is_that_of_its_tables(name):
+    """They have nothing but tables and scores, so that any other rate would change nothing."""
+    config = load_file(f"{REPOSITORY / 'experiments/configs' / name},lr=0.5,steps=1").optimizer
+    optimizer = make_optimizer(OptimizerConfig(**config.to_dict()), 1)
+    params = {"luts_0": {"tables": jnp.zeros((2, 4)), "scores": jnp.zeros((3, 4))}}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    for leaf in jax.tree.leaves(updates):
+        np.testing.assert_allclose(leaf, -0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
     "spec",
     [
         "gpt_char.py:quick",
         "gpt_char.py:nanogpt_cpu,mlp=none",
         "gpt_char.py:nanogpt,mlp=weightless",
         "dwn_digits.py",
+        "dwn_cifar.py:8000",
+        "dwn_mnist.py:2055,luts=1060",
     ],
 )
 def test_every_config_is_complete(spec):

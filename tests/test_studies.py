@@ -285,7 +285,7 @@ def test_classifiers_become_circuits_that_are_counted(monkeypatch, tmp_path, cap
         json.loads((tmp_path / "runs" / name / "config.json").read_text())["optimizer"]
         for name in ("360-0", "360-plain-0")
     ]
-    assert [(of["tables_learning_rate"], of["ema"]) for of in rates] == [(0.02, 0.999), (0.01, 0.0)]
+    assert [(of["learning_rate"], of["ema"]) for of in rates] == [(0.02, 0.999), (0.01, 0.0)]
     found = json.loads((tmp_path / "out" / "tiny.json").read_text())["results"]["360"]
     assert list(found) == ["0", "1"]
     for made in found.values():

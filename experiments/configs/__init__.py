@@ -37,12 +37,12 @@ def published_budget(config: Config, size: str) -> None:
 
 
 def published_classifier_rates(config: Config, rate: float = 1e-2) -> None:
-    """Sets how plain weightless classifiers (DWN, arXiv 2410.11112) are trained. rate: of tables,
-    scores and all else, as the published classifiers have one for all.
+    """Sets how plain weightless classifiers (DWN, arXiv 2410.11112) are trained. rate: of tables
+    and scores, which are all that they have, as published.
     """
     config.optimizer.learning_rate = rate
-    config.optimizer.tables_learning_rate = rate
-    config.optimizer.scores_learning_rate = rate
+    config.optimizer.tables_learning_rate = None  # that one
+    config.optimizer.scores_learning_rate = None
     config.optimizer.warmup = 0  # nothing here is deep enough to need one
     config.optimizer.clip = 0.0  # nor to clip gradients
 

@@ -31,8 +31,7 @@ from quweit_jax.training import looks, rundir
 # Tables whose circuits are about as large as published ones, and one below 2,000 LUT6.
 SIZES = (360, 690, 940, 1000, 1060, 1550)
 KINDS = [f"{tables}{how}" for tables in SIZES for how in ("-plain", "")]
-_RATES = ("learning_rate", "tables_learning_rate", "scores_learning_rate")
-_PLAIN = {f"optimizer.{rate}": 1e-2 for rate in _RATES} | {"optimizer.ema": 0.0}
+_PLAIN = {"optimizer.learning_rate": 1e-2, "optimizer.ema": 0.0}
 OPTIONS = export_hardware.DEFAULTS | {"examples": 0}  # all test images among the golden vectors
 # (LUT6, accuracy) with the encoder counted, arXiv 2410.11112 on an Artix-7.
 PUBLISHED = ((845, 0.9298), (1597, 0.9677), (2246, 0.9770), (3464, 0.9776))
