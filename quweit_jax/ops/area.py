@@ -1,8 +1,8 @@
 """How many look-up tables of an FPGA a classifier made of tables takes: the rules by which circuits
 are drawn and their costs counted.
 
-A physical table has K inputs and one output. A count of bits is a tree of counters, each turning 3
-to 6 bits of one weight into a number of 2 or 3 bits, then one addition of two numbers.
+A physical table has K inputs and one output. A count of bits is a tree of counters, then one
+addition of two numbers (`ops.counters`).
 
 Dimensions: K inputs of a physical table, n inputs of a logical one.
 """
@@ -13,22 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from quweit_jax.errors import InputError
-
-LUT_INPUTS = 6  # K: of the tables of most FPGAs
-MAX_COUNTED = 6  # bits of one weight that a counter takes
-
-
-@dataclasses.dataclass(frozen=True)
-class Counter:
-    """A counter in a tree: `size` bits of weight 2**column, found first in that column."""
-
-    column: int
-    size: int
-
-    @property
-    def outputs(self) -> int:
-        """Bits of the number it gives, each a physical table."""
-        return self.size.bit_length()
+from quweit_jax.ops.counters import LUT_INPUTS, adder_luts, count_width, counted, counter_levels
 
 
 def table_luts(inputs: int, lut_inputs: int = LUT_INPUTS) -> int:
@@ -58,55 +43,11 @@ def larger_chunks(bits: int, lut_inputs: int = LUT_INPUTS) -> list[int]:
     return _chunks(bits, lut_inputs // 2, (lut_inputs - 1) // 2)
 
 
-def adder_chunks(columns: int) -> list[int]:
-    """Columns of two bits that are added at a time, lowest first."""
-    return _chunks(columns, 2, 2)
-
-
-def adder_luts(columns: Sequence[int], width: int) -> int:
-    """Physical tables that add columns of at most two bits to a number of `width` bits."""
-    start = next((i for i, size in enumerate(columns) if size > 1), width)
-    count = 0
-    for size in adder_chunks(width - start):
-        filled = start < len(columns)  # else the carry alone comes out
-        start += size
-        count += filled * (size + (start < width))
-    return count
-
-
 def _chunks(total: int, first: int, later: int) -> list[int]:
     sizes = [min(total, first)]
     while sum(sizes) < total:
         sizes.append(min(total - sum(sizes), later))
     return sizes
-
-
-def counters(columns: Sequence[int]) -> list[Counter]:
-    """The counters of one level of a tree over columns of so many bits; [] when no column has more
-    than two.
-
-    Counters of six bits save most, so smaller ones wait until no column has six.
-    """
-    largest = max(columns, default=0)
-    found = []
-    for column, size in enumerate(columns):
-        if largest >= MAX_COUNTED:
-            found += [Counter(column, MAX_COUNTED)] * (size // MAX_COUNTED)
-        elif size > 2:
-            found.append(Counter(column, 3 if size == 4 else size))
-    return found
-
-
-def counted(columns: Sequence[int], level: Sequence[Counter]) -> list[int]:
-    """The columns behind a level of counters."""
-    left = [*columns, 0, 0]
-    for counter in level:
-        left[counter.column] -= counter.size
-        for place in range(counter.outputs):
-            left[counter.column + place] += 1
-    while left and not left[-1]:
-        left.pop()
-    return left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +90,8 @@ def classifier_area(
     for tables, inputs in layers:
         made.end("tables", tables * table_luts(inputs), tables)
     columns = [layers[-1][0] // classes]
-    width = max(1, columns[0].bit_length())
-    while level := counters(columns):
+    width = count_width(columns)
+    for level in counter_levels(columns):
         columns = counted(columns, level)
         made.end("reduction", classes * sum(c.outputs for c in level), classes * sum(columns))
     if max(columns, default=0) > 1:

@@ -8,6 +8,7 @@ every way from the inputs to the outputs has as many.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from quweit_jax.deploy.hardware.description import Classifier
 from quweit_jax.deploy.hardware.network import FALSE, TRUE, Network
 from quweit_jax.errors import InputError
-from quweit_jax.ops import area
+from quweit_jax.ops import area, counters
 
 MODULES = ("encoder", "tables", "reduction")
 
@@ -91,6 +92,10 @@ def lookups(classifier: Classifier) -> tuple[Network, list[int]]:
 
 def _padded(bits: Sequence[int], width: int) -> list[int]:
     return [*bits, *[FALSE] * (width - len(bits))]
+
+
+def _sizes(columns: Sequence[Sequence[int]]) -> list[int]:
+    return [len(column) for column in columns]
 
 
 def _address(inputs: int) -> list[np.ndarray]:
@@ -186,13 +191,13 @@ class _Builder:
                 columns += [[] for _ in range(place + 1 - len(columns))]
                 columns[place] += [TRUE] * (int(c.offset[k]) >> place & 1)
             classes.append(columns)
-        level = 0
-        while any(area.counters([len(column) for column in columns]) for columns in classes):
-            classes = [self.counted(columns) for columns in classes]
-            classes = self._end_columns(classes, f"counters {level}")
-            level += 1
+        trees = [counters.counter_levels(_sizes(columns)) for columns in classes]
+        widths = [counters.count_width(_sizes(columns)) for columns in classes]
+        for number, levels in enumerate(itertools.zip_longest(*trees, fillvalue=())):
+            classes = [self.counted(*pair) for pair in zip(classes, levels)]
+            classes = self._end_columns(classes, f"counters {number}")
         if any(len(column) > 1 for columns in classes for column in columns):
-            sums = [self.added(columns) for columns in classes]
+            sums = [self.added(*pair) for pair in zip(classes, widths)]
             return self.end_groups(sums, "addition")
         return [[column[0] if column else FALSE for column in columns] for columns in classes]
 
@@ -201,16 +206,26 @@ class _Builder:
         ended = iter(self.end_groups(flat, stage))
         return [[next(ended) for _ in columns] for columns in classes]
 
-    def counted(self, columns: list[list[int]]) -> list[list[int]]:
+    def counted(
+        self, columns: list[list[int]], level: Sequence[counters.Counter]
+    ) -> list[list[int]]:
         """One level of counters over columns of bits."""
-        left = [list(column) for column in columns] + [[], []]
+        left = [list(column) for column in columns]
+        left += [[] for _ in range(counters.LUT_INPUTS)]
         fresh: list[list[int]] = [[] for _ in left]
-        for counter in area.counters([len(column) for column in columns]):
-            own = left[counter.column]
-            taken, own[: counter.size] = own[: counter.size], []
-            total = sum(_address(counter.size))
+        for counter in level:
+            taken: list[int] = []
+            for column, size in (
+                (counter.column, counter.size),
+                (counter.column + 1, counter.upper),
+            ):
+                taken += left[column][:size]
+                del left[column][:size]
+            address = _address(len(taken))
+            total = sum(address[: counter.size]) + 2 * sum(address[counter.size :])
             for place in range(counter.outputs):
                 note = f"bit {place} of a count of {counter.size} bits"
+                note += f" and {counter.upper} of twice the weight" if counter.upper else ""
                 entries = np.asarray(total) >> place & 1
                 made = self.network.table(entries.astype(bool), taken, "reduction", note)
                 fresh[counter.column + place].append(made)
@@ -219,9 +234,8 @@ class _Builder:
             joined.pop()
         return joined
 
-    def added(self, columns: list[list[int]]) -> list[int]:
+    def added(self, columns: list[list[int]], width: int) -> list[int]:
         """The number that columns of at most two bits make, two columns at a time."""
-        width, total = self.classifier.score_bits, []
         pairs = [[*column, FALSE, FALSE][:2] for column in (columns + [[]] * width)[:width]]
         carry = FALSE
         start = next((i for i, column in enumerate(columns) if len(column) > 1), width)

@@ -59,6 +59,26 @@ def test_the_network_says_what_the_description_says(configuration):
 
 
 @FEW
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 70), min_size=1, max_size=3))
+def test_a_count_is_the_number_of_ones(seed, sizes):
+    draw, bits = np.random.default_rng(seed), sum(sizes)
+    through = description.Layer(np.tile([False, True], (bits, 1)), np.arange(bits)[:, None])
+    classifier = description.Classifier(
+        features=bits,
+        scaling=description.Scaling(1, False, 0.0, 1.0),
+        feature=np.arange(bits),
+        threshold=np.zeros(bits, np.int64),
+        layers=(through,),
+        group=np.repeat(np.arange(len(sizes)), sizes),
+        offset=draw.integers(0, 9, len(sizes)),
+    )
+    words = (draw.random((64, bits)) < draw.random((64, 1))).astype(np.int64)
+    words[:2] = [[0] * bits, [1] * bits]
+    out = simulated(circuit.build(classifier, int(draw.integers(0, 3))), words)
+    np.testing.assert_array_equal(out, plain(classifier, words))
+
+
+@FEW
 @given(configurations())
 def test_every_way_through_has_the_latency(configuration):
     made = configuration.circuit()
