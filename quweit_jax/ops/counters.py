@@ -70,7 +70,7 @@ def counter_levels(columns: Sequence[int]) -> list[list[Counter]]:
         state = counted(state, levels[-1])
     waiting = _cheapest(tuple(state), width)
     while waiting:
-        left, level, later = [*state, 0], [], []
+        left, level, later = [*state, *[0] * width], [], []
         for counter in waiting:
             here = (
                 left[counter.column] >= counter.size and left[counter.column + 1] >= counter.upper
