@@ -29,7 +29,7 @@ from quweit_jax.errors import InputError
 from quweit_jax.training import looks, rundir
 
 # Tables whose circuits are about as large as published ones, and one below 2,000 LUT6.
-SIZES = (360, 690, 940, 1000, 1060, 1550)
+SIZES = (360, 690, 940, 1000, 1060, 1100, 1550)
 KINDS = [f"{tables}{how}" for tables in SIZES for how in ("-plain", "")]
 _PLAIN = {"optimizer.learning_rate": 1e-2, "optimizer.ema": 0.0}
 OPTIONS = export_hardware.DEFAULTS | {"examples": 0}  # all test images among the golden vectors
