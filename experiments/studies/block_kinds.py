@@ -46,13 +46,6 @@ def _lookup_glus(deviation: float, ending: str) -> dict[str, Kind]:
             hidden=1280,
             code_bits=5,
         ),
-        "lookup_glu_wide_5bit_slow_sum": kind(
-            "LookupGLU, 10 units a feature, codes of 5 bits over twice the range, its sum drawn "
-            "with 0.2",
-            hidden=1280,
-            code_bits=5,
-            sum_init=0.2,
-        ),
         "lookup_glu_368_5bit": kind(
             "LookupGLU, 2.9 units a feature, codes of 5 bits over twice the range",
             hidden=368,
