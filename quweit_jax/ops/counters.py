@@ -12,12 +12,14 @@ A column is the bits of one weight, lowest weight first; columns are given by ho
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import heapq
 from collections.abc import Sequence
 
 LUT_INPUTS = 6  # of the tables of most FPGAs
+COLUMNS_ABOVE = 3  # its own, to which a counter's bits reach: it gives at most 4
 _SEARCHED = 12  # bits of a column from which on the rest is searched for
 _ADDED = 2  # bits of a column that the addition takes
 
@@ -68,25 +70,35 @@ def counter_levels(columns: Sequence[int]) -> list[list[Counter]]:
             ]
         )
         state = counted(state, levels[-1])
-    waiting = _cheapest(tuple(state), width)
+    waiting = list(_cheapest(tuple(state), width))
     while waiting:
-        left, level, later = [*state, *[0] * width], [], []
-        for counter in waiting:
-            here = (
-                left[counter.column] >= counter.size and left[counter.column + 1] >= counter.upper
-            )
-            (level if here else later).append(counter)
-            if here:
-                left[counter.column] -= counter.size
-                left[counter.column + 1] -= counter.upper
+        level, waiting = _ready(state, waiting)
         levels.append(level)
-        state, waiting = counted(state, level), later
+        state = counted(state, level)
     return levels
+
+
+def _ready(
+    columns: Sequence[int], waiting: Sequence[Counter]
+) -> tuple[list[Counter], list[Counter]]:
+    """The counters that find all their bits in the columns, in turn, and those that do not yet."""
+    left = collections.defaultdict(int, enumerate(columns))
+    now: list[Counter] = []
+    later: list[Counter] = []
+    for counter in waiting:
+        own, next_one = counter.column, counter.column + 1
+        if left[own] >= counter.size and left[next_one] >= counter.upper:
+            left[own] -= counter.size
+            left[next_one] -= counter.upper
+            now.append(counter)
+        else:
+            later.append(counter)
+    return now, later
 
 
 def counted(columns: Sequence[int], level: Sequence[Counter]) -> list[int]:
     """The columns behind a level of counters."""
-    left = [*columns, *[0] * LUT_INPUTS]
+    left = [*columns, *[0] * COLUMNS_ABOVE]
     for counter in level:
         left[counter.column] -= counter.size
         left[counter.column + 1] -= counter.upper
@@ -95,21 +107,15 @@ def counted(columns: Sequence[int], level: Sequence[Counter]) -> list[int]:
     return _trimmed(left)
 
 
-def adder_chunks(columns: int) -> list[int]:
-    """Columns of two bits that are added at a time, lowest first."""
-    return [min(2, columns - start) for start in range(0, columns, 2)]
-
-
 def adder_luts(columns: Sequence[int], width: int) -> int:
     """Tables that add columns of at most two bits to a number of `width` bits; 0 where no column
     has two.
     """
     start = next((i for i, size in enumerate(columns) if size > 1), width)
     count = 0
-    for size in adder_chunks(width - start):
-        filled = start < len(columns)  # else the carry alone comes out
-        start += size
-        count += filled * (size + (start < width))
+    for low in range(start, min(width, len(columns)), 2):  # two, and the carry from below
+        size = min(2, width - low)
+        count += size + (low + size < width)  # the carry out is a table, too
     return count
 
 
@@ -125,7 +131,7 @@ def _trimmed(columns: Sequence[int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _cheapest(columns: tuple[int, ...], width: int) -> list[Counter]:
+def _cheapest(columns: tuple[int, ...], width: int) -> tuple[Counter, ...]:
     """Counters, in an order in which each finds its bits, that together with the addition take
     few tables: A* search, whose bound is that a table takes one bit away. (At the top, where the
     highest bit of a sum cannot be set, one can take two; so the fewest are not assured.) Lower
@@ -146,8 +152,8 @@ def _cheapest(columns: tuple[int, ...], width: int) -> list[Counter]:
             total = paid + adder_luts(state, width)
             heapq.heappush(heap, (total, total, 1, node))
         for column in range(first, len(state)):
+            above = state[column + 1] if column + 1 < len(state) else 0
             for size, upper in _SHAPES:
-                above = state[column + 1] if column + 1 < len(state) else 0
                 if size > state[column] or upper > above:
                     continue
                 counter = _counter(column, size, upper, width)
@@ -159,8 +165,8 @@ def _cheapest(columns: tuple[int, ...], width: int) -> list[Counter]:
                     heapq.heappush(heap, (bound, own, 0, reached))
             if state[column] > _ADDED:
                 break  # nothing higher can end it
-    path = []
+    path: list[Counter] = []
     while node in before:
         node, counter = before[node]
         path.append(counter)
-    return path[::-1]
+    return tuple(reversed(path))

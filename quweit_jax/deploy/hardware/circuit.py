@@ -211,16 +211,14 @@ class _Builder:
     ) -> list[list[int]]:
         """One level of counters over columns of bits."""
         left = [list(column) for column in columns]
-        left += [[] for _ in range(counters.LUT_INPUTS)]
+        left += [[] for _ in range(counters.COLUMNS_ABOVE)]
         fresh: list[list[int]] = [[] for _ in left]
         for counter in level:
             taken: list[int] = []
-            for column, size in (
-                (counter.column, counter.size),
-                (counter.column + 1, counter.upper),
-            ):
-                taken += left[column][:size]
-                del left[column][:size]
+            for above, size in enumerate((counter.size, counter.upper)):
+                column = left[counter.column + above]
+                taken += column[:size]
+                del column[:size]
             address = _address(len(taken))
             total = sum(address[: counter.size]) + 2 * sum(address[counter.size :])
             for place in range(counter.outputs):
