@@ -1,74 +1,75 @@
 """The bit-sliced half of a classifier's C file: as many examples at a time as a word has bits.
 Words of 128 and more are vectors of gcc's and clang's, part by part the same as one of 64.
 
-Words of the inputs are transposed into planes, one for each bit of an input; of four planes each
-comparison with one of 16 numbers is made once for all comparators of the input; tables are trees of
-choices whose leaves are functions of two bits; counting and the tournament work on planes, too.
+Words of the inputs are packed side by side without the bits that none of them uses, and transposed
+into planes, one for each bit of an input; of four planes each comparison with one of 16 numbers is
+made once for all comparators of the input; tables are trees of choices whose leaves are functions
+of two bits; counting and the tournament work on planes, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-ENCODE = """
+_ENCODE = """
+typedef union {{
+  bits_t all;
+  part_t part[WORD / PART];
+}} plane_t;
+
 /* Bit j of word i becomes bit i of word j. */
-static void transpose(bits_t *m) {{
+static void transpose(plane_t *m) {{
   part_t mask = ONES;
   for (unsigned s = PART / 2u; s; s /= 2u) {{
     mask ^= mask << s;
     for (unsigned first = 0; first < PART; first += 2u * s)
       for (unsigned k = first; k < first + s; ++k) {{
-        bits_t swapped = ((m[k] >> s) ^ m[k + s]) & mask;
-        m[k] ^= swapped << s;
-        m[k + s] ^= swapped;
+        bits_t swapped = ((m[k].all >> s) ^ m[k + s].all) & mask;
+        m[k].all ^= swapped << s;
+        m[k + s].all ^= swapped;
       }}
   }}
 }}
 
-/* at_least[v]: where the number of four planes is v or more. */
-static void compare(const bits_t *plane, bits_t *at_least) {{
-  bits_t low[4], high[5];
-  low[0] = high[0] = ~NONE;
-  low[1] = plane[0] | plane[1];
-  low[2] = plane[1];
-  low[3] = plane[0] & plane[1];
-  high[1] = plane[2] | plane[3];
-  high[2] = plane[3];
-  high[3] = plane[2] & plane[3];
-  high[4] = NONE;
-  for (unsigned h = 0; h < 4u; ++h)
-    for (unsigned l = 0; l < 4u; ++l) at_least[4u * h + l] = high[h + 1u] | (high[h] & low[l]);
-  at_least[16] = at_least[17] = NONE;
+{squeeze}
+/* The words of so many inputs of an example, FIELD bits each. */
+static part_t row_of(const {word_type} *from, unsigned inputs) {{
+  part_t row = 0;
+  unsigned l = 0;
+  for (; l + PART / SIZE <= inputs; l += PART / SIZE) row |= squeeze({wide}) << FIELD * l;
+  for (; l < inputs; ++l) row |= (part_t)NUMBER(from[l]) << FIELD * l;
+  return row;
 }}
 
-#define NUMBER(word) ((part_t)(uint{size}_t)((unsigned)(word) + LOWEST))
-
+{compare}
+/* Reads a few rows of planes of an example, then those of the next: they lie side by side. */
 static void encode(const {word_type} *x, bits_t *out) {{
-  bits_t plane[PART], at_least[DIGITS][18];
-  unsigned i = 0;
-  for (unsigned first = 0; first < INPUTS; first += PART / SIZE) {{
-    unsigned lanes = INPUTS - first < PART / SIZE ? INPUTS - first : PART / SIZE;
+  plane_t plane[BLOCK][PART];
+  bits_t at_least[DIGITS][18];
+  unsigned i = 0, full = PART / FIELD;
+  for (unsigned block = 0; block < INPUTS; block += BLOCK * full) {{
     for (unsigned e = 0; e < WORD; ++e) {{
-      const {word_type} *from = x + e * INPUTS + first;
-      part_t row = 0;
-      if (lanes == PART / SIZE) /* the same, but known when compiled */
-        for (unsigned l = 0; l < PART / SIZE; ++l) row |= NUMBER(from[l]) << SIZE * l;
-      else
-        for (unsigned l = 0; l < lanes; ++l) row |= NUMBER(from[l]) << SIZE * l;
-      AT(plane[e % PART], e / PART) = row;
+      const {word_type} *from = x + e * INPUTS;
+      for (unsigned r = 0, at = block; r < BLOCK && at < INPUTS; ++r, at += full)
+        /* the same, but known when compiled */
+        plane[r][e % PART].part[e / PART] =
+            INPUTS - at >= full ? row_of(from + at, full) : row_of(from + at, INPUTS - at);
     }}
-    transpose(plane);
-    for (unsigned l = 0; l < lanes; ++l) {{
-      if (!comparators[first + l]) continue;
-      for (unsigned d = 0; d < DIGITS; ++d) compare(plane + SIZE * l + 4u * d, at_least[d]);
-      for (unsigned c = comparators[first + l]; c; --c, ++i) {{
-        unsigned rest = least[i];
-        bits_t found = at_least[0][DIGITS > 1 ? rest & 15u : rest];
-        for (unsigned d = 1; d < DIGITS; ++d) {{
-          unsigned digit = (rest >>= 4) & (d + 1u < DIGITS ? 15u : 31u);
-          found = at_least[d][digit + 1u] | (at_least[d][digit] & found);
+    for (unsigned r = 0, first = block; r < BLOCK && first < INPUTS; ++r, first += full) {{
+      transpose(plane[r]);
+      for (unsigned l = 0; l < full && first + l < INPUTS; ++l) {{
+        if (!comparators[first + l]) continue;
+        for (unsigned d = 0; d < DIGITS; ++d)
+          compare(plane[r] + FIELD * l + 4u * d, at_least[d]);
+        for (unsigned c = comparators[first + l]; c; --c, ++i) {{
+          unsigned rest = least[i];
+          bits_t found = at_least[0][DIGITS > 1 ? rest & 15u : rest];
+          for (unsigned d = 1; d < DIGITS; ++d) {{
+            unsigned digit = (rest >>= 4) & (d + 1u < DIGITS ? 15u : 31u);
+            found = at_least[d][digit + 1u] | (at_least[d][digit] & found);
+          }}
+          out[i] = found;
         }}
-        out[i] = found;
       }}
     }}
   }}
@@ -79,6 +80,44 @@ static void encode(const {word_type} *x, bits_t *out) {{
 /* A bit everywhere. */
 #define ALL(bit) (NONE - (part_t)((bit) & 1u))
 """
+
+_COMPARE = {
+    1: """
+/* at_least[v]: where the bit is v or more. */
+static void compare(const plane_t *plane, bits_t *at_least) {
+  at_least[0] = ~NONE;
+  at_least[1] = plane[0].all;
+  at_least[2] = NONE;
+}
+""",
+    2: """
+/* at_least[v]: where the number of two planes is v or more. */
+static void compare(const plane_t *plane, bits_t *at_least) {
+  at_least[0] = ~NONE;
+  at_least[1] = plane[0].all | plane[1].all;
+  at_least[2] = plane[1].all;
+  at_least[3] = plane[0].all & plane[1].all;
+  at_least[4] = NONE;
+}
+""",
+    4: """
+/* at_least[v]: where the number of four planes is v or more. */
+static void compare(const plane_t *plane, bits_t *at_least) {
+  bits_t low[4], high[5];
+  low[0] = high[0] = ~NONE;
+  low[1] = plane[0].all | plane[1].all;
+  low[2] = plane[1].all;
+  low[3] = plane[0].all & plane[1].all;
+  high[1] = plane[2].all | plane[3].all;
+  high[2] = plane[3].all;
+  high[3] = plane[2].all & plane[3].all;
+  high[4] = NONE;
+  for (unsigned h = 0; h < 4u; ++h)
+    for (unsigned l = 0; l < 4u; ++l) at_least[4u * h + l] = high[h + 1u] | (high[h] & low[l]);
+  at_least[16] = at_least[17] = NONE;
+}
+""",
+}
 
 _LAYER = """
 static void layer_of_{inputs}(const {wire_type} *wiring, const uint8_t *t, unsigned count,
@@ -149,6 +188,44 @@ void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score) {{
   }}
 }}
 """
+
+
+def field(bits: int) -> int:
+    """Bits that a word of `bits` takes in a row: a power of two, that inputs fill a row."""
+    return next(size for size in (1, 2, 4, 8, 16) if bits <= size)
+
+
+def encode(bits: int, lowest: int, part: int, word_type: str, size: int) -> str:
+    """`encode`, and what it needs.
+
+    bits: of a word; its number is the word plus `lowest`. part: bits of a row. word_type: of an
+    input, of `size` bits.
+    """
+    wide = (f"(part_t)(uint{size}_t)from[l + {k}u] << {size * k}" for k in range(part // size))
+    return _ENCODE.format(
+        wide="\n      | ".join(wide),
+        squeeze=_squeeze(bits, lowest, part, size),
+        compare=_COMPARE[min(4, field(bits))].lstrip(),
+        word_type=word_type,
+        size=size,
+    )
+
+
+def _squeeze(bits: int, lowest: int, part: int, size: int) -> str:
+    """Words of `size` bits each, side by side, as numbers of `field(bits)` bits side by side."""
+
+    def every(number: int, distance: int) -> str:
+        return f"(part_t){sum(number << at for at in range(0, part, distance))}u"
+
+    held, lines = field(bits), [f"x &= {every((1 << bits) - 1, size)};"]
+    if lowest:
+        lines.append(f"x ^= {every(lowest, size)};")
+    while size < part and held < size:
+        lines.append(f"x |= x >> {size - held};")
+        size, held = 2 * size, 2 * held
+        lines.append(f"x &= {every((1 << held) - 1, size)};")
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"static part_t squeeze(part_t x) {{\n{body}\n  return x;\n}}\n"
 
 
 def layers(inputs: Iterable[int], wire_type: str) -> str:

@@ -36,10 +36,14 @@ typedef uint{part}_t part_t;
 #define WIDEST {widest}
 #define SCORE_BITS {score_bits}
 #define DECISION_BITS {decision_bits}
-/* An input's type has SIZE bits; its word plus LOWEST is a number from 0, of 4 DIGITS bits. */
+/* An input's type has SIZE bits, of which its word is the lowest {bits}; the word plus {lowest} is
+ * a number from 0, of up to DIGITS digits of 4 bits, that takes FIELD bits. BLOCK rows of PART bits
+ * are read of an example at a time. */
 #define SIZE {size}u
-#define LOWEST {lowest}u
+#define FIELD {field}u
 #define DIGITS {digits}u
+#define BLOCK {block}u
+#define NUMBER(word) (((unsigned)(word) & {mask}u) ^ {lowest}u)
 
 int {name}_one(const {word_type} *x, unsigned *score);
 void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score);
@@ -74,7 +78,7 @@ _ONE = """int {name}_one(const {word_type} *x, unsigned *score) {{
   uint32_t counts[CLASSES];
   int best = 0;
   for (unsigned f = 0, i = 0; f < INPUTS; ++f) {{
-    unsigned number = (uint{size}_t)((unsigned)x[f] + LOWEST);
+    unsigned number = NUMBER(x[f]);
     for (unsigned c = comparators[f]; c; --c, ++i) a[i] = (uint8_t)(number >= least[i]);
   }}
 {one}
@@ -182,7 +186,10 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         "decision_bits": c.decision_bits,
         "size": size,
         "lowest": -scaling.low,
+        "mask": (1 << scaling.bits) - 1,
+        "field": c_sliced.field(scaling.bits),
         "digits": -(-scaling.bits // 4),
+        "block": min(8, -(-len(ports) * c_sliced.field(scaling.bits) // min(word, 64)) or 1),
     }
     data = [
         *encoder,
@@ -207,12 +214,15 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         "many": "\n".join(layer_many),
         "last": names[len(c.layers)],
     }
-    parts = [_TYPES, "\n".join(data) + "\n", LAYER_ONE + "\n" + _ONE, c_sliced.ENCODE]
+    planes = c_sliced.encode(
+        scaling.bits, -scaling.low, facts["part"], facts["word_type"], facts["size"]
+    )
     return (
-        parts[0].format(**facts)
-        + parts[1]
-        + parts[2].format(**facts)
-        + parts[3].format(**facts)
+        _TYPES.format(**facts)
+        + "\n".join(data)
+        + "\n"
+        + (LAYER_ONE + "\n" + _ONE).format(**facts)
+        + planes
         + c_sliced.layers(inputs, facts["wire_type"])
         + c_sliced.MANY.format(**facts)
     )

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from quweit_jax.deploy.hardware import (
     benches,
+    c_sliced,
     circuit,
     description,
     folder,
@@ -84,6 +85,21 @@ def test_c_is_bit_exact(tmp_path, compiler, word, configuration):
     made = circuit.build(configuration.classifier())
     words = configuration.words(made.classifier, 70)
     assert passes(tmp_path / "c", export("c", made, words, word), compiler)
+
+
+@needs("gcc")
+@pytest.mark.parametrize(
+    ("bits", "signed", "word"),
+    [(1, False, 64), (1, True, 32), (2, True, 256), (3, False, 32), (6, True, 64), (10, True, 64)],
+)
+def test_c_reads_many_inputs(tmp_path, bits, signed, word):
+    """More than a row of planes holds, and than are read of an example at a time."""
+    wide = Configuration(0, 3000, bits, signed, 3400, (600,), 6, 5, False, 1)
+    made = wide.circuit()
+    inputs = made.ports()
+    assert len(inputs) > 8 * min(word, 64) // c_sliced.field(bits) and len(inputs) % 64
+    words = wide.words(made.classifier, 70)
+    assert passes(tmp_path / "c", export("c", made, words, word), "gcc")
 
 
 @pytest.fixture(scope="module")
