@@ -59,7 +59,8 @@ def _ours(mlp: str, batch: dict[str, np.ndarray]):
         optimizers.OptimizerConfig(**config.optimizer.to_dict()), config.steps
     )
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
-    current = state.init_state(model, optimizer, 0, batch["inputs"][:1], mesh)
+    init = state.make_init(model, optimizer, 0, ema=False)
+    current = state.init_state(init, batch["inputs"][:1], mesh)
     shardings = jax.tree.map(lambda x: x.sharding, current)
     step = state.make_train_step(model, optimizer, state_shardings=shardings, mesh=mesh)
     placed = sharding.put_batch(batch, sharding.batch_sharding(mesh))

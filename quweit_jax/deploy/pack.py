@@ -44,6 +44,17 @@ def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
         never set, the model is written in NNX itself, or the variables are packed already or not
         those of the model with such inputs.
     """
+    packed = _packed_if_any(model, variables, *inputs)
+    if packed is None:
+        raise InputError(
+            "pack: this model has no look-up tables, no ternary layer and no integer layer, so "
+            "there is nothing to pack."
+        )
+    return packed
+
+
+def _packed_if_any(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree | None:
+    """What `pack` returns, None of a model without a packed form."""
     model, variables = linen_form(model, variables)
     if "packed" in variables:
         raise InputError("pack: these variables are packed already; give them to model.apply.")
@@ -52,9 +63,8 @@ def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
     if unset:
         raise InputError(
             f"pack: {len(unset)} activation ranges were never set ({'/'.join(unset[0])}, ...); "
-            "train a "
-            "few steps, or calibrate the model with pretrained.calibrate(model, variables, "
-            "batches)."
+            "train a few steps, or calibrate the model with pretrained.calibrate(model, "
+            "variables, batches)."
         )
     if not inputs:
         raise InputError("pack: give what the model is applied to as well, such as one image.")
@@ -66,13 +76,7 @@ def pack(model: Any, variables: Any, *inputs: Array | np.ndarray) -> Tree:
             f"pack: these variables ({', '.join(variables)}) are not those of this "
             f"{type(model).__name__} with inputs {shapes}: {str(error).split(' (http')[0]}"
         ) from error
-    if not packed:
-        raise InputError(
-            "pack: this model has no look-up tables, no ternary layer and no integer layer, so "
-            "there "
-            "is nothing to pack."
-        )
-    return jax.device_get(_with_packed(variables, packed))
+    return jax.device_get(_with_packed(variables, packed)) if packed else None
 
 
 def linen_form(model: Any, variables: Any) -> tuple[nn.Module, Tree]:
@@ -128,8 +132,8 @@ def _collections(state: Any) -> Tree:
 
 def packed_or_trained(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:
     """The deployed form of a model that has one, the trained variables of another."""
-    written = jax.eval_shape(lambda v: constants(model, v, *inputs), variables)
-    return pack(model, variables, *inputs) if written else variables
+    packed = _packed_if_any(model, variables, *inputs)
+    return variables if packed is None else packed
 
 
 def deployed_shapes(model: nn.Module, variables: Tree, *inputs: Array | np.ndarray) -> Tree:

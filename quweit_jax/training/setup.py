@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -171,16 +172,15 @@ class Setup:
 
         return {key: batched(np.asarray(value)) for key, value in self.data.train[0].items()}
 
+    @functools.cached_property
+    def _init(self) -> Callable[[Array], state.TrainState]:
+        """One function for all calls: tracing a large model takes seconds."""
+        ema = self.optimizer_config.ema > 0
+        return state.make_init(self.model, self.optimizer, self.config.seed, ema)
+
     def _state(self, make: Callable[..., state.TrainState]) -> state.TrainState:
-        return make(
-            self.model,
-            self.optimizer,
-            self.config.seed,
-            self.init_inputs,
-            self.mesh,
-            ema=self.optimizer_config.ema > 0,
-            size_limit=self.config.mesh.fsdp_size_limit,
-        )
+        limit = self.config.mesh.fsdp_size_limit
+        return make(self._init, self.init_inputs, self.mesh, size_limit=limit)
 
 
 def assemble(

@@ -97,37 +97,29 @@ def initialize(model: nn.Module, key: Array, inputs: Array) -> dict[str, PyTree]
 
 
 def init_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
+    init: Callable[[Array], TrainState],
     inputs: Array | np.ndarray | jax.ShapeDtypeStruct,
     mesh: Mesh,
     *,
-    ema: bool = False,
     size_limit: int = 2**18,
 ) -> TrainState:
     """A first state, made in place on the mesh: no host ever holds a whole large model. `inputs`
-    also fits the thermometers.
+    also fits the thermometers. init: of `make_init`, traced once for this and `abstract_state`.
     """
-    abstract = abstract_state(model, optimizer, seed, inputs, mesh, ema=ema, size_limit=size_limit)
-    return jax.jit(
-        make_init(model, optimizer, seed, ema),
-        out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
-    )(inputs)
+    abstract = abstract_state(init, inputs, mesh, size_limit=size_limit)
+    where = jax.tree.map(lambda s: s.sharding, abstract)
+    return jax.jit(init, out_shardings=where)(inputs)
 
 
 def abstract_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
+    init: Callable[[Array], TrainState],
     inputs: Array | np.ndarray | jax.ShapeDtypeStruct,
     mesh: Mesh,
     *,
-    ema: bool = False,
     size_limit: int = 2**18,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, without making it: what a restore needs."""
-    shapes = jax.eval_shape(make_init(model, optimizer, seed, ema), inputs)
+    shapes = jax.eval_shape(init, inputs)
     shardings = sharding.shardings_for(shapes, mesh, size_limit)
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings

@@ -450,15 +450,11 @@ def test_ema_is_the_moving_average_of_the_parameters(tiny_config):
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_config):
     parts = assemble(tiny_config(SMALL))
     (batch,) = first_batches(parts, 1)
-    found = []
-    for accumulate in (
-        1,
-        4,
-    ):  # plain gradient descent: Adam would divide rounding errors by themselves
-        first = state.init_state(parts.model, optax.sgd(1.0), 0, parts.init_inputs, parts.mesh)
-        found.append(
-            state.make_train_step(parts.model, optax.sgd(1.0), grad_accum=accumulate)(first, batch)
-        )
+    sgd, found = optax.sgd(1.0), []  # Adam would divide rounding errors by themselves
+    init = state.make_init(parts.model, sgd, 0, ema=False)
+    for accumulate in (1, 4):
+        first = state.init_state(init, parts.init_inputs, parts.mesh)
+        found.append(state.make_train_step(parts.model, sgd, grad_accum=accumulate)(first, batch))
     (whole_state, whole_metrics), (parts_state, parts_metrics) = jax.device_get(found)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
