@@ -36,7 +36,10 @@ static void transpose(plane_t *m) {{
 static part_t row_of(const {word_type} *from, unsigned inputs) {{
   part_t row = 0;
   unsigned l = 0;
-  for (; l + PART / SIZE <= inputs; l += PART / SIZE) row |= squeeze({wide}) << FIELD * l;
+  for (; l + PART / SIZE <= inputs; l += PART / SIZE) {{
+    part_t wide = {wide};
+    row |= squeeze(wide) << FIELD * l;
+  }}
   for (; l < inputs; ++l) row |= (part_t)NUMBER(from[l]) << FIELD * l;
   return row;
 }}
@@ -51,7 +54,7 @@ static void encode(const {word_type} *x, bits_t *out) {{
     for (unsigned e = 0; e < WORD; ++e) {{
       const {word_type} *from = x + e * INPUTS;
       for (unsigned r = 0, at = block; r < BLOCK && at < INPUTS; ++r, at += full)
-        /* the same, but known when compiled */
+        /* a full row's number of inputs is known when this is compiled */
         plane[r][e % PART].part[e / PART] =
             INPUTS - at >= full ? row_of(from + at, full) : row_of(from + at, INPUTS - at);
     }}
@@ -191,7 +194,7 @@ void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score) {{
 
 
 def field(bits: int) -> int:
-    """Bits that a word of `bits` takes in a row: a power of two, that inputs fill a row."""
+    """Bits that a word of `bits` takes in a row: a power of two, so that inputs fill a row."""
     return next(size for size in (1, 2, 4, 8, 16) if bits <= size)
 
 
@@ -201,13 +204,12 @@ def encode(bits: int, lowest: int, part: int, word_type: str, size: int) -> str:
     bits: of a word; its number is the word plus `lowest`. part: bits of a row. word_type: of an
     input, of `size` bits.
     """
-    wide = (f"(part_t)(uint{size}_t)from[l + {k}u] << {size * k}" for k in range(part // size))
+    wide = [f"(part_t)(uint{size}_t)from[l + {k}u] << {size * k}" for k in range(part // size)]
     return _ENCODE.format(
-        wide="\n      | ".join(wide),
+        wide="\n                  | ".join(wide),
         squeeze=_squeeze(bits, lowest, part, size),
         compare=_COMPARE[min(4, field(bits))].lstrip(),
         word_type=word_type,
-        size=size,
     )
 
 
@@ -215,7 +217,7 @@ def _squeeze(bits: int, lowest: int, part: int, size: int) -> str:
     """Words of `size` bits each, side by side, as numbers of `field(bits)` bits side by side."""
 
     def every(number: int, distance: int) -> str:
-        return f"(part_t){sum(number << at for at in range(0, part, distance))}u"
+        return f"(part_t)0x{sum(number << at for at in range(0, part, distance)):x}u"
 
     held, lines = field(bits), [f"x &= {every((1 << bits) - 1, size)};"]
     if lowest:

@@ -20,7 +20,7 @@ _TYPES = """\
 /* {classes} classes from {inputs} words of {bits} bits; input_scaling.json says what they are.
  *
  *   int {name}_one(const {word_type} *x, unsigned *score);
- *     The class of x[0..{last}], the lowest of those with the largest count, and that count.
+ *     The class of x[0..{highest}], the lowest of those with the largest count, and that count.
  *   void {name}_many(const {word_type} *x, unsigned *decision, unsigned *score);
  *     The same for {word} examples, x[example * {inputs} + input].
  */
@@ -36,9 +36,9 @@ typedef uint{part}_t part_t;
 #define WIDEST {widest}
 #define SCORE_BITS {score_bits}
 #define DECISION_BITS {decision_bits}
-/* An input's type has SIZE bits, of which its word is the lowest {bits}; the word plus {lowest} is
- * a number from 0, of up to DIGITS digits of 4 bits, that takes FIELD bits. BLOCK rows of PART bits
- * are read of an example at a time. */
+/* An input's type has SIZE bits, of which the lowest {bits} are its word. NUMBER counts words from
+ * the smallest, in FIELD bits, of which DIGITS groups of up to 4 are compared. BLOCK rows of PART
+ * bits are read of an example at a time. */
 #define SIZE {size}u
 #define FIELD {field}u
 #define DIGITS {digits}u
@@ -174,7 +174,7 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         "name": name,
         "classes": c.classes,
         "inputs": max(1, len(ports)),
-        "last": max(1, len(ports)) - 1,
+        "highest": max(1, len(ports)) - 1,
         "bits": scaling.bits,
         "word": word,
         "part": min(word, 64),

@@ -100,6 +100,7 @@ def test_c_reads_many_inputs(tmp_path, bits, signed, word):
     assert len(inputs) > 8 * min(word, 64) // c_sliced.field(bits) and len(inputs) % 64
     words = wide.words(made.classifier, 70)
     assert passes(tmp_path / "c", export("c", made, words, word), "gcc")
+    assert f"x[0..{len(inputs) - 1}]," in (tmp_path / "c" / "dwn.c").read_text()
 
 
 @pytest.fixture(scope="module")
