@@ -99,6 +99,7 @@ def test_ranges_are_trained_and_saved(trained):
 
 def test_interrupted_run_goes_on_to_the_same_bits(trained, tmp_path):
     """Stopped by an exception at step 6, after the checkpoint of step 4."""
+    assert read_checkpoint(trained, 4)["step"] == 4
     config = rundir.read_config(trained)
 
     class Cut(Exception):

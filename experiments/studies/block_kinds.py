@@ -73,13 +73,8 @@ KINDS: dict[str, Kind] = {
     "weightless": _kind("published weightless block", "weightless"),
     **_lookup_glus(0.02, ", drawn with 0.02"),
     **{f"{name}_drawn": kind for name, kind in _lookup_glus(0.0, "").items()},
-    "lookup_glu_wide_5bit_wider": _kind(
-        "LookupGLU, 10 units a feature, codes of 5 bits over twice the range, drawn with 0.354",
-        "lookup_glu",
-        mix_init=0.354,  # 4 / sqrt(width)
-        hidden=1280,
-        code_bits=5,
-    ),
+    # 4 / sqrt(width)
+    "lookup_glu_wide_5bit_wider": _lookup_glus(0.354, ", drawn with 0.354")["lookup_glu_wide_5bit"],
     "vector_tables": _kind(
         "vector tables on thermometer bits", "weightless", sum="vector", num_luts=62
     ),

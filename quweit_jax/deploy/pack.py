@@ -179,7 +179,7 @@ def describe(model: nn.Module, packed: Tree, *inputs: Array | np.ndarray) -> dic
         held = [at(tree, name) for tree in packed.values() for name in blocks]
         facts |= {"block_bytes": stored_bytes(held), "dense_mlp_bytes_int8": replaced}
     above = tuple(f"{name}/" if name else "" for name in blocks)
-    written: dict[str, Array | np.ndarray] = flatten_dict(packed["packed"], sep="/")  # type: ignore[assignment]
+    written: dict[str, Any] = flatten_dict(packed["packed"], sep="/")
     ternary = [leaf for path, leaf in written.items() if not path.startswith(above)]
     if ternary and not integer:
         weights = WEIGHTS_PER_WORD * sum(leaf.size for leaf in ternary if leaf.dtype == np.uint32)

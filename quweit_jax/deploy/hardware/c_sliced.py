@@ -44,7 +44,17 @@ static part_t row_of(const {word_type} *from, unsigned inputs) {{
   return row;
 }}
 
-{compare}
+/* at_least[v]: where the number of PLANES planes is v or more. */
+static void compare(const plane_t *plane, bits_t *at_least) {{
+  at_least[0] = ~NONE;
+  for (unsigned p = 0; p < PLANES; ++p)
+    for (unsigned v = 0; v < 1u << p; ++v) {{
+      at_least[(1u << p) + v] = plane[p].all & at_least[v];
+      at_least[v] |= plane[p].all;
+    }}
+  at_least[1u << PLANES] = at_least[(1u << PLANES) + 1u] = NONE;
+}}
+
 /* Reads a few rows of planes of an example, then those of the next: they lie side by side. */
 static void encode(const {word_type} *x, bits_t *out) {{
   plane_t plane[BLOCK][PART];
@@ -83,44 +93,6 @@ static void encode(const {word_type} *x, bits_t *out) {{
 /* A bit everywhere. */
 #define ALL(bit) (NONE - (part_t)((bit) & 1u))
 """
-
-_COMPARE = {
-    1: """
-/* at_least[v]: where the bit is v or more. */
-static void compare(const plane_t *plane, bits_t *at_least) {
-  at_least[0] = ~NONE;
-  at_least[1] = plane[0].all;
-  at_least[2] = NONE;
-}
-""",
-    2: """
-/* at_least[v]: where the number of two planes is v or more. */
-static void compare(const plane_t *plane, bits_t *at_least) {
-  at_least[0] = ~NONE;
-  at_least[1] = plane[0].all | plane[1].all;
-  at_least[2] = plane[1].all;
-  at_least[3] = plane[0].all & plane[1].all;
-  at_least[4] = NONE;
-}
-""",
-    4: """
-/* at_least[v]: where the number of four planes is v or more. */
-static void compare(const plane_t *plane, bits_t *at_least) {
-  bits_t low[4], high[5];
-  low[0] = high[0] = ~NONE;
-  low[1] = plane[0].all | plane[1].all;
-  low[2] = plane[1].all;
-  low[3] = plane[0].all & plane[1].all;
-  high[1] = plane[2].all | plane[3].all;
-  high[2] = plane[3].all;
-  high[3] = plane[2].all & plane[3].all;
-  high[4] = NONE;
-  for (unsigned h = 0; h < 4u; ++h)
-    for (unsigned l = 0; l < 4u; ++l) at_least[4u * h + l] = high[h + 1u] | (high[h] & low[l]);
-  at_least[16] = at_least[17] = NONE;
-}
-""",
-}
 
 _LAYER = """
 static void layer_of_{inputs}(const {wire_type} *wiring, const uint8_t *t, unsigned count,
@@ -204,11 +176,11 @@ def encode(bits: int, lowest: int, part: int, word_type: str, size: int) -> str:
     bits: of a word; its number is the word plus `lowest`. part: bits of a row. word_type: of an
     input, of `size` bits.
     """
+    # written out: of a loop compilers make a read an input
     wide = [f"(part_t)(uint{size}_t)from[l + {k}u] << {size * k}" for k in range(part // size)]
     return _ENCODE.format(
         wide="\n                  | ".join(wide),
         squeeze=_squeeze(bits, lowest, part, size),
-        compare=_COMPARE[min(4, field(bits))].lstrip(),
         word_type=word_type,
     )
 

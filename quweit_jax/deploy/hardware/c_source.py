@@ -37,12 +37,13 @@ typedef uint{part}_t part_t;
 #define SCORE_BITS {score_bits}
 #define DECISION_BITS {decision_bits}
 /* An input's type has SIZE bits, of which the lowest {bits} are its word. NUMBER counts words from
- * the smallest, in FIELD bits, of which DIGITS groups of up to 4 are compared. BLOCK rows of PART
- * bits are read of an example at a time. */
+ * the smallest, in FIELD bits, which are compared in DIGITS digits of PLANES bits. BLOCK rows of
+ * PART bits are read of an example at a time. */
 #define SIZE {size}u
 #define FIELD {field}u
 #define DIGITS {digits}u
-#define BLOCK {block}u
+#define PLANES (FIELD < 4u ? FIELD : 4u)
+#define BLOCK 8u
 #define NUMBER(word) (((unsigned)(word) & {mask}u) ^ {lowest}u)
 
 int {name}_one(const {word_type} *x, unsigned *score);
@@ -189,7 +190,6 @@ def source(classifier: Classifier, ports: Sequence[int], name: str = "dwn", word
         "mask": (1 << scaling.bits) - 1,
         "field": c_sliced.field(scaling.bits),
         "digits": -(-scaling.bits // 4),
-        "block": min(8, -(-len(ports) * c_sliced.field(scaling.bits) // min(word, 64)) or 1),
     }
     data = [
         *encoder,
