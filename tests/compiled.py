@@ -2,6 +2,7 @@
 passes change no result that matters.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,8 @@ def decoded(module: Any, params: Any, x: Any, pieces: Iterable[int]) -> tuple[An
     """A mixer's outputs for x (B, T, d), read in pieces of so many tokens with a cache; the cache
     as it was at the start, and as it is at the end.
     """
-    cache = start = jax.device_get(module.init(jax.random.key(0), x[:, :1], decode=True)["cache"])
+    begin = quick_jit(functools.partial(module.init, decode=True))
+    cache = start = jax.device_get(begin(jax.random.key(0), x[:, :1])["cache"])
     step = quick_jit(
         lambda cache, x: module.apply(
             {"params": params, "cache": cache}, x, decode=True, mutable=["cache"]

@@ -25,6 +25,7 @@ def no_fusion(function: Callable[..., T], first: Shaped[Array, "..."], *operands
     Args:
       function: of arrays. first: an array of whole numbers or bits, from which the branch is taken.
     """
+    function = jax.jit(function)  # traced once, not once for each of its three uses here
     if not first.size:
         return function(first, *operands)
 

@@ -117,16 +117,35 @@ def multiply_shift(
     return jnp.where((x < 0) != (multiplier < 0), -result, result)
 
 
+@jax.jit
 def divide(high: Word, low: Word, divisor: Word) -> UInt32[Array, "*shape"]:
     """Returns floor((high * 2**32 + low) / divisor) for uint32 words with high < divisor < 2**31,
     so that the quotient fits: uint32.
+
+    Long division in digits of 16 bits (Knuth, The Art of Computer Programming, 4.3.1, algorithm D).
     """
-    rest, quotient = high, jnp.zeros_like(low)
-    for bit in range(31, -1, -1):
-        rest = (rest << 1) | ((low >> bit) & 1)
-        fits = rest >= divisor
-        rest, quotient = jnp.where(fits, rest - divisor, rest), (quotient << 1) | fits
-    return quotient
+    high, low, divisor = jnp.broadcast_arrays(high, low, divisor)
+    # Shifted so that the divisor's first bit is set: a digit's first guess is then at most 2 above.
+    shift = jnp.clip(jax.lax.clz(divisor), 1, 31)
+    divisor = divisor << shift
+    rest, low = (high << shift) | (low >> (32 - shift)), low << shift
+    first, second = _next_digit(rest, low >> 16, divisor)
+    last, _ = _next_digit(second, low & jnp.uint32(0xFFFF), divisor)
+    return (first << 16) | last
+
+
+def _next_digit(rest: Array, following: Array, divisor: Array) -> tuple[Array, Array]:
+    """The 16-bit digit floor((rest * 2**16 + following) / divisor) and the rest."""
+    half, one = jnp.uint32(0xFFFF), jnp.uint32(1)
+    upper, lower = divisor >> 16, divisor & half
+    digit = rest // upper
+    left = rest - digit * upper
+    for _ in range(2):
+        # beyond 16 bits of `left` the guess is right
+        above = (digit > half) | (digit * lower > ((left << 16) | following))
+        above &= left <= half
+        digit, left = jnp.where(above, digit - one, digit), jnp.where(above, left + upper, left)
+    return digit, ((rest << 16) | following) - digit * divisor
 
 
 def add(a: tuple[Word, Word], b: tuple[Word, Word]) -> Words:

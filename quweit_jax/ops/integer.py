@@ -249,6 +249,7 @@ def shiftmax_units(
     return _shiftmax(x, inverse, bits)
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     inverse = jnp.minimum(inverse, 2**15)
     exponentials = shift_exp(_below_the_largest(x), inverse, SOFTMAX_SHIFTS)
@@ -346,13 +347,12 @@ def requantize_int(
     if not branches:
         raise InputError("requantize: expected at least one branch, found none.")
     flat = [array for branch in branches for array in branch]
-    return no_fusion(
-        lambda *arrays: _requantize([arrays[i : i + 3] for i in range(0, len(arrays), 3)], bits),
-        *flat,
-    )
+    return no_fusion(functools.partial(_requantize, bits), *flat)
 
 
-def _requantize(branches: list[Sequence[Array]], bits: int) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _requantize(bits: int, *flat: Array) -> Array:
+    branches = [flat[i : i + 3] for i in range(0, len(flat), 3)]
     # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot
     # overflow.
     return clamp(

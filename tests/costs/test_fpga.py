@@ -13,6 +13,7 @@ from quweit_jax.deploy.hardware import circuit, description, synthesis, tools
 from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.models.registry import build
+from tests.compiled import quick_jit
 from tests.conftest import REPOSITORY
 
 DIGITS = f"{REPOSITORY / 'experiments/configs/dwn_digits.py'}"
@@ -33,7 +34,7 @@ def test_the_estimate_bounds_a_drawn_circuit_closely(pipeline):
     inputs = np.random.default_rng(0).integers(0, 17, (300, 8, 8, 1)).astype(np.float32)
     inputs[:2] = np.asarray([0, 16])[:, None, None, None]
     model = build(config.model.to_dict(), 10)
-    variables = jax.device_get(model.init(jax.random.key(0), inputs))
+    variables = jax.device_get(quick_jit(model.init)(jax.random.key(0), inputs))
     classifier, _ = description.from_packed(model, pack(model, variables, inputs), inputs, 5)
     made = circuit.build(classifier, pipeline)
     bound = fpga.of_config(config, input_bits=5, pipeline=pipeline)

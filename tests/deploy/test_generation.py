@@ -137,7 +137,7 @@ def test_each_row_of_a_batch_is_what_it_is_alone(variables):
 
 def test_a_prompt_of_another_length_compiles_nothing():
     model = models.build({"name": "matmulfree", "width": 8, "layers": 1, "context": 8}, 11)
-    variables = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))
+    variables = quick_jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))
     run = functools.partial(generate.generate_tokens, model, variables, max_tokens=3)
     compiled: list[str] = []
 

@@ -2,6 +2,7 @@
 without.
 """
 
+import functools
 import json
 
 import jax
@@ -14,6 +15,7 @@ from quweit_jax.data import tokenizers
 from quweit_jax.deploy import score
 from quweit_jax.deploy.generate import sample_logits
 from quweit_jax.errors import InputError
+from tests.compiled import quick_jit
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -45,14 +47,18 @@ def scorer(request):
     return score.Scorer(model, variables, TOKENIZER, batch_size=3)
 
 
+@functools.partial(quick_jit, static_argnums=0)
+def log_probabilities(model, variables, tokens):
+    return jax.nn.log_softmax(model.apply(variables, tokens[None])[0])
+
+
 def plain(scorer, tokens, begin):
     """Log-probability of tokens[begin:] given all before each, and whether each is the likeliest;
     in one piece.
     """
-    logits = np.asarray(
-        jax.nn.log_softmax(scorer.model.apply(scorer.variables, jnp.asarray(tokens[None, :-1]))[0]),
-        np.float64,
-    )
+    read = np.zeros(scorer.context or 4 * len(TEXT), np.int32)  # one length compiles once
+    read[: len(tokens) - 1] = tokens[:-1]
+    logits = np.asarray(log_probabilities(scorer.model, scorer.variables, read), np.float64)
     found = [logits[i - 1, tokens[i]] for i in range(begin, len(tokens))]
     return sum(found), all(logits[i - 1].argmax() == tokens[i] for i in range(begin, len(tokens)))
 

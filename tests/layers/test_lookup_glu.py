@@ -2,6 +2,8 @@
 trained one, in every model.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,13 +163,14 @@ def test_in_every_model(name, kind):
         np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+@functools.cache
 def integer_vit():
     config = {"name": "vit", "variant": "mu/8", "depth": 2, "pool": "mean", "integer": True}
     model = models.build(config | {"mlp": "lookup_glu", "lookup_glu": {"hidden": 24}}, 11)
     x = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
     variables = trained(model, x)
-    ranges = model.apply(variables, x, train=True, mutable=["ranges"])[1]
-    return model, {**variables, **jax.device_get(ranges)}, x
+    calibrate = quick_jit(lambda v: model.apply(v, x, train=True, mutable=["ranges"])[1])
+    return model, {**variables, **jax.device_get(calibrate(variables))}, x
 
 
 def test_the_integer_form_is_exact_and_without_floats():

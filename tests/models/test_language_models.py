@@ -13,6 +13,7 @@ from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.models.matmulfree import MatMulFree
 from quweit_jax.ops import packed_ternary
+from tests.compiled import quick_jit
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -202,7 +203,7 @@ def test_how_wide_a_channel_mixer_is_drawn(name, mlp):
     def deviation(**options):
         config = KINDS[name] | {"mlp": mlp, "width": 64, "layers": 1} | options
         model = models.build(config, VOCAB)
-        params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+        params = quick_jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
         mixer = params["block_0"]["mlp"]
         kernels = {k: v for k, v in mixer.items() if k in ("mix", "up", "gate")}
         return np.std(jax.tree.leaves(kernels)[0])

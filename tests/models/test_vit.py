@@ -289,7 +289,7 @@ def test_no_multiplication_inside_a_weightless_block():
     scale = np.float32(0.03)
     x = Quantized(jnp.asarray(rng.integers(-128, 128, (2, 3, 16)), jnp.float32), scale)
     x = x.replace(real=x.ints * scale)
-    variables = block.init(jax.random.key(0), x)
+    variables = quick_jit(block.init)(jax.random.key(0), x)
     out, packed = block.apply(variables, x, mutable=["packed"])
     x_int = Quantized(x.ints.astype(jnp.int8))
     found = block.apply(packed, x_int)

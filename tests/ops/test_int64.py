@@ -81,11 +81,15 @@ def test_dyadic_is_the_float64_quotient():
 
 def test_divide_is_exact():
     rng = np.random.default_rng(2)
-    divisor = np.concatenate([rng.integers(1, 2**31, 500), [1, 64, 2**16, 2**31 - 1]]).astype(
-        np.uint32
-    )
+    small = rng.integers(1, 2**31, 500) >> rng.integers(0, 31, 500)
+    edges = [1, 2, 3, 64, 2**16 - 1, 2**16, 2**16 + 1, 2**30, 2**31 - 2**16, 2**31 - 1]
+    drawn = [rng.integers(1, 2**31, 500), small.clip(1), small | 2**16 - 1]
+    divisor = np.concatenate([*drawn, edges]).astype(np.uint32)
     high = (rng.random(len(divisor)) * divisor).astype(np.uint32)
     low = rng.integers(0, 2**32, len(divisor)).astype(np.uint32)
+    # the largest quotients there are
+    divisor, high = np.concatenate([divisor, divisor]), np.concatenate([high, divisor - 1])
+    low = np.concatenate([low, np.full_like(low, 2**32 - 1)])
     found = quick_jit(int64.divide)(high, low, divisor)
     assert found.tolist() == [
         (int(h) * 2**32 + int(l)) // int(d) for h, l, d in zip(high, low, divisor)

@@ -273,7 +273,7 @@ def test_where_it_is_chosen():
 def test_a_block():
     """A weightless block is trained with it, and with XLA's gradients."""
     block, x = WeightlessBlock(6, num_luts=20), jax.random.normal(jax.random.key(0), (2, 40, 5))
-    variables = block.init(jax.random.key(1), x)
+    variables = quick_jit(block.init)(jax.random.key(1), x)
 
     def loss(params, x):
         return (jnp.asarray(block.apply({**variables, "params": params}, x)) ** 2).sum()

@@ -160,7 +160,7 @@ def test_digits():
 def test_a_layer_and_its_packed_form():
     """What is trained with native code is what is deployed."""
     layer, x = LookupGLU(8, hidden=16), jax.random.normal(jax.random.key(0), (40, 12))
-    variables = layer.init(jax.random.key(1), x)
+    variables = quick_jit(layer.init)(jax.random.key(1), x)
     assert "quweit_glu_forward" in jax.jit(layer.apply).lower(variables, x).as_text()
     packed = layer.apply(variables, x, mutable=["packed"])[1]
     np.testing.assert_allclose(
@@ -266,7 +266,7 @@ def test_a_classifier():
     """The packed classifier, whose bits are counted by native code, and those that show them."""
     model = DWN(DWNConfig(4, (16, 24), lut_inputs=3, mapping="random"))
     x = jax.random.normal(jax.random.key(0), (50, 9))
-    variables = model.init(jax.random.key(1), x)
+    variables = quick_jit(model.init)(jax.random.key(1), x)
     packed = model.apply(variables, x, mutable=["packed"])[1]
     assert "quweit_bit_counts" in jax.jit(model.apply).lower(packed, x).as_text()
     found = model.apply(packed, x)

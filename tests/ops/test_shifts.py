@@ -1,5 +1,7 @@
 """Numbers of one or two binary digits, against a search through all of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from quweit_jax.costs.count import count
 from quweit_jax.errors import InputError
 from quweit_jax.layers.ternary import MLGRU
 from quweit_jax.ops.shifts import round_to_shifts
+from tests.compiled import quick_jit
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -47,17 +50,18 @@ def test_a_token_mixer_of_shifts_decodes_as_it_trains_and_multiplies_nothing():
     mixer = MLGRU(gates="shift", implementation="sequential")
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     bound = jnp.linspace(0, 0.9, 8)
-    variables = mixer.init(jax.random.key(1), x, bound)
-    expected = mixer.apply(variables, x, bound)
-    assert not np.allclose(expected, MLGRU().apply(variables, x, bound))  # it is not the published
-    cache = mixer.init(jax.random.key(1), x[:, :1], bound, decode=True)["cache"]
+    variables = quick_jit(mixer.init)(jax.random.key(1), x, bound)
+    expected = quick_jit(mixer.apply)(variables, x, bound)
+    published = quick_jit(MLGRU().apply)(variables, x, bound)
+    assert not np.allclose(expected, published)
+    begin = quick_jit(functools.partial(mixer.init, decode=True))
+    step = quick_jit(functools.partial(mixer.apply, decode=True, mutable=["cache"]))
+    cache = begin(jax.random.key(1), x[:, :1], bound)["cache"]
     for t in range(5):
-        token, change = mixer.apply(
-            {**variables, "cache": cache}, x[:, t : t + 1], bound, decode=True, mutable=["cache"]
-        )
+        token, change = step({**variables, "cache": cache}, x[:, t : t + 1], bound)
         cache = change["cache"]
         np.testing.assert_allclose(token[:, 0], expected[:, t], atol=1e-5)
-    slopes = jax.grad(lambda v: jnp.square(mixer.apply(v, x, bound)).sum())(variables)
+    slopes = quick_jit(jax.grad(lambda v: jnp.square(mixer.apply(v, x, bound)).sum()))(variables)
     assert all(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(slopes))
     sizes = {"name": "matmulfree", "width": 32, "layers": 1, "context": 8}
     exact, shift = (

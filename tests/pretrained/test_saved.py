@@ -17,6 +17,7 @@ from quweit_jax.data.registry import DataConfig
 from quweit_jax.deploy.pack import stored_bytes
 from quweit_jax.errors import InputError
 from quweit_jax.pretrained import rounded, saved
+from tests.compiled import quick_jit
 from tests.conftest import REPOSITORY
 from tests.pretrained import folders
 
@@ -146,7 +147,7 @@ def _rounded_again(arrays, bits):
 def test_damage_is_a_sentence(tmp_path):
     config = {"name": "gpt", "layers": 1, "heads": 1, "width": 8, "context": 8, "mlp": "dense"}
     model = models.build(config, 5)
-    variables = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
+    variables = quick_jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))
     saved.save_model(tmp_path / "m", config, 5, variables)
     again = saved.load_model(tmp_path / "m")
     jax.tree.map(np.testing.assert_array_equal, again.variables, dict(variables))

@@ -17,6 +17,7 @@ from quweit_jax.models import registry, stack
 from quweit_jax.training import loop, metrics, rundir
 from quweit_jax.training.optimizers import groups_of
 from quweit_jax.training.setup import assemble
+from tests.compiled import quick_jit
 
 MIXED = "weightless+weightless+lookup_glu+dense+dense"
 SMALL = {
@@ -107,7 +108,7 @@ def test_a_scanned_model_computes_and_learns_the_same(name):
     one = registry.build(options, 7)
     other = registry.build(options | {"scan_layers": True, "remat": True}, 7)
     tokens = jnp.arange(16).reshape(2, 8) % 7
-    variables = one.init(jax.random.key(0), tokens)
+    variables = quick_jit(one.init)(jax.random.key(0), tokens)
     layers = stack.stacked(variables, one.config.mlps())
     drawn = jax.eval_shape(other.init, jax.random.key(0), tokens)
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, layers)

@@ -27,6 +27,7 @@ from quweit_jax.training.optimizers import (
     make_optimizer,
     spectral_penalty,
 )
+from tests.compiled import quick_jit
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -211,9 +212,9 @@ def boxed(variables):
 
 def trees():
     """Parameters with tables in every kind of tree."""
-    plain = BLOCK.init(jax.random.key(0), X)["params"]
+    plain = quick_jit(BLOCK.init)(jax.random.key(0), X)["params"]
     behind = nnx.bridge.ToNNX(BLOCK, rngs=nnx.Rngs(0)).lazy_init(X)
-    stacked = Stacked().init(jax.random.key(0), X)["params"]
+    stacked = quick_jit(Stacked().init)(jax.random.key(0), X)["params"]
     return {
         "dicts": plain,
         "boxes": boxed(plain),
@@ -298,11 +299,11 @@ def test_packing_takes_variables_in_every_form():
     for given in (behind, nnx.split(behind), nnx.to_flat_state(state)):
         found = pack(behind, given, X)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
-    pack(BLOCK, freeze(BLOCK.init(jax.random.key(0), X)), X)
+    pack(BLOCK, freeze(quick_jit(BLOCK.init)(jax.random.key(0), X)), X)
 
 
 def test_packing_says_what_is_not_the_models():
-    variables = BLOCK.init(jax.random.key(0), X)
+    variables = quick_jit(BLOCK.init)(jax.random.key(0), X)
     behind = nnx.bridge.ToNNX(BLOCK, rngs=nnx.Rngs(0)).lazy_init(X)
     for given in (
         {},
@@ -322,6 +323,6 @@ def test_packing_says_what_is_not_the_models():
 
 def test_boxed_and_stacked_variables_pack():
     for model in (BLOCK, Stacked()):
-        variables = model.init(jax.random.key(0), X)
+        variables = quick_jit(model.init)(jax.random.key(0), X)
         packed = pack(model, {**variables, "params": boxed(variables["params"])}, X)
         np.testing.assert_allclose(model.apply(packed, X), model.apply(variables, X), atol=1e-2)

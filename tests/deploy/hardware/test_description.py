@@ -11,6 +11,7 @@ from quweit_jax.deploy.hardware import description
 from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError
 from quweit_jax.models.dwn import DWN, DWNConfig
+from tests.compiled import quick_jit
 from tests.deploy.test_packed import perturbed
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -22,7 +23,7 @@ def rows(count=60, features=7, seed=0):
 
 def packed(inputs, classes=3, **options):
     model = DWN(DWNConfig(classes, **{"lut_inputs": 3, "thermometer_bits": 2, **options}))
-    variables = jax.device_get(model.init(jax.random.key(0), inputs))
+    variables = jax.device_get(quick_jit(model.init)(jax.random.key(0), inputs))
     return model, pack(model, variables, inputs)
 
 
@@ -84,7 +85,7 @@ def test_only_wired_comparators_are_there_once():
 def test_a_pruned_model():
     inputs = rows(40)
     model = DWN(DWNConfig(3, num_luts=(12, 15), lut_inputs=3, thermometer_bits=2))
-    variables = perturbed(model.init(jax.random.key(0), inputs))
+    variables = perturbed(quick_jit(model.init)(jax.random.key(0), inputs))
     deployed = prune.deploy(model, jax.device_get(variables), inputs)
     batch = [(inputs[:6], np.ones(6, np.float32))]
     pruned, _ = prune.prune(deployed, prune.count_ones(deployed, batch))

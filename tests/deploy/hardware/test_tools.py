@@ -24,6 +24,7 @@ from quweit_jax.deploy.hardware import (
 from quweit_jax.deploy.pack import pack
 from quweit_jax.errors import InputError, RunError
 from quweit_jax.models.dwn import DWN, DWNConfig
+from tests.compiled import quick_jit
 from tests.deploy.hardware.configurations import Configuration, configurations
 
 NO_DATA = settings(
@@ -109,7 +110,7 @@ def digits():
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     inputs = load_digits().data.astype(np.float32)[:500] - 8
     model = DWN(DWNConfig(10, (60,), 4, mapping="random", thermometer_bits=3))
-    packed = pack(model, jax.device_get(model.init(jax.random.key(1), inputs)), inputs)
+    packed = pack(model, jax.device_get(quick_jit(model.init)(jax.random.key(1), inputs)), inputs)
     classifier, _ = description.from_packed(model, packed, inputs)
     words = classifier.scaling.words(inputs)
     return classifier, vectors.golden(classifier, words, 100)[0]
