@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import concurrent.futures
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 TOOLS = ("nbclient", "ipykernel")
+COMPILE_QUICKLY = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 # Colored pixels that a plot has at least: axes, ticks and labels alone are gray.
 COLORED = 150
 LARGEST = 1_000_000  # bytes of a file that are still shown where repositories are read
@@ -168,8 +170,30 @@ def prepare(place: Path) -> Path:
     return programs
 
 
+def run(
+    notebook: Path, place: Path, programs: Path, environment: dict[str, str], keep: bool
+) -> tuple[str, list[str], Path]:
+    """Runs a notebook in `place`: (what to say of it, its faults, the executed copy). keep: what it
+    showed goes into its file, if it has no faults.
+    """
+    # A copy elsewhere: the repository is not beside it.
+    folder = place / notebook.stem
+    folder.mkdir()
+    copy, since = Path(shutil.copy(notebook, folder)), time.monotonic()
+    start = "import sys; from nbclient.cli import main; sys.exit(main())"
+    options = ["--inplace", "--timeout=1800", copy.name]
+    command = [str(programs / "python"), "-c", start, *options]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    executed = json.loads(copy.read_text(encoding="utf-8"))
+    said = f"{time.monotonic() - since:.0f} s, {len(plots_of(executed))} plots"
+    faults = [result.stderr.strip()[-3000:]] if result.returncode else faults_of(executed)
+    if keep and not faults:
+        save(executed, notebook)
+    return said, faults + [f"in the file: {fault}" for fault in file_faults(notebook)], copy
+
+
 def main() -> int:
-    """Runs the notebooks named, or all."""
+    """Runs the notebooks named, or all; small ones two at a time."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -190,7 +214,6 @@ def main() -> int:
     if args.save and not args.full:
         parser.error("--save: expected --full beside it; files keep what the default size shows")
     notebooks = args.notebooks or sorted(FOLDER.glob("*.ipynb"))
-    failed = []
     with tempfile.TemporaryDirectory(prefix="quweit_colabs_") as temporary:
         place, since = Path(temporary), time.monotonic()
         programs = Path(sys.executable).parent if args.here else prepare(place)
@@ -201,26 +224,23 @@ def main() -> int:
             "QUWEIT_COLAB_SMALL": "0" if args.full else "1",
             "PYTHONPATH": os.pathsep.join(beside) if args.here else "",
         }
-        for notebook in notebooks:
-            # A copy elsewhere: the repository is not beside it.
-            copy, since = Path(shutil.copy(notebook, place)), time.monotonic()
-            run = "import sys; from nbclient.cli import main; sys.exit(main())"
-            options = ["--inplace", "--timeout=1800", copy.name]
-            command = [str(programs / "python"), "-c", run, *options]
-            result = subprocess.run(
-                command, cwd=place, env=environment, capture_output=True, text=True
+        if not args.full:  # most of a small run is compiling
+            environment["XLA_FLAGS"] = " ".join(
+                (*COMPILE_QUICKLY, environment.get("XLA_FLAGS", ""))
             )
-            executed = json.loads(copy.read_text(encoding="utf-8"))
-            said = f"{time.monotonic() - since:.0f} s, {len(plots_of(executed))} plots"
-            faults = [result.stderr.strip()[-3000:]] if result.returncode else faults_of(executed)
-            if args.save and not faults:
-                save(executed, notebook)
-            faults += [f"in the file: {fault}" for fault in file_faults(notebook)]
+
+        def checked(notebook: Path) -> bool:
+            said, faults, copy = run(notebook, place, programs, environment, args.save)
             print(f"{notebook.name}: {said}", *faults, sep="\n  ", flush=True)
-            failed += [notebook.name] if faults else []
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
                 shutil.copy(copy, args.out)
+            return not faults
+
+        at_once = 1 if args.full else min(2, os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            passed = list(pool.map(checked, notebooks))
+    failed = [notebook.name for notebook, well in zip(notebooks, passed) if not well]
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
