@@ -1,9 +1,9 @@
 """What one inference of a model costs: operations, table look-ups, bytes moved and stored.
 
-The model is traced, not run: no array is made, and one of 13 billion weights is counted in seconds.
-Its layers say what each call of them costs (`layers.costs`). An image model is counted for one
-image, a language model for one token at the end of `context` tokens, which attention reads from a
-key-value cache. Published shares follow: of nanoGPT's multiplications a token (6 blocks of 12 d^2
+The model is traced, not run: no array is made, and one of 13 billion weights is counted in a
+second. Its layers say what each call of them costs (`layers.costs`). An image model is counted for
+one image, a language model for one token at the end of `context` tokens, which attention reads from
+a key-value cache. Published shares follow: of nanoGPT's multiplications a token (6 blocks of 12 d^2
 for the matrices and 2 T d for attention at T = 256), MLPs hold 8 d^2 a block: 60.0 % without the
 head and 59.9 % with it, which is counted here.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -137,9 +137,25 @@ def of_model(
 
 
 def recorded(model: nn.Module, *inputs: PyTree, **options: Any) -> Call:
-    """The calls of a model and of its layers as its initialization makes them, abstractly."""
-    stack: list[tuple[tuple[str, ...], list[Call]]] = [((), [])]
+    """The calls of a model and of its layers as its initialization makes them, abstractly.
+
+    Of layers that are alike and called alike, as a model's blocks are, the first is traced, and the
+    others take what it called; all are traced where one of those is used in another way, too.
+    """
+    found = _recorded(model, inputs, options, share=True)
+    return found or _recorded(model, inputs, options, share=False)
+
+
+def _recorded(
+    model: nn.Module, inputs: PyTree, options: dict[str, Any], share: bool
+) -> Call | None:
+    """share: of layers that are alike the first stands for all; None if that counts parameters of
+    another twice, as it was traced elsewhere.
+    """
+    stack: list[_Open] = [_Open(())]
     known: set[tuple[str, ...]] = set()
+    alike: dict[Hashable, Call] = {}
+    taken: list[tuple[str, ...]] = []
 
     def record(
         call: Callable[..., PyTree],
@@ -150,34 +166,91 @@ def recorded(model: nn.Module, *inputs: PyTree, **options: Any) -> Call:
         layer = context.module
         if layer.scope is None or context.method_name == "setup":
             return call(*args, **kwargs)
-        if len(stack) > 1 and stack[-1][0] == layer.path:  # a layer's call of its own method
+        if len(stack) > 1 and stack[-1].path == layer.path:  # a layer's call of its own method
             return call(*args, **kwargs)
-        stack.append((layer.path, []))
+        key = _key(layer, context.method_name, (args, kwargs))
+        first = None if layer.path in known else alike.get(key)
+        if first is not None:
+            made = dataclasses.replace(_moved(first, layer.path), layer=layer.clone(parent=None))
+            stack[-1].inside.append(made)
+            stack[-1].untraced += made.all_params
+            known.update(inner.path for inner in _all(made))
+            taken.append(layer.path)
+            return jax.tree.map(_zeros, made.output)
+        stack.append(_Open(layer.path))
         output = call(*args, **kwargs)
-        path, inside = stack.pop()
+        opened = stack.pop()
         given, made, params = (
             _shapes(tree)
             for tree in ((*args, *kwargs.values()), output, layer.variables.get("params", {}))
         )
-        stack[-1][1].append(
-            Call(
-                layer.clone(parent=None),
-                path,
-                context.method_name,
-                given,
-                made,
-                {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)},
-                sum(leaf.size for leaf in jax.tree.leaves(params)),
-                path in known,
-                tuple(inside),
-            )
+        done = Call(
+            layer.clone(parent=None),
+            opened.path,
+            context.method_name,
+            given,
+            made,
+            {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)},
+            sum(leaf.size for leaf in jax.tree.leaves(params)) + opened.untraced,
+            opened.path in known,
+            tuple(opened.inside),
         )
-        known.add(path)
+        stack[-1].inside.append(done)
+        stack[-1].untraced += opened.untraced
+        known.add(opened.path)
+        if share and key is not None and not any(inner.again for inner in _all(done)):
+            alike[key] = done
         return output
 
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda *given: model.init(jax.random.key(0), *given, **options), *inputs)
-    return stack[0][1][0]
+        made = jax.eval_shape(
+            lambda *given: model.init(jax.random.key(0), *given, **options), *inputs
+        )
+    if any(_below(made.get("params", {}), path) for path in taken):
+        return None
+    return stack[0].inside[0]
+
+
+def _below(params: PyTree, path: tuple[str, ...]) -> PyTree:
+    """What a tree of parameters has at a path."""
+    return functools.reduce(lambda node, name: node.get(name, {}), path, params)
+
+
+@dataclasses.dataclass
+class _Open:
+    """A layer that is being called. untraced: parameters of layers inside that were not traced."""
+
+    path: tuple[str, ...]
+    inside: list[Call] = dataclasses.field(default_factory=list)
+    untraced: int = 0
+
+
+def _key(layer: nn.Module, method: str, given: PyTree) -> Hashable:
+    """What is equal for layers that are alike and called alike; None if that can't be told."""
+    leaves, structure = jax.tree.flatten(_shapes(given))
+    key = layer.clone(parent=None, name=None), method, structure, tuple(leaves)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _moved(call: Call, path: tuple[str, ...]) -> Call:
+    """A call as that of the layer at another path."""
+    inside = (_moved(inner, (*path, *inner.path[len(call.path) :])) for inner in call.inside)
+    return dataclasses.replace(call, path=path, inside=tuple(inside))
+
+
+def _all(call: Call) -> Iterator[Call]:
+    """A call and all that it made."""
+    yield call
+    for inner in call.inside:
+        yield from _all(inner)
+
+
+def _zeros(leaf: Any) -> Any:
+    return jnp.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -3,6 +3,7 @@ products that JAX traces.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -256,6 +257,38 @@ class Ours(nn.Module):
     def __call__(self, x):
         x = self.twice(self.twice(nn.relu(self.first(x))))
         return self.luts((x > 0).astype(jnp.float32)) if not self.mixer else self.mix(x)
+
+
+class Alike(nn.Module):
+    """Three layers that are alike, the last of them perhaps called in another way, too."""
+
+    again: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for name in "abc":
+            layer = Counted(name=name)
+            x = layer(x)
+        return layer(x[:1]) if self.again else x
+
+
+class Counted(nn.Module):
+    traced: ClassVar[list[str | None]] = []
+
+    @nn.compact
+    def __call__(self, x):
+        self.traced.append(self.name)
+        return nn.Dense(4, use_bias=False, name="dense")(x)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_layers_that_are_alike_are_traced_once(again):
+    Counted.traced.clear()
+    counted = costs.of_model(Alike(again), jax.ShapeDtypeStruct((2, 4), jnp.float32))
+    assert Counted.traced == ["a"] + again * ["c", "a", "b", "c", "c"]
+    assert counted.parameters == 3 * 16 and sum(counted.bytes_stored.values()) == 4 * 3 * 16
+    assert counted.multiplications == {"float32": 3 * 2 * 16 + again * 16}
+    assert [row.name for row in counted.layers[:3]] == ["a/dense", "b/dense", "c/dense"]
 
 
 def test_a_model_of_ones_own():
