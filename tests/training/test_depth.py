@@ -85,8 +85,8 @@ def test_a_scanned_run_is_read_as_any_other(scanned, plain):
     inputs = one.setup.init_inputs
     for opened in (one, other):
         packed = pack(opened.setup.model, opened.variables, inputs)
-        deployed = opened.setup.model.apply(packed, inputs)
-        trained = opened.setup.model.apply(opened.variables, inputs)
+        apply = quick_jit(opened.setup.model.apply)
+        deployed, trained = apply(packed, inputs), apply(opened.variables, inputs)
         np.testing.assert_allclose(deployed, trained, atol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_a_scanned_model_computes_and_learns_the_same(name):
         def of(params, rest):
             return jnp.square(model.apply({**rest, "params": params}, tokens)).mean()
 
-        return jax.value_and_grad(of)
+        return quick_jit(jax.value_and_grad(of))
 
     params, stacked = variables.pop("params"), layers.pop("params")
     value, gradient = loss(one)(params, variables)
