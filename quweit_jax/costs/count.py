@@ -142,15 +142,15 @@ def recorded(model: nn.Module, *inputs: PyTree, **options: Any) -> Call:
     Of layers that are alike and called alike, as a model's blocks are, the first is traced, and the
     others take what it called; all are traced where one of those is used in another way, too.
     """
-    found = _recorded(model, inputs, options, share=True)
-    return found or _recorded(model, inputs, options, share=False)
+    call, twice = _recorded(model, inputs, options, share=True)
+    return _recorded(model, inputs, options, share=False)[0] if twice else call
 
 
 def _recorded(
     model: nn.Module, inputs: PyTree, options: dict[str, Any], share: bool
-) -> Call | None:
-    """share: of layers that are alike the first stands for all; None if that counts parameters of
-    another twice, as it was traced elsewhere.
+) -> tuple[Call, bool]:
+    """share: of layers that are alike the first stands for all. Also returns whether that counts
+    parameters of another twice, as it was traced elsewhere.
     """
     stack: list[_Open] = [_Open(())]
     known: set[tuple[str, ...]] = set()
@@ -206,9 +206,8 @@ def _recorded(
         made = jax.eval_shape(
             lambda *given: model.init(jax.random.key(0), *given, **options), *inputs
         )
-    if any(_below(made.get("params", {}), path) for path in taken):
-        return None
-    return stack[0].inside[0]
+    params = made.get("params", {})
+    return stack[0].inside[0], any(_below(params, path) for path in taken)
 
 
 def _below(params: PyTree, path: tuple[str, ...]) -> PyTree:
