@@ -51,6 +51,12 @@ def _lookup_glus(deviation: float, ending: str) -> dict[str, Kind]:
             hidden=368,
             code_bits=5,
         ),
+        "lookup_glu_336_5bit_normed": kind(
+            "LookupGLU, 2.6 units a feature, codes of 5 bits over twice the range, outputs normalized",
+            hidden=336,
+            code_bits=5,
+            output_norm=0.3,
+        ),
         "lookup_glu_ternary_attention": kind(
             "LookupGLU, 4 units a feature, ternary projections in attention", _TERNARY_ATTENTION
         ),

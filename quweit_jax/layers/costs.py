@@ -171,11 +171,16 @@ def layer_norm(
     return _norm(call, part, counts, 2 * n * BYTES[activations], (scale + bias) * shape[-1])
 
 
-def rms_norm(call: Call, activations: str, *part: str, scale: bool = True) -> LayerCosts:
-    """The costs of an RMSNorm in float32: mean square, times inverse root, times scale."""
-    rows, n = call.rows, call.size
+def rms_norm(
+    call: Call, activations: str, *part: str, scale: bool = True, shape: tuple[int, ...] = ()
+) -> LayerCosts:
+    """The costs of an RMSNorm in float32: mean square, times inverse root, times scale. shape: of
+    other vectors than the call's.
+    """
+    shape = shape or call.shape
+    rows, n = math.prod(shape[:-1]), math.prod(shape)
     counts = Elementwise.of(FLOAT, (2 + scale) * n, n + rows, rows, rows)
-    return _norm(call, part, counts, 2 * n * BYTES[activations], scale * call.width)
+    return _norm(call, part, counts, 2 * n * BYTES[activations], scale * shape[-1])
 
 
 def _norm(

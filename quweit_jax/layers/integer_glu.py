@@ -36,6 +36,11 @@ class IntegerLookupGLU(LookupGLU):
                 f"LookupGLU: sum='{self.sum}' has no integer-only form; use sum='ternary', or a "
                 "model with integer=False."
             )
+        if self.output_norm:
+            raise InputError(
+                "LookupGLU: output_norm has no integer-only form; use output_norm=0, or a model "
+                "with integer=False."
+            )
         width = x.ints.shape[-1]
         if x.packed:
             mix, offsets, halfway, tables, total, bias = self.read(

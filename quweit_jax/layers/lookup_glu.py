@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from quweit_jax.errors import InputError, check_above_zero, check_choice
 from quweit_jax.layers import groups
-from quweit_jax.layers.costs import Call, layer_norm
+from quweit_jax.layers.costs import Call, layer_norm, rms_norm
 from quweit_jax.layers.norms import Initializer, normal
 from quweit_jax.layers.packing import Packable
 from quweit_jax.layers.weightless import WeightlessBlock
@@ -30,6 +30,7 @@ from quweit_jax.ops.ternary_glu import ternary_glu
 
 SUMS = ("ternary", "vector", "int8")
 groups.declare("no_decay", "gates", "offsets")
+OUTPUT_EPSILON = 1.0  # of the norm of outputs, which are whole numbers
 INPUT_SCALE = 32  # of a normalized input, in units of the int8 it is rounded to
 
 
@@ -60,6 +61,8 @@ class LookupGLU(Packable):
       mix_init, sum_init: standard deviations of the ternary layers' float kernels at the start.
         What is computed does not depend on that of `mix`: it decides how much of itself a weight
         changes in a step of Adam's. 0 for 2 / sqrt(d_in).
+      output_norm: an RMSNorm of the outputs takes the place of their one scale; its own scales, one
+        a feature, begin at this. 0 for none. For sum='ternary', not in integer-only models.
       use_norm: the LayerNorm; without it the caller's x should have about unit variance.
       dtype: of the output and of the products' operands; all of them are whole numbers that
         bfloat16 holds.
@@ -76,6 +79,7 @@ class LookupGLU(Packable):
     table_groups: int = 1
     mix_init: float = 0.0
     sum_init: float = 0.02
+    output_norm: float = 0.0
     use_norm: bool = True
     norm_bias: bool = False
     dtype: DTypeLike = jnp.float32
@@ -118,7 +122,11 @@ class LookupGLU(Packable):
         largest = jnp.iinfo(_offset_type(width)).max
         shift = offsets * whole_numbers(width)
         shift = straight_through(jnp.clip(jnp.round(shift), -largest, largest), shift)
-        scale = ternary.quantize_weights(total)[1] / entries
+        if self.output_norm:
+            start = nn.initializers.constant(self.output_norm)
+            scale = self.param("norm_scale", start, (self.features,), jnp.float32)
+        else:
+            scale = ternary.quantize_weights(total)[1] / entries
         self._write_weights(mix, total, tables)
         self.write(offsets=shift.astype(_offset_type(width)), scale=scale, bias=bias)
         sums = ternary_glu(
@@ -131,7 +139,15 @@ class LookupGLU(Packable):
             silu_step=None if self.train_tables else self.code_step,
             dtype=jnp.dtype(self.dtype).name,
         )
-        return (sums * scale + bias).astype(self.dtype)
+        return self._scaled(sums, scale, bias)
+
+    def _scaled(self, sums: Array, scale: Array, bias: Array) -> Array:
+        """Whole numbers (..., features) as what the layer returns."""
+        if self.output_norm:
+            scaled = ternary.rms_norm(sums, scale, eps=OUTPUT_EPSILON)
+        else:
+            scaled = sums * scale
+        return (scaled + bias).astype(self.dtype)
 
     def _parameters(self, width: int) -> tuple[Array, Array, Array, Array]:
         """mix (d_in, 2 H), sum (H, d), offsets (2 H,) in standard deviations, bias (d,)."""
@@ -169,7 +185,7 @@ class LookupGLU(Packable):
         )
         step, x = self.step(x.shape[-1]), x.astype(jnp.int8)
         out = packed_glu(x, mix, offsets, tables, total, step=step, num_outputs=self.features)
-        return (out.astype(jnp.float32) * scale + bias).astype(self.dtype)
+        return self._scaled(out.astype(jnp.float32), scale, bias)
 
     def _bits(self, x: Array) -> Array:
         """The variants: ternary sums into tables of bits."""
@@ -210,14 +226,19 @@ class LookupGLU(Packable):
             mix = self._sums_row(call, "mix", call.width, self.units(call.width))
             return [*norm, rounding, mix, *call.inner(instead={"norm": []})]
         offsets, values = _offset_type(call.width), call.rows * self.features
+        scales, activations = 0 if self.output_norm else 1, call.types.activations
         *rows, total = self._costs(
             call,
             {offsets: 2 * self.units(call.width) * BYTES[offsets]},
-            {FLOAT: (1 + self.features) * BYTES[FLOAT]},
-            values * BYTES[call.types.activations],
+            {FLOAT: (scales + self.features) * BYTES[FLOAT]},
+            values * BYTES[activations],
         )
-        scaled = Elementwise.of(FLOAT, values, values)
-        return [*norm, rounding, *rows, dataclasses.replace(total, elementwise=scaled)]
+        scaled = Elementwise.of(FLOAT, scales * values, values)
+        rows += [dataclasses.replace(total, elementwise=scaled)]
+        if self.output_norm:
+            shape = (call.rows, self.features)
+            rows += [rms_norm(call, activations, "output_norm", shape=shape)]
+        return [*norm, rounding, *rows]
 
     def _costs(
         self, call: Call, offsets: dict[str, int], scales: dict[str, int], wrote: int
@@ -296,5 +317,11 @@ def check_glu(options: Any, where: str) -> None:
                 f"{where}{name}: expected a positive number, or 0 for its default, found "
                 f"{getattr(options, name)}."
             )
-    for name, zero in {"code_step": "", "mix_init": "2 / sqrt(width)", "sum_init": ""}.items():
+    zeros = {"code_step": "", "mix_init": "2 / sqrt(width)", "sum_init": "", "output_norm": "none"}
+    for name, zero in zeros.items():
         check_above_zero(f"{where}{name}", getattr(options, name), zero)
+    if options.output_norm and options.sum != "ternary":
+        raise InputError(
+            f"{where}output_norm: expected 0 with sum='{options.sum}', whose outputs have a scale "
+            f"each, found {options.output_norm}."
+        )

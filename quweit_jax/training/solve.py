@@ -338,11 +338,12 @@ def check(teacher: Teacher, setup: Setup) -> None:
         )
     for block in blocks:
         theirs = taught[block]["mlp"]
-        if not {"gates", "mix", "offsets"} <= set(params[block]["mlp"]):
+        mine = set(params[block]["mlp"])
+        if not {"gates", "mix", "offsets"} <= mine or "norm_scale" in mine:
             raise InputError(
-                f"{where}{block}: expected a lookup_glu with sum='ternary' and tables of its own; "
-                "set --config.model.mlp=lookup_glu --config.model.lookup_glu.train_tables=true, or "
-                "leave it at 0."
+                f"{where}{block}: expected a lookup_glu with sum='ternary', output_norm=0 and "
+                "tables of its own; set --config.model.mlp=lookup_glu "
+                "--config.model.lookup_glu.train_tables=true, or leave it at 0."
             )
         if set(theirs) != {"up", "down"} or "mlp_norm" not in taught[block]:
             raise InputError(

@@ -27,6 +27,7 @@ VARIANTS = {
     "int8": {"sum": "int8", "lut_inputs": 3},
     "no_norm": {"use_norm": False},
     "norm_bias": {"norm_bias": True},
+    "output_norm": {"output_norm": 0.3},
 }
 
 
@@ -47,8 +48,10 @@ def ternary(kernel):
     return np.clip(np.round(kernel / scale), -1, 1), scale
 
 
-def test_against_the_formula():
-    layer, x = LookupGLU(7, 12, train_tables=True, table_groups=3), inputs()
+@pytest.mark.parametrize("output_norm", [0.0, 0.3])
+def test_against_the_formula(output_norm):
+    options = {"train_tables": True, "table_groups": 3, "output_norm": output_norm}
+    layer, x = LookupGLU(7, 12, **options), inputs()
     variables = trained(layer, x)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
     y = x.astype(np.float64)
@@ -62,6 +65,9 @@ def test_against_the_formula():
     read = tables[group, codes[..., :12], codes[..., 12:]]
     whole, scale = ternary(p["sum"])
     expected = read @ whole * scale / 16 + p["bias"]
+    if output_norm:
+        rms = np.sqrt(np.square(read @ whole).mean(-1, keepdims=True) + 1)
+        expected = read @ whole / rms * p["norm_scale"] + p["bias"]
     np.testing.assert_allclose(quick_jit(layer.apply)(variables, x), expected, atol=1e-4)
 
 
@@ -134,6 +140,8 @@ def test_bfloat16_operands_change_no_sum():
         ({"sum": "dense"}, "sum"),
         ({"code_step": 0.0}, "code_step"),
         ({"sum_init": float("nan")}, "sum_init"),
+        ({"output_norm": -1.0}, "output_norm"),
+        ({"output_norm": 0.3, "sum": "vector"}, "output_norm"),
     ],
 )
 def test_options_it_cannot_have(options, named):
@@ -203,7 +211,12 @@ def test_the_integer_form_trains_every_parameter_and_follows_the_float_form():
 
 
 @pytest.mark.parametrize(
-    "kind,options", [("lookup_glu", {"sum": "int8"}), ("weightless", {"sum": "vector"})]
+    "kind,options",
+    [
+        ("lookup_glu", {"sum": "int8"}),
+        ("lookup_glu", {"output_norm": 0.3}),
+        ("weightless", {"sum": "vector"}),
+    ],
 )
 def test_what_has_no_integer_form_says_so(kind, options):
     config = {"name": "vit", "variant": "mu/8", "integer": True, "mlp": kind, kind: options}
