@@ -52,7 +52,7 @@ def _lookup_glus(deviation: float, ending: str) -> dict[str, Kind]:
             code_bits=5,
         ),
         "lookup_glu_336_5bit_normed": kind(
-            "LookupGLU, 2.6 units a feature, codes of 5 bits over twice the range, normed outputs",
+            "LookupGLU, 2.6 units, 5-bit codes over twice the range, normed outputs",
             hidden=336,
             code_bits=5,
             output_norm=0.3,
