@@ -33,7 +33,6 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 TOOLS = ("nbclient", "ipykernel")
-COMPILE_QUICKLY = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 # Colored pixels that a plot has at least: axes, ticks and labels alone are gray.
 COLORED = 150
 LARGEST = 1_000_000  # bytes of a file that are still shown where repositories are read
@@ -222,12 +221,10 @@ def main() -> int:
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MPLBACKEND")}
         environment |= {
             "QUWEIT_COLAB_SMALL": "0" if args.full else "1",
+            # most of a small run is compiling
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if args.full else "1",
             "PYTHONPATH": os.pathsep.join(beside) if args.here else "",
         }
-        if not args.full:  # most of a small run is compiling
-            environment["XLA_FLAGS"] = " ".join(
-                (*COMPILE_QUICKLY, environment.get("XLA_FLAGS", ""))
-            )
 
         def checked(notebook: Path) -> bool:
             said, faults, copy = run(notebook, place, programs, environment, args.save)

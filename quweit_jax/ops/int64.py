@@ -117,7 +117,6 @@ def multiply_shift(
     return jnp.where((x < 0) != (multiplier < 0), -result, result)
 
 
-@jax.jit
 def divide(high: Word, low: Word, divisor: Word) -> UInt32[Array, "*shape"]:
     """Returns floor((high * 2**32 + low) / divisor) for uint32 words with high < divisor < 2**31,
     so that the quotient fits: uint32.

@@ -248,7 +248,7 @@ def shiftmax_units(
     return _shiftmax(x, inverse, bits)
 
 
-@functools.partial(jax.jit, static_argnames="bits")
+@functools.partial(jax.jit, static_argnames="bits")  # traced once for all layers of a shape
 def _shiftmax(x: Array, inverse: Array, bits: int) -> Array:
     inverse = jnp.minimum(inverse, 2**15)
     exponentials = shift_exp(_below_the_largest(x), inverse, SOFTMAX_SHIFTS)
@@ -349,7 +349,7 @@ def requantize_int(
     return no_fusion(functools.partial(_requantize, bits), *flat)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers of a shape
 def _requantize(bits: int, *flat: Array) -> Array:
     branches = [flat[i : i + 3] for i in range(0, len(flat), 3)]
     # Each branch is clamped before the sum, far outside the result's range, so that the sum cannot

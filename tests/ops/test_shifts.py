@@ -61,9 +61,11 @@ def test_a_token_mixer_of_shifts_decodes_as_it_trains_and_multiplies_nothing():
         token, change = step({**variables, "cache": cache}, x[:, t : t + 1], bound)
         cache = change["cache"]
         np.testing.assert_allclose(token[:, 0], expected[:, t], atol=1e-5)
-    slopes = quick_jit(jax.grad(lambda v: jnp.square(jnp.asarray(mixer.apply(v, x, bound))).sum()))(
-        variables
-    )
+
+    def loss(variables):
+        return jnp.square(jnp.asarray(mixer.apply(variables, x, bound))).sum()
+
+    slopes = quick_jit(jax.grad(loss))(variables)
     assert all(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(slopes))
     sizes = {"name": "matmulfree", "width": 32, "layers": 1, "context": 8}
     exact, shift = (

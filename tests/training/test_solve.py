@@ -142,6 +142,7 @@ def test_a_run_begins_with_what_was_solved(tiny_arguments, tmp_path, capsys):
     [
         ({}, {"mlp": "swiglu"}, "dense GELU MLP"),
         ({"model.lookup_glu.train_tables": False}, {}, "train_tables=true"),
+        ({"model.lookup_glu.output_norm": 0.3}, {}, "output_norm=0"),
         ({"model.lookup_glu.hidden": 64}, {}, "hidden=128"),
         ({"model.mlp": "weightless"}, {}, "expected a lookup_glu"),
         ({"model.mlp": "dense"}, {}, "solve_batches: found no channel mixer"),
